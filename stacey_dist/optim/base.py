@@ -1,0 +1,231 @@
+"""What `Stacey` and `LpDescent` share: everything about being a `torch.optim.Optimizer` except the rule.
+
+A subclass checks its settings (`_check_group`), makes its state (`_init_state`) and updates one chunk of one
+parameter (`_prepare`). This class walks the parameters, unwraps DTensors, counts steps and cuts long tensors into
+chunks, so that a step's temporaries do not grow with the parameter.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+# Elements updated at a time: temporaries that stay in a CPU's cache, or that fill a GPU.
+CPU_CHUNK = 1 << 19
+DEVICE_CHUNK = 1 << 22
+
+# Updates one chunk in place: (weight, gradient, *state tensors).
+ChunkUpdate = Callable[..., None]
+
+
+class ElementwiseOptimizer(Optimizer):
+    """An optimizer whose update of an element depends on that element alone.
+
+    State of a parameter: `step`, the number of updates, a float32 scalar on the CPU as in torch's own optimizers,
+    and the tensors named in `state_names`, shaped and placed as the parameter (DTensors for a DTensor).
+
+    While `lr` is 0 and no update has been counted, an element with a zero gradient stays exactly as it is and the
+    step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its state;
+    it must change nothing.
+    """
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
+        raise NotImplementedError
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors named in `state_names` for a parameter that has no state yet."""
+        return {}
+
+    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+        """The update of one chunk, for arithmetic in `dtype` (float32 or float64), as update number `step`."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its settings are checked like the constructor's. Complex parameters are refused."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for param in group["params"]:
+                if not param.is_floating_point():
+                    raise ValueError(
+                        f"{type(self).__name__}: a parameter of dtype {param.dtype} is not supported; "
+                        "allowed are float64, float32, bfloat16 and float16"
+                    )
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, in place. Returns what `closure` returns, if given.
+
+        Raises RuntimeError for sparse gradients and for a gradient laid out over ranks unlike its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
+            lr_is_zero = float(group["lr"]) == 0.0
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                self._check_gradient(param)
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state.update(self._init_state(param, group))
+                held = lr_is_zero and float(state["step"]) == 0.0
+                if not held:
+                    state["step"] += 1
+                dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+                key = (int(state["step"]), dtype)
+                if key not in updates:
+                    updates[key] = self._prepare(group, *key)
+                tensors = [local(t) for t in (param, param.grad, *(state[name] for name in self.state_names))]
+                for weight, gradient, *states in chunks(tensors):
+                    if held:
+                        _update_moving_elements(updates[key], weight, gradient, states)
+                    else:
+                        updates[key](weight, gradient, *states)
+        return loss
+
+    def _check_gradient(self, param: Tensor) -> None:
+        gradient = param.grad
+        assert gradient is not None
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__}: a gradient of layout {gradient.layout} is not supported; "
+                "use dense gradients (nn.Embedding(..., sparse=False))"
+            )
+        if getattr(param, "placements", None) != getattr(gradient, "placements", None):
+            raise RuntimeError(
+                f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
+                f"its parameter, placed {getattr(param, 'placements', None)}"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict. z and m come back in the group's `state_dtype`.
+
+        torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
+        float32 ones, and float32 states of bfloat16 parameters into rounded ones.
+        """
+        loaded: list[dict[str, Any]] = []
+        # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook repairs
+        # the state before they look at it.
+        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_dtypes(loaded[-1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            self._check_group(group)  # a state dict that went through JSON has lists and strings
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(saved_id, {})
+                for name in self.state_names:
+                    if name in saved:
+                        self.state[param][name] = saved[name].to(param.device, group["state_dtype"])
+                if "step" in saved:
+                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor.detach() if to_local is None else to_local()
+
+
+def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut tensors of one shape into views of at most a chunk's elements, all in the same way.
+
+    The rule is element-wise, so any cut gives the same result. Tensors that cannot be viewed as flat are halved
+    along their longest dimension.
+    """
+    first = tensors[0]
+    size = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
+    count = first.numel()
+    if count == 0:
+        return
+    if count <= size:
+        yield tensors
+    elif all(t.is_contiguous() for t in tensors):
+        flat = [t.view(-1) for t in tensors]
+        for start in range(0, count, size):
+            yield [t[start : start + size] for t in flat]
+    else:
+        dim = max(range(first.dim()), key=first.size)
+        half = first.size(dim) // 2
+        yield from chunks([t.narrow(dim, 0, half) for t in tensors])
+        yield from chunks([t.narrow(dim, half, t.size(dim) - half) for t in tensors])
+
+
+def _update_moving_elements(
+    update: ChunkUpdate, weight: Tensor, gradient: Tensor, states: list[Tensor]
+) -> None:
+    """Update in place, but leave an element with a zero gradient as it is."""
+    before = [t.clone() for t in (weight, *states)]
+    update(weight, gradient, *states)
+    for tensor, old in zip((weight, *states), before, strict=True):
+        tensor.copy_(torch.where(gradient == 0, old, tensor))
+
+
+def require(optimizer: Optimizer, condition: bool, setting: str, value: object, allowed: str) -> None:
+    """Raise ValueError naming the setting, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{type(optimizer).__name__}: {setting}={value!r} is not allowed; {allowed}")
+
+
+def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Check and canonicalize the settings that every optimizer here has: lr, p, eps, weight_decay."""
+    for setting in ("p", "eps", "weight_decay"):  # JSON has no infinity, and YAML reads 1e-8 as text
+        group[setting] = as_float(optimizer, setting, group[setting])
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        require(optimizer, lr.numel() == 1, "lr", lr, "a tensor must have one element")
+    else:
+        group["lr"] = as_float(optimizer, "lr", lr)
+    require(optimizer, 0 <= float(lr) < float("inf"), "lr", lr, "it must be a finite number >= 0")
+    require(optimizer, group["p"] >= 2, "p", group["p"], "it must be a number >= 2, or infinity")
+    for setting in ("eps", "weight_decay"):
+        value = group[setting]
+        require(optimizer, 0 <= value < float("inf"), setting, value, "it must be a finite number >= 0")
+
+
+def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
+    """`value` as a float; numbers written as text ("1e-8", "inf") are numbers. ValueError otherwise."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        require(optimizer, False, setting, value, "it must be a number")
+        raise
+
+
+def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
+    """The learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
+
+    So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
+    """
+    return float(torch.tensor(float(lr), dtype=dtype))

@@ -1,0 +1,60 @@
+"""Stochastic lp descent, the paper's algorithm 1, as a torch optimizer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from stacey_dist.optim import rounding as bits
+from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer, check_common_settings, rule_lr
+from stacey_dist.optim.rule import lp_descent_update
+
+
+class LpDescent(ElementwiseOptimizer):
+    r"""Stochastic :math:`\ell_p` descent: :math:`\theta' = \theta - \eta\, s_\varepsilon(g) - \eta\lambda\theta`.
+
+    p = 2 is SGD, p = infinity is signSGD. Algorithm 1 of the paper, with decoupled weight decay.
+
+    Args:
+        params: parameters or groups; every setting below may differ by group. float64 parameters are updated in
+            float64, all others in float32; bfloat16 and float16 parameters are rounded stochastically.
+        lr: eta, the step size; a number or a one-element tensor.
+        p: the norm, >= 2, infinity allowed.
+        eps: added to the denominator of s, outside the power.
+        weight_decay: lambda, decoupled: multiplied by lr, acting on the old weight.
+
+    State of a parameter: ``step`` alone (float32 scalar on the CPU).
+
+    Raises:
+        ValueError: a setting is out of range, or a parameter is complex or an integer.
+        RuntimeError: sparse gradients (in :meth:`step`).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        p: float = 3.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, p=p, eps=eps, weight_decay=weight_decay))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_common_settings(self, group)
+
+    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+        lr = rule_lr(group["lr"], dtype)
+        p, eps, weight_decay = group["p"], group["eps"], group["weight_decay"]
+        store = bits.Store("stochastic", 0, step)
+
+        def update(weight: Tensor, gradient: Tensor) -> None:
+            gradient = gradient.to(dtype)
+            new = lp_descent_update(
+                weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay
+            )
+            store(gradient, (weight, new, bits.WEIGHT))
+
+        return update

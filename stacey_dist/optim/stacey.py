@@ -1,0 +1,165 @@
+"""STACEY, stochastic steepest descent with acceleration, as a torch optimizer."""
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from stacey_dist.optim import rounding as bits
+from stacey_dist.optim.base import (
+    ChunkUpdate,
+    ElementwiseOptimizer,
+    as_float,
+    check_common_settings,
+    require,
+    rule_lr,
+)
+from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
+
+_STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Stacey(ElementwiseOptimizer):
+    r"""STACEY(p,2), STACEY(p,p) and STACEY(2,p): algorithms 2, 3 and 4 of the paper.
+
+    With :math:`s_\varepsilon(x) = x / (|x|^{(p-2)/(p-1)} + \varepsilon)`, each coordinate takes
+
+    .. math::
+        c &= \beta_1 m + (1 - \beta_1) g \\
+        y &= \theta - \eta\, s_\varepsilon(c) \qquad (\theta - \eta\, c \text{ for } (2,p)) \\
+        z' &= z - \alpha c \qquad (\text{a mirror step in } \|\cdot\|_p \text{ for } (p,p), (2,p)) \\
+        \theta' &= \tau z' + (1 - \tau) y - \eta \lambda \theta \\
+        m' &= \beta_2 m + (1 - \beta_2) g
+
+    An element's new value depends on that element alone, bit for bit, so any engine may shard the parameters.
+
+    Args:
+        params: parameters or groups; every setting below may differ by group. float64 parameters are updated in
+            float64, all others in float32. bfloat16 and float16 parameters need no float32 master copy: they are
+            rounded stochastically.
+        lr: eta, the primal step size, per update; a number or a one-element tensor. Schedulers change it.
+        p: the norm, >= 2. Infinity is allowed for ``"p2"``, where s becomes the sign; the mirror step of the
+            other two variants has no such limit.
+        variant: ``"p2"``, ``"pp"`` or ``"2p"``.
+        alpha: the dual step size; not scheduled.
+        tau: the weight of z in the coupling, within [0, 1]; 0 switches the acceleration off.
+        betas: beta1, which interpolates for the step, and beta2, the decay of m; within [0, 1).
+        eps: added to the denominator of s, outside the power.
+        weight_decay: lambda, decoupled: multiplied by the scheduled lr, acting on the old weight.
+        z_init: ``"params"`` starts z as a copy of the parameter, as linear coupling does; ``"zeros"`` as printed
+            in the paper.
+        state_dtype: dtype of z and m: torch.bfloat16, torch.float32 or torch.float64, or its name.
+        rounding: ``"stochastic"`` or ``"nearest"``, for bfloat16 states and for bfloat16 and float16 parameters.
+            Rounded to nearest, a bfloat16 z loses most of its movement.
+        seed: an integer, part of the hash that makes the random bits of stochastic rounding.
+        fused: None picks the fastest implementation, True demands a fused kernel, False takes the plain rule.
+
+    State of a parameter: ``step`` (float32 scalar on the CPU), ``z`` and ``m`` (shaped as the parameter).
+
+    Raises:
+        ValueError: a setting is out of range, or a parameter is complex or an integer.
+        RuntimeError: ``fused=True`` where there is no fused kernel; sparse gradients (in :meth:`step`).
+    """
+
+    state_names = ("z", "m")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        p: float = 3.0,
+        variant: Variant = "p2",
+        alpha: float = 1e-2,
+        tau: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        z_init: str = "params",
+        state_dtype: torch.dtype | str = torch.bfloat16,
+        rounding: str = "stochastic",
+        seed: int = 0,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            p=p,
+            variant=variant,
+            alpha=alpha,
+            tau=tau,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            z_init=z_init,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
+            fused=fused,
+        )
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_common_settings(self, group)
+        for setting in ("alpha", "tau"):
+            group[setting] = as_float(self, setting, group[setting])
+        _one_of(self, group, "variant", get_args(Variant))
+        _one_of(self, group, "z_init", ("params", "zeros"))
+        _one_of(self, group, "rounding", ("stochastic", "nearest"))
+        if group["p"] == math.inf:
+            require(
+                self, group["variant"] == "p2", "p", group["p"], 'it must be finite unless variant is "p2"'
+            )
+        require(
+            self, 0 <= group["alpha"] < math.inf, "alpha", group["alpha"], "it must be a finite number >= 0"
+        )
+        require(self, 0 <= group["tau"] <= 1, "tau", group["tau"], "it must be within [0, 1]")
+        betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        require(self, pair, "betas", betas, "it must be two numbers")
+        group["betas"] = tuple(as_float(self, "betas", beta) for beta in betas)
+        require(
+            self, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)"
+        )
+        dtype = group["state_dtype"]
+        dtype = _STATE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+        names = ", ".join(_STATE_DTYPES)
+        require(self, dtype in _STATE_DTYPES.values(), "state_dtype", dtype, f"it must be one of {names}")
+        group["state_dtype"] = dtype
+        seed = group["seed"]
+        require(self, isinstance(seed, int) and seed >= 0, "seed", seed, "it must be an integer >= 0")
+        if group["fused"]:
+            raise RuntimeError("Stacey: fused=True, but this version has no fused kernel; use fused=None")
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = group["state_dtype"]
+        start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
+        return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
+
+    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+        beta1, beta2 = group["betas"]
+        settings = StaceySettings(
+            lr=rule_lr(group["lr"], dtype),
+            p=group["p"],
+            variant=group["variant"],
+            alpha=group["alpha"],
+            tau=group["tau"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        store = bits.Store(group["rounding"], group["seed"], step)
+
+        def update(weight: Tensor, gradient: Tensor, z: Tensor, m: Tensor) -> None:
+            gradient = gradient.to(dtype)
+            new = stacey_update(weight.to(dtype), gradient, z.to(dtype), m.to(dtype), settings)
+            store(gradient, (weight, new[0], bits.WEIGHT), (z, new[1], bits.Z), (m, new[2], bits.M))
+
+        return update
+
+
+def _one_of(optimizer: Stacey, group: dict[str, Any], setting: str, allowed: tuple[str, ...]) -> None:
+    names = ", ".join(f'"{name}"' for name in allowed)
+    require(optimizer, group[setting] in allowed, setting, group[setting], f"it must be one of {names}")

@@ -1,0 +1,173 @@
+"""Stochastic rounding: unbiased, spread like independent random bits, and the same wherever an element stands."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stacey_dist import LpDescent, Stacey
+from stacey_dist.optim.rounding import M, Z, gradient_hash, round_key, round_stochastic
+from tests.optim.helpers import make_problem, run
+
+
+def neighbours(value, dtype):
+    """The numbers of `dtype` at and around float32 `value`: (below in size, above in size)."""
+    drop = 16 if dtype == torch.bfloat16 else 13
+    bits = value.view(torch.int32) & -(1 << drop)
+    return bits.view(torch.float32), (bits + (1 << drop)).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0123456, -3.3333, 1.0000001, 1e-4, -2.5e-3])
+def test_unbiased_for_a_fixed_value_over_steps(dtype, value):
+    x = torch.full((1,), value)
+    g = gradient_hash(torch.full((1,), 0.25))
+    draws = torch.cat([round_stochastic(x, dtype, g, round_key(0, step, Z)) for step in range(20_000)])
+    below, above = neighbours(x, dtype)
+    assert ((draws.float() == below) | (draws.float() == above)).all()
+    chance = ((x - below) / (above - below)).item()
+    spread = math.sqrt(chance * (1 - chance) / len(draws))
+    share = (draws.float() == above).float().mean().item()
+    assert (
+        abs(share - chance) <= 4 * spread + 2**-13
+    )  # four standard errors, and the grain of the random bits
+
+
+@pytest.mark.parametrize("gradient", ["random", "zero"])
+def test_unbiased_over_elements_within_one_step(gradient):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1_000_000, generator=generator) * 0.02
+    g = torch.randn(1_000_000, generator=generator) if gradient == "random" else torch.zeros(1_000_000)
+    for tensor in (Z, M):
+        rounded = round_stochastic(x, torch.bfloat16, gradient_hash(g), round_key(3, 17, tensor)).float()
+        below, above = neighbours(x, torch.bfloat16)
+        error = ((rounded - x) / (above - below).abs()).double()
+        # The error of one element has variance f (1 - f), 1/6 on average over a uniform fraction f.
+        assert abs(error.mean().item()) <= 4 * math.sqrt(1 / 6 / len(x))
+        assert error.var().item() == pytest.approx(1 / 6, rel=0.01)
+
+
+def test_z_and_m_are_rounded_independently():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, generator=generator)
+    g = gradient_hash(torch.randn(200_000, generator=generator))
+    below, _ = neighbours(x, torch.bfloat16)
+    up = [
+        (round_stochastic(x, torch.bfloat16, g, round_key(*key)).float() != below).double()
+        for key in [(0, 1, Z), (0, 1, M), (0, 2, Z), (1, 1, Z)]
+    ]
+    fraction = (up[0].mean() + up[1].mean()) / 2
+    for a in range(4):
+        for b in range(a):
+            # Both follow the same fraction f, so P(both up) is the mean of f^2: 1/3 for a uniform f, not 1/2.
+            assert (up[a] * up[b]).mean().item() == pytest.approx(1 / 3, abs=0.01)
+            assert fraction.item() == pytest.approx(1 / 2, abs=0.01)
+
+
+def test_special_values():
+    x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -2.0])
+    # a NaN with all its bits set, which adding random bits would carry into a number
+    x = torch.cat([x, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])
+    for dtype in (torch.bfloat16, torch.float16):
+        for step in range(50):
+            rounded = round_stochastic(x, dtype, gradient_hash(torch.zeros(9)), round_key(0, step, Z))
+            assert rounded[[0, 1, 5, 6]].tolist() == [0.0, 0.0, 1.0, -2.0]
+            assert not rounded[[2, 3, 4, 7, 8]].isfinite().any()
+            assert rounded[[4, 7, 8]].isnan().all()
+
+
+def test_float16_grid_below_its_normal_range():
+    x = torch.linspace(-1e-4, 1e-4, 4001)
+    draws = [
+        round_stochastic(x, torch.float16, gradient_hash(x), round_key(0, step, Z)).double()
+        for step in range(400)
+    ]
+    error = torch.stack(draws).mean(0) - x.double()
+    spread = 2.0**-24 * 0.5 / math.sqrt(400)
+    assert error.abs().max().item() <= 5 * spread
+
+
+@pytest.mark.parametrize("variant", ["p2", "pp", "2p"])
+def test_bfloat16_z_follows_float32_z_where_rounding_to_nearest_does_not(variant):
+    size, steps = 4_000, 4_000
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(size, generator=generator) * 0.02
+    drift = torch.randn(size, generator=generator) * 1e-3
+    optimizers = {}
+    for name, dtype, rounding in [
+        ("exact", torch.float32, "nearest"),
+        ("stochastic", torch.bfloat16, "stochastic"),
+        ("nearest", torch.bfloat16, "nearest"),
+    ]:
+        param = torch.nn.Parameter(theta.clone())
+        settings = dict(lr=0.0001, p=2.8, variant=variant, alpha=1e-3, state_dtype=dtype, rounding=rounding)
+        if variant != "p2":
+            settings["alpha"] = 1e-6  # the mirror step magnifies alpha c by |z|^(2-p) / (p-1)
+        optimizers[name] = (param, Stacey([param], **settings))
+    for _ in range(steps):
+        g = drift + torch.randn(size, generator=generator) * 1e-2
+        for param, optimizer in optimizers.values():
+            param.grad = g
+            optimizer.step()
+    z = {name: optimizer.state[param]["z"].double() for name, (param, optimizer) in optimizers.items()}
+    movement = z["exact"] - theta.double()
+
+    def kept(name):
+        """The share of the true movement that z made: 1 if it follows without bias."""
+        return ((z[name] - theta.double()) @ movement / (movement @ movement)).item()
+
+    assert kept("stochastic") == pytest.approx(1.0, abs=0.02)
+    assert kept("nearest") < 0.5
+    error = z["stochastic"] - z["exact"]
+    assert abs(error.mean().item()) <= 4 * error.std().item() / math.sqrt(size)
+
+
+@st.composite
+def placements(draw):
+    size = draw(st.integers(1, 400))
+    cuts = sorted(draw(st.lists(st.integers(0, size), max_size=4)))
+    shape = draw(st.sampled_from(["flat", "column", "strided"]))
+    return size, cuts, shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    placement=placements(),
+    variant=st.sampled_from(["p2", "pp", "2p"]),
+    p=st.sampled_from([2.0, 2.8, 3.0, 16.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**40),
+)
+def test_an_element_gets_the_same_bits_in_any_tensor(placement, variant, p, dtype, seed):
+    size, cuts, shape = placement
+    theta, gradients = make_problem(size=size, steps=3, dtype=dtype, seed=seed % 7)
+    settings_ = dict(lr=0.01, p=p, variant=variant, weight_decay=0.1, seed=seed)
+    whole, whole_state = run(Stacey, theta, gradients, **settings_)
+    for start, stop in zip([0, *cuts], [*cuts, size], strict=True):
+        piece = theta[start:stop]
+        piece_gradients = gradients[:, start:stop]
+        if shape == "column":
+            piece, piece_gradients = piece[:, None], piece_gradients[:, :, None]
+        elif shape == "strided":
+            piece = torch.stack([piece, piece], 1)[:, 0]
+        part, part_state = run(Stacey, piece, piece_gradients, **settings_)
+        assert torch.equal(part.reshape(-1), whole[start:stop])
+        assert torch.equal(part_state["z"].reshape(-1), whole_state["z"][start:stop])
+        assert torch.equal(part_state["m"].reshape(-1), whole_state["m"][start:stop])
+
+
+@pytest.mark.parametrize("optimizer_class", [Stacey, LpDescent])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_need_no_master(optimizer_class, dtype):
+    # Each update is far below half a step of the weight's grid: rounded to nearest, nothing would ever move.
+    theta = (torch.rand(4096, generator=torch.Generator().manual_seed(0)) + 1.0).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    gradients = [(1.0 + 0.1 * torch.randn(4096, generator=generator)).to(dtype) for _ in range(200)]
+    lr = 1e-5
+    settings = dict(lr=lr, p=math.inf) | ({"tau": 0.0} if optimizer_class is Stacey else {})
+    param, _ = run(optimizer_class, theta, gradients, **settings)
+    assert param.dtype == dtype
+    moved = (theta.double() - param.double()).mean().item()
+    assert moved == pytest.approx(200 * lr, rel=0.1)

@@ -1,0 +1,408 @@
+"""The optimizers behave as torch.optim's own do: closures, schedulers, state dicts, DTensors, compiled models."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import lr_scheduler
+
+from stacey_dist import LpDescent, Stacey
+from tests.optim.helpers import make_problem, run
+
+BOTH = pytest.mark.parametrize("optimizer_class", [Stacey, LpDescent])
+
+
+def make_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3)).to(dtype)
+
+
+def train(model, optimizer, steps, seed=0, scheduler=None):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        x = torch.randn(5, 7, generator=generator).to(dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def assert_equal_runs(a, b):
+    (model_a, optimizer_a), (model_b, optimizer_b) = a, b
+    for p, q in zip(model_a.parameters(), model_b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert optimizer_a.state[p].keys() == optimizer_b.state[q].keys()
+        for name, value in optimizer_a.state[p].items():
+            assert value.dtype == optimizer_b.state[q][name].dtype, name
+            assert torch.equal(value, optimizer_b.state[q][name]), name
+
+
+@BOTH
+def test_closure(optimizer_class):
+    model = make_model()
+    optimizer = optimizer_class(model.parameters(), lr=0.01)
+    x = torch.ones(2, 7)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_settings_differ_by_group():
+    theta, gradients = make_problem(size=31, steps=4)
+    settings = [
+        dict(lr=0.1, p=2, weight_decay=0.5),
+        dict(
+            lr=0.01, p=8, variant="pp", state_dtype=torch.float32, rounding="nearest", z_init="zeros", seed=5
+        ),
+    ]
+    params = [torch.nn.Parameter(theta.clone()) for _ in settings]
+    optimizer = Stacey([{"params": [p], **s} for p, s in zip(params, settings, strict=True)], tau=0.1)
+    for g in gradients:
+        for p in params:
+            p.grad = g.clone()
+        optimizer.step()
+    for p, s in zip(params, settings, strict=True):
+        expected, state = run(Stacey, theta, gradients, tau=0.1, **s)
+        assert torch.equal(p, expected)
+        assert torch.equal(optimizer.state[p]["z"], state["z"])
+
+
+def test_add_param_group_in_the_middle_and_parameters_without_gradients():
+    theta, gradients = make_problem(size=31, steps=6)
+    first, second, frozen = (torch.nn.Parameter(theta.clone()) for _ in range(3))
+    optimizer = Stacey([first, frozen])
+    for index, g in enumerate(gradients):
+        if index == 3:
+            optimizer.add_param_group({"params": [second], "p": 4})
+        first.grad, second.grad = g.clone(), g.clone()
+        optimizer.step()
+    assert torch.equal(frozen, theta)
+    assert frozen not in optimizer.state
+    assert optimizer.state[first]["step"] == 6
+    assert optimizer.state[second]["step"] == 3
+    assert torch.equal(second, run(Stacey, theta, gradients[3:], p=4)[0])
+
+
+@BOTH
+def test_a_refused_group_leaves_the_optimizer_as_it_was(optimizer_class):
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=r"p=1\.0"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "p": 1})
+    assert len(optimizer.param_groups) == 1
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda s: 0.9**s),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda s: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "ConstantLR": lr_scheduler.ConstantLR,
+    "LinearLR": lr_scheduler.LinearLR,
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "PolynomialLR": lr_scheduler.PolynomialLR,
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, cycle_momentum=False),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20, cycle_momentum=False),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]),
+}
+
+
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_drives_it(name, lr):
+    theta, gradients = make_problem(size=31, steps=7)
+    param = torch.nn.Parameter(theta.clone())
+    optimizer = Stacey([param], lr=copy.deepcopy(lr))
+    scheduler = SCHEDULERS[name](optimizer)
+    lrs = []
+    for g in gradients:
+        lrs.append(float(optimizer.param_groups[0]["lr"]))
+        param.grad = g.clone()
+        optimizer.step()
+        scheduler.step()
+    assert len(set(lrs)) > 1
+    assert torch.equal(param, run(Stacey, theta, gradients, lrs)[0])
+
+
+def test_reduce_lr_on_plateau():
+    model = make_model()
+    optimizer = Stacey(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_tensor_lr_gives_the_same_bits_as_the_number():
+    theta, gradients = make_problem(size=501, steps=5)
+    settings = dict(weight_decay=0.3, p=2.8)
+    number, _ = run(Stacey, theta, gradients, lr=0.0123, **settings)
+    tensor, _ = run(Stacey, theta, gradients, lr=torch.tensor(0.0123), **settings)
+    assert torch.equal(number, tensor)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_keeps_dtypes_and_the_trajectory(param_dtype, state_dtype):
+    model = make_model(param_dtype)
+    optimizer = Stacey(model.parameters(), state_dtype=state_dtype, weight_decay=0.1)
+    train(model, optimizer, 5)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = make_model(param_dtype, seed=1)
+    # The new optimizer was even made with another state_dtype: the saved group's settings win, as in torch.
+    other_optimizer = Stacey(other.parameters(), lr=1.0, state_dtype=torch.float64)
+    other.load_state_dict(saved["model"])
+    other_optimizer.load_state_dict(saved["optimizer"])
+    assert all(s[k].dtype == state_dtype for s in other_optimizer.state.values() for k in ("z", "m"))
+    assert all(s["step"].dtype == torch.float32 for s in other_optimizer.state.values())
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+    train(model, optimizer, 5, seed=1)
+    train(other, other_optimizer, 5, seed=1)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+
+
+def test_state_that_an_engine_widened_comes_back_narrow():
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["z"], state["m"], state["step"] = state["z"].float(), state["m"].float(), int(state["step"])
+    other = copy.deepcopy(model)
+    other_optimizer = Stacey(other.parameters())
+    other_optimizer.load_state_dict(saved)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+
+
+def test_load_state_dict_hooks_see_the_right_dtypes():
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    train(model, optimizer, 1)
+    seen = []
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.extend(s["z"].dtype for s in o.state.values())
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.bfloat16] * 4
+
+
+@BOTH
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_deepcopy_and_pickle(optimizer_class, how):
+    model = make_model()
+    optimizer = optimizer_class(model.parameters())
+    train(model, optimizer, 3)
+    other, other_optimizer = how((model, optimizer))
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 3, seed=1)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+
+
+@BOTH
+def test_step_hooks(optimizer_class):
+    model = make_model()
+    optimizer = optimizer_class(model.parameters())
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, 2)
+    assert calls == ["before", "after"] * 2
+
+
+def test_a_compiled_model_trains():
+    model = make_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = Stacey(compiled.parameters())
+    plain = make_model()
+    plain_optimizer = Stacey(plain.parameters())
+    train(compiled, optimizer, 5)
+    train(plain, plain_optimizer, 5)
+    for p, q in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a compiled backward may sum in another order
+    assert all(s["z"].dtype == torch.bfloat16 for s in optimizer.state.values())
+
+
+def test_gradient_scaler_skips_and_steps():
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(model(torch.full((1, 7), float("inf"))).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    optimizer.zero_grad()
+    scaler.scale(model(torch.ones(1, 7)).sum()).backward()
+    scaler.step(optimizer)
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("variant", "z_init"), [("p2", "params"), ("p2", "zeros"), ("pp", "params"), ("2p", "zeros")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taking_a_fresh_state_dict_changes_nothing(optimizer_class, variant, z_init, dtype):
+    # torch makes an optimizer without state take a step with zero gradients and lr 0.
+    settings = dict(variant=variant, z_init=z_init) if optimizer_class is Stacey else {}
+    make = lambda model: optimizer_class(model.parameters(), weight_decay=0.1, **settings)  # noqa: E731
+    model, untouched = make_model(dtype), make_model(dtype)
+    optimizer, untouched_optimizer = make(model), make(untouched)
+    taken = get_optimizer_state_dict(model, optimizer)
+    assert len(taken["state"]) == 4
+    for p, q in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for pair in ((model, optimizer), (untouched, untouched_optimizer)):
+        train(*pair, 4)
+    assert_equal_runs((model, optimizer), (untouched, untouched_optimizer))
+
+
+def test_distributed_state_dict_round_trip():
+    model = make_model()
+    optimizer = Stacey(model.parameters(), weight_decay=0.1)
+    train(model, optimizer, 4)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = copy.deepcopy(model)
+    other_optimizer = Stacey(other.parameters(), weight_decay=0.1)
+    set_optimizer_state_dict(other, other_optimizer, saved)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 4, seed=1)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+
+
+def test_warm_up_from_zero_keeps_the_first_gradient():
+    # The first lr of many schedules is 0. Elements with a gradient take the whole step: m, z and the coupling.
+    theta, gradients = make_problem(size=50, steps=3)
+    result, state = run(Stacey, theta, gradients, [0.0, 0.01, 0.01], state_dtype=torch.float32)
+    expected_m = torch.zeros(50)
+    for g in gradients:
+        expected_m = expected_m + 0.01 * (g - expected_m)
+    torch.testing.assert_close(state["m"], expected_m, rtol=1e-6, atol=1e-8)
+    assert state["step"] == 2  # updates are counted from the first learning rate above zero
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A device mesh of this one process."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@BOTH
+def test_dtensor_parameters(optimizer_class, mesh):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    plain, sharded = make_model(), make_model()
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer, mesh=mesh)
+    plain_optimizer, optimizer = optimizer_class(plain.parameters()), optimizer_class(sharded.parameters())
+    get_optimizer_state_dict(sharded, optimizer)
+    train(plain, plain_optimizer, 4)
+    train(sharded, optimizer, 4)
+    for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert isinstance(q, DTensor)
+        assert torch.equal(p, q.full_tensor())
+        for name in optimizer.state_names:
+            value = optimizer.state[q][name]
+            assert isinstance(value, DTensor)
+            assert value.placements == q.placements
+            assert torch.equal(value.full_tensor(), plain_optimizer.state[p][name])
+
+
+@BOTH
+def test_refused_gradients_and_parameters(optimizer_class):
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = optimizer_class(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"layout torch.sparse_coo is not supported; use dense gradients"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="dtype torch.complex64 is not supported"):
+        optimizer_class([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t,
+        lambda t: t.t().contiguous().t(),
+        lambda t: t.view(8, 32, 64, -1).contiguous(memory_format=torch.channels_last),
+    ],
+    ids=["contiguous", "transposed", "channels_last"],
+)
+def test_chunks_and_memory_layout_change_nothing(make, monkeypatch):
+    monkeypatch.setattr("stacey_dist.optim.base.CPU_CHUNK", 1000)
+    theta = make(torch.randn(256, 640, generator=torch.Generator().manual_seed(0)))
+    g = torch.randn_like(theta)
+    result, state = run(Stacey, theta, [g, -g / 2])
+    flat, flat_state = run(Stacey, theta.reshape(-1), [g.reshape(-1), -g.reshape(-1) / 2])
+    assert torch.equal(result.reshape(-1), flat)
+    assert torch.equal(state["z"].reshape(-1), flat_state["z"])
+    assert state["z"].stride() == theta.stride()
+
+
+@pytest.mark.parametrize("variant", ["p2", "pp"])
+def test_extra_memory_of_a_step_does_not_grow_with_the_parameter(variant):
+    def peak(elements):
+        param = torch.nn.Parameter(torch.ones(elements))
+        optimizer = Stacey([param], variant=variant)
+        param.grad = torch.ones(elements)
+        optimizer.step()  # makes the state
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step()
+        held = highest = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                highest = max(highest, held)
+        return highest
+
+    small, large = peak(2 << 19), peak(16 << 19)
+    assert small > 0
+    assert large <= small * 1.01
+
+
+def test_empty_and_scalar_parameters():
+    empty, scalar = torch.nn.Parameter(torch.empty(0, 5)), torch.nn.Parameter(torch.tensor(0.5))
+    optimizer = Stacey([empty, scalar])
+    for _ in range(3):
+        F.mse_loss(scalar + empty.sum(), torch.tensor(0.0)).backward()
+        optimizer.step()
+    assert optimizer.state[empty]["step"] == 3
+    assert optimizer.state[empty]["z"].shape == (0, 5)
+    assert scalar.item() < 0.5
+
+
+def test_import_needs_torch_only():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; before = set(sys.modules); import stacey_dist; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(new))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(eval(result.stdout)) <= {"stacey_dist"} | set(sys.stdlib_module_names)
