@@ -1,0 +1,14 @@
+"""Checkpoints: complete or invisible, verified before they are believed, never a pickle."""
+
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, verify
+from stacey_dist.checkpoint.read import load_checkpoint
+from stacey_dist.checkpoint.write import keep_newest, save_checkpoint
+
+__all__ = [
+    "DamagedCheckpointError",
+    "find_checkpoints",
+    "keep_newest",
+    "load_checkpoint",
+    "save_checkpoint",
+    "verify",
+]

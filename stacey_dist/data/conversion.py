@@ -1,0 +1,174 @@
+"""A sentencepiece model as a native tokenizer of the ``tokenizers`` library, and the check that both give the
+same ids.
+
+Only the exact translation is of use: training reads the ids that one of them gives, and later users of the
+trained model encode with the other. Models with features that ``tokenizers`` cannot express are refused, and
+what the translation does not foresee, the check finds.
+"""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+TRICKY_TEXTS: tuple[str, ...] = (
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\t",
+    "a",
+    " a",
+    "a ",
+    "  two leading, two trailing  ",
+    "runs  of   spaces    and\ttabs\t\there",
+    "    def f(x):\n        return x  # four, eight\n\n\n",
+    "line\r\nline\rline\x0b\x0c\x1c\x85\u2028\u2029line",
+    "\x00\x01\x7f nul and control",
+    "--------====================aaaaaaaaaaaaaaaaaaaaaaaaa.............",
+    "aa aaa aaaa aaaaa abab ababab ababababab hahahahaha",
+    "0 1 12 123 1234567890 3.14159 1,000,000 0x1F",
+    "naïve café e\u0301 n\u0303 Å A\u030a \u0301 leading mark ﬁ ﬂ ½ ² ™ …",
+    "Ὀδυσσεύς Привет, мир! שָׁלוֹם عربي हिन्दी ไทย 한국어 \u1112\u1161\u11ab",
+    "日本語の文章。中文，全角 ＡＢＣ　１２３ ｶﾞ カ\u3099",
+    "😀 👩‍👩‍👧‍👦 🇫🇷 👍🏽 ☃️ \U0001f9ff 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠀋",
+    "zero\u200bwidth\u200cjoin\u200der \u00a0nbsp \u00ad\ufeff bom \ufffd \u3000wide",
+    "\ue000\uf8ff\U000f0000 private use, unassigned \u0378",
+    "▁ ▁▁ lower ▁one▁ eighth▁",
+    "<s> </s> <unk> <pad> <0x0A> <0x41> <|endoftext|> [UNK] <mask> a</s>b",
+    "http://example.com/?q=%20&x=1#y ~/.bashrc C:\\dir `x` \"q\" 'q' “q” ‘q’ — –",
+)
+"""Texts on which tokenizers are known to disagree."""
+
+
+class Inconvertible(Exception):
+    """The model has a feature that the ``tokenizers`` library cannot express; the message says which."""
+
+
+def convert(model: bytes) -> Any:
+    """Return a ``tokenizers.Tokenizer`` for a serialized sentencepiece model, with the same ids for pieces.
+
+    Text is never recognised as a control symbol, as in sentencepiece.
+
+    Raises:
+        Inconvertible: the model is neither BPE nor unigram, or has a feature with no counterpart.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    _refuse(proto)
+    build = _bpe if proto.trainer_spec.model_type == proto.trainer_spec.BPE else _unigram
+    tokenizer = Tokenizer(build(proto))
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    tokenizer.decoder = _decoder(proto)
+    kinds = proto.SentencePiece
+    special = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    user_defined = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def first_difference(tokenizer: Any, processor: Any, texts: Iterable[str]) -> str | None:
+    """Return the first text that a ``tokenizers.Tokenizer`` and a ``SentencePieceProcessor`` encode
+    differently.
+
+    To ``texts`` are added :data:`TRICKY_TEXTS`, all of the model's pieces in a random but fixed order, and
+    the model's user-defined symbols between other text. None where all ids are equal.
+    """
+    pieces = [processor.id_to_piece(i) for i in range(len(processor))]
+    symbols = [
+        piece
+        for i, piece in enumerate(pieces)
+        if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))
+        and processor.encode(piece) == [i]
+    ][:64]
+    shuffled = random.Random(0).sample(pieces, len(pieces))
+    samples = [*TRICKY_TEXTS, "".join(shuffled).replace("▁", " "), " ".join(shuffled).replace("▁", " ")]
+    samples += [text for s in symbols for text in (s, f"a {s} b", f"a{s}{s}b", f" {s} ")]
+    samples += texts
+    expected = processor.encode(samples)
+    found = tokenizer.encode_batch_fast(samples, add_special_tokens=False)
+    return next((text for text, a, b in zip(samples, expected, found, strict=True) if a != b.ids), None)
+
+
+def _refuse(proto: Any) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    reasons = {
+        "its type is neither BPE nor unigram": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
+        "it puts the space after a word": trainer.treat_whitespace_as_suffix,
+        "it does not mark spaces": not normalizer.escape_whitespaces,
+        "it has unused pieces": any(piece.type == proto.SentencePiece.UNUSED for piece in proto.pieces),
+        "it normalizes decoded text": bool(proto.denormalizer_spec.precompiled_charsmap),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise Inconvertible(reason)
+
+
+def _bpe(proto: Any) -> Any:
+    from tokenizers import models
+
+    scores = {p.piece: p.score for p in proto.pieces if p.type == proto.SentencePiece.NORMAL}
+    # Sentencepiece joins any two neighbours that make a piece, the best score first: every way to split a
+    # piece is a merge, in the order of scores.
+    merges = [
+        (-score, at, piece[:at], piece[at:])
+        for piece, score in scores.items()
+        for at in range(1, len(piece))
+        if piece[:at] in scores and piece[at:] in scores
+    ]
+    merges.sort(key=lambda merge: merge[:2])
+    return models.BPE(
+        {piece.piece: i for i, piece in enumerate(proto.pieces)},
+        [(left, right) for _, _, left, right in merges],
+        unk_token=proto.trainer_spec.unk_piece,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
+def _unigram(proto: Any) -> Any:
+    from tokenizers import models
+
+    normal = [p.score for p in proto.pieces if p.type == proto.SentencePiece.NORMAL]
+    longest = max(len(piece.piece) for piece in proto.pieces)
+    # Text that spells a control or byte piece must cost more as that piece than character by character,
+    # unknown characters included: sentencepiece never takes it.
+    never = (min(normal, default=0.0) - 10.0) * (longest + 1)
+    return models.Unigram(
+        [(p.piece, p.score if p.type == proto.SentencePiece.NORMAL else never) for p in proto.pieces],
+        unk_id=proto.trainer_spec.unk_id,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
+def _normalizer(spec: Any) -> Any:
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    if spec.remove_extra_whitespaces:
+        # After spaces were marked: a mark that the text itself ends with goes too.
+        steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))
+    return normalizers.Sequence(steps)
+
+
+def _decoder(proto: Any) -> Any:
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace("▁", " ")]
+    if proto.trainer_spec.byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)

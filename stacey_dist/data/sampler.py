@@ -1,0 +1,88 @@
+"""A global shuffle that is a function: the sample at any position, without state or a stored permutation."""
+
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stacey_dist.errors import SettingsError
+
+_ROUNDS = 8
+_LARGEST = 2**40
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class GlobalSampler:
+    """An endless order of samples, every epoch another permutation of them all.
+
+    The sample at global position k is a pure function of (seed, k): epoch ``k // size`` has its own
+    permutation, taken at ``k % size``. A resumed run, on any number of ranks, needs k alone.
+
+    The permutation is a keyed Feistel network on the smallest power of two that holds ``size``, walked along
+    its cycles until it falls below ``size``: exact for every size, and no two positions of an epoch can meet.
+
+    Args:
+        size: number of samples, from 1 to 2**40.
+        seed: any integer; its lowest 64 bits count.
+
+    Raises:
+        SettingsError: size is out of range.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if not 1 <= size <= _LARGEST:
+            raise SettingsError(f"a sampler needs from 1 to 2**40 samples, got {size}")
+        self.size = size
+        self.seed = seed
+        bits = (size - 1).bit_length()
+        # Unequal halves for an odd number of bits, so that the domain is below twice the size.
+        self._low_bits = np.uint64((bits + 1) // 2)
+        self._low_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
+        self._high_mask = np.uint64((1 << (bits // 2)) - 1)
+
+    @overload
+    def sample(self, k: int) -> int: ...
+    @overload
+    def sample(self, k: NDArray[np.integer]) -> NDArray[np.int64]: ...
+
+    def sample(self, k: int | NDArray[np.integer]) -> int | NDArray[np.int64]:
+        """Return the sample at global position k, or the samples at an array of positions (int64, of its
+        shape).
+
+        Raises:
+            ValueError: a position is negative.
+        """
+        positions = np.asarray(k)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"a sampler's positions start at 0, got {positions.min()}")
+        # One dimension at least: numpy warns of wraparound in scalars, and here it is wanted.
+        flat = positions.astype(np.uint64).reshape(-1)
+        size = np.uint64(self.size)
+        keys = _mix(flat // size + _mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+        samples = self._permute(flat % size, keys)
+        while (outside := np.flatnonzero(samples >= size)).size:
+            samples[outside] = self._permute(samples[outside], keys[outside])
+        result = samples.astype(np.int64).reshape(positions.shape)
+        return int(result) if isinstance(k, int) else result
+
+    def step_samples(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
+        """Return the samples of one update: positions [step * B, (step + 1) * B), int64 of length B."""
+        start = step * global_batch_size
+        return self.sample(np.arange(start, start + global_batch_size, dtype=np.int64))
+
+    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Apply each value's keyed permutation of the power of two, once."""
+        high, low = values >> self._low_bits, values & self._low_mask
+        for number in range(0, _ROUNDS, 2):
+            # Each half in turn is changed by a function of the other: undone by the same steps backwards.
+            high = (high ^ _mix(_mix(keys + np.uint64(number)) + low)) & self._high_mask
+            low = (low ^ _mix(_mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+        return (high << self._low_bits) | low
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash 64-bit integers: a golden-ratio step, so that 0 is not fixed, and murmur3's finalizer."""
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))

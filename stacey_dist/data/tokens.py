@@ -1,0 +1,136 @@
+"""Windows of a fixed length over prepared tokens, for next-token prediction."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stacey_dist.data.parts import FORMAT_VERSION, INDEX
+from stacey_dist.errors import SettingsError
+
+IGNORED_LABEL = -100
+"""The label of padding, which torch's cross entropy leaves out."""
+
+
+class TokenStream:
+    """The tokens of one split as one memory-mapped stream of N tokens, cut into windows.
+
+    Window i predicts tokens ``[i * L + 1, i * L + L]`` from tokens ``[i * L, i * L + L - 1]``, where L is the
+    sequence length. So each token but the first is predicted exactly once, whatever parts and documents it
+    lies in. There are ``ceil((N - 1) / L)`` windows, the length of this object; the last may be partly
+    padding.
+
+    It can be pickled, for loader processes, which map the files anew.
+
+    Args:
+        directory: what :func:`~stacey_dist.data.prepare.prepare` returned.
+        split: ``train`` or ``validation``.
+        sequence_length: L, at least 1.
+
+    Raises:
+        SettingsError: the directory is not a complete one, a part is missing or has another size than
+            recorded, the split has fewer than two tokens, or sequence_length is below 1.
+    """
+
+    def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
+        if sequence_length < 1:
+            raise SettingsError(f"sequence_length must be at least 1, got {sequence_length}")
+        self.directory = Path(directory)
+        self.split = split
+        self.sequence_length = sequence_length
+        index = _read_index(self.directory)
+        if split not in index["splits"]:
+            raise SettingsError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
+        parts = index["splits"][split]["parts"]
+        dtype = np.dtype(index["dtype"])
+        self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
+        self._starts = np.cumsum([0] + [part["tokens"] for part in parts])
+        self.vocab_size: int = index["vocab_size"]
+        self.end_token_id: int = index["end_token_id"]
+        self.tokens: int = int(self._starts[-1])
+        if self.tokens < 2:
+            raise SettingsError(
+                f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2"
+            )
+
+    @property
+    def total_labels(self) -> int:
+        """Number of predicted tokens in all windows: N - 1."""
+        return self.tokens - 1
+
+    def __len__(self) -> int:
+        return -(-self.total_labels // self.sequence_length)
+
+    def label_count(self, i: int) -> int:
+        """Return how many labels of window i are not padding, without reading it.
+
+        Raises:
+            IndexError: i is not in [0, len(self)).
+        """
+        self._check(i)
+        return min(self.sequence_length, self.total_labels - i * self.sequence_length)
+
+    def window(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (inputs, labels) of window i, each int64 of length L.
+
+        ``labels[j]`` is the token after ``inputs[j]``. Padding is the end token in inputs and -100 in labels.
+
+        Raises:
+            IndexError: i is not in [0, len(self)).
+        """
+        count = self.label_count(i)
+        start = i * self.sequence_length
+        tokens = self._read(start, start + count + 1)
+        if count == self.sequence_length:
+            return tokens[:-1].copy(), tokens[1:].copy()
+        inputs = np.full(self.sequence_length, self.end_token_id, dtype=np.int64)
+        labels = np.full(self.sequence_length, IGNORED_LABEL, dtype=np.int64)
+        inputs[:count], labels[:count] = tokens[:-1], tokens[1:]
+        return inputs, labels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling a memory map would copy its content.
+        return TokenStream, (self.directory, self.split, self.sequence_length)
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+
+    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return tokens [start, stop) as int64, from as many parts as they lie in."""
+        result = np.empty(stop - start, dtype=np.int64)
+        part = int(np.searchsorted(self._starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            end = min(stop, int(self._starts[part + 1]))
+            offset = int(self._starts[part])
+            result[at - start : end - start] = self._parts[part][at - offset : end - offset]
+            at, part = end, part + 1
+        return result
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
+    except ValueError as error:
+        raise SettingsError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
+    if index.get("format") != FORMAT_VERSION:
+        raise SettingsError(
+            f"{directory} has format {index.get('format')} and this version reads {FORMAT_VERSION}: "
+            "delete the directory"
+        )
+    return index
+
+
+def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    size = path.stat().st_size if path.exists() else 0
+    if size != tokens * dtype.itemsize:
+        raise SettingsError(
+            f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
+            f"it was truncated or altered; delete {path.parent} to have it prepared again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,149 @@
+"""A configuration from YAML files and command-line options.
+
+jsonargparse does the parsing, the types and `--help`; this adds the nearest right name for a mistyped one.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_origin
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from stacey_dist.errors import SettingsError
+
+Config = TypeVar("Config")
+
+
+def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """The configuration of `arguments` (default: the command line): defaults, then --config files, then options.
+
+    Prints the help and exits for --help; prints the error and exits with status 2 for a bad option, an unknown
+    name (with the nearest right one) or a value of the wrong type.
+    """
+    arguments = list(_as_yaml(config_class, sys.argv[1:] if arguments is None else arguments))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
+        description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
+        "as an option (--section.name value); later ones win.",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings.")
+    parser.add_class_arguments(config_class, as_group=False)
+    known = ["config", *(name for name, _ in _fields(config_class))]
+    try:
+        _check_options(arguments, known)
+        _check_files(arguments, known)
+    except SettingsError as error:
+        parser.error(str(error))
+    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
+    plain: dict[str, Any] = yaml.safe_load(
+        yaml.safe_dump(dataclasses.asdict(config), default_flow_style=None) or ""
+    )
+    return plain
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one message without the usage, which is pages long, and exit with status 2."""
+        lines = [line for line in message.splitlines() if line.strip()]
+        print(f"{self.prog}: error: " + "\n".join(lines), file=sys.stderr)
+        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _as_yaml(config_class: Any, arguments: Sequence[str]) -> Iterator[str]:
+    """Options as a person types them, `--data.files a.txt` or `--optimizer.p inf`, with values as YAML wants them."""
+    lists = {f"--{name}" for name, kind in _fields(config_class) if get_origin(kind) is list}
+    tuples = {f"--{name}" for name, kind in _fields(config_class) if get_origin(kind) is tuple}
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+        else:
+            option, equals, value = option, "", argument
+        if value == "inf":
+            value = ".inf"
+        elif option in lists and value and not value.startswith("["):
+            value = json.dumps(value.split(","))
+        elif option in tuples and value and not value.startswith("["):
+            value = f"[{value}]"
+        if not argument.startswith("--"):
+            yield value
+        else:
+            yield option + equals + value
+
+
+def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's full name and type."""
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field.type
+
+
+def _check_options(arguments: Sequence[str], known: list[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("--") and argument not in ("--help", "--print_config"):
+            name = argument[2:].split("=")[0].removesuffix("+")
+            if not name.startswith("print_config") and name not in known:
+                raise SettingsError(f"unknown option --{name}{_nearest(name, known, '--')}")
+
+
+def _check_files(arguments: Sequence[str], known: list[str]) -> None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            path = Path(arguments[index + 1])
+        elif argument.startswith("--config="):
+            path = Path(argument.removeprefix("--config="))
+        else:
+            continue
+        try:
+            settings = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--config {path}: cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--config {path}: is not valid YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise SettingsError(f"--config {path}: it must hold settings, as in 'train: {{max_steps: 100}}'")
+        sections = {name.split(".")[0] for name in known if "." in name}
+        for section in sections & settings.keys():
+            if not isinstance(settings[section], dict):
+                raise SettingsError(
+                    f"--config {path}: {section} must hold settings, not {settings[section]!r}"
+                )
+        for name, value in flatten(settings).items():
+            if value == "inf":
+                raise SettingsError(f"--config {path}: {name}: YAML writes infinity as .inf")
+            if name not in known:
+                raise SettingsError(f"--config {path}: unknown setting {name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # A right name in the wrong section, or without one, is nearer than one that is spelled alike.
+    same_end = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+    best = (same_end or close)[:1]
+    return f"; did you mean {prefix}{best[0]}?" if best else ""

@@ -1,0 +1,248 @@
+"""Language-model pretraining as a task of the training loop: data, model, loss, evaluation, export."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stacey_dist.data.prepare import prepare
+from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
+from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
+from stacey_dist.data.tokens import TokenStream
+from stacey_dist.training.config import DataConfig, LLMConfig
+from stacey_dist.training.run import Run
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A run's tokenized data, the same on every process, and on the main process its tokenizer."""
+
+    train: TokenStream
+    validation: TokenStream
+    vocab_size: int
+    end_token_id: int
+    tokenizer: Tokenizer | None
+
+
+def prepare_data(run: Run) -> TextData:
+    """Tokenize the configured text, or find it in the cache, and open it.
+
+    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
+    """
+    data = run.config.data
+    cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
+    tokenizers: list[Tokenizer] = []
+
+    def work() -> tuple[Path, int, int]:
+        source = _source(data)
+        tokenizers.append(tokenizer := _tokenizer(run.config, source, cache))
+        directory = prepare(
+            source, tokenizer, cache, max_tokens=data.max_tokens, validation_every=data.validation_every
+        )
+        return directory, tokenizer.vocab_size, tokenizer.end_token_id
+
+    directory, vocab_size, end_token_id = run.on_main(work)
+    train, validation = (
+        TokenStream(directory, split, data.sequence_length) for split in ("train", "validation")
+    )
+    run.say(
+        f"data: {train.total_labels:,} training and {validation.total_labels:,} held-out tokens, "
+        f"vocabulary {vocab_size:,}"
+    )
+    return TextData(train, validation, vocab_size, end_token_id, tokenizers[0] if tokenizers else None)
+
+
+def _source(data: DataConfig) -> Source:
+    if data.files:
+        return files_source(data.files, data.validation_files, data.text_column)
+    if data.dataset:
+        return hub_source(
+            data.dataset,
+            data.dataset_config,
+            data.dataset_split,
+            data.dataset_validation_split,
+            data.text_column,
+            data.streaming,
+        )
+    return embedded_source()
+
+
+def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
+    if config.tokenizer.name:
+        return load_pretrained(config.tokenizer.name)
+    if config.tokenizer.file:
+        return load_sentencepiece(config.tokenizer.file)
+    # Trained once for this data and size, then found again.
+    identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
+    directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if (directory / "complete").exists():
+        return load_sentencepiece(directory / "tokenizer.model")
+    print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
+    texts = (document.text for document in source.documents())
+    tokenizer = train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
+    (directory / "complete").touch()
+    return tokenizer
+
+
+def build_model(run: Run, data: TextData) -> LlamaForCausalLM:
+    """The LLaMA of the configuration, with the same initial weights on every process."""
+    model = run.config.model
+    torch.manual_seed(run.config.seed)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=data.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+            max_position_embeddings=model.max_position_embeddings or run.config.data.sequence_length,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            initializer_range=model.initializer_range,
+            tie_word_embeddings=model.tie_word_embeddings,
+            bos_token_id=data.end_token_id,
+            eos_token_id=data.end_token_id,
+            use_cache=False,
+        )
+    ).to(getattr(torch, model.dtype))
+    if run.config.train.gradient_checkpointing:
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.config.train.compile:
+        llama.compile()
+    count = sum(p.numel() for p in llama.parameters())
+    run.say(
+        f"model: LLaMA with {count:,} parameters; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}"
+    )
+    return llama
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Windows of tokens, int64 of shape (sequences, sequence_length), and what divides their summed loss."""
+
+    inputs: Tensor
+    labels: Tensor
+    update_labels: int
+
+
+class LanguageModeling:
+    """Next-token prediction over packed windows: the `Task` of `train_llm.py`."""
+
+    unit = "tokens"
+
+    def __init__(self, run: Run, data: TextData, model: LlamaForCausalLM) -> None:
+        self.run, self.data = run, data
+        self.batch_size = run.config.train.global_batch_size
+        self.sampler = GlobalSampler(len(data.train), run.config.seed)
+        # 6 a weight for forward and backward, without the input embedding, which is a look-up; and attention:
+        # 12 * layers * width * context, for scores and weighted sums.
+        shape = run.config.model
+        weights = sum(p.numel() for p in model.parameters())
+        if not shape.tie_word_embeddings:
+            weights -= model.get_input_embeddings().weight.numel()
+        context = run.config.data.sequence_length
+        self.flops_per_unit = 6.0 * weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * context
+
+    def samples(self, step: int) -> Sequence[int]:
+        """The windows that all processes together train on in update `step`, in order."""
+        return [int(i) for i in self.sampler.step_samples(step, self.batch_size)]
+
+    def units(self, step: int) -> int:
+        """Tokens predicted in update `step`: fewer than batch x length where the last, partial window is in it."""
+        return sum(self.data.train.label_count(i) for i in self.samples(step))
+
+    def micro_batches(self, step: int) -> list[TokenBatch]:
+        """This process's share of the update's windows, in order."""
+        labels = self.units(step)
+        share = self.run.process_batch_size
+        first = self.run.accelerator.process_index * share
+        mine = self.samples(step)[first : first + share]
+        size = self.run.micro_batch_size
+        return [self._batch(self.data.train, mine[i : i + size], labels) for i in range(0, len(mine), size)]
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """The micro-batch's summed cross-entropy over the number of tokens in the whole update."""
+        return self._summed_loss(model, batch) / batch.update_labels
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss in nats per token and perplexity over every held-out token, each predicted once."""
+        accelerator, stream, size = self.run.accelerator, self.data.validation, self.run.micro_batch_size
+        mine = range(accelerator.process_index, len(stream), accelerator.num_processes)
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        # As many forward passes on every process: sharded engines gather weights in each of them.
+        longest = math.ceil(len(stream) / accelerator.num_processes)
+        for start in range(0, longest, size):
+            batch = self._batch(stream, mine[start : start + size] or [None], 1)
+            total += self._summed_loss(model, batch)
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        loss = float(total) / stream.total_labels
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+    def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        logits = model(input_ids=batch.inputs).logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+
+    def _batch(self, stream: TokenStream, windows: Sequence[int | None], update_labels: int) -> TokenBatch:
+        """The windows as tensors on the device; None stands for a window without labels."""
+        length = self.run.config.data.sequence_length
+        empty = (np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64))
+        pairs = [empty if i is None else stream.window(i) for i in windows]
+        inputs, labels = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
+        device = self.run.accelerator.device
+        return TokenBatch(
+            inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels
+        )
+
+
+def export(run: Run, model: LlamaForCausalLM, data: TextData) -> Path:
+    """Write the model and its tokenizer as `transformers` loads them; returns the directory."""
+    directory = run.directory / "model"
+
+    def work() -> None:
+        assert data.tokenizer is not None
+        unwrapped = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        unwrapped.config.use_cache = True
+        unwrapped.save_pretrained(directory)
+        data.tokenizer.save(directory)
+
+    run.on_main(work)
+    return directory
+
+
+def sample(run: Run, model: LlamaForCausalLM, data: TextData) -> str:
+    """A held-out beginning and how the trained model continues it, as text; empty except on the main process."""
+    if data.tokenizer is None:
+        return ""
+    length = run.config.data.sequence_length
+    prompt_length, new_tokens = length // 4, length // 2
+    inputs, _ = data.validation.window(0)
+    prompt = torch.from_numpy(inputs[:prompt_length])[None].to(run.accelerator.device)
+    torch.manual_seed(run.config.seed)
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            pad_token_id=data.end_token_id,
+            use_cache=True,
+        )[0].tolist()
+    beginning, continuation = output[:prompt_length], output[prompt_length:]
+    return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"

@@ -1,0 +1,241 @@
+"""What a run reports: the progress line, metrics.jsonl, loss.png, the trackers, the share of peak speed."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from stacey_dist.training.command_line import flatten, to_dict
+from stacey_dist.training.run import Run
+
+# Dense bf16 tensor throughput in FLOP/s, as the makers state it (without sparsity).
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A40": 150e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name, None where it is not known."""
+    for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
+        if name in device_name:
+            return _PEAK_FLOPS[name]
+    return None
+
+
+class Metrics:
+    """Writes a run's figures. Only the main process writes; every process may call.
+
+    Args:
+        run: the run.
+        unit: what is counted per second, as in "tokens".
+        flops_per_unit: floating-point operations of training on one unit, for the share of peak speed (MFU).
+        start_step: the update that the run starts or resumes at; later rows of metrics.jsonl, left by a run that
+            was killed after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, run: Run, unit: str, flops_per_unit: float, start_step: int) -> None:
+        self.run, self.unit, self.flops_per_unit = run, unit, flops_per_unit
+        self.main = run.accelerator.is_main_process
+        self.path = run.directory / "metrics.jsonl"
+        self.max_steps = run.config.train.max_steps
+        self.start_step = start_step
+        name = torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else ""
+        peak = peak_flops(name)
+        self.peak = peak * run.accelerator.num_processes if peak else None
+        self.live = sys.stdout.isatty()
+        self._units = 0
+        self._busy = 0.0
+        self._since = time.perf_counter()
+        self._total_busy = 0.0
+        if self.main:
+            rows = read_rows(self.path)
+            kept = [row for row in rows if row["step"] <= start_step]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, self.path)
+        _init_trackers(run)
+
+    def pause(self) -> None:
+        """Stop the clock: what follows (evaluation, saving) does not count as training."""
+        self._busy += time.perf_counter() - self._since
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        self._since = time.perf_counter()
+
+    def step(self, step: int, units: int, *, loss: float, lr: float, grad_norm: float, skipped: int) -> None:
+        """Count a finished update (number `step`, from 1); print and write it where the settings say so."""
+        self._units += units
+        due = step % self.run.config.train.log_every_steps == 0 or step in (
+            self.start_step + 1,
+            self.max_steps,
+        )
+        if not (due or self.live):
+            return
+        now = time.perf_counter()
+        busy = self._busy + now - self._since
+        speed = self._units / busy
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            f"{self.unit}_per_second": round(speed, 1),
+        }
+        if self.peak is not None:
+            row["mfu"] = round(speed * self.flops_per_unit / self.peak, 4)
+        row["memory_gb"] = round(memory_in_use(self.run.accelerator.device) / 2**30, 3)
+        row["skipped_steps"] = skipped
+        done = step - self.start_step
+        seconds_left = (self._total_busy + busy) / done * (self.max_steps - step)
+        if self.main:
+            self._print(row, seconds_left, due)
+        if due:
+            self.write(row)
+            self._total_busy += busy
+            self._units, self._busy, self._since = 0, 0.0, now
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Write and print the figures of an evaluation after update `step`."""
+        self.write({"step": step, **figures})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.say(f"step {step}/{self.max_steps}  {shown}")
+
+    def plot(self) -> None:
+        """Draw training and evaluation loss over the updates into run_dir/loss.png."""
+        if not self.main:
+            return
+        from matplotlib.figure import Figure
+
+        rows = read_rows(self.path)
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        if train:
+            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training loss")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
+            axes.annotate(
+                f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8), textcoords="offset points", ha="center"
+            )
+        axes.set(xlabel="update", ylabel="cross-entropy, nats per token", title=self.run.directory.name)
+        axes.grid(alpha=0.3)
+        if train or held_out:
+            axes.legend()
+        figure.savefig(self.path.with_name("loss.png"), dpi=120)
+
+    def say(self, message: str) -> None:
+        """Print a line of its own, below a live progress line."""
+        self.run.say(("\n" if self.live else "") + message)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl and log it to the trackers."""
+        if self.main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        figures = {name: value for name, value in row.items() if name != "step"}
+        if self.run.accelerator.trackers:
+            self.run.accelerator.log(figures, step=row["step"])
+
+    def _print(self, row: dict[str, Any], seconds_left: float, due: bool) -> None:
+        parts = [
+            f"step {row['step']}/{self.max_steps}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"grad norm {row['grad_norm']:.3f}",
+            f"{row[f'{self.unit}_per_second']:,.0f} {self.unit}/s",
+        ]
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.1%}")
+        parts += [f"{row['memory_gb']:.1f} GB", f"ETA {duration(seconds_left)}"]
+        if row["skipped_steps"]:
+            parts.append(f"{row['skipped_steps']} skipped")
+        line = "  ".join(parts)
+        if self.live:  # one line that is written again at every step, kept at every due one
+            print(f"\r\x1b[K{line}", end="\n" if due else "", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def _init_trackers(run: Run) -> None:
+    tracking, accelerator = run.config.tracking, run.accelerator
+    if not tracking.trackers:
+        return
+    if "wandb" in tracking.trackers and "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
+        os.environ["WANDB_MODE"] = "offline"
+        run.say("wandb: not logged in, so the run is kept offline; `wandb sync` uploads it")
+    name = tracking.run_name or run.directory.name
+    settings = {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in flatten(to_dict(run.config)).items()
+    }
+    accelerator.init_trackers(
+        tracking.project,
+        config=settings,
+        init_kwargs={"wandb": {"name": name, "dir": str(run.directory)}},
+    )
+
+
+def _logged_in_to_wandb() -> bool:
+    import wandb
+
+    return bool(wandb.login(prompt=False))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m10s or 5h02m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers finish their uploads and files."""
+    if accelerator.trackers:
+        accelerator.end_training()

@@ -1,0 +1,120 @@
+"""Where a run goes on: choosing a checkpoint, refusing one of another run, saving the next."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stacey_dist.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoints,
+    keep_newest,
+    load_checkpoint,
+    save_checkpoint,
+    verify,
+)
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import flatten, to_dict
+from stacey_dist.training.run import Run
+
+# Settings that make it another run: the model, the data and its order, and what the optimizer's state means.
+_FIXED = (
+    "seed",
+    "model.",
+    "data.",
+    "tokenizer.",
+    "train.global_batch_size",
+    "optimizer.name",
+    "optimizer.variant",
+)
+_NOT_FIXED = ("data.cache_dir", "data.streaming", "model.max_position_embeddings")
+
+
+def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
+    """Load the newest complete and undamaged checkpoint of the run.
+
+    Returns the number of updates done and of updates skipped, (0, 0) without a checkpoint.
+
+    Raises:
+        SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
+            differences), or `checkpoint.resume` is never and there is one.
+    """
+    chosen = run.on_main(lambda: _choose(run))
+    if chosen is None:
+        return 0, 0
+    try:
+        manifest = load_checkpoint(chosen, model, optimizer)
+    except DamagedCheckpointError as error:
+        raise SettingsError(f"run_dir: {error}") from error
+    extra = manifest["extra"]
+    if run.accelerator.scaler is not None and extra["scaler"]:
+        run.accelerator.scaler.load_state_dict(extra["scaler"])
+    run.say(f"resumed from {chosen} after {manifest['step']} updates")
+    return manifest["step"], extra["skipped_steps"]
+
+
+def save(
+    run: Run, step: int, model: nn.Module, optimizer: Optimizer, skipped: int, *, must_succeed: bool
+) -> Path | None:
+    """Save a checkpoint after `step` updates and delete those beyond `checkpoint.keep_last`.
+
+    A failed write is reported and training goes on, unless the run ends here (`must_succeed`); older checkpoints
+    stay. Returns the checkpoint, None if it was not written.
+    """
+    scaler = run.accelerator.scaler
+    extra = {
+        "config": to_dict(run.config),
+        "skipped_steps": skipped,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "processes": run.accelerator.num_processes,
+    }
+
+    def write() -> Path | None:
+        directory = run.directory / "checkpoints"
+        try:
+            path = save_checkpoint(directory, step, model, optimizer, extra)
+        except OSError as error:
+            if must_succeed:
+                raise SettingsError(f"run_dir: the checkpoint after update {step} failed: {error}") from error
+            print(f"the checkpoint after update {step} failed, training goes on: {error}", flush=True)
+            return None
+        keep_newest(directory, run.config.checkpoint.keep_last)
+        return path
+
+    return run.on_main(write)
+
+
+def _choose(run: Run) -> Path | None:
+    for path in find_checkpoints(run.directory / "checkpoints"):
+        try:
+            manifest = verify(path)
+        except DamagedCheckpointError as error:
+            print(f"passed over a damaged checkpoint: {error}", flush=True)
+            continue
+        if run.config.checkpoint.resume == "never":
+            raise SettingsError(
+                f"checkpoint.resume: never is not allowed for run_dir {run.directory}, which holds {path.name}; "
+                "give another run_dir"
+            )
+        _compare(run, path, manifest["extra"]["config"])
+        return path
+    return None
+
+
+def _compare(run: Run, path: Path, saved_config: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run; say what has changed otherwise."""
+    now, saved = flatten(to_dict(run.config)), flatten(saved_config)
+    changed = {
+        name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
+        for name in sorted(now.keys() | saved.keys())
+        if now.get(name) != saved.get(name) and name != "run_dir"
+    }
+    fixed = [text for name, text in changed.items() if name.startswith(_FIXED) and name not in _NOT_FIXED]
+    if fixed:
+        raise SettingsError(
+            f"run_dir: {path} is of another run; give another run_dir, or the settings it was made with:\n  "
+            + "\n  ".join(fixed)
+        )
+    for text in changed.values():
+        print(f"changed since the checkpoint: {text}", flush=True)

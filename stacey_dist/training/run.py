@@ -1,0 +1,171 @@
+"""A run: its processes, its directory, and what they agree on before the first step."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import to_dict
+from stacey_dist.training.config import LLMConfig, check
+
+T = TypeVar("T")
+
+
+class Run:
+    """One training run as seen by one of its processes.
+
+    Args:
+        config: the checked configuration.
+        accelerator: Accelerate's view of the processes and the device.
+
+    Raises:
+        SettingsError: the global batch does not divide over the processes, or run_dir cannot be written.
+    """
+
+    def __init__(self, config: LLMConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.directory = Path(config.run_dir)
+        processes, batch = accelerator.num_processes, config.train.global_batch_size
+        check(
+            batch % processes == 0,
+            "train.global_batch_size",
+            batch,
+            f"it must be a multiple of the number of processes, {processes}",
+        )
+        self.process_batch_size = batch // processes
+        self.micro_batch_size = config.train.micro_batch_size or self.process_batch_size
+        check(
+            self.process_batch_size % self.micro_batch_size == 0,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            f"it must divide train.global_batch_size / processes = {self.process_batch_size}",
+        )
+        self.on_main(self._make_directory)
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        except OSError as error:
+            raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+
+    def say(self, message: str) -> None:
+        """Print a line, once for all processes."""
+        if self.accelerator.is_main_process:
+            print(message, flush=True)
+
+    def report(self, exported: Path) -> None:
+        """Say where everything is, and the command to go on."""
+        longer = 2 * self.config.train.max_steps
+        self.say(
+            f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
+            f"model and tokenizer for transformers: {exported}\n"
+            f"to go on: accelerate launch {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
+            f"--train.max_steps {longer}"
+        )
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do `work` on the main process and give its result (anything picklable) to all of them.
+
+        The others wait without a time limit: the main process tells them every second that it is still at it, so
+        hours of preparation do not run into the process group's timeout. If `work` raises, the main process
+        raises that error and the others leave quietly.
+        """
+        if self.accelerator.num_processes == 1:
+            return work()
+        outcome: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            worker = threading.Thread(target=_record, args=(work, outcome), daemon=True)
+            worker.start()
+        while True:
+            status = [None]
+            if self.accelerator.is_main_process:
+                worker.join(timeout=1.0)
+                if not worker.is_alive():
+                    failed = "error" in outcome
+                    status = [("failed", None) if failed else ("done", outcome["result"])]  # type: ignore[list-item]
+            torch.distributed.broadcast_object_list(status, src=0)
+            if status[0] is not None:
+                kind, result = status[0]
+                if kind == "failed":
+                    if self.accelerator.is_main_process:
+                        raise outcome["error"]
+                    sys.exit(2)
+                return result
+
+
+def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
+    try:
+        outcome["result"] = work()
+    except BaseException as error:  # every error goes to the main thread, which raises it
+        outcome["error"] = error
+
+
+def start(config: LLMConfig) -> Run:
+    """Bring up the processes and the run directory for a checked configuration."""
+    transformers.utils.logging.disable_progress_bar()
+    precision = config.train.mixed_precision
+    # Without cpu=True, processes that find no GPU would not join each other.
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu or not torch.accelerator.is_available(),
+        log_with=list(config.tracking.trackers) or None,
+        project_dir=config.run_dir,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise SettingsError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; "
+            "look at the --config_file of `accelerate launch`"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local_processes))
+    set_seed(config.seed)
+    run = Run(config, accelerator)
+    processes = accelerator.num_processes
+    run.say(
+        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}, "
+        f"{'mixed precision ' + accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'}, "
+        f"{config.train.global_batch_size} sequences an update"
+    )
+    return run
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person knows it: a GPU's model, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C."""
+    try:
+        yield
+    except SettingsError as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,257 @@
+"""Preparing tokens: exact limits, a cache, and the same bytes however often it is killed."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stacey_dist.data import Document, Source, TokenStream, files_source, parts, prepare, readahead
+from stacey_dist.data import prepare as prepare_function
+from stacey_dist.errors import SettingsError
+from tests.data.helpers import ByteTokenizer, list_source, tree, write_c4
+
+module = sys.modules[prepare_function.__module__]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices("abcdé ", k=generator.randint(1, 60))) for _ in range(count)]
+
+
+def tokens_of(directory: Path, split: str) -> list[int]:
+    stream = TokenStream(directory, split, 7)
+    return np.concatenate([np.fromfile(p, "<u2") for p in sorted(directory.glob(f"{split}-*.bin"))]).tolist()[
+        : stream.tokens
+    ]
+
+
+def expected(documents: list[str]) -> list[int]:
+    return [token for text in documents for token in [*text.encode(), 256]]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_TOKENS", 500)
+    monkeypatch.setattr(readahead, "BATCH_BYTES", 300)
+    monkeypatch.setattr(module, "_COMMIT_TOKENS", 1000)
+
+
+@pytest.mark.usefixtures("small")
+def test_holds_documents_out(tmp_path: Path) -> None:
+    all_texts = texts(200)
+    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10)
+    assert tokens_of(directory, "train") == expected([t for i, t in enumerate(all_texts) if i % 10])
+    assert tokens_of(directory, "validation") == expected(all_texts[::10])
+    assert len(list(directory.glob("train-*.bin"))) > 5
+    assert not (directory / "progress.json").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("limit", [2, 3, 499, 500, 501, 2000, 10**6])
+def test_limit_is_exact(tmp_path: Path, limit: int) -> None:
+    all_texts = texts(200)
+    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=limit, validation_every=10)
+    everything = expected([t for i, t in enumerate(all_texts) if i % 10])
+    assert tokens_of(directory, "train") == everything[:limit]
+
+
+@pytest.mark.usefixtures("small")
+def test_separate_validation_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = list_source(texts(100), texts(100, seed=1))
+    directory = prepare(source, ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10)
+    assert tokens_of(directory, "train") == expected(texts(100))
+    assert tokens_of(directory, "validation") == expected(texts(100, seed=1))
+    monkeypatch.setattr(module, "_LEAST_VALIDATION", 20)
+    directory = prepare(source, ByteTokenizer(), tmp_path, max_tokens=1000, validation_every=10)
+    assert tokens_of(directory, "train") == expected(texts(100))[:1000]
+    assert tokens_of(directory, "validation") == expected(texts(100, seed=1))[:100]
+
+
+def test_limit_stops_reading_and_closes(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def endless() -> Iterator[Document]:
+        try:
+            while True:
+                yield Document("x" * 100_000, "endless")
+        finally:
+            events.append("closed")
+
+    directory = prepare(Source(endless, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2)
+    assert TokenStream(directory, "train", 8).tokens == 10**6
+    assert events == ["closed"]
+
+
+def test_reading_error_comes_through(tmp_path: Path) -> None:
+    def bad() -> Iterator[Document]:
+        yield Document("x", "s")
+        raise SettingsError("line 2 is bad")
+
+    with pytest.raises(SettingsError, match="line 2 is bad"):
+        prepare(Source(bad, "b"), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
+
+
+def test_complete_cache_is_not_tokenized_again(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    first = prepare(list_source(texts(50)), tokenizer, tmp_path, max_tokens=None, validation_every=10)
+    assert tokenizer.encoded == 50
+    before = tree(first)
+
+    def unread() -> Iterator[Document]:
+        raise AssertionError("read again")
+
+    again = prepare(
+        Source(unread, list_source(texts(50)).identity), tokenizer, tmp_path, max_tokens=None, validation_every=10
+    )
+    assert again == first
+    assert tokenizer.encoded == 50
+    assert tree(again) == before
+
+
+def test_fingerprint_follows_everything(tmp_path: Path) -> None:
+    file = write_c4(tmp_path / "a.json.gz", texts(50))
+    other = write_c4(tmp_path / "b.json.gz", texts(50))
+
+    def make(**changes: object) -> Path:
+        settings: dict[str, object] = {"files": [str(file)], "validation": [], "tokenizer": ByteTokenizer()}
+        settings |= {"max_tokens": None, "validation_every": 10, "column": "text"} | changes
+        source = files_source(settings["files"], settings["validation"], settings["column"])  # type: ignore[arg-type]
+        return prepare(
+            source,
+            settings["tokenizer"],  # type: ignore[arg-type]
+            tmp_path / "cache",
+            max_tokens=settings["max_tokens"],  # type: ignore[arg-type]
+            validation_every=settings["validation_every"],  # type: ignore[arg-type]
+        )
+
+    made = [
+        make(),
+        make(files=[str(other)]),
+        make(files=[str(file), str(other)]),
+        make(validation=[str(other)]),
+        make(tokenizer=ByteTokenizer("other")),
+        make(max_tokens=100),
+        make(validation_every=5),
+    ]
+    assert make() == made[0]
+    write_c4(file, texts(50, seed=2))
+    made.append(make())
+    assert len(set(made)) == len(made)
+
+
+def test_dtype_follows_vocabulary(tmp_path: Path) -> None:
+    for vocab_size, itemsize in ((2**16, 2), (2**16 + 1, 4)):
+        tokenizer = ByteTokenizer(str(vocab_size), vocab_size)
+        directory = prepare(list_source(["é", "ab"]), tokenizer, tmp_path, max_tokens=None, validation_every=2)
+        assert (directory / "train-00000.bin").stat().st_size == 3 * itemsize
+        inputs, labels = TokenStream(directory, "train", 2).window(0)
+        assert (inputs.tolist(), labels.tolist()) == ([97, 98], [98, 256])
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [(list_source([]), "train"), (list_source(["one"]), "train"), (list_source(["one"] * 9, []), "validation")],
+)
+def test_too_little_text(tmp_path: Path, source: Source, word: str) -> None:
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=f"0 tokens for {word}"):
+            prepare(source, ByteTokenizer(), tmp_path, max_tokens=None, validation_every=100)
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": 1}, {"max_tokens": -5}, {"validation_every": 1}])
+def test_bad_settings(tmp_path: Path, settings: dict[str, int]) -> None:
+    (name,) = settings
+    with pytest.raises(SettingsError, match=f"data.{name}.*{settings[name]}"):
+        prepare(list_source(["a"]), ByteTokenizer(), tmp_path, **{"max_tokens": None, "validation_every": 9} | settings)
+
+
+def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"data\.cache_dir"):
+        prepare(list_source(["a"]), ByteTokenizer(), tmp_path / "file", max_tokens=None, validation_every=9)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from stacey_dist.data import parts, prepare, readahead
+from tests.data.helpers import ByteTokenizer, list_source
+from tests.data.test_prepare import texts
+sys.modules[prepare.__module__]._COMMIT_TOKENS = 700
+parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
+
+class Slow(ByteTokenizer):
+    def encode_batch(self, batch):
+        time.sleep(float(sys.argv[2]))
+        return super().encode_batch(batch)
+
+tokenizer = Slow()
+source = list_source(texts(1500), texts(300, seed=1)) if sys.argv[3] == "separate" else list_source(texts(1500))
+print("ready", flush=True)
+prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=40_000, validation_every=10, progress=False)
+print("encoded", tokenizer.encoded, flush=True)
+"""
+
+
+def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(cache), str(delay), kind], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+@pytest.mark.parametrize("kind", ["separate", "held out"])
+def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    start(tmp_path / "whole", 0, kind).wait()
+    (whole,) = (tmp_path / "whole").iterdir()
+    kills, generator = 0, random.Random(kind)
+    while kills < 6:
+        child = start(tmp_path / "killed", 0.003, kind)
+        time.sleep(generator.uniform(0.02, 0.2))
+        child.kill()
+        if child.wait() == -signal.SIGKILL:
+            kills += 1
+        else:
+            break
+    assert kills >= 2
+    (killed,) = (tmp_path / "killed").iterdir()
+    # What lies behind the last commit counts for nothing, whatever it is.
+    if (killed / "progress.json").exists():
+        (killed / "train-00099.bin").write_bytes(b"junk")
+        with open(max(killed.glob("train-000[0-8]*.bin")), "ab") as file:
+            file.write(b"junk")
+    last = start(tmp_path / "killed", 0, kind)
+    output = last.communicate()[0]
+    assert tree(killed) == tree(whole)
+    assert int(output.split()[1]) < 1500
+
+
+def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
+    whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
+    directory = tmp_path / "b" / whole.name
+    directory.mkdir(parents=True)
+    for progress in ("{", "{}", '{"position": {}, "splits": {"train": {"documents": 1, "parts": [{"name": "train-00000.bin", "tokens": 9}]}}}'):
+        (directory / "progress.json").write_text(progress)
+        (directory / "index.json").unlink(missing_ok=True)
+        prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "b", max_tokens=None, validation_every=9)
+        assert {n: b for n, b in tree(directory).items() if n != "lock"} == {
+            n: b for n, b in tree(whole).items() if n != "lock"
+        }
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    children = [start(tmp_path / "cache", 0.001, "held out") for _ in range(2)]
+    outputs = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sorted(int(output.split()[1]) > 0 for output in outputs) == [False, True]
+    start(tmp_path / "alone", 0, "held out").wait()
+    (together,), (alone,) = (tmp_path / "cache").iterdir(), (tmp_path / "alone").iterdir()
+    assert tree(together) == tree(alone)

@@ -1,0 +1,100 @@
+"""Every token but the first is predicted exactly once, from the token before it."""
+
+import json
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stacey_dist.data import IGNORED_LABEL, TokenStream
+from stacey_dist.errors import SettingsError
+
+END = 9
+
+
+def write(directory: Path, parts: list[list[int]], dtype: str = "<u2") -> Path:
+    names = []
+    for i, part in enumerate(parts):
+        (directory / f"train-{i:05d}.bin").write_bytes(np.array(part, dtype=dtype).tobytes())
+        names.append({"name": f"train-{i:05d}.bin", "tokens": len(part)})
+    splits = {"train": {"documents": 1, "parts": names, "tokens": sum(map(len, parts))}}
+    index = {"format": 1, "dtype": dtype, "vocab_size": 10, "end_token_id": END, "tokenizer": "t", "splits": splits}
+    (directory / "index.json").write_text(json.dumps(index))
+    return directory
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(st.lists(st.integers(0, 60_000), min_size=1, max_size=9), min_size=1, max_size=6).filter(
+        lambda parts: sum(map(len, parts)) >= 2
+    ),
+    length=st.integers(1, 12),
+    dtype=st.sampled_from(["<u2", "<u4"]),
+)
+def test_windows_equal_brute_force(parts: list[list[int]], length: int, dtype: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        stream = TokenStream(write(Path(directory), parts, dtype), "train", length)
+        tokens = sum(parts, [])
+        predicted: list[int] = []
+        for i in range(len(stream)):
+            inputs, labels = stream.window(i)
+            assert inputs.dtype == labels.dtype == np.int64
+            assert inputs.shape == labels.shape == (length,)
+            count = stream.label_count(i)
+            assert 1 <= count <= length
+            assert inputs[:count].tolist() == tokens[i * length : i * length + count]
+            assert labels[:count].tolist() == tokens[i * length + 1 : i * length + 1 + count]
+            assert inputs[count:].tolist() == [END] * (length - count)
+            assert labels[count:].tolist() == [IGNORED_LABEL] * (length - count)
+            predicted += labels[:count].tolist()
+        assert predicted == tokens[1:]
+        assert stream.total_labels == len(predicted)
+        for outside in (-1, len(stream)):
+            with pytest.raises(IndexError):
+                stream.window(outside)
+            with pytest.raises(IndexError):
+                stream.label_count(outside)
+
+
+def test_pickle_maps_instead_of_copying(tmp_path: Path) -> None:
+    stream = TokenStream(write(tmp_path, [[1] * 40_000]), "train", 8)
+    pickled = pickle.dumps(stream)
+    assert len(pickled) < 2_000
+    assert len(pickle.loads(pickled)) == len(stream)
+
+
+@pytest.mark.parametrize("size", [0, 3, 5, 8])
+def test_altered_part_is_named(tmp_path: Path, size: int) -> None:
+    write(tmp_path, [[1, 2, 3], [4, 5, 6]])
+    (tmp_path / "train-00001.bin").write_bytes(b"\1" * size)
+    with pytest.raises(SettingsError, match=r"train-00001\.bin.*delete"):
+        TokenStream(tmp_path, "train", 2)
+
+
+def test_missing_part_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [[1, 2, 3], [4, 5, 6]])
+    (tmp_path / "train-00000.bin").unlink()
+    with pytest.raises(SettingsError, match=r"train-00000\.bin.*delete"):
+        TokenStream(tmp_path, "train", 2)
+
+
+def test_bad_directories(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"index\.json"):
+        TokenStream(tmp_path, "train", 2)
+    write(tmp_path, [[1]])
+    with pytest.raises(SettingsError, match="1 tokens"):
+        TokenStream(tmp_path, "train", 2)
+    with pytest.raises(SettingsError, match="'test', only train"):
+        TokenStream(tmp_path, "test", 2)
+    with pytest.raises(SettingsError, match="sequence_length"):
+        TokenStream(tmp_path, "train", 0)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(SettingsError, match="damaged"):
+        TokenStream(tmp_path, "train", 2)
+    (tmp_path / "index.json").write_text('{"format": 0}')
+    with pytest.raises(SettingsError, match="format 0"):
+        TokenStream(tmp_path, "train", 2)
