@@ -200,9 +200,9 @@ def _read_plain_text(file: str, _text_column: str) -> Iterator[Document]:
         size += len(line) + 1
         blank = not line or line.isspace()
         if (blank and size >= PLAIN_TEXT_DOCUMENT) or size >= _LONGEST_PARAGRAPHS:
-            yield Document("\n".join(block).strip(), f"{file}:{first}")
+            yield Document("\n".join(block).strip("\n").rstrip(), f"{file}:{first}")
             block, first, size = [], number + 1, 0
-    yield Document("\n".join(block).strip(), f"{file}:{first}")
+    yield Document("\n".join(block).strip("\n").rstrip(), f"{file}:{first}")
 
 
 def _read_parquet(file: str, text_column: str) -> Iterator[Document]:

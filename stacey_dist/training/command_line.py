@@ -6,10 +6,11 @@ jsonargparse does the parsing, the types and `--help`; this adds the nearest rig
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -34,13 +35,14 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings.")
     parser.add_class_arguments(config_class, as_group=False)
-    known = ["config", *(name for name, _ in _fields(config_class))]
+    parser.kinds = dict(_fields(config_class))
+    known = ["config", *parser.kinds]
     try:
         _check_options(arguments, known)
         _check_files(arguments, known)
     except SettingsError as error:
         parser.error(str(error))
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    parsed = parser.instantiate(parser.parse_args(arguments))
     values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**values)
 
@@ -48,7 +50,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
     plain: dict[str, Any] = yaml.safe_load(
-        yaml.safe_dump(dataclasses.asdict(config), default_flow_style=None) or ""
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False) or ""
     )
     return plain
 
@@ -65,12 +67,32 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Parser(ArgumentParser):
+    kinds: dict[str, Any]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one message without the usage, which is pages long, and exit with status 2."""
-        lines = [line for line in message.splitlines() if line.strip()]
-        print(f"{self.prog}: error: " + "\n".join(lines), file=sys.stderr)
+        """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
+        key = re.search(r'Parser key "([\w.]+)":', message)
+        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        if key and value and key[1] in self.kinds:
+            message = f"{key[1]}: {value[1]} is not allowed; it must be {_describe(self.kinds[key[1]])}"
+        print(f"{self.prog}: error: {message.strip()}", file=sys.stderr)
         print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
         sys.exit(2)
+
+
+def _describe(kind: Any) -> str:
+    """A type in a user's words."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if get_origin(kind) is list:
+        return f"a list, each {_describe(arguments[0])}"
+    if get_origin(kind) is tuple:
+        return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    if type(None) in arguments:
+        return " or ".join(_describe(other) for other in arguments if other is not type(None)) + ", or null"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, str(kind))
 
 
 def _as_yaml(config_class: Any, arguments: Sequence[str]) -> Iterator[str]:

@@ -14,14 +14,10 @@ import pytest
 from stacey_dist.data import Document, Source, TokenStream, files_source, parts, prepare, readahead
 from stacey_dist.data import prepare as prepare_function
 from stacey_dist.errors import SettingsError
-from tests.data.helpers import ByteTokenizer, list_source, tree, write_c4
+from tests.data.helpers import ByteTokenizer, list_source, texts, tree, write_c4
 
+ROOT = Path(__file__).parents[2]
 module = sys.modules[prepare_function.__module__]
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return ["".join(generator.choices("abcdé ", k=generator.randint(1, 60))) for _ in range(count)]
 
 
 def tokens_of(directory: Path, split: str) -> list[int]:
@@ -45,7 +41,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_holds_documents_out(tmp_path: Path) -> None:
     all_texts = texts(200)
-    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10)
+    directory = prepare(
+        list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10
+    )
     assert tokens_of(directory, "train") == expected([t for i, t in enumerate(all_texts) if i % 10])
     assert tokens_of(directory, "validation") == expected(all_texts[::10])
     assert len(list(directory.glob("train-*.bin"))) > 5
@@ -56,7 +54,9 @@ def test_holds_documents_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [2, 3, 499, 500, 501, 2000, 10**6])
 def test_limit_is_exact(tmp_path: Path, limit: int) -> None:
     all_texts = texts(200)
-    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=limit, validation_every=10)
+    directory = prepare(
+        list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=limit, validation_every=10
+    )
     everything = expected([t for i, t in enumerate(all_texts) if i % 10])
     assert tokens_of(directory, "train") == everything[:limit]
 
@@ -107,7 +107,11 @@ def test_complete_cache_is_not_tokenized_again(tmp_path: Path) -> None:
         raise AssertionError("read again")
 
     again = prepare(
-        Source(unread, list_source(texts(50)).identity), tokenizer, tmp_path, max_tokens=None, validation_every=10
+        Source(unread, list_source(texts(50)).identity),
+        tokenizer,
+        tmp_path,
+        max_tokens=None,
+        validation_every=10,
     )
     assert again == first
     assert tokenizer.encoded == 50
@@ -148,7 +152,9 @@ def test_fingerprint_follows_everything(tmp_path: Path) -> None:
 def test_dtype_follows_vocabulary(tmp_path: Path) -> None:
     for vocab_size, itemsize in ((2**16, 2), (2**16 + 1, 4)):
         tokenizer = ByteTokenizer(str(vocab_size), vocab_size)
-        directory = prepare(list_source(["é", "ab"]), tokenizer, tmp_path, max_tokens=None, validation_every=2)
+        directory = prepare(
+            list_source(["é", "ab"]), tokenizer, tmp_path, max_tokens=None, validation_every=2
+        )
         assert (directory / "train-00000.bin").stat().st_size == 3 * itemsize
         inputs, labels = TokenStream(directory, "train", 2).window(0)
         assert (inputs.tolist(), labels.tolist()) == ([97, 98], [98, 256])
@@ -156,7 +162,11 @@ def test_dtype_follows_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "word"),
-    [(list_source([]), "train"), (list_source(["one"]), "train"), (list_source(["one"] * 9, []), "validation")],
+    [
+        (list_source([]), "train"),
+        (list_source(["one"]), "train"),
+        (list_source(["one"] * 9, []), "validation"),
+    ],
 )
 def test_too_little_text(tmp_path: Path, source: Source, word: str) -> None:
     for _ in range(2):
@@ -168,7 +178,12 @@ def test_too_little_text(tmp_path: Path, source: Source, word: str) -> None:
 def test_bad_settings(tmp_path: Path, settings: dict[str, int]) -> None:
     (name,) = settings
     with pytest.raises(SettingsError, match=f"data.{name}.*{settings[name]}"):
-        prepare(list_source(["a"]), ByteTokenizer(), tmp_path, **{"max_tokens": None, "validation_every": 9} | settings)
+        prepare(
+            list_source(["a"]),
+            ByteTokenizer(),
+            tmp_path,
+            **{"max_tokens": None, "validation_every": 9} | settings,
+        )
 
 
 def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
@@ -178,11 +193,13 @@ def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
 
 
 CHILD = """
-import sys, time
+import sys, time, types
 from pathlib import Path
+# The data package alone: the whole one loads torch, which takes seconds.
+sys.modules["stacey_dist"] = types.ModuleType("stacey_dist")
+sys.modules["stacey_dist"].__path__ = ["stacey_dist"]
 from stacey_dist.data import parts, prepare, readahead
-from tests.data.helpers import ByteTokenizer, list_source
-from tests.data.test_prepare import texts
+from tests.data.helpers import ByteTokenizer, list_source, texts
 sys.modules[prepare.__module__]._COMMIT_TOKENS = 700
 parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
 
@@ -201,7 +218,10 @@ print("encoded", tokenizer.encoded, flush=True)
 
 def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(cache), str(delay), kind], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD, str(cache), str(delay), kind],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -235,10 +255,16 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
 
 
 def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
-    whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
+    whole = prepare(
+        list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9
+    )
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
-    for progress in ("{", "{}", '{"position": {}, "splits": {"train": {"documents": 1, "parts": [{"name": "train-00000.bin", "tokens": 9}]}}}'):
+    for progress in (
+        "{",
+        "{}",
+        '{"position": {}, "splits": {"train": {"documents": 1, "parts": [{"name": "train-00000.bin", "tokens": 9}]}}}',
+    ):
         (directory / "progress.json").write_text(progress)
         (directory / "index.json").unlink(missing_ok=True)
         prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "b", max_tokens=None, validation_every=9)

@@ -22,7 +22,14 @@ def write(directory: Path, parts: list[list[int]], dtype: str = "<u2") -> Path:
         (directory / f"train-{i:05d}.bin").write_bytes(np.array(part, dtype=dtype).tobytes())
         names.append({"name": f"train-{i:05d}.bin", "tokens": len(part)})
     splits = {"train": {"documents": 1, "parts": names, "tokens": sum(map(len, parts))}}
-    index = {"format": 1, "dtype": dtype, "vocab_size": 10, "end_token_id": END, "tokenizer": "t", "splits": splits}
+    index = {
+        "format": 1,
+        "dtype": dtype,
+        "vocab_size": 10,
+        "end_token_id": END,
+        "tokenizer": "t",
+        "splits": splits,
+    }
     (directory / "index.json").write_text(json.dumps(index))
     return directory
 

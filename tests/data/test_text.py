@@ -1,0 +1,234 @@
+"""All formats give the same documents, and every bad file is named."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stacey_dist.data import expand_files, files_source, hub_documents, hub_source, read_documents
+from stacey_dist.data.text import PLAIN_TEXT_DOCUMENT
+from stacey_dist.errors import SettingsError
+from tests.data.helpers import write_c4
+
+TEXTS = ["One.\nTwo lines.", "naïve 日本語 😀", 'tab\t, "quotes", \\', " spaces \u2028 kept ", "x" * 100_000]
+
+
+def read(*files: Path, column: str = "text") -> list[str]:
+    return [document.text for document in read_documents([str(file) for file in files], column)]
+
+
+@pytest.mark.parametrize("name", ["c4-train.00000-of-01024.json.gz", "a.jsonl.gz", "a.jsonl", "a.json"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    file = write_c4(tmp_path / name, TEXTS)
+    assert read(file) == TEXTS
+    assert next(read_documents([str(file)], "text")).source == f"{file}:1"
+    assert read(file, column="url") == ["http://x/"] * len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_parquet(tmp_path: Path, kind: Any) -> None:
+    # Two row groups, and more rows than one batch.
+    table = pa.table({"id": range(5 * 500), "text": pa.array(TEXTS[:4] * 500 + ["y"] * 500, kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1300)
+    assert read(tmp_path / "a.parquet") == TEXTS[:4] * 500 + ["y"] * 500
+
+
+def test_parquet_left_early_does_not_hang_at_exit(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS * 1000}), tmp_path / "a.parquet", row_group_size=100)
+    code = (
+        "import sys, types\n"
+        "sys.modules['stacey_dist'] = types.ModuleType('stacey_dist')\n"
+        "sys.modules['stacey_dist'].__path__ = ['stacey_dist']\n"
+        "from stacey_dist.data import read_documents\n"
+        f"documents = read_documents([{str(tmp_path / 'a.parquet')!r}], 'text')\n"
+        "print(len(next(documents).text))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "15\n", "")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_plain_text_is_cut_at_blank_lines(tmp_path: Path, name: str, end: str) -> None:
+    paragraphs = [f"Paragraph {i}.\nSecond line {'word ' * 100}end" for i in range(200)]
+    content = "\n\n".join(paragraphs).replace("\n", end).encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    documents = read(tmp_path / name)
+    assert "\n\n".join(documents).split("\n\n") == paragraphs
+    assert all(PLAIN_TEXT_DOCUMENT - 2 <= len(d) < PLAIN_TEXT_DOCUMENT + 600 for d in documents[:-1])
+
+
+def test_plain_text_without_blank_lines(tmp_path: Path) -> None:
+    lines = [f"{i} {'x' * 100}" for i in range(2000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    documents = read(tmp_path / "a.txt")
+    assert 3 <= len(documents) <= 5
+    assert "\n".join(documents).split("\n") == lines
+
+
+def test_blank_lines_and_empty_texts_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n  \n{"text": ""}\n{"text": "b"}\n\n')
+    assert read(tmp_path / "a.jsonl") == ["a", "b"]
+
+
+def test_files_follow_one_another(tmp_path: Path) -> None:
+    files = [write_c4(tmp_path / f"{name}.json.gz", [name]) for name in "ba"]
+    assert read(*files) == ["b", "a"]
+
+
+def parquet(path: Path, **columns: Any) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+GOOD = b'{"text": "good"}\n'
+BAD = {
+    "truncated.json.gz": (gzip.compress(GOOD * 9999)[:-30], "truncated or damaged gzip after line"),
+    "damaged.json.gz": (gzip.compress(GOOD * 9999)[:60] + b"\0" * 99, "truncated or damaged gzip"),
+    "notgzip.txt.gz": (b"plain", "truncated or damaged gzip after line 0"),
+    "invalid.jsonl": (GOOD + b'{"text": "b"\n', "line 2: not one JSON object a line"),
+    "array.json": (b'[\n{"text": "a"}]\n', "line 1: not one JSON object a line"),
+    "list.jsonl": (GOOD * 2 + b"[1]\n", "line 3: expected one JSON object a line, got list"),
+    "latin.jsonl": (GOOD + '{"text": "é"}'.encode("latin-1"), "line 2: not UTF-8"),
+    "latin.txt": ("a\né".encode("latin-1"), "line 2: not UTF-8"),
+    "column.jsonl": (
+        GOOD + b'{"content": "b", "url": "c"}\n',
+        "line 2: no column 'text' .*it has content, url",
+    ),
+    "number.jsonl": (GOOD + b'{"text": 3}\n', "line 2: column 'text' holds int"),
+    "null.jsonl": (GOOD + b'{"text": null}\n', "line 2: column 'text' holds NoneType"),
+    "surrogate.jsonl": (GOOD + b'{"text": "a\\ud800b"}\n', "line 2: .*not a Unicode character"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not one JSON object a line"),
+    "blank.jsonl": (b"\n\n", "no text in it"),
+    "blank.txt": (b"\n \n", "no text in it"),
+    "junk.parquet": (b"PAR1 junk junk junk", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file(tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SettingsError, match=message) as raised:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"], "url": ["b"]}, "no column 'text' .*it has body, url"),
+        ({"text": ["a", None]}, "row 2: column 'text' holds NoneType"),
+        ({"text": [1, 2]}, "row 1: column 'text' holds int"),
+        ({"text": pa.array([], pa.string())}, "no text in it"),
+    ],
+)
+def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    parquet(tmp_path / "a.parquet", **columns)
+    with pytest.raises(SettingsError, match=r"a\.parquet.*" + message):
+        read(tmp_path / "a.parquet")
+
+
+def test_truncated_parquet(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=TEXTS)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
+    with pytest.raises(SettingsError, match=r"b\.parquet: cannot be read as parquet"):
+        read(tmp_path / "b.parquet")
+
+
+def test_vanished_file(tmp_path: Path) -> None:
+    for name in ("a.json.gz", "a.jsonl", "a.parquet"):
+        with pytest.raises(SettingsError, match=f"{name}.*cannot be read"):
+            read(tmp_path / name)
+
+
+def test_expand_files(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "[x].txt"):
+        (tmp_path / name).write_text("x")
+    expand = lambda *names: [  # noqa: E731
+        Path(f).relative_to(tmp_path).as_posix()
+        for f in expand_files("s", [f"{tmp_path}/{n}" for n in names])
+    ]
+    assert expand("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert expand("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert expand("b.jsonl", "*.jsonl") == ["b.jsonl", "a.jsonl"]
+    assert expand("[x].txt") == ["[x].txt"]
+
+
+def test_expand_files_errors(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "a.csv").write_text("x")
+    for patterns, message in {
+        (): "no files",
+        ("missing*",): "'.*missing.*' matches no file",
+        ("empty.jsonl",): r"empty\.jsonl is empty",
+        ("a.csv",): r"a\.csv has none of the endings.*\.parquet",
+        (".",): "is a directory",
+    }.items():
+        with pytest.raises(SettingsError, match=rf"^data\.files: .*{message}"):
+            expand_files("data.files", [f"{tmp_path}/{pattern}" for pattern in patterns])
+
+
+def test_files_source_names_the_setting(tmp_path: Path) -> None:
+    file = write_c4(tmp_path / "a.json.gz", TEXTS)
+    with pytest.raises(SettingsError, match=r"^data\.validation_files: "):
+        files_source([str(file)], ["/nowhere/*"], "text")
+    source = files_source([str(file)], [str(file)], "text")
+    assert source.validation_documents is not None
+    assert [d.text for d in source.validation_documents()] == [d.text for d in source.documents()] == TEXTS
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_documents_of_a_local_dataset(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    write_c4(tmp_path / "data" / "train.jsonl", [*TEXTS, ""])
+    read_back = [d.text for d in hub_documents(str(tmp_path / "data"), None, "train", "text", streaming)]
+    assert read_back == TEXTS
+    with pytest.raises(SettingsError, match="row 1: no column 'body' .*it has text"):
+        next(hub_documents(str(tmp_path / "data"), None, "train", "body", streaming))
+    with pytest.raises(SettingsError, match="split 'test' cannot be loaded"):
+        next(hub_documents(str(tmp_path / "data"), None, "test", "text", streaming))
+
+
+def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nlong explanation")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    source = hub_source("allenai/c4", "en", "train", None, "text", True)
+    with pytest.raises(SettingsError) as raised:
+        next(source.documents())
+    assert str(raised.value) == (
+        "dataset 'allenai/c4', config 'en', split 'train' cannot be loaded: ConnectionError: Couldn't reach the Hub"
+    )
+
+    def broken(*arguments: object, **options: object) -> Any:
+        assert (arguments, options) == (("allenai/c4", "en"), {"split": "validation", "streaming": True})
+        yield {"text": "first"}
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    source = hub_source("allenai/c4", "en", "train", "validation", "text", True)
+    assert source.validation_documents is not None
+    documents = source.validation_documents()
+    assert next(documents).text == "first"
+    with pytest.raises(SettingsError, match="row 2 cannot be read: OSError: connection lost"):
+        next(documents)
+    assert json.dumps(source.identity)

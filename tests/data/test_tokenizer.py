@@ -1,0 +1,291 @@
+"""Training, export and transformers agree on every id, and what cannot be exported exactly says so."""
+
+import hashlib
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from stacey_dist.data import Document, Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
+from stacey_dist.data.conversion import TRICKY_TEXTS
+from stacey_dist.data.tokenizer import _NativeTokenizer, _SentencePieceTokenizer
+from stacey_dist.errors import SettingsError
+
+VOCABULARY = 4096
+
+
+@pytest.fixture(scope="module")
+def texts(library: list[Document]) -> list[str]:
+    return [document.text for document in library]
+
+
+@pytest.fixture(scope="module")
+def trained(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
+    directory = tmp_path_factory.mktemp("trained")
+    return train_sentencepiece(iter(texts), VOCABULARY, directory), directory / "tokenizer.model"
+
+
+def without_marks(text: str) -> str:
+    return text.replace("▁", " ")
+
+
+def test_ids_equal_sentencepiece(trained: tuple[Tokenizer, Path], texts: list[str]) -> None:
+    tokenizer, model = trained
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    samples = [*TRICKY_TEXTS, *texts]
+    assert isinstance(tokenizer, _NativeTokenizer)
+    assert tokenizer.encode_batch(samples) == processor.encode(samples)
+    assert tokenizer.vocab_size == len(processor) == VOCABULARY
+    assert tokenizer.end_token_id == processor.eos_id() == 2
+
+
+def test_round_trip_loses_nothing(trained: tuple[Tokenizer, Path], texts: list[str]) -> None:
+    tokenizer = trained[0]
+    samples = [without_marks(text) for text in [*TRICKY_TEXTS, *texts]]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(samples)] == samples
+    assert tokenizer.decode([2, *tokenizer.encode_batch(["a b"])[0], 2]) == "a b"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_agrees_and_comes_back(trained: tuple[Tokenizer, Path], text: str) -> None:
+    tokenizer, model = trained
+    (ids,) = tokenizer.encode_batch([text])
+    assert ids == sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
+    assert tokenizer.decode(ids) == without_marks(text)
+
+
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_export_gives_the_same_ids(
+    trained: tuple[Tokenizer, Path], texts: list[str], tmp_path: Path, beside_a_model: bool
+) -> None:
+    tokenizer = trained[0]
+    if beside_a_model:
+        # A config.json tempts AutoTokenizer to take the model's own tokenizer class.
+        LlamaConfig(vocab_size=VOCABULARY).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == trained[1].read_bytes()
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    samples = [*TRICKY_TEXTS, *texts[::5]]
+    ids = tokenizer.encode_batch(samples)
+    assert auto(samples)["input_ids"] == ids
+    assert [auto.encode(text) for text in TRICKY_TEXTS] == ids[: len(TRICKY_TEXTS)]
+    assert [auto.decode(i) for i in ids] == [tokenizer.decode(i) for i in ids]
+    assert (auto.eos_token_id, auto.bos_token_id, auto.unk_token_id) == (2, 1, 0)
+    again = load_pretrained(str(tmp_path))
+    assert again.encode_batch(samples) == ids
+    assert (again.vocab_size, again.end_token_id) == (VOCABULARY, 2)
+    again.save(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(samples)["input_ids"] == ids
+
+
+def test_training_is_deterministic(texts: list[str], tmp_path: Path) -> None:
+    first = train_sentencepiece(texts[:60], 1000, tmp_path / "a")
+    second = train_sentencepiece(iter(texts[:60]), 1000, tmp_path / "b")
+    third = train_sentencepiece(texts[:61], 1000, tmp_path / "c")
+    assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
+    assert (
+        first.fingerprint
+        == second.fingerprint
+        == load_sentencepiece(tmp_path / "a/tokenizer.model").fingerprint
+    )
+    assert first.fingerprint != third.fingerprint
+    assert len(first.fingerprint) == len(hashlib.sha256().hexdigest())
+
+
+def test_training_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stacey_dist.data.tokenizer.TRAINING_TEXT", 10_000)
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield f"document {read} of words and more words " * 10
+
+    train_sentencepiece(endless(), 300, tmp_path)
+    assert read < 40
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [(10**6, r"1000000: too large .* at most \d+"), (100, r"100: too small .* take \d+"), (0, "0: ")],
+)
+def test_vocabulary_that_does_not_fit(
+    tmp_path: Path, texts: list[str], vocab_size: int, message: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"^tokenizer\.vocab_size {message}"):
+        train_sentencepiece(texts[:3], vocab_size, tmp_path)
+
+
+def test_training_without_text(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no text"):
+        train_sentencepiece([], 1000, tmp_path)
+
+
+def other_model(texts: list[str], path: Path, **options: Any) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts[:80] for line in text.split("\n")),
+        model_writer=model,
+        **dict(vocab_size=1200, minloglevel=2, max_sentence_length=16384) | options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+LLAMA = dict(
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    split_digits=True,
+    allow_whitespace_only_pieces=True,
+)
+EXACT = {
+    "as LLaMA, dummy prefix": LLAMA,
+    "BPE with sentencepiece's defaults": dict(model_type="bpe"),
+    "BPE, spaces trimmed": dict(model_type="bpe", normalization_rule_name="identity"),
+    "pieces across words": LLAMA | dict(split_by_whitespace=False),
+    "user-defined symbols": LLAMA | dict(add_dummy_prefix=False, user_defined_symbols=["<sep>", "[x]"]),
+}
+INEXACT = {
+    "spaces after words": (LLAMA | dict(treat_whitespace_as_suffix=True), "the space after a word"),
+    "characters": (dict(model_type="char", hard_vocab_limit=False), "neither BPE nor unigram"),
+    "symbols after a dummy prefix": (LLAMA | dict(user_defined_symbols=["<sep>"]), "ids differ on"),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_models_that_convert_exactly(texts: list[str], tmp_path: Path, name: str) -> None:
+    path = other_model(texts, tmp_path / "x.model", **EXACT[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tokenizer = load_sentencepiece(path)
+    check(tokenizer, path, [*TRICKY_TEXTS, *texts[:80]], tmp_path / "export", True)
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_models_that_fall_back(texts: list[str], tmp_path: Path, name: str) -> None:
+    options, reason = INEXACT[name]
+    path = other_model(texts, tmp_path / "x.model", **options)
+    with pytest.warns(UserWarning, match=rf"x\.model: transformers cannot reproduce.*{reason}"):
+        tokenizer = load_sentencepiece(path)
+    check(tokenizer, path, [*TRICKY_TEXTS, *texts[:80]], tmp_path / "export", False)
+
+
+@pytest.mark.parametrize(("rule", "byte_fallback"), [("nmt_nfkc", False), ("identity", True)])
+def test_unigram_converts_or_falls_back(
+    texts: list[str], tmp_path: Path, rule: str, byte_fallback: bool
+) -> None:
+    """Sentencepiece adds scores in float32, `tokenizers` in float64: which one it is depends on the model."""
+    path = other_model(
+        texts,
+        tmp_path / "x.model",
+        model_type="unigram",
+        normalization_rule_name=rule,
+        byte_fallback=byte_fallback,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer = load_sentencepiece(path)
+    native = isinstance(tokenizer, _NativeTokenizer)
+    assert native != any("cannot reproduce" in str(warning.message) for warning in caught)
+    check(tokenizer, path, TRICKY_TEXTS, tmp_path / "export", native)
+
+
+def check(tokenizer: Tokenizer, path: Path, samples: Any, export: Path, native: bool) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = processor.encode(list(samples))
+    assert tokenizer.encode_batch(samples) == ids
+    assert (tokenizer.vocab_size, tokenizer.end_token_id) == (len(processor), processor.eos_id())
+    assert isinstance(tokenizer, _NativeTokenizer if native else _SentencePieceTokenizer)
+    assert tokenizer.decode(processor.encode("a b c")) == processor.decode(processor.encode("a b c"))
+    tokenizer.save(export)
+    if native:
+        assert AutoTokenizer.from_pretrained(export)(list(samples))["input_ids"] == ids
+    else:
+        assert sorted(p.name for p in export.iterdir()) == ["README.txt", "sentencepiece.model"]
+        assert "AutoTokenizer cannot" in (export / "README.txt").read_text()
+        assert load_again(export / "sentencepiece.model") == tokenizer.fingerprint
+
+
+def load_again(path: Path) -> str:
+    with pytest.warns(UserWarning, match="cannot reproduce"):
+        return load_sentencepiece(path).fingerprint
+
+
+def test_bad_sentencepiece_files(texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(SettingsError, match=r"junk\.model is not a sentencepiece model"):
+        load_sentencepiece(tmp_path / "junk.model")
+    with pytest.raises(SettingsError, match=r"missing\.model cannot be read"):
+        load_sentencepiece(tmp_path / "missing.model")
+    with pytest.raises(SettingsError, match=r"x\.model has no end-of-sentence token"):
+        load_sentencepiece(other_model(texts, tmp_path / "x.model", model_type="bpe", eos_id=-1))
+
+
+def byte_level(directory: Path, **special: str) -> Path:
+    """Save a tokenizer as GPT-2's, with a post-processor that adds a token: `encode_batch` must not."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Fast(
+        models.BPE(
+            {c: i for i, c in enumerate(alphabet)} | {"th": 256, "the": 257}, [("t", "h"), ("th", "e")]
+        )
+    )
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|end|>"])
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 258)]
+    )
+    fast.enable_truncation(5)
+    fast.enable_padding(length=5, pad_id=258, pad_token="<|end|>")
+    PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(directory)
+    return directory
+
+
+def test_pretrained(tmp_path: Path) -> None:
+    tokenizer = load_pretrained(str(byte_level(tmp_path / "a", eos_token="<|end|>")))
+    assert (tokenizer.vocab_size, tokenizer.end_token_id) == (259, 258)
+    (ids,) = tokenizer.encode_batch(["the tthe longer than five tokens"])
+    assert ids[0] == 257
+    assert 258 not in ids
+    assert tokenizer.decode(ids) == "the tthe longer than five tokens"
+    texts = ["", "the end<|end|>of it", *TRICKY_TEXTS]
+    tokenizer.save(tmp_path / "b")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert auto(texts, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch(texts)
+    assert load_pretrained(str(tmp_path / "b")).fingerprint == tokenizer.fingerprint
+
+
+def test_pretrained_without_end_token(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no end-of-sequence token"):
+        load_pretrained(str(byte_level(tmp_path / "a")))
+
+
+def test_pretrained_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "LlamaTokenizer"}])
+def test_bare_model_is_refused(trained: tuple[Tokenizer, Path], tmp_path: Path, config: Any) -> None:
+    """What transformers makes of a bare .model gives other ids than the model."""
+    shutil.copy(trained[1], tmp_path)
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=r"give the path of the \.model itself: .*tokenizer\.model"):
+        load_pretrained(str(tmp_path))

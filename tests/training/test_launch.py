@@ -1,0 +1,225 @@
+"""train_llm.py from `accelerate launch`, for real: resume, processes, precision, interruption, trackers."""
+
+import math
+import signal
+
+import pytest
+import torch
+
+from tests.training.helpers import (
+    checkpoint,
+    launch,
+    launch_and_signal,
+    rows,
+    training_rows,
+    write_config,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """40 updates in one go: (directory, its config)."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(directory)
+    output = launch("--config", config, "--run_dir", directory / "run")
+    return directory, config, output
+
+
+def assert_equal_checkpoints(a, b, step):
+    first, second = checkpoint(a, step), checkpoint(b, step)
+    assert first.keys() == second.keys()
+    assert any(name.endswith("/z") for name in first)
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    directory, _, output = uninterrupted
+    run = directory / "run"
+    assert {p.name for p in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "model"}
+    assert [row["step"] for row in training_rows(run)] == list(range(1, 41))
+    assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= training_rows(run)[0].keys()
+    evaluations = [row for row in rows(run) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [20, 40]
+    for row in evaluations:
+        assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    states = checkpoint(run, 40)
+    assert {t.dtype for n, t in states.items() if n.endswith(("/z", "/m"))} == {torch.bfloat16}
+    assert "to go on: accelerate launch train_llm.py" in output
+    assert "sample: " in output
+
+
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
+    directory, config, _ = uninterrupted
+    launch_and_signal(signal.SIGKILL, 27, tmp_path / "run", "--config", config)
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000040").exists()
+    output = launch("--config", config, "--run_dir", tmp_path / "run")
+    assert "step_00000020 after 20 updates" in output
+    assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
+    # each update stands once in the metrics, with the loss of the uninterrupted run
+    resumed, whole = training_rows(tmp_path / "run"), training_rows(directory / "run")
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in resumed] == [
+        (r["step"], r["loss"], r["grad_norm"]) for r in whole
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, number):
+    directory, config, _ = uninterrupted
+    output, status = launch_and_signal(number, 7, tmp_path / "run", "--config", config)
+    assert status == 128 + number
+    assert "the same command goes on from here" in output
+    step = max(row["step"] for row in training_rows(tmp_path / "run"))
+    assert f"after update {step};" in output
+    assert 7 <= step < 40
+    output = launch("--config", config, "--run_dir", tmp_path / "run")
+    assert f"after {step} updates" in output
+    assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
+
+
+def test_starting_a_complete_run_again_says_so(uninterrupted):
+    directory, config, _ = uninterrupted
+    before = (directory / "run" / "metrics.jsonl").read_text()
+    output = launch("--config", config, "--run_dir", directory / "run")
+    assert "is complete with 40 updates" in output
+    assert (directory / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_another_run_in_the_same_directory_is_refused(uninterrupted):
+    directory, config, _ = uninterrupted
+    run = directory / "run"
+    output = launch("--config", config, "--run_dir", run, "--seed", 1, "--model.num_hidden_layers", 3, expect=2)
+    assert "is of another run" in output
+    assert "seed: 0 there, 1 now" in output
+    assert "model.num_hidden_layers: 2 there, 3 now" in output
+    output = launch("--config", config, "--run_dir", run, "--checkpoint.resume", "never", expect=2)
+    assert "checkpoint.resume: never is not allowed" in output
+
+
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
+    directory, config, _ = uninterrupted
+    launch("--config", config, "--run_dir", tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoints" / "step_00000040" / "optimizer.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    output = launch("--config", config, "--run_dir", tmp_path / "run")
+    assert f"passed over a damaged checkpoint: {broken}: its content does not match its checksum" in output
+    assert "step_00000020 after 20 updates" in output
+    assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
+
+
+# Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
+# m with them; a p near 2 does not magnify that, and float32 states do not round.
+SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one_process")
+    config = write_config(directory)
+    launch("--config", config, "--run_dir", directory / "run", *SMOOTH)
+    return directory, config
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(2, 4), (2, 1), (1, 2)])
+def test_processes_and_accumulation_change_only_the_order_of_sums(one_process, tmp_path, processes, micro):
+    directory, config = one_process
+    launch(
+        "--config", config, "--run_dir", tmp_path / "run", "--train.micro_batch_size", micro, *SMOOTH,
+        processes=processes,
+    )  # fmt: skip
+    ours, reference = training_rows(tmp_path / "run"), training_rows(directory / "run")
+    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
+    for a, b in zip(ours, reference, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)  # float32 sums of 256 tokens, over 40 updates
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    ours, reference = ([r for r in rows(d) if "eval_loss" in r] for d in (tmp_path / "run", directory / "run"))
+    for a, b in zip(ours, reference, strict=True):
+        assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=2e-5)
+
+
+def test_two_processes_resume(one_process, tmp_path):
+    directory, config = one_process
+    arguments = ("--config", config, "--run_dir", tmp_path / "run", *SMOOTH)
+    launch(*arguments, "--train.max_steps", 20, processes=2)
+    output = launch(*arguments, processes=2)
+    assert "resumed from" in output
+    assert output.count("after 20 updates") == 1  # said once, by one process
+    assert training_rows(tmp_path / "run")[-1]["step"] == 40
+    # and a checkpoint of two processes goes on with one
+    (tmp_path / "run" / "checkpoints" / "step_00000040").rename(tmp_path / "elsewhere")
+    assert "after 20 updates" in launch(*arguments)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(uninterrupted, tmp_path, precision):
+    directory, config, _ = uninterrupted
+    run = tmp_path / "run"
+    arguments = ("--config", config, "--run_dir", run, "--train.mixed_precision", precision)
+    output, _ = launch_and_signal(signal.SIGTERM, 25, run, *arguments[:2], *arguments[4:])
+    assert f"mixed precision {precision}" in output
+    launch(*arguments)
+    losses, reference = training_rows(run), training_rows(directory / "run")
+    # fp16 starts at a loss scale that overflows: the first update is skipped and counted, and the scale halved
+    skipped = losses[-1]["skipped_steps"]
+    assert skipped <= 3
+    assert losses[-1]["loss"] == pytest.approx(reference[-1]["loss"], abs=0.15)
+    assert losses[-1]["loss"] != reference[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model.dtype", "bfloat16"),
+        ("--train.gradient_checkpointing", "true"),
+        ("--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
+        ("--optimizer.name", "lp_descent"),
+        ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
+        ("--optimizer.name", "lion", "--optimizer.lr", "0.001", "--train.compile", "true"),
+        ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
+        ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
+    ],
+    ids=lambda options: "-".join(options[1::2]),
+)
+def test_options_train_and_resume(uninterrupted, tmp_path, options):
+    _, config, _ = uninterrupted
+    arguments = ("--config", config, "--train.eval_every_steps", "40", *options)
+    launch(*arguments, "--run_dir", tmp_path / "whole", "--train.max_steps", 24, "--checkpoint.every_steps", 12)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "checkpoints").mkdir()
+    (tmp_path / "whole" / "checkpoints" / "step_00000012").rename(
+        tmp_path / "part" / "checkpoints" / "step_00000012"
+    )
+    launch(*arguments, "--run_dir", tmp_path / "part", "--train.max_steps", 24, "--checkpoint.every_steps", 12)
+    assert_equal = checkpoint(tmp_path / "whole", 24), checkpoint(tmp_path / "part", 24)
+    for name, tensor in assert_equal[0].items():
+        assert torch.equal(tensor, assert_equal[1][name]), name
+    losses = training_rows(tmp_path / "whole")
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_trackers(uninterrupted, tmp_path):
+    _, config, _ = uninterrupted
+    output = launch(
+        "--config", config, "--run_dir", tmp_path / "run", "--train.max_steps", 5, "--checkpoint.every_steps", 5,
+        "--tracking.trackers", "wandb,tensorboard",
+    )  # fmt: skip
+    assert "the run is kept offline" in output
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_too_many_skipped_updates_stop_the_run(uninterrupted, tmp_path):
+    _, config, _ = uninterrupted
+    output = launch(
+        "--config", config, "--run_dir", tmp_path / "run", "--optimizer.lr", "1e38", "--train.max_skipped_steps", 3,
+        expect=2,
+    )  # fmt: skip
+    assert "train.max_skipped_steps: 4 updates in a row" in output
+    assert "lower optimizer.lr" in output
+    assert "Traceback" not in output.split("train_llm.py: error:")[0]

@@ -1,0 +1,259 @@
+"""The loop's parts by themselves: samples, schedule, groups, metrics, checkpoints."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from stacey_dist.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoints,
+    keep_newest,
+    load_checkpoint,
+    save_checkpoint,
+    verify,
+)
+from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.training import metrics
+from stacey_dist.training.config import LLMConfig, OptimizerConfig
+from stacey_dist.training.llm import LanguageModeling
+from stacey_dist.training.optimizers import build_optimizer, parameter_groups, schedule
+
+
+class FakeStream:
+    """37 windows of 4 labels, the last of 1."""
+
+    total_labels = 36 * 4 + 1
+
+    def __len__(self):
+        return 37
+
+    def label_count(self, i):
+        return 1 if i == 36 else 4
+
+    def window(self, i):
+        labels = np.full(4, i)
+        labels[self.label_count(i) :] = -100
+        return np.full(4, i), labels
+
+
+def make_task(processes, index, micro=2, batch=8):
+    config = LLMConfig()
+    config.train.global_batch_size = batch
+    config.data.sequence_length = 4
+    run = SimpleNamespace(
+        config=config,
+        process_batch_size=batch // processes,
+        micro_batch_size=micro,
+        accelerator=SimpleNamespace(process_index=index, num_processes=processes, device=torch.device("cpu")),
+    )
+    model = SimpleNamespace(parameters=lambda: [], get_input_embeddings=lambda: torch.nn.Embedding(1, 1))
+    task = LanguageModeling.__new__(LanguageModeling)
+    task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream()), batch
+    task.sampler = GlobalSampler(37, seed=3)
+    return task
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
+    steps = math.ceil(3 * 37 / 8)
+    seen = []
+    for step in range(steps):
+        share = [
+            int(row[0])
+            for index in range(processes)
+            for batch in make_task(processes, index).micro_batches(step)
+            for row in batch.inputs
+        ]
+        assert share == make_task(1, 0).samples(step)
+        seen += share
+    for epoch in range(3):
+        assert sorted(seen[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
+    assert seen[:37] != seen[37:74]
+
+
+def test_losses_of_an_update_are_divided_by_all_its_labels():
+    task = make_task(2, 1)
+    step = next(s for s in range(20) if 36 in task.samples(s))  # the update with the partial window
+    assert task.units(step) == 7 * 4 + 1
+    assert all(batch.update_labels == 29 for batch in task.micro_batches(step))
+    counted = sum(
+        int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(step)
+    )
+    assert counted == 29
+
+
+def test_schedule():
+    shape = dict(warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
+    assert [schedule(s, "cosine", **shape) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert schedule(60, "cosine", **shape) == pytest.approx(0.55)
+    assert schedule(60, "linear", **shape) == pytest.approx(0.55)
+    assert schedule(35, "cosine", **shape) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule(35, "linear", **shape) == pytest.approx(0.775)
+    assert schedule(60, "constant", **shape) == 1.0
+    for name in ("cosine", "linear"):
+        assert schedule(110, name, **shape) == pytest.approx(0.1)
+        assert schedule(500, name, **shape) == pytest.approx(0.1)
+    assert schedule(0, "cosine", warmup_steps=0, max_steps=1, min_lr_ratio=0.0) == 1.0
+
+
+def make_model():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    model[2].weight = torch.nn.Parameter(model[2].weight.detach())
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def test_norms_and_biases_are_not_decayed_unless_asked():
+    model = make_model()
+    decayed, kept = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert [p.dim() for p in decayed["params"]] == [2, 2]
+    assert len(kept["params"]) == 3  # the norm's two and one bias: the other is frozen
+    (everything,) = parameter_groups(model, OptimizerConfig(decay_norms_and_biases=True))
+    assert len(everything["params"]) == 5
+
+
+@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"])
+def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
+    def train(model, optimizer, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+            optimizer.step()
+
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(name=name), seed=0)
+    train(model, optimizer, 3, seed=0)
+    path = save_checkpoint(tmp_path, 3, model, optimizer, {"note": [1, None]})
+    other = make_model()
+    other_optimizer = build_optimizer(other, OptimizerConfig(name=name), seed=0)
+    train(other, other_optimizer, 1, seed=9)
+    manifest = load_checkpoint(path, other, other_optimizer)
+    assert manifest["step"] == 3
+    assert manifest["extra"] == {"note": [1, None]}
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 3, seed=1)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            restored = other_optimizer.state[b][key]
+            assert value.dtype == restored.dtype
+            assert torch.equal(value, restored)
+
+
+def test_buffers_and_tied_parameters_are_saved_once(tmp_path):
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    model.b.weight = model.a.weight
+    model.norm = torch.nn.BatchNorm1d(3)
+    optimizer = build_optimizer(model, OptimizerConfig(), seed=0)
+    model.norm.running_mean.fill_(0.5)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    model.norm.running_mean.zero_()
+    with torch.no_grad():
+        expected = model.a.weight.clone()
+        model.a.weight.zero_()
+    load_checkpoint(path, model, optimizer)
+    assert torch.equal(model.b.weight, expected)
+    assert model.norm.running_mean.tolist() == [0.5] * 3
+
+
+def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
+    small, large = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)
+    path = save_checkpoint(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
+    before = large.weight.clone()
+    with pytest.raises(DamagedCheckpointError, match=r"bias has shape \(3,\) there, and \(5,\) here"):
+        load_checkpoint(path, large, build_optimizer(large, OptimizerConfig(), 0))
+    assert torch.equal(large.weight, before)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "empty"])
+def test_every_damage_is_named(tmp_path, file, damage):
+    model = make_model()
+    path = save_checkpoint(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    verify(path)
+    broken = path / file
+    content = bytearray(broken.read_bytes())
+    if damage == "remove":
+        broken.unlink()
+    elif damage == "truncate":
+        broken.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        broken.write_bytes(b"")
+    elif file == "manifest.json":
+        broken.write_text(json.dumps({**json.loads(content), "format": 99}))
+    else:
+        content[-1] ^= 0x40
+        broken.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=file):
+        verify(path)
+
+
+def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stacey_dist.checkpoint.write.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    verify(tmp_path / "step_00000001")
+
+
+def test_retention_and_strangers(tmp_path):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    (tmp_path / ".step_00000009.tmp-1").mkdir()  # left by a kill
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "step_best").mkdir()
+    for step in (5, 100, 20):
+        save_checkpoint(tmp_path, step, model, optimizer, {})
+    keep_newest(tmp_path, 2)
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
+
+
+def test_peak_flops_and_durations():
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert metrics.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert metrics.peak_flops("Some Other Chip") is None
+    assert [metrics.duration(s) for s in (5, 65, 3599.7, 7265)] == ["5s", "1m05s", "1h00m", "2h01m"]
+
+
+def test_rows_survive_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert metrics.read_rows(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_flops_per_token_of_the_papers_model():
+    from tests.training.helpers import ROOT
+
+    shape = yaml.safe_load((ROOT / "configs/llm/llama_100m_c4.yaml").read_text())["model"]
+    config = LLMConfig()
+    for name, value in shape.items():
+        setattr(config.model, name, value)
+    config.data.sequence_length = 1024
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda message: None)
+    with torch.device("meta"):
+        from stacey_dist.training.llm import build_model
+
+        model = build_model(run, SimpleNamespace(vocab_size=32100, end_token_id=1))
+    count = sum(p.numel() for p in model.parameters())
+    layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
+    assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
+    task = LanguageModeling(run, SimpleNamespace(train=FakeStream()), model)
+    assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024

@@ -1,0 +1,229 @@
+"""Settings: from files and options, complete, and every bad one refused with a line that says what to do."""
+
+import dataclasses
+import gzip
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import flatten, parse, to_dict
+from stacey_dist.training.config import LLMConfig, validate
+from tests.training.helpers import ROOT, environment, write_text
+
+CONFIGS = sorted((ROOT / "configs/llm").glob("*.yaml"))
+
+
+def test_the_quickstart_file_is_the_defaults():
+    from_file = parse(LLMConfig, ["--config", str(ROOT / "configs/llm/quickstart.yaml")])
+    assert from_file == parse(LLMConfig, []) == LLMConfig()
+    written = yaml.safe_load((ROOT / "configs/llm/quickstart.yaml").read_text())
+    named = flatten(written).keys()
+    missing = flatten(to_dict(LLMConfig())).keys() - named
+    # what another choice would need is left out there
+    assert not {name for name in missing if name.split(".")[0] in ("train", "schedule", "checkpoint")}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_file_is_valid(path):
+    config = parse(LLMConfig, ["--config", str(path)])
+    validate(config)
+    assert path.stem in path.read_text().splitlines()[1], "the file's second line is the command that runs it"
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+def test_there_is_one_config_for_each_variant_and_baseline():
+    loaded = {p.stem: parse(LLMConfig, ["--config", str(p)]) for p in CONFIGS}
+    c4 = {name: c for name, c in loaded.items() if name.startswith("llama_100m_c4")}
+    methods = {(c.optimizer.name, c.optimizer.variant) for c in c4.values() if c.optimizer.name == "stacey"}
+    assert methods == {("stacey", v) for v in ("p2", "pp", "2p")}
+    assert {c.optimizer.name for c in c4.values()} == {"stacey", "lp_descent", "adamw", "adam", "lion", "sgd"}
+    # they differ in the optimizer alone, so that runs can be compared
+    for config in c4.values():
+        same = dataclasses.replace(
+            config, optimizer=loaded["llama_100m_c4"].optimizer, run_dir=loaded["llama_100m_c4"].run_dir
+        )
+        assert same == loaded["llama_100m_c4"]
+
+
+def test_options_win_over_files_and_later_files_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {max_steps: 7, eval_every_steps: 3}\noptimizer: {p: .inf}\n")
+    (tmp_path / "b.yaml").write_text("train: {max_steps: 9}\n")
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    config = parse(LLMConfig, ["--config", a, "--config", b, "--train.eval_every_steps=5"])
+    assert (config.train.max_steps, config.train.eval_every_steps) == (9, 5)
+    assert config.optimizer.p == math.inf
+
+
+def test_options_as_people_type_them():
+    config = parse(
+        LLMConfig,
+        ["--data.files", "*.json.gz", "--optimizer.p", "inf", "--optimizer.betas", "0.9,0.95", "--optimizer.eps",
+         "1e-8", "--tracking.trackers=wandb,tensorboard", "--train.micro_batch_size", "null"],
+    )  # fmt: skip
+    assert config.data.files == ["*.json.gz"]
+    assert config.optimizer.p == math.inf
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.eps == 1e-8
+    assert config.tracking.trackers == ["wandb", "tensorboard"]
+    assert config.train.micro_batch_size is None
+    assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
+
+
+def test_the_resolved_config_comes_back_the_same(tmp_path):
+    config = parse(LLMConfig, ["--optimizer.p", "inf", "--data.files", "x.txt", "--optimizer.betas", "0.8,0.9"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert parse(LLMConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_help_explains_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(LLMConfig, ["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in flatten(to_dict(LLMConfig())):
+        start = text.index(f" --{name} ")
+        entry, found, _ = text[start : start + 700].partition("(type:")
+        assert found, name
+        assert "default:" in text[start : start + 900], name
+        words = [word for word in entry.split() if not word.startswith(("--", "["))]
+        assert len(words) >= 4, f"{name} is not explained: {entry}"
+
+
+# (options, what the user reads)
+MISTYPED = [
+    (["--optimizer.lrr", "3"], "unknown option --optimizer.lrr; did you mean --optimizer.lr?"),
+    (["--lr", "3"], "unknown option --lr; did you mean --optimizer.lr?"),
+    (["--train.max_step", "3"], "did you mean --train.max_steps?"),
+    (["--model.seed", "3"], "did you mean --seed?"),
+    (["--rundir=x"], "did you mean --run_dir?"),
+    (["--optimizer.lr", "fast"], "optimizer.lr: fast is not allowed; it must be a number"),
+    (["--train.max_steps", "2.5"], "train.max_steps: 2.5 is not allowed; it must be a whole number"),
+    (["--optimizer.name", "adamax"], "optimizer.name: adamax is not allowed; it must be one of stacey, lp_descent"),
+    (["--train.mixed_precision", "fp8"], "fp8 is not allowed; it must be one of no, bf16, fp16, or null"),
+    (["--optimizer.betas", "0.9"], "optimizer.betas: [0.9] is not allowed; it must be 2 values, each a number"),
+    (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
+    (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
+    (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTYPED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistyped_options(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(LLMConfig, options)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 2
+
+
+FILES = [
+    ("optimzer: {lr: 1}", "unknown setting optimzer.lr; did you mean optimizer.lr?"),
+    ("train: {steps: 1}", "unknown setting train.steps"),
+    ("train: 5", "train must hold settings, not 5"),
+    ("optimizer: {p: inf}", "optimizer.p: YAML writes infinity as .inf"),
+    ("a: [1", "is not valid YAML"),
+    ("- 1", "must hold settings"),
+    ("", "must hold settings"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_mistyped_files(content, message, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        parse(LLMConfig, ["--config", str(path)])
+    error = capsys.readouterr().err
+    assert f"--config {path}" in error
+    assert message in error
+
+
+OUT_OF_RANGE = [
+    ("--optimizer.lr -1", "optimizer.lr: -1.0 is not allowed; it must be a finite number >= 0"),
+    ("--optimizer.p 1.5", "optimizer.p: 1.5 is not allowed; it must be a number >= 2, or inf"),
+    ("--optimizer.p inf --optimizer.variant pp", "optimizer.p: inf is not allowed; it must be finite for"),
+    ("--optimizer.tau 2", "optimizer.tau: 2.0"),
+    ("--optimizer.betas 0.9,1.0", "optimizer.betas: [0.9, 1.0]"),
+    ("--optimizer.momentum 1", "optimizer.momentum: 1.0"),
+    ("--optimizer.eps=-1e-8", "optimizer.eps: -1e-08"),
+    ("--optimizer.name adamw --model.dtype bfloat16", "model.dtype: bfloat16"),
+    ("--schedule.warmup_steps 700", "schedule.warmup_steps: 700 is not allowed; it must be at most train.max_steps = 600"),
+    ("--schedule.min_lr_ratio 1.5", "schedule.min_lr_ratio: 1.5"),
+    ("--train.max_steps 0", "train.max_steps: 0 is not allowed; it must be > 0"),
+    ("--train.global_batch_size 0", "train.global_batch_size: 0"),
+    ("--train.micro_batch_size 5", "train.micro_batch_size: 5 is not allowed; it must divide train.global_batch_size = 16"),
+    ("--train.max_grad_norm -1", "train.max_grad_norm: -1.0"),
+    ("--train.eval_every_steps 0", "train.eval_every_steps: 0"),
+    ("--checkpoint.keep_last 0", "checkpoint.keep_last: 0"),
+    ("--model.num_attention_heads 3", "model.num_attention_heads: 3 is not allowed; it must divide model.hidden_size = 128"),
+    ("--model.hidden_size 12", "must be even, for rotary embeddings"),
+    ("--model.num_key_value_heads 3", "model.num_key_value_heads: 3"),
+    ("--model.max_position_embeddings 64", "model.max_position_embeddings: 64 is not allowed; it must be at least data.sequence_length = 128"),
+    ("--data.validation_every 1", "data.validation_every: 1"),
+    ("--data.sequence_length 0", "data.sequence_length: 0"),
+    ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
+    ("--data.validation_files a.txt", "data.validation_files"),
+    ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
+    ("--seed -1", "seed: -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE)
+def test_values_out_of_range(options, message):
+    with pytest.raises(SettingsError) as error:
+        validate(parse(LLMConfig, options.split()))
+    assert message in str(error.value)
+
+
+def make_bad_files(directory):
+    write_text(directory / "good.txt")
+    (directory / "empty.txt").write_text("")
+    (directory / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    with gzip.open(directory / "c4-train.00000-of-00001.json.gz", "wt") as file:
+        file.writelines(f'{{"text": "document {i}", "url": "x"}}\n' for i in range(5000))
+    whole = (directory / "c4-train.00000-of-00001.json.gz").read_bytes()
+    (directory / "truncated.json.gz").write_bytes(whole[: len(whole) // 2])
+    (directory / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (directory / "no_text.jsonl").write_text('{"content": "a"}\n')
+    (directory / "model.model").write_text("not a model")
+
+
+# What reaches the user, whole: the launcher prints one line and no stack trace, before any training.
+BAD_FILES = [
+    ("--data.files {d}/nothing-*.txt", "data.files", "nothing-*.txt"),
+    ("--data.files {d}/empty.txt", "empty.txt", "empty"),
+    ("--data.files {d}/latin1.txt", "latin1.txt", "UTF-8"),
+    ("--data.files {d}/truncated.json.gz", "truncated.json.gz", "truncated"),
+    ("--data.files {d}/broken.jsonl", "broken.jsonl", "2"),
+    ("--data.files {d}/no_text.jsonl", "no_text.jsonl", "text"),
+    ("--data.files {d}/good.txt --tokenizer.file {d}/model.model", "model.model", ""),
+    ("--data.files {d}/good.txt --tokenizer.file {d}/none.model", "none.model", ""),
+    ("--data.files {d}/good.txt --tokenizer.name no/such-tokenizer", "tokenizer.name", "no/such-tokenizer"),
+    ("--data.files {d}/good.txt --tokenizer.vocab_size 100000", "tokenizer.vocab_size", "100000"),
+    ("--data.dataset no/such-dataset", "no/such-dataset", ""),
+    ("--data.files {d}/good.txt --tokenizer.vocab_size 400 --run_dir {d}/good.txt/run", "run_dir", "good.txt"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "first", "second"), BAD_FILES, ids=[case[0].split("/")[-1] for case in BAD_FILES])
+def test_bad_files(options, first, second, tmp_path):
+    make_bad_files(tmp_path)
+    arguments = options.format(d=tmp_path).split()
+    if "--run_dir" not in arguments:
+        arguments += ["--run_dir", str(tmp_path / "run")]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_llm.py"), *arguments],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    error = result.stderr[result.stderr.rindex("train_llm.py: error: ") :]
+    assert result.returncode == 2
+    assert first in error
+    assert second in error
+    assert "Traceback" not in result.stderr
+    assert len(error.splitlines()) <= 3
