@@ -1,5 +1,6 @@
 """Preparing tokens: exact limits, a cache, and the same bytes however often it is killed."""
 
+import json
 import random
 import signal
 import subprocess
@@ -83,7 +84,16 @@ def test_limit_stops_reading_and_closes(tmp_path: Path) -> None:
         finally:
             events.append("closed")
 
-    directory = prepare(Source(endless, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2)
+    opened: list[Iterator[Document]] = []
+
+    def open_one() -> Iterator[Document]:
+        # Kept, so that it is not closed by being forgotten.
+        opened.append(endless())
+        return opened[-1]
+
+    directory = prepare(
+        Source(open_one, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2
+    )
     assert TokenStream(directory, "train", 8).tokens == 10**6
     assert events == ["closed"]
 
@@ -209,7 +219,7 @@ class Slow(ByteTokenizer):
         return super().encode_batch(batch)
 
 tokenizer = Slow()
-source = list_source(texts(1500), texts(300, seed=1)) if sys.argv[3] == "separate" else list_source(texts(1500))
+source = list_source(texts(1500), texts(300, seed=1) if sys.argv[3] == "separate" else None)
 print("ready", flush=True)
 prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=40_000, validation_every=10, progress=False)
 print("encoded", tokenizer.encoded, flush=True)
@@ -230,28 +240,28 @@ def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize("kind", ["separate", "held out"])
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    start(tmp_path / "whole", 0, kind).wait()
+    everything = int(start(tmp_path / "whole", 0, kind).communicate()[0].split()[1])
     (whole,) = (tmp_path / "whole").iterdir()
+    killed = tmp_path / "killed" / whole.name
     kills, generator = 0, random.Random(kind)
-    while kills < 6:
+    while kills < 4 or not (killed / "progress.json").exists():
         child = start(tmp_path / "killed", 0.003, kind)
         time.sleep(generator.uniform(0.02, 0.2))
         child.kill()
-        if child.wait() == -signal.SIGKILL:
-            kills += 1
-        else:
-            break
-    assert kills >= 2
-    (killed,) = (tmp_path / "killed").iterdir()
+        assert child.wait() == -signal.SIGKILL
+        kills += 1
     # What lies behind the last commit counts for nothing, whatever it is.
-    if (killed / "progress.json").exists():
-        (killed / "train-00099.bin").write_bytes(b"junk")
-        with open(max(killed.glob("train-000[0-8]*.bin")), "ab") as file:
-            file.write(b"junk")
+    with open(max(killed.glob("train-*.bin")), "ab") as file:
+        file.write(b"junk")
+    (killed / "train-00099.bin").write_bytes(b"junk")
+    position = json.loads((killed / "progress.json").read_text())["position"]
+    done = sum(place["documents"] for place in position.values())
+    assert done > 0
     last = start(tmp_path / "killed", 0, kind)
     output = last.communicate()[0]
     assert tree(killed) == tree(whole)
-    assert int(output.split()[1]) < 1500
+    # A batch may be read beyond the limit, and begins elsewhere.
+    assert int(output.split()[1]) <= everything - done + 20
 
 
 def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
@@ -260,17 +270,17 @@ def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
     )
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
-    for progress in (
-        "{",
-        "{}",
-        '{"position": {}, "splits": {"train": {"documents": 1, "parts": [{"name": "train-00000.bin", "tokens": 9}]}}}',
-    ):
+    place = {"documents": 30, "bytes": 900, "finished": False}
+    state = {"documents": 30, "parts": [{"name": "train-00000.bin", "tokens": 10**6}]}
+    longer_than_its_part = {
+        "position": {"train": place, "validation": place},
+        "splits": {"train": state, "validation": {"documents": 0, "parts": []}},
+    }
+    for progress in ("{", "{}", json.dumps(longer_than_its_part)):
         (directory / "progress.json").write_text(progress)
         (directory / "index.json").unlink(missing_ok=True)
         prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "b", max_tokens=None, validation_every=9)
-        assert {n: b for n, b in tree(directory).items() if n != "lock"} == {
-            n: b for n, b in tree(whole).items() if n != "lock"
-        }
+        assert tree(directory) == tree(whole)
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

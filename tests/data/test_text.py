@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -93,9 +94,12 @@ def parquet(path: Path, **columns: Any) -> None:
 
 
 GOOD = b'{"text": "good"}\n'
+SCRAMBLED = bytearray(gzip.compress(random.Random(0).randbytes(9999).hex().encode()))
+SCRAMBLED[100:200] = b"\xff" * 100
 BAD = {
     "truncated.json.gz": (gzip.compress(GOOD * 9999)[:-30], "truncated or damaged gzip after line"),
-    "damaged.json.gz": (gzip.compress(GOOD * 9999)[:60] + b"\0" * 99, "truncated or damaged gzip"),
+    "damaged.json.gz": (SCRAMBLED, "truncated or damaged gzip"),
+    "foreign.json.gz": (gzip.compress(GOOD) + b"tail", "truncated or damaged gzip"),
     "notgzip.txt.gz": (b"plain", "truncated or damaged gzip after line 0"),
     "invalid.jsonl": (GOOD + b'{"text": "b"\n', "line 2: not one JSON object a line"),
     "array.json": (b'[\n{"text": "a"}]\n', "line 1: not one JSON object a line"),
@@ -199,7 +203,7 @@ def test_hub_documents_of_a_local_dataset(
     write_c4(tmp_path / "data" / "train.jsonl", [*TEXTS, ""])
     read_back = [d.text for d in hub_documents(str(tmp_path / "data"), None, "train", "text", streaming)]
     assert read_back == TEXTS
-    with pytest.raises(SettingsError, match="row 1: no column 'body' .*it has text"):
+    with pytest.raises(SettingsError, match=r"row 1: no column 'body' .*it has text"):
         next(hub_documents(str(tmp_path / "data"), None, "train", "body", streaming))
     with pytest.raises(SettingsError, match="split 'test' cannot be loaded"):
         next(hub_documents(str(tmp_path / "data"), None, "test", "text", streaming))
@@ -216,7 +220,8 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as raised:
         next(source.documents())
     assert str(raised.value) == (
-        "dataset 'allenai/c4', config 'en', split 'train' cannot be loaded: ConnectionError: Couldn't reach the Hub"
+        "dataset 'allenai/c4', config 'en', split 'train' cannot be loaded: "
+        "ConnectionError: Couldn't reach the Hub"
     )
 
     def broken(*arguments: object, **options: object) -> Any:

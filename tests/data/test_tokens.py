@@ -45,7 +45,7 @@ def write(directory: Path, parts: list[list[int]], dtype: str = "<u2") -> Path:
 def test_windows_equal_brute_force(parts: list[list[int]], length: int, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         stream = TokenStream(write(Path(directory), parts, dtype), "train", length)
-        tokens = sum(parts, [])
+        tokens = [token for part in parts for token in part]
         predicted: list[int] = []
         for i in range(len(stream)):
             inputs, labels = stream.window(i)
