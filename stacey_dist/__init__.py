@@ -3,5 +3,4 @@
 from stacey_dist.optim import LpDescent, Stacey
 from stacey_dist.version import __version__
 
-
 __all__ = ["LpDescent", "Stacey", "__version__"]

@@ -34,9 +34,7 @@ def directory_name(step: int) -> str:
 
 def find_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints under `directory` by their names, newest (most updates) first; none is opened."""
-    found = [
-        (int(match[1]), path) for path in directory.glob("step_*") if (match := _NAME.fullmatch(path.name))
-    ]
+    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 

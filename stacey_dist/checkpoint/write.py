@@ -23,9 +23,7 @@ from stacey_dist.checkpoint.manifest import (
 from stacey_dist.version import __version__
 
 
-def save_checkpoint(
-    directory: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]
-) -> Path:
+def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
     """Save weights, buffers and optimizer state after `step` updates under `directory`; returns the checkpoint.
 
     Args:

@@ -51,9 +51,7 @@ class PartWriter:
         OSError: a part that ``state`` lists is missing or shorter than it was.
     """
 
-    def __init__(
-        self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None
-    ):
+    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None):
         self._directory = directory
         self._split = split
         self._dtype = dtype

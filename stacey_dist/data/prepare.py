@@ -143,9 +143,7 @@ class _Preparation:
             "end_token_id": self.tokenizer.end_token_id,
             "tokenizer": self.tokenizer.fingerprint,
             "source": self.source.identity,
-            "splits": {
-                split: writer.state() | {"tokens": writer.tokens} for split, writer in self.writers.items()
-            },
+            "splits": {split: writer.state() | {"tokens": writer.tokens} for split, writer in self.writers.items()},
         }
         write_json(self.directory / INDEX, index)
         (self.directory / PROGRESS).unlink(missing_ok=True)

@@ -56,9 +56,7 @@ def expand_files(setting: str, patterns: Sequence[str]) -> list[str]:
         files += matches
     for file in files:
         if os.path.isdir(file):
-            raise SettingsError(
-                f"{setting}: {file} is a directory; to take its files, write {file}/*.json.gz"
-            )
+            raise SettingsError(f"{setting}: {file} is a directory; to take its files, write {file}/*.json.gz")
         _reader(file, setting)
         if os.path.getsize(file) == 0:
             raise SettingsError(f"{setting}: {file} is empty (0 bytes)")
@@ -147,9 +145,7 @@ def _text(row: Any, column: str, name: str, place: str) -> str:
     if not isinstance(row, dict):
         raise SettingsError(f"{name}, {place}: expected one JSON object a line, got {type(row).__name__}")
     if column not in row:
-        raise SettingsError(
-            f"{name}, {place}: no column {column!r} (text_column); it has {', '.join(row) or 'none'}"
-        )
+        raise SettingsError(f"{name}, {place}: no column {column!r} (text_column); it has {', '.join(row) or 'none'}")
     text = row[column]
     if not isinstance(text, str):
         raise SettingsError(f"{name}, {place}: column {column!r} holds {type(text).__name__}, not a string")
@@ -157,9 +153,7 @@ def _text(row: Any, column: str, name: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
-        raise SettingsError(
-            f"{name}, {place}: {error.object[error.start]!r} is not a Unicode character"
-        ) from error
+        raise SettingsError(f"{name}, {place}: {error.object[error.start]!r} is not a Unicode character") from error
     return text
 
 
@@ -172,9 +166,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
                 # Some editors on Windows begin a file with a byte order mark.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})"
-        ) from error
+        raise SettingsError(f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SettingsError(f"{file}: truncated or damaged gzip after line {number} ({error})") from error
     except OSError as error:
@@ -215,9 +207,7 @@ def _read_parquet(file: str, text_column: str) -> Iterator[Document]:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             columns = parquet.schema_arrow.names
             if text_column not in columns:
-                raise SettingsError(
-                    f"{file}: no column {text_column!r} (text_column); it has {', '.join(columns)}"
-                )
+                raise SettingsError(f"{file}: no column {text_column!r} (text_column); it has {', '.join(columns)}")
             for batch in parquet.iter_batches(_PARQUET_ROWS, columns=[text_column]):
                 for text in batch.column(0).to_pylist():
                     number += 1

@@ -97,9 +97,7 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
     try:
         pretrained = transformers.AutoTokenizer.from_pretrained(name_or_directory, trust_remote_code=False)
     except Exception as error:  # the Hub client and every tokenizer class have their own
-        raise SettingsError(
-            f"{setting} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise SettingsError(f"{setting} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
     if backend is None:
         raise SettingsError(f"{setting} is a {type(pretrained).__name__}, which is not a fast tokenizer")

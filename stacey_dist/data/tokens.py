@@ -51,9 +51,7 @@ class TokenStream:
         self.end_token_id: int = index["end_token_id"]
         self.tokens: int = int(self._starts[-1])
         if self.tokens < 2:
-            raise SettingsError(
-                f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2"
-            )
+            raise SettingsError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
 
     @property
     def total_labels(self) -> int:

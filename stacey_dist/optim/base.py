@@ -129,9 +129,7 @@ class ElementwiseOptimizer(Optimizer):
         # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook repairs
         # the state before they look at it.
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        after = self.register_load_state_dict_post_hook(
-            lambda _: self._restore_dtypes(loaded[-1]), prepend=True
-        )
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -180,9 +178,7 @@ def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from chunks([t.narrow(dim, half, t.size(dim) - half) for t in tensors])
 
 
-def _update_moving_elements(
-    update: ChunkUpdate, weight: Tensor, gradient: Tensor, states: list[Tensor]
-) -> None:
+def _update_moving_elements(update: ChunkUpdate, weight: Tensor, gradient: Tensor, states: list[Tensor]) -> None:
     """Update in place, but leave an element with a zero gradient as it is."""
     before = [t.clone() for t in (weight, *states)]
     update(weight, gradient, *states)

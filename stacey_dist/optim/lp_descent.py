@@ -52,9 +52,7 @@ class LpDescent(ElementwiseOptimizer):
 
         def update(weight: Tensor, gradient: Tensor) -> None:
             gradient = gradient.to(dtype)
-            new = lp_descent_update(
-                weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay
-            )
+            new = lp_descent_update(weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay)
             store(gradient, (weight, new, bits.WEIGHT))
 
         return update

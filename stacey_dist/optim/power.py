@@ -84,9 +84,7 @@ def exp2_sum(high: Tensor, low: Tensor) -> Tensor:
     t = high.sub_(k).add_(low)
     t.clamp_(-1.0, 1.0)  # matters only where k was clamped
     # 2^t = 1 + t (b1 + t (b2 + t (b3 + t (b4 + t b5))))
-    result = (
-        (t * _EXP2[4]).add_(_EXP2[3]).mul_(t).add_(_EXP2[2]).mul_(t).add_(_EXP2[1]).mul_(t).add_(_EXP2[0])
-    )
+    result = (t * _EXP2[4]).add_(_EXP2[3]).mul_(t).add_(_EXP2[2]).mul_(t).add_(_EXP2[1]).mul_(t).add_(_EXP2[0])
     result.mul_(t).add_(1.0)
     # 2^k as a product of two powers, since k alone may lie outside a float32's exponents.
     k = k.to(torch.int32)

@@ -67,9 +67,7 @@ def stacey_update(
     return change.add_(theta), z_new, m_new
 
 
-def lp_descent_update(
-    theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float
-) -> Tensor:
+def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float) -> Tensor:
     """One step of stochastic lp descent, algorithm 1, with decoupled weight decay: the new theta."""
     # theta' = theta - eta s(g) - eta lambda theta
     change = steepest_direction(g, p, eps) * lr

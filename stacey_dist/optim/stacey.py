@@ -108,20 +108,14 @@ class Stacey(ElementwiseOptimizer):
         _one_of(self, group, "z_init", ("params", "zeros"))
         _one_of(self, group, "rounding", ("stochastic", "nearest"))
         if group["p"] == math.inf:
-            require(
-                self, group["variant"] == "p2", "p", group["p"], 'it must be finite unless variant is "p2"'
-            )
-        require(
-            self, 0 <= group["alpha"] < math.inf, "alpha", group["alpha"], "it must be a finite number >= 0"
-        )
+            require(self, group["variant"] == "p2", "p", group["p"], 'it must be finite unless variant is "p2"')
+        require(self, 0 <= group["alpha"] < math.inf, "alpha", group["alpha"], "it must be a finite number >= 0")
         require(self, 0 <= group["tau"] <= 1, "tau", group["tau"], "it must be within [0, 1]")
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         require(self, pair, "betas", betas, "it must be two numbers")
         group["betas"] = tuple(as_float(self, "betas", beta) for beta in betas)
-        require(
-            self, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)"
-        )
+        require(self, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)")
         dtype = group["state_dtype"]
         dtype = _STATE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
         names = ", ".join(_STATE_DTYPES)

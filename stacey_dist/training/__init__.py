@@ -1,0 +1,1 @@
+"""What the launchers are made of: settings, the run, the loop, the tasks."""

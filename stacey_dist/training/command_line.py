@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from stacey_dist.errors import SettingsError
 
@@ -33,7 +33,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
         "as an option (--section.name value); later ones win.",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings.")
+    parser.add_argument("--config", action="config", help="A YAML file of settings.")
     parser.add_class_arguments(config_class, as_group=False)
     parser.kinds = dict(_fields(config_class))
     known = ["config", *parser.kinds]
@@ -49,9 +49,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
-    plain: dict[str, Any] = yaml.safe_load(
-        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False) or ""
-    )
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False) or "")
     return plain
 
 
@@ -153,9 +151,7 @@ def _check_files(arguments: Sequence[str], known: list[str]) -> None:
         sections = {name.split(".")[0] for name in known if "." in name}
         for section in sections & settings.keys():
             if not isinstance(settings[section], dict):
-                raise SettingsError(
-                    f"--config {path}: {section} must hold settings, not {settings[section]!r}"
-                )
+                raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
         for name, value in flatten(settings).items():
             if value == "inf":
                 raise SettingsError(f"--config {path}: {name}: YAML writes infinity as .inf")

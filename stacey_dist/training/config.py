@@ -20,7 +20,7 @@ class OptimizerConfig:
     lr: float = 0.003
     """The peak learning rate (eta in the paper)."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the scheduled learning rate; adam and sgd add it to the gradient instead."""
+    """Decoupled weight decay, multiplied by the scheduled lr; adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
     """Decay one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
@@ -132,7 +132,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     """Share the input and output embeddings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights. bfloat16 weights have no float32 master: use stacey or lp_descent, which round stochastically."""
+    """Dtype of the weights. bfloat16 has no float32 master: for stacey and lp_descent, which round stochastically."""
 
 
 @dataclass
@@ -228,9 +228,7 @@ def validate(config: LLMConfig) -> None:
     _validate_model(config)
     _validate_optimizer(config.optimizer)
     schedule, train, data = config.schedule, config.train, config.data
-    check(
-        schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]"
-    )
+    check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
     check(
         schedule.warmup_steps <= train.max_steps,
         "schedule.warmup_steps",

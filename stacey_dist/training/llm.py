@@ -53,9 +53,7 @@ def prepare_data(run: Run) -> TextData:
         return directory, tokenizer.vocab_size, tokenizer.end_token_id
 
     directory, vocab_size, end_token_id = run.on_main(work)
-    train, validation = (
-        TokenStream(directory, split, data.sequence_length) for split in ("train", "validation")
-    )
+    train, validation = (TokenStream(directory, split, data.sequence_length) for split in ("train", "validation"))
     run.say(
         f"data: {train.total_labels:,} training and {validation.total_labels:,} held-out tokens, "
         f"vocabulary {vocab_size:,}"
@@ -121,9 +119,7 @@ def build_model(run: Run, data: TextData) -> LlamaForCausalLM:
     if run.config.train.compile:
         llama.compile()
     count = sum(p.numel() for p in llama.parameters())
-    run.say(
-        f"model: LLaMA with {count:,} parameters; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}"
-    )
+    run.say(f"model: LLaMA with {count:,} parameters; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
     return llama
 
 
@@ -203,9 +199,7 @@ class LanguageModeling:
         pairs = [empty if i is None else stream.window(i) for i in windows]
         inputs, labels = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
         device = self.run.accelerator.device
-        return TokenBatch(
-            inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels
-        )
+        return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
 def export(run: Run, model: LlamaForCausalLM, data: TextData) -> Path:

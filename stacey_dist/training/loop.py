@@ -52,16 +52,16 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
     """
     config, accelerator = run.config, run.accelerator
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    step, skipped = restore(run, model, optimizer)
+    start, skipped = restore(run, model, optimizer)
     last = config.train.max_steps
-    if step >= last:
-        run.say(f"nothing to do: {run.directory} is complete with {step} updates")
+    if start >= last:
+        run.say(f"nothing to do: {run.directory} is complete with {start} updates")
         return
-    metrics = Metrics(run, task.unit, task.flops_per_unit, step)
+    metrics = Metrics(run, task.unit, task.flops_per_unit, start)
     skipped_in_a_row = 0
     model.train()
     with StopSignal() as stop:
-        for step in range(step, last):
+        for step in range(start, last):
             lr = config.optimizer.lr * _lr_share(run, step)
             set_learning_rate(optimizer, lr)
             # Dropout, where a model has it, is a function of the seed, the update and the process.
@@ -139,9 +139,7 @@ def _clip(run: Run, model: nn.Module) -> float:
 
 def _agree(run: Run, loss: Tensor, stopping: bool) -> tuple[float, bool]:
     """The update's loss over all processes, and whether any of them was told to stop: one small all-reduce."""
-    both = torch.stack(
-        [loss.double(), torch.tensor(float(stopping), device=loss.device, dtype=torch.float64)]
-    )
+    both = torch.stack([loss.double(), torch.tensor(float(stopping), device=loss.device, dtype=torch.float64)])
     if run.accelerator.num_processes > 1:
         torch.distributed.all_reduce(both)
     return float(both[0]), float(both[1]) > 0

@@ -39,16 +39,12 @@ def list_source(texts: list[str], validation: list[str] | None = None) -> Source
     def opener(items: list[str]) -> Any:
         return lambda: (Document(text, f"list:{i}") for i, text in enumerate(items))
 
-    return Source(
-        opener(texts), [texts, validation], None, None if validation is None else opener(validation)
-    )
+    return Source(opener(texts), [texts, validation], None, None if validation is None else opener(validation))
 
 
 def write_c4(path: Path, texts: list[str], **changes: Any) -> Path:
     """Write JSON lines in the layout of C4 on the Hub, gzipped where the name ends so."""
-    rows = [
-        {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x/"} | changes for text in texts
-    ]
+    rows = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x/"} | changes for text in texts]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path

@@ -42,9 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_holds_documents_out(tmp_path: Path) -> None:
     all_texts = texts(200)
-    directory = prepare(
-        list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10
-    )
+    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10)
     assert tokens_of(directory, "train") == expected([t for i, t in enumerate(all_texts) if i % 10])
     assert tokens_of(directory, "validation") == expected(all_texts[::10])
     assert len(list(directory.glob("train-*.bin"))) > 5
@@ -55,9 +53,7 @@ def test_holds_documents_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [2, 3, 499, 500, 501, 2000, 10**6])
 def test_limit_is_exact(tmp_path: Path, limit: int) -> None:
     all_texts = texts(200)
-    directory = prepare(
-        list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=limit, validation_every=10
-    )
+    directory = prepare(list_source(all_texts), ByteTokenizer(), tmp_path, max_tokens=limit, validation_every=10)
     everything = expected([t for i, t in enumerate(all_texts) if i % 10])
     assert tokens_of(directory, "train") == everything[:limit]
 
@@ -91,9 +87,7 @@ def test_limit_stops_reading_and_closes(tmp_path: Path) -> None:
         opened.append(endless())
         return opened[-1]
 
-    directory = prepare(
-        Source(open_one, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2
-    )
+    directory = prepare(Source(open_one, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2)
     assert TokenStream(directory, "train", 8).tokens == 10**6
     assert events == ["closed"]
 
@@ -162,9 +156,7 @@ def test_fingerprint_follows_everything(tmp_path: Path) -> None:
 def test_dtype_follows_vocabulary(tmp_path: Path) -> None:
     for vocab_size, itemsize in ((2**16, 2), (2**16 + 1, 4)):
         tokenizer = ByteTokenizer(str(vocab_size), vocab_size)
-        directory = prepare(
-            list_source(["é", "ab"]), tokenizer, tmp_path, max_tokens=None, validation_every=2
-        )
+        directory = prepare(list_source(["é", "ab"]), tokenizer, tmp_path, max_tokens=None, validation_every=2)
         assert (directory / "train-00000.bin").stat().st_size == 3 * itemsize
         inputs, labels = TokenStream(directory, "train", 2).window(0)
         assert (inputs.tolist(), labels.tolist()) == ([97, 98], [98, 256])
@@ -265,9 +257,7 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
 
 
 def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
-    whole = prepare(
-        list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9
-    )
+    whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
     place = {"documents": 30, "bytes": 900, "finished": False}

@@ -57,11 +57,7 @@ def test_step_samples_are_consecutive_positions() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = [
-        GlobalSampler(50, seed).sample(np.arange(50) + 50 * epoch)
-        for seed in (0, 1, -1)
-        for epoch in (0, 1, 2)
-    ]
+    orders = [GlobalSampler(50, seed).sample(np.arange(50) + 50 * epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
@@ -76,10 +72,7 @@ def test_uniform_over_seeds_and_epochs(size: int) -> None:
     trials = 20_000
     per_seed = 100
     orders = np.concatenate(
-        [
-            GlobalSampler(size, seed).sample(np.arange(size * per_seed)).reshape(per_seed, size)
-            for seed in range(200)
-        ]
+        [GlobalSampler(size, seed).sample(np.arange(size * per_seed)).reshape(per_seed, size) for seed in range(200)]
     )
     expected = trials / size
     for position in range(size):

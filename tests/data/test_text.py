@@ -162,8 +162,7 @@ def test_expand_files(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text("x")
     expand = lambda *names: [  # noqa: E731
-        Path(f).relative_to(tmp_path).as_posix()
-        for f in expand_files("s", [f"{tmp_path}/{n}" for n in names])
+        Path(f).relative_to(tmp_path).as_posix() for f in expand_files("s", [f"{tmp_path}/{n}" for n in names])
     ]
     assert expand("*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert expand("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
@@ -195,9 +194,7 @@ def test_files_source_names_the_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_hub_documents_of_a_local_dataset(
-    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_documents_of_a_local_dataset(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     write_c4(tmp_path / "data" / "train.jsonl", [*TEXTS, ""])
@@ -220,8 +217,7 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as raised:
         next(source.documents())
     assert str(raised.value) == (
-        "dataset 'allenai/c4', config 'en', split 'train' cannot be loaded: "
-        "ConnectionError: Couldn't reach the Hub"
+        "dataset 'allenai/c4', config 'en', split 'train' cannot be loaded: ConnectionError: Couldn't reach the Hub"
     )
 
     def broken(*arguments: object, **options: object) -> Any:

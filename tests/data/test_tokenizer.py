@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from stacey_dist.data import Document, Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
-from stacey_dist.data.conversion import TRICKY_TEXTS
+from stacey_dist.data.conversion import TRICKY_TEXTS, convert
 from stacey_dist.data.tokenizer import _NativeTokenizer, _SentencePieceTokenizer
 from stacey_dist.errors import SettingsError
 
@@ -45,6 +45,7 @@ def test_ids_equal_sentencepiece(trained: tuple[Tokenizer, Path], texts: list[st
     assert isinstance(tokenizer, _NativeTokenizer)
     assert tokenizer.encode_batch(samples) == processor.encode(samples)
     assert tokenizer.vocab_size == len(processor) == VOCABULARY
+    assert processor.encode("a  1\n", out_type=str) == ["a", "▁▁", "1", "<0x0A>"]
     assert tokenizer.end_token_id == processor.eos_id() == 2
 
 
@@ -93,11 +94,7 @@ def test_training_is_deterministic(texts: list[str], tmp_path: Path) -> None:
     second = train_sentencepiece(iter(texts[:60]), 1000, tmp_path / "b")
     third = train_sentencepiece(texts[:61], 1000, tmp_path / "c")
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
-    assert (
-        first.fingerprint
-        == second.fingerprint
-        == load_sentencepiece(tmp_path / "a/tokenizer.model").fingerprint
-    )
+    assert first.fingerprint == second.fingerprint == load_sentencepiece(tmp_path / "a/tokenizer.model").fingerprint
     assert first.fingerprint != third.fingerprint
     assert len(first.fingerprint) == len(hashlib.sha256().hexdigest())
 
@@ -120,9 +117,7 @@ def test_training_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytes
     ("vocab_size", "message"),
     [(10**6, r"1000000: too large .* at most \d+"), (100, r"100: too small .* take \d+"), (0, "0: ")],
 )
-def test_vocabulary_that_does_not_fit(
-    tmp_path: Path, texts: list[str], vocab_size: int, message: str
-) -> None:
+def test_vocabulary_that_does_not_fit(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(SettingsError, match=rf"^tokenizer\.vocab_size {message}"):
         train_sentencepiece(texts[:3], vocab_size, tmp_path)
 
@@ -184,9 +179,7 @@ def test_models_that_fall_back(texts: list[str], tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(("rule", "byte_fallback"), [("nmt_nfkc", False), ("identity", True)])
-def test_unigram_converts_or_falls_back(
-    texts: list[str], tmp_path: Path, rule: str, byte_fallback: bool
-) -> None:
+def test_unigram_converts_or_falls_back(texts: list[str], tmp_path: Path, rule: str, byte_fallback: bool) -> None:
     """Sentencepiece adds scores in float32, `tokenizers` in float64: which one it is depends on the model."""
     path = other_model(
         texts,
@@ -201,6 +194,20 @@ def test_unigram_converts_or_falls_back(
     native = isinstance(tokenizer, _NativeTokenizer)
     assert native != any("cannot reproduce" in str(warning.message) for warning in caught)
     check(tokenizer, path, TRICKY_TEXTS, tmp_path / "export", native)
+
+
+def test_unigram_never_reads_symbols_in_text(texts: list[str], tmp_path: Path) -> None:
+    path = other_model(
+        texts,
+        tmp_path / "x.model",
+        model_type="unigram",
+        normalization_rule_name="identity",
+        byte_fallback=True,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    samples = ["<s>", "a</s>b", "<unk>", "<0x0A> <0x41>"]
+    converted = convert(path.read_bytes()).encode_batch(samples, add_special_tokens=False)
+    assert [encoding.ids for encoding in converted] == processor.encode(samples)
 
 
 def check(tokenizer: Tokenizer, path: Path, samples: Any, export: Path, native: bool) -> None:
@@ -240,17 +247,11 @@ def byte_level(directory: Path, **special: str) -> Path:
     from tokenizers import decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Fast(
-        models.BPE(
-            {c: i for i, c in enumerate(alphabet)} | {"th": 256, "the": 257}, [("t", "h"), ("th", "e")]
-        )
-    )
+    fast = Fast(models.BPE({c: i for i, c in enumerate(alphabet)} | {"th": 256, "the": 257}, [("t", "h"), ("th", "e")]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<|end|>"])
-    fast.post_processor = processors.TemplateProcessing(
-        single="<|end|> $A", special_tokens=[("<|end|>", 258)]
-    )
+    fast.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 258)])
     fast.enable_truncation(5)
     fast.enable_padding(length=5, pad_id=258, pad_token="<|end|>")
     PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(directory)

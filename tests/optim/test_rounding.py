@@ -30,9 +30,7 @@ def test_unbiased_for_a_fixed_value_over_steps(dtype, value):
     chance = ((x - below) / (above - below)).item()
     spread = math.sqrt(chance * (1 - chance) / len(draws))
     share = (draws.float() == above).float().mean().item()
-    assert (
-        abs(share - chance) <= 4 * spread + 2**-13
-    )  # four standard errors, and the grain of the random bits
+    assert abs(share - chance) <= 4 * spread + 2**-13  # four standard errors, and the grain of the random bits
 
 
 @pytest.mark.parametrize("gradient", ["random", "zero"])
@@ -81,8 +79,7 @@ def test_special_values():
 def test_float16_grid_below_its_normal_range():
     x = torch.linspace(-1e-4, 1e-4, 4001)
     draws = [
-        round_stochastic(x, torch.float16, gradient_hash(x), round_key(0, step, Z)).double()
-        for step in range(400)
+        round_stochastic(x, torch.float16, gradient_hash(x), round_key(0, step, Z)).double() for step in range(400)
     ]
     error = torch.stack(draws).mean(0) - x.double()
     spread = 2.0**-24 * 0.5 / math.sqrt(400)

@@ -92,9 +92,7 @@ def test_p_infinity_without_coupling_is_lion(state_dtype):
         m = beta2 * m + (1 - beta2) * g
     settings = dict(lr=lr, tau=0, betas=(beta1, beta2), weight_decay=decay, state_dtype=state_dtype)
     result, _ = run(Stacey, theta, gradients, p=INF, eps=0.0, **settings)
-    tolerance = (
-        1e-6 if dtype == torch.float32 else 1e-13
-    )  # Lion multiplies theta by 1 - lr decay, another rounding
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13  # Lion multiplies theta by 1 - lr decay, another rounding
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     # and a large p comes close to it: |c|^(1/(p-1)) is within 1e-4 of 1 for the c here
     near, _ = run(Stacey, theta, gradients, p=1e6, eps=0.0, **settings)

@@ -19,7 +19,13 @@ TINY = {
     "data": {"sequence_length": 32, "validation_every": 4},
     "tokenizer": {"vocab_size": 400},
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "train": {"max_steps": 40, "global_batch_size": 8, "log_every_steps": 1, "eval_every_steps": 20, "cpu_threads": 1},
+    "train": {
+        "max_steps": 40,
+        "global_batch_size": 8,
+        "log_every_steps": 1,
+        "eval_every_steps": 20,
+        "cpu_threads": 1,
+    },
     "schedule": {"warmup_steps": 3},
     "checkpoint": {"every_steps": 20},
 }

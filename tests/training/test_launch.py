@@ -39,7 +39,13 @@ def assert_equal_checkpoints(a, b, step):
 def test_a_run_leaves_what_it_promises(uninterrupted):
     directory, _, output = uninterrupted
     run = directory / "run"
-    assert {p.name for p in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "model"}
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+        "model",
+    }
     assert [row["step"] for row in training_rows(run)] == list(range(1, 41))
     assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= training_rows(run)[0].keys()
     evaluations = [row for row in rows(run) if "eval_loss" in row]
@@ -144,7 +150,7 @@ def test_processes_and_accumulation_change_only_the_order_of_sums(one_process, t
 
 
 def test_two_processes_resume(one_process, tmp_path):
-    directory, config = one_process
+    _, config = one_process
     arguments = ("--config", config, "--run_dir", tmp_path / "run", *SMOOTH)
     launch(*arguments, "--train.max_steps", 20, processes=2)
     output = launch(*arguments, processes=2)
@@ -192,9 +198,7 @@ def test_options_train_and_resume(uninterrupted, tmp_path, options):
     launch(*arguments, "--run_dir", tmp_path / "whole", "--train.max_steps", 24, "--checkpoint.every_steps", 12)
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "checkpoints").mkdir()
-    (tmp_path / "whole" / "checkpoints" / "step_00000012").rename(
-        tmp_path / "part" / "checkpoints" / "step_00000012"
-    )
+    (tmp_path / "whole" / "checkpoints" / "step_00000012").rename(tmp_path / "part" / "checkpoints" / "step_00000012")
     launch(*arguments, "--run_dir", tmp_path / "part", "--train.max_steps", 24, "--checkpoint.every_steps", 12)
     assert_equal = checkpoint(tmp_path / "whole", 24), checkpoint(tmp_path / "part", 24)
     for name, tensor in assert_equal[0].items():

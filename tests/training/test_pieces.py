@@ -51,7 +51,6 @@ def make_task(processes, index, micro=2, batch=8):
         micro_batch_size=micro,
         accelerator=SimpleNamespace(process_index=index, num_processes=processes, device=torch.device("cpu")),
     )
-    model = SimpleNamespace(parameters=lambda: [], get_input_embeddings=lambda: torch.nn.Embedding(1, 1))
     task = LanguageModeling.__new__(LanguageModeling)
     task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream()), batch
     task.sampler = GlobalSampler(37, seed=3)
@@ -81,9 +80,7 @@ def test_losses_of_an_update_are_divided_by_all_its_labels():
     step = next(s for s in range(20) if 36 in task.samples(s))  # the update with the partial window
     assert task.units(step) == 7 * 4 + 1
     assert all(batch.update_labels == 29 for batch in task.micro_batches(step))
-    counted = sum(
-        int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(step)
-    )
+    counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(step))
     assert counted == 29
 
 
