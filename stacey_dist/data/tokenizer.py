@@ -79,7 +79,7 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     try:
         model = Path(path).read_bytes()
     except OSError as error:
-        raise SettingsError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+        raise SettingsError(f"tokenizer.file: {path} cannot be read: {error.strerror}") from error
     return _from_model(model, str(path), _help_texts())
 
 
@@ -93,7 +93,7 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
     """
     import transformers
 
-    setting = f"tokenizer {name_or_directory!r}"
+    setting = f"tokenizer.name: {name_or_directory}"
     try:
         pretrained = transformers.AutoTokenizer.from_pretrained(name_or_directory, trust_remote_code=False)
     except Exception as error:  # the Hub client and every tokenizer class have their own
@@ -178,9 +178,9 @@ def _from_model(model: bytes, name: str, texts: Iterable[str]) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, OSError) as error:
-        raise SettingsError(f"tokenizer {name} is not a sentencepiece model: {_first_line(error)}") from error
+        raise SettingsError(f"tokenizer.file: {name} is not a sentencepiece model: {_first_line(error)}") from error
     if processor.eos_id() < 0:
-        raise SettingsError(f"tokenizer {name} has no end-of-sentence token, which ends each document")
+        raise SettingsError(f"tokenizer.file: {name} has no end-of-sentence token, which ends each document")
     try:
         native = convert(model)
         difference = first_difference(native, processor, texts)
