@@ -23,7 +23,7 @@ def uninterrupted(tmp_path_factory):
     """40 updates in one go: (directory, its config)."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     config = write_config(directory)
-    output = launch("--config", config, "--run_dir", directory / "run")
+    output = launch("--config", config, "--run_dir", directory / "run", through_accelerate=True)
     return directory, config, output
 
 

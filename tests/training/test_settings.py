@@ -3,8 +3,6 @@
 import dataclasses
 import gzip
 import math
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -12,7 +10,7 @@ import yaml
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
 from stacey_dist.training.config import LLMConfig, validate
-from tests.training.helpers import ROOT, environment, write_text
+from tests.training.helpers import ROOT, launch, write_text
 
 CONFIGS = sorted((ROOT / "configs/llm").glob("*.yaml"))
 
@@ -227,13 +225,9 @@ def test_bad_files(options, first, second, tmp_path):
     arguments = options.format(d=tmp_path).split()
     if "--run_dir" not in arguments:
         arguments += ["--run_dir", str(tmp_path / "run")]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_llm.py"), *arguments],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    error = result.stderr[result.stderr.rindex("train_llm.py: error: ") :]
-    assert result.returncode == 2
+    output = launch(*arguments, expect=2)
+    error = output[output.rindex("train_llm.py: error: ") :]
     assert first in error
     assert second in error
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in output
     assert len(error.splitlines()) <= 3
