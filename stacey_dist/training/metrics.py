@@ -184,10 +184,10 @@ def _init_trackers(run: Run) -> None:
     tracking, accelerator = run.config.tracking, run.accelerator
     if not tracking.trackers:
         return
+    wandb_settings = {"name": tracking.run_name or run.directory.name, "dir": str(run.directory)}
     if "wandb" in tracking.trackers and "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
-        os.environ["WANDB_MODE"] = "offline"
+        wandb_settings["mode"] = "offline"
         run.say("wandb: not logged in, so the run is kept offline; `wandb sync` uploads it")
-    name = tracking.run_name or run.directory.name
     settings = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
         for key, value in flatten(to_dict(run.config)).items()
@@ -195,7 +195,7 @@ def _init_trackers(run: Run) -> None:
     accelerator.init_trackers(
         tracking.project,
         config=settings,
-        init_kwargs={"wandb": {"name": name, "dir": str(run.directory)}},
+        init_kwargs={"wandb": wandb_settings},
     )
 
 
