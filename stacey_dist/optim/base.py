@@ -5,6 +5,7 @@ parameter (`_prepare`). This class walks the parameters, unwraps DTensors, count
 chunks, so that a step's temporaries do not grow with the parameter.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, overload
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-# Elements updated at a time: temporaries that stay in a CPU's cache, or that fill a GPU.
-CPU_CHUNK = 1 << 19
+# Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
+CPU_CHUNK_PER_THREAD = 1 << 16
 DEVICE_CHUNK = 1 << 22
 
 # Updates one chunk in place: (weight, gradient, *state tensors).
@@ -161,13 +162,17 @@ def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     along their longest dimension.
     """
     first = tensors[0]
-    size = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
+    on_cpu = first.device.type == "cpu"
+    size = CPU_CHUNK_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_CHUNK
     count = first.numel()
     if count == 0:
         return
     if count <= size:
         yield tensors
-    elif all(t.is_contiguous() for t in tensors):
+        return
+    if on_cpu:
+        _keep_freed_memory()
+    if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
         for start in range(0, count, size):
             yield [t[start : start + size] for t in flat]
@@ -176,6 +181,17 @@ def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         half = first.size(dim) // 2
         yield from chunks([t.narrow(dim, 0, half) for t in tensors])
         yield from chunks([t.narrow(dim, half, t.size(dim) - half) for t in tensors])
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep what one chunk's temporaries free for the next chunk's.
+
+    glibc gives free memory at the end of its heap back to the system, and a page fault for every 4 KiB of it that
+    is needed again takes more time than the arithmetic. The largest mapped block that was ever freed, up to
+    32 MiB, sets how much it keeps (mallopt(3), M_MMAP_THRESHOLD). The block here is never touched.
+    """
+    torch.empty(28 << 20, dtype=torch.uint8)
 
 
 def _update_moving_elements(update: ChunkUpdate, weight: Tensor, gradient: Tensor, states: list[Tensor]) -> None:

@@ -25,7 +25,7 @@ class OptimizerConfig:
     """Decay one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
     """stacey: the rule, (p,2), (p,p) or (2,p)."""
-    p: float = 8.0
+    p: float = 30.0
     """stacey, lp_descent: the norm, >= 2. inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
     """stacey: the dual step size, not scheduled."""
@@ -173,7 +173,7 @@ class TokenizerConfig:
     """A tokenizer on the Hugging Face hub, or a directory that AutoTokenizer loads."""
     file: str | None = None
     """A sentencepiece .model file."""
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """Without name and file, a sentencepiece BPE model of this size is trained on the data."""
 
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -64,9 +63,6 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
         for step in range(start, last):
             lr = config.optimizer.lr * _lr_share(run, step)
             set_learning_rate(optimizer, lr)
-            # Dropout, where a model has it, is a function of the seed, the update and the process.
-            entropy = (config.seed, step, accelerator.process_index)
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             loss = torch.zeros((), device=accelerator.device)
             for batch, last_of_update in _mark_last(task.micro_batches(step)):
                 # Gradients are averaged over processes once, with the last micro-batch.

@@ -139,9 +139,15 @@ class Metrics:
         if held_out:
             axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
             axes.annotate(
-                f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8), textcoords="offset points", ha="center"
+                f"{held_out[-1][1]:.3f}",
+                held_out[-1],
+                xytext=(0, -8),
+                textcoords="offset points",
+                ha="center",
+                va="top",
             )
         axes.set(xlabel="update", ylabel="cross-entropy, nats per token", title=self.run.directory.name)
+        axes.margins(y=0.1)
         axes.grid(alpha=0.3)
         if train or held_out:
             axes.legend()

@@ -1,17 +1,26 @@
 """SIGTERM and Ctrl-C: finish the step, save, and leave so that a scheduler can start the run again."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+# A person who presses Ctrl-C again has read the first answer; a launcher that forwards the same Ctrl-C is faster.
+_SAME_CTRL_C_SECONDS = 1.0
+
 
 class StopSignal:
-    """While entered, remembers the first SIGTERM or SIGINT in `received`; a second one acts at once."""
+    """While entered, remembers the first SIGTERM or SIGINT in `received`.
+
+    SIGTERM may come again while the checkpoint is written: Slurm sends it to every process, and torchrun's agent
+    passes its own on. So only a second Ctrl-C, from a person, stops at once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -24,13 +33,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received is None:
-            self.received = number
+            self.received, self._received_at = number, now
             print(
-                f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)",
+                f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)",
                 flush=True,
             )
-        else:
-            for restored, handler in self._before.items():
-                signal.signal(restored, handler)
+        elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
+            signal.signal(number, self._before[number])
             signal.raise_signal(number)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist import LpDescent, Stacey
-from stacey_dist.optim.rounding import M, Z, gradient_hash, round_key, round_stochastic
+from stacey_dist.optim.rounding import M, Store, Z, gradient_hash, round_key, round_stochastic
 from tests.optim.helpers import make_problem, run
 
 
@@ -56,6 +56,7 @@ def test_z_and_m_are_rounded_independently():
         (round_stochastic(x, torch.bfloat16, g, round_key(*key)).float() != below).double()
         for key in [(0, 1, Z), (0, 1, M), (0, 2, Z), (1, 1, Z)]
     ]
+    assert len(set(Store("stochastic", seed=0, step=1).keys.values())) == 3
     fraction = (up[0].mean() + up[1].mean()) / 2
     for a in range(4):
         for b in range(a):

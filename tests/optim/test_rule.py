@@ -106,6 +106,10 @@ def test_lp_descent_is_sgd_at_p_2_and_sign_sgd_at_infinity():
     torch.testing.assert_close(ours, sgd, rtol=1e-13, atol=1e-15)
     ours, _ = run(LpDescent, theta, gradients, lr=0.1, p=INF)
     torch.testing.assert_close(ours, theta - 0.1 * gradients.sign().sum(0), rtol=1e-13, atol=1e-14)
+    # with eps = 0 the smallest gradients count in full, down to the last subnormal number
+    tiny = torch.tensor([[1e-45, -1e-45, 1e-39, -1e-30, 0.0, -0.0, 1e38]])
+    ours, _ = run(LpDescent, torch.zeros(7), tiny, lr=0.125, p=INF)
+    assert torch.equal(ours, -0.125 * tiny[0].sign())
 
 
 @pytest.mark.parametrize(("variant", "p"), CASES)

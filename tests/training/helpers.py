@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 from safetensors.torch import load_file
 
@@ -104,6 +105,27 @@ def launch_and_signal(number, step, run_dir, *arguments):
     assert process.alive(), "the run ended before it could be interrupted"
     process.send(number)
     return process.wait()
+
+
+def launch_and_signal_everyone(number, step, run_dir, *arguments, processes):
+    """As Slurm does it: the launcher and all processes get the signal at once. Returns what they printed."""
+    with subprocess.Popen(
+        command(*arguments, processes=processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        deadline = time.monotonic() + 300
+        while launcher.poll() is None and not any(row["step"] >= step for row in rows(run_dir)):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert launcher.poll() is None, "the run ended before it could be interrupted"
+        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            process.send_signal(number)
+        output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    return output
 
 
 class Forked:

@@ -1,6 +1,7 @@
 """train_llm.py from `accelerate launch`, for real: resume, processes, precision, interruption, trackers."""
 
 import math
+import shutil
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from tests.training.helpers import (
     checkpoint,
     launch,
     launch_and_signal,
+    launch_and_signal_everyone,
     rows,
     training_rows,
     write_config,
@@ -132,34 +134,56 @@ def one_process(tmp_path_factory):
     return directory, config
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(2, 4), (2, 1), (1, 2)])
-def test_processes_and_accumulation_change_only_the_order_of_sums(one_process, tmp_path, processes, micro):
+@pytest.fixture(scope="module")
+def two_processes(one_process, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_processes")
+    launch("--config", one_process[1], "--run_dir", directory / "run", *SMOOTH, processes=2)
+    return directory, one_process[1]
+
+
+def test_processes_change_only_the_order_of_sums(one_process, two_processes):
+    assert_nearly_equal_runs(two_processes[0] / "run", one_process[0] / "run")
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(2, 1), (1, 2)])
+def test_accumulation_changes_only_the_order_of_sums(one_process, tmp_path, processes, micro):
     directory, config = one_process
     launch(
         "--config", config, "--run_dir", tmp_path / "run", "--train.micro_batch_size", micro, *SMOOTH,
         processes=processes,
     )  # fmt: skip
-    ours, reference = training_rows(tmp_path / "run"), training_rows(directory / "run")
+    assert_nearly_equal_runs(tmp_path / "run", directory / "run")
+
+
+def assert_nearly_equal_runs(run, reference_run):
+    ours, reference = training_rows(run), training_rows(reference_run)
     assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
     for a, b in zip(ours, reference, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)  # float32 sums of 256 tokens, over 40 updates
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    ours, reference = ([r for r in rows(d) if "eval_loss" in r] for d in (tmp_path / "run", directory / "run"))
+    ours, reference = ([r for r in rows(d) if "eval_loss" in r] for d in (run, reference_run))
     for a, b in zip(ours, reference, strict=True):
         assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=2e-5)
 
 
-def test_two_processes_resume(one_process, tmp_path):
-    _, config = one_process
+def test_two_processes_stop_for_slurm_and_go_on_as_if_nothing_had_been(two_processes, tmp_path):
+    directory, config = two_processes
     arguments = ("--config", config, "--run_dir", tmp_path / "run", *SMOOTH)
-    launch(*arguments, "--train.max_steps", 20, processes=2)
+    output = launch_and_signal_everyone(signal.SIGTERM, 7, tmp_path / "run", *arguments, processes=2)
+    assert output.count("stopped by signal 15 after update") == 1  # said once, by one process
     output = launch(*arguments, processes=2)
-    assert "resumed from" in output
-    assert output.count("after 20 updates") == 1  # said once, by one process
-    assert training_rows(tmp_path / "run")[-1]["step"] == 40
-    # and a checkpoint of two processes goes on with one
-    (tmp_path / "run" / "checkpoints" / "step_00000040").rename(tmp_path / "elsewhere")
-    assert "after 20 updates" in launch(*arguments)
+    assert output.count("resumed from") == 1
+    assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one(two_processes, tmp_path):
+    directory, config = two_processes
+    shutil.copytree(directory / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000040")
+    assert "after 20 updates" in launch("--config", config, "--run_dir", tmp_path / "run", *SMOOTH)
+    assert training_rows(tmp_path / "run")[-1]["loss"] == pytest.approx(
+        training_rows(directory / "run")[-1]["loss"], abs=2e-5
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from stacey_dist.checkpoint import (
     verify,
 )
 from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.training import metrics
+from stacey_dist.training import metrics, signals
 from stacey_dist.training.config import LLMConfig, OptimizerConfig
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.optimizers import build_optimizer, parameter_groups, schedule
@@ -82,6 +83,12 @@ def test_losses_of_an_update_are_divided_by_all_its_labels():
     assert all(batch.update_labels == 29 for batch in task.micro_batches(step))
     counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(step))
     assert counted == 29
+
+    def uniform(input_ids):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 37))
+
+    total = sum(float(make_task(2, i).loss(uniform, b)) for i in range(2) for b in make_task(2, i).micro_batches(step))
+    assert total == pytest.approx(math.log(37), rel=1e-6)  # float32 sums of 29 terms
 
 
 def test_schedule():
@@ -254,3 +261,17 @@ def test_flops_per_token_of_the_papers_model():
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
     task = LanguageModeling(run, SimpleNamespace(train=FakeStream()), model)
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
+
+
+def test_only_a_second_ctrl_c_stops_at_once(monkeypatch):
+    clock = iter([0.0, 0.1, 5.0, 5.1, 9.0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    with signals.StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the launcher passes the same Ctrl-C on
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # Slurm, then torchrun's agent
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

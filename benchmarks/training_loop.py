@@ -1,0 +1,101 @@
+"""The launcher's step against a bare PyTorch loop of the same model, batches and optimizer, step by step in turns.
+
+    python benchmarks/training_loop.py [--steps N]
+
+The launcher's step is all that lies between two updates of `stacey_dist.training.loop.train` at the quickstart's
+settings: data, schedule, clipping, the checks, the progress line, metrics.jsonl. The bare loop has its batches as
+tensors beforehand and reads its loss once a step.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import machine, median_and_minimum
+from torch import nn
+
+from stacey_dist.training import llm
+from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.loop import train
+from stacey_dist.training.optimizers import build_optimizer
+from stacey_dist.training.run import start
+
+
+class BareLoop:
+    """What one writes without a library."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+        logits = self.model(input_ids=inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class InTurns(llm.LanguageModeling):
+    """The launcher's task; before each of its steps the bare loop takes one."""
+
+    def __init__(self, run: Any, data: llm.TextData, model: Any, bare: BareLoop, steps: int) -> None:
+        super().__init__(run, data, model)
+        self.bare = bare
+        self.batches = [super(InTurns, self).micro_batches(step)[0] for step in range(steps)]
+        self.launcher_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self.since = 0.0
+
+    def micro_batches(self, step: int) -> list[llm.TokenBatch]:
+        begin = time.perf_counter()
+        if step:
+            self.launcher_seconds.append(begin - self.since)
+        batch = self.batches[step]
+        self.bare.step(batch.inputs, batch.labels)
+        self.since = time.perf_counter()
+        self.bare_seconds.append(self.since - begin)
+        return super().micro_batches(step)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"eval_loss": 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    steps = parser.parse_args().steps
+    config = LLMConfig()
+    config.train.max_steps = config.checkpoint.every_steps = steps
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        config.run_dir = directory
+        run = start(config)
+        data = llm.prepare_data(run)
+        model = llm.build_model(run, data)
+        optimizer = build_optimizer(model, config.optimizer, config.seed)
+        twin = deepcopy(model)
+        bare = BareLoop(twin, build_optimizer(twin, config.optimizer, config.seed), config.train.max_grad_norm)
+        task = InTurns(run, data, model, bare, steps)
+        train(run, task, model, optimizer)
+    skip = min(10, steps // 2)  # the first steps warm up
+    launcher, bare_loop = task.launcher_seconds[skip:], task.bare_seconds[skip:-1]
+    print(machine())
+    print(f"quickstart's model and batch, {len(launcher)} steps in turns; ms a step     median   minimum")
+    print(f"  stacey_dist.training.loop   {'':40}{median_and_minimum(launcher, 1e-3)}")
+    print(f"  bare PyTorch loop           {'':40}{median_and_minimum(bare_loop, 1e-3)}")
+    medians = statistics.median(launcher) / statistics.median(bare_loop) - 1
+    pairs = statistics.median(a / b for a, b in zip(launcher, bare_loop, strict=True)) - 1
+    print(f"overhead: {medians:+.2%} of medians, {min(launcher) / min(bare_loop) - 1:+.2%} of minima, ", end="")
+    print(f"{pairs:+.2%} median of the steps' own ratios")
+
+
+if __name__ == "__main__":
+    main()

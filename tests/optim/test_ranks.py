@@ -1,0 +1,83 @@
+"""Real processes: rows of a DTensor, unevenly many on a rank and on some none, as on one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from stacey_dist import Stacey
+
+STEPS = 4
+
+
+def make_model():
+    """Rows to shard over three ranks: 7 unevenly, 2 leave one rank without any; a frozen and a tied parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(2, 2))
+    model[2].weight = model[1].bias  # any tied pair: the optimizer sees one parameter
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) for p in trainable(make_model())]
+
+
+def settings(params):
+    groups = [{"params": params[:1]}, {"params": params[1:], "variant": "2p", "p": 2.8, "weight_decay": 0.1}]
+    return dict(params=groups, p=2.2, lr=0.01)
+
+
+def one_process():
+    params = trainable(make_model())
+    optimizer = Stacey(**settings(params))
+    for step in range(STEPS):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = g
+        optimizer.step()
+    return params, optimizer
+
+
+def sharded_process(rank, world_size, store):
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    mesh = dist.init_device_mesh("cpu", (world_size,))
+    model = make_model()
+    # The optimizer before the sharding, and its parameters exchanged afterwards: Accelerate does it so.
+    optimizer = Stacey(**settings(trainable(model)))
+    fully_shard(model, mesh=mesh)
+    params = trainable(model)
+    optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = params[:1], params[1:]
+    assert any(p.to_local().numel() == 0 for p in params) == (rank == world_size - 1)
+    # Every rank has state for every parameter, also for one of which it holds nothing; making it changes nothing.
+    taken = get_optimizer_state_dict(model, optimizer)["state"]
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, {name: sorted(state) for name, state in taken.items()})
+    assert all(keys == everyone[0] for keys in everyone)
+    assert all(keys == ["m", "step", "z"] for keys in everyone[0].values())
+    random_state = torch.get_rng_state()
+    for step in range(STEPS):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = distribute_tensor(g, mesh, p.placements)
+        optimizer.step()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    expected_params, expected = one_process()
+    for p, q in zip(expected_params, params, strict=True):
+        assert torch.equal(p, q.full_tensor())
+        for name, value in expected.state[p].items():
+            ours = optimizer.state[q][name]
+            assert torch.equal(value, ours if name == "step" else ours.full_tensor()), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shards_of_three_ranks_are_the_whole_of_one(tmp_path):
+    torch.multiprocessing.spawn(sharded_process, (3, str(tmp_path / "store")), nprocs=3)

@@ -1,0 +1,64 @@
+"""The README's first command: the default run learns, and what it exports is what it trained."""
+
+import math
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stacey_dist.data.source import embedded_source
+from tests.training.helpers import ACCELERATE, ROOT, environment, rows
+
+pytestmark = pytest.mark.slow
+
+# Measured: 4.64. The text differs between Python versions, hence the room.
+HELD_OUT_LOSS_BOUND = 4.9
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """`accelerate launch train_llm.py` in an empty directory: (run directory, what it printed)."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    result = subprocess.run(
+        [str(ACCELERATE), "launch", str(ROOT / "train_llm.py")],
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=580,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    return directory / "runs" / "quickstart", result.stdout
+
+
+def test_it_learns_and_says_where_everything_is(quickstart):
+    run, output = quickstart
+    evaluations = [row["eval_loss"] for row in rows(run) if "eval_loss" in row]
+    assert evaluations == sorted(evaluations, reverse=True)
+    assert evaluations[-1] < HELD_OUT_LOSS_BOUND
+    assert "model and tokenizer for transformers: runs/quickstart/model" in output
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/tokenizer.json"):
+        assert (run / name).is_file(), name
+    assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def test_the_exported_model_has_the_loss_that_training_reported(quickstart):
+    run, _ = quickstart
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    # Nothing of the project's data pipeline from here: the held-out text as one stream of tokens.
+    end = model.config.eos_token_id
+    held_out = [document.text for document in embedded_source().documents()][::50]
+    stream = [token for text in held_out for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], end]]
+    length, total = 128, 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, length):
+            tokens = torch.tensor(stream[start : start + length + 1])
+            logits = model(input_ids=tokens[None, :-1]).logits[0].double()
+            total -= logits.log_softmax(-1).gather(1, tokens[1:, None]).sum().item()
+    reported = [row for row in rows(run) if "eval_loss" in row][-1]
+    # The same sums in float32 and other batches: about 1e-7 relative for each token's loss.
+    assert total / (len(stream) - 1) == pytest.approx(reported["eval_loss"], rel=1e-5)
+    assert math.exp(total / (len(stream) - 1)) == pytest.approx(reported["eval_perplexity"], rel=1e-4)
