@@ -247,7 +247,7 @@ def validate(config: LLMConfig) -> None:
         not (data.files and data.dataset),
         "data.dataset",
         data.dataset,
-        "give either data.files or data.dataset, not both",
+        "give either data.files or data.dataset, not both (--data.dataset null)",
     )
     check(
         bool(data.files) or not data.validation_files,

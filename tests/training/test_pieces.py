@@ -265,7 +265,7 @@ def test_flops_per_token_of_the_papers_model():
 
 def test_only_a_second_ctrl_c_stops_at_once(monkeypatch):
     clock = iter([0.0, 0.1, 5.0, 5.1, 9.0])
-    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with signals.StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the launcher passes the same Ctrl-C on
