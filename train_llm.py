@@ -24,6 +24,7 @@ def main() -> None:
         exported = llm.export(run, model, data)
         run.say(f"\nsample: {llm.sample(run, model, data)}\n")
         run.report(exported)
+        run.accelerator.end_training()
 
 
 if __name__ == "__main__":

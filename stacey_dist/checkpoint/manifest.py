@@ -3,7 +3,7 @@
     step_00000150/
       model.safetensors       parameters and buffers, by name
       optimizer.safetensors   NAME/KEY for each parameter NAME and state KEY (z, m, step, ...)
-      manifest.json           written last: format, step, position, config, versions, each file's size and SHA-256
+      manifest.json           written last: format, step, config, versions, each file's size and SHA-256, its own
 
 The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
 name, every file in it was written and synced before.
@@ -48,7 +48,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     if version != FORMAT:
         raise DamagedCheckpointError(f"{file}: format {version}, but this version reads format {FORMAT}")
+    if manifest.get("sha256") != digest(manifest):
+        raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
     return manifest
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest without its own entry `sha256`."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify(path: Path) -> dict[str, Any]:

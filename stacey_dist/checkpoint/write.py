@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from stacey_dist.checkpoint.manifest import (
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
+    digest,
     directory_name,
     find_checkpoints,
     sha256,
@@ -46,7 +48,7 @@ def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Opt
         _write_tensors(temporary / MODEL_FILE, model_tensors(model))
         tensors, scalars = optimizer_tensors(model, optimizer)
         _write_tensors(temporary / OPTIMIZER_FILE, tensors)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
             "versions": {"stacey_dist": __version__, "torch": torch.__version__},
@@ -57,6 +59,7 @@ def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Opt
                 for file in sorted(temporary.iterdir())
             },
         }
+        manifest["sha256"] = digest(manifest)
         with (temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -72,9 +75,13 @@ def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Opt
     return final
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints under `directory`."""
-    for path in find_checkpoints(directory)[count:]:
+def keep_newest(directory: Path, count: int, saved: Path) -> None:
+    """Delete all but the newest `count` checkpoints under `directory`, counted from the one just `saved`.
+
+    Directories of later steps, which resuming passed over, neither count nor go.
+    """
+    names = find_checkpoints(directory)
+    for path in names[names.index(saved) + count :]:
         # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
         hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         path.rename(hidden)
@@ -103,7 +110,10 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:  # a full disk, for one; it is no OSError
+        raise OSError(f"{file}: {error}") from error
     _sync(file)
 
 

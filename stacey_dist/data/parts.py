@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,8 +67,11 @@ class PartWriter:
         if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
             self._open_next()
         assert self._file is not None
-        self._file.write(np.array(tokens, dtype=self._dtype).tobytes())
-        self._parts[-1]["tokens"] += len(tokens)
+        content = np.array(tokens, dtype=self._dtype).tobytes()
+        self._file.write(content)
+        part = self._parts[-1]
+        part["tokens"] += len(tokens)
+        part["crc32"] = zlib.crc32(content, part["crc32"])
         self.tokens += len(tokens)
         self.documents += 1
 
@@ -85,14 +89,14 @@ class PartWriter:
             self._file = None
 
     def state(self) -> dict[str, Any]:
-        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n}, …]}``, JSON-able."""
+        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n}, …]}``, JSON-able."""
         return {"documents": self.documents, "parts": [dict(part) for part in self._parts]}
 
     def _open_next(self) -> None:
         if self._file is not None:
             self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
-            self._parts.append({"name": f"{self._split}-{len(self._parts):05d}.bin", "tokens": 0})
+            self._parts.append({"name": f"{self._split}-{len(self._parts):05d}.bin", "tokens": 0, "crc32": 0})
         # After `_cut` the file ends where the state says, or is not there.
         self._file = open(self._directory / self._parts[-1]["name"], "ab")  # noqa: SIM115
 

@@ -22,6 +22,8 @@ class TokenStream:
     lies in. There are ``ceil((N - 1) / L)`` windows, the length of this object; the last may be partly
     padding.
 
+    `identity` is a text that differs where the tokens or the tokenizer differ, wherever their files lie.
+
     It can be pickled, for loader processes, which map the files anew.
 
     Args:
@@ -47,6 +49,7 @@ class TokenStream:
         dtype = np.dtype(index["dtype"])
         self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
         self._starts = np.cumsum([0] + [part["tokens"] for part in parts])
+        self.identity: str = json.dumps([index["tokenizer"], split, parts], sort_keys=True)
         self.vocab_size: int = index["vocab_size"]
         self.end_token_id: int = index["end_token_id"]
         self.tokens: int = int(self._starts[-1])

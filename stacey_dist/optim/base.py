@@ -28,9 +28,9 @@ class ElementwiseOptimizer(Optimizer):
     State of a parameter: `step`, the number of updates, a float32 scalar on the CPU as in torch's own optimizers,
     and the tensors named in `state_names`, shaped and placed as the parameter (DTensors for a DTensor).
 
-    While `lr` is 0 and no update has been counted, an element with a zero gradient stays exactly as it is and the
-    step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its state;
-    it must change nothing.
+    In the step that creates a parameter's state, if `lr` is 0, an element with a zero gradient stays exactly as it is
+    and the step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its
+    state; it must change nothing.
     """
 
     state_names: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class ElementwiseOptimizer(Optimizer):
         try:
             self._check_group(group)
             for param in group["params"]:
-                if not param.is_floating_point():
+                if param.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                     raise ValueError(
                         f"{type(self).__name__}: a parameter of dtype {param.dtype} is not supported; "
                         "allowed are float64, float32, bfloat16 and float16"
@@ -80,18 +80,21 @@ class ElementwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # before anything is changed
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check_gradient(param)
         for group in self.param_groups:
             updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
             lr_is_zero = float(group["lr"]) == 0.0
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                self._check_gradient(param)
                 state = self.state[param]
+                held = not state and lr_is_zero
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state.update(self._init_state(param, group))
-                held = lr_is_zero and float(state["step"]) == 0.0
                 if not held:
                     state["step"] += 1
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -124,20 +127,29 @@ class ElementwiseOptimizer(Optimizer):
         """Load a state dict. z and m come back in the group's `state_dtype`.
 
         torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
-        float32 ones, and float32 states of bfloat16 parameters into rounded ones.
+        float32 ones, and float32 states of bfloat16 parameters into rounded ones. So it gets to see the step alone.
         """
         loaded: list[dict[str, Any]] = []
-        # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook repairs
+
+        def without_tensors(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(final)
+            kept = {
+                key: {name: value for name, value in state.items() if name not in self.state_names}
+                for key, state in final["state"].items()
+            }
+            return {**final, "state": kept}
+
+        # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
         # the state before they look at it.
-        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded[-1]), prepend=True)
+        before = self.register_load_state_dict_pre_hook(without_tensors)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_states(loaded[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
 
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+    def _restore_states(self, state_dict: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             self._check_group(group)  # a state dict that went through JSON has lists and strings
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
@@ -146,7 +158,7 @@ class ElementwiseOptimizer(Optimizer):
                     if name in saved:
                         self.state[param][name] = saved[name].to(param.device, group["state_dtype"])
                 if "step" in saved:
-                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
+                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -240,4 +252,4 @@ def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
 
     So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
     """
-    return float(torch.tensor(float(lr), dtype=dtype))
+    return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-# log2 of zero: so negative that no other number's power reaches it, yet finite.
+# log2 of zero: so negative that no other number's power up to 1000 reaches it, yet finite.
 ZERO_EXPONENT = -(2.0**20)
 
 # The bits of sqrt(1/2): mantissas are taken from [sqrt(1/2), sqrt(2)), where log2 is within [-1/2, 1/2].
@@ -110,10 +110,7 @@ def power(x: Tensor, exponent: float) -> Tensor:
         return x
     if x.dtype == torch.float64:
         return torch.pow(x, exponent)
-    return power_from_log2(*log2_parts(x), exponent)
-
-
-def power_from_log2(whole: Tensor, fraction: Tensor, exponent: float) -> Tensor:
-    """2^(exponent * (whole + fraction)): the power of a number whose logarithm is at hand."""
+    # 2^(exponent * (whole + fraction))
+    whole, fraction = log2_parts(x)
     high, low = split(exponent)
     return exp2_sum(whole * high, (whole * low).add_(fraction * exponent))

@@ -41,7 +41,8 @@ def round_stochastic(value: Tensor, dtype: torch.dtype, hashed_gradient: Tensor,
     """`value` (float32 or float64) rounded to `dtype`, up or down at random, unbiased.
 
     bfloat16 drops 16 bits of a float32's mantissa, float16 drops 13; the same number of random bits is added
-    and the sum truncated. Other dtypes need no rounding and are converted. NaN stays NaN.
+    and the sum truncated. Other dtypes need no rounding and are converted. NaN stays NaN, and infinity
+    becomes NaN.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)

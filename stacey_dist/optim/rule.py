@@ -45,10 +45,8 @@ def stacey_update(
     """
     s = settings
     # c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
-    # as m + (1 - beta) (g - m): rounded coefficients that do not add up to one would bias m by their sum's error.
-    difference = g - m
-    c = (difference * (1.0 - s.beta1)).add_(m)
-    m_new = difference.mul_(1.0 - s.beta2).add_(m)
+    c = interpolate(m, g, s.beta1)
+    m_new = interpolate(m, g, s.beta2)
 
     # primal step   y = theta - eta s(c)    or, for (2,p),    y = theta - eta c
     direction = c if s.variant == "2p" else steepest_direction(c, s.p, s.eps)
@@ -67,6 +65,13 @@ def stacey_update(
     return change.add_(theta), z_new, m_new
 
 
+def interpolate(m: Tensor, g: Tensor, beta: float) -> Tensor:
+    """beta m + (1 - beta) g, from the nearer end: coefficients rounded by themselves would not add up to one."""
+    if beta >= 0.5:
+        return (g - m).mul_(1.0 - beta).add_(m)
+    return (m - g).mul_(beta).add_(g)
+
+
 def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float) -> Tensor:
     """One step of stochastic lp descent, algorithm 1, with decoupled weight decay: the new theta."""
     # theta' = theta - eta s(g) - eta lambda theta
@@ -79,9 +84,8 @@ def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: flo
 def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
     """s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0; p = infinity gives x / (|x| + eps), the sign."""
     exponent = 1.0 if p == math.inf else (p - 2.0) / (p - 1.0)
-    # A true denominator is never below the smallest subnormal, except at x = 0, where this makes 0/0 a 0.
-    smallest = 2.0**-149 if x.dtype == torch.float32 else 2.0**-1074
-    return x / (power(x.abs(), exponent) + eps).clamp_min_(smallest)
+    # + 1 at x = 0, where the quotient would be 0/0 without eps.
+    return x / (power(x.abs(), exponent) + eps).add_(x == 0)
 
 
 def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:

@@ -109,6 +109,8 @@ class Stacey(ElementwiseOptimizer):
         _one_of(self, group, "rounding", ("stochastic", "nearest"))
         if group["p"] == math.inf:
             require(self, group["variant"] == "p2", "p", group["p"], 'it must be finite unless variant is "p2"')
+        mirror_p = group["variant"] == "p2" or group["p"] <= 1000  # see `power.ZERO_EXPONENT`
+        require(self, mirror_p, "p", group["p"], 'it must be at most 1000 unless variant is "p2"')
         require(self, 0 <= group["alpha"] < math.inf, "alpha", group["alpha"], "it must be a finite number >= 0")
         require(self, 0 <= group["tau"] <= 1, "tau", group["tau"], "it must be within [0, 1]")
         betas = group["betas"]

@@ -28,7 +28,7 @@ class OptimizerConfig:
     p: float = 30.0
     """stacey, lp_descent: the norm, >= 2. inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
-    """stacey: the dual step size, not scheduled."""
+    """stacey: the dual step size, not scheduled. alpha and tau belong to p: the defaults suit p = 30, not p near 3."""
     tau: float = 0.03
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -301,6 +301,12 @@ def _validate_model(config: LLMConfig) -> None:
         f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
         "use float32 with train.mixed_precision bf16, or stacey",
     )
+    check(
+        model.dtype == "float32" or config.train.mixed_precision != "fp16",
+        "train.mixed_precision",
+        "fp16",
+        f"it needs model.dtype float32, not {model.dtype}",
+    )
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
@@ -312,6 +318,13 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         p,
         f"it must be finite for optimizer.variant = {variant}",
     )
+    check(
+        p <= 1000 or variant == "p2" or optimizer.name != "stacey",
+        "optimizer.p",
+        p,
+        f"it must be at most 1000 for optimizer.variant = {variant}",
+    )
+    check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
     check(0 <= optimizer.tau <= 1, "optimizer.tau", optimizer.tau, "it must be within [0, 1]")
     check(
         all(0 <= beta < 1 for beta in optimizer.betas),

@@ -141,6 +141,8 @@ class LanguageModeling:
         self.run, self.data = run, data
         self.batch_size = run.config.train.global_batch_size
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
+        self.data_identity = hashlib.sha256((data.train.identity + data.validation.identity).encode()).hexdigest()
+        self._samples: tuple[int, list[int]] = (-1, [])
         # 6 a weight for forward and backward, without the input embedding, which is a look-up; and attention:
         # 12 * layers * width * context, for scores and weighted sums.
         shape = run.config.model
@@ -152,7 +154,9 @@ class LanguageModeling:
 
     def samples(self, step: int) -> Sequence[int]:
         """The windows that all processes together train on in update `step`, in order."""
-        return [int(i) for i in self.sampler.step_samples(step, self.batch_size)]
+        if self._samples[0] != step:
+            self._samples = (step, self.sampler.step_samples(step, self.batch_size).tolist())
+        return self._samples[1]
 
     def units(self, step: int) -> int:
         """Tokens predicted in update `step`: fewer than batch x length where the last, partial window is in it."""
@@ -199,6 +203,8 @@ class LanguageModeling:
         pairs = [empty if i is None else stream.window(i) for i in windows]
         inputs, labels = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
         device = self.run.accelerator.device
+        if device.type == "cuda":
+            inputs, labels = inputs.pin_memory(), labels.pin_memory()
         return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
@@ -222,7 +228,7 @@ def sample(run: Run, model: LlamaForCausalLM, data: TextData) -> str:
     if data.tokenizer is None:
         return ""
     length = run.config.data.sequence_length
-    prompt_length, new_tokens = length // 4, length // 2
+    prompt_length, new_tokens = max(1, length // 4), max(1, length // 2)
     inputs, _ = data.validation.window(0)
     prompt = torch.from_numpy(inputs[:prompt_length])[None].to(run.accelerator.device)
     torch.manual_seed(run.config.seed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.metrics import Metrics, close_trackers
+from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import schedule, set_learning_rate
 from stacey_dist.training.resume import restore, save
 from stacey_dist.training.run import Run
@@ -24,6 +24,9 @@ class Task(Protocol):
     """What the data is counted in, as in "tokens"."""
     flops_per_unit: float
     """Floating-point operations of forward and backward on one unit."""
+
+    data_identity: str
+    """Differs where the data do: a run is not resumed on other data."""
 
     def micro_batches(self, step: int) -> Sequence[Any]:
         """This process's micro-batches of update number `step` (from 0): a function of the settings and `step`."""
@@ -51,11 +54,12 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
     """
     config, accelerator = run.config, run.accelerator
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    start, skipped = restore(run, model, optimizer)
+    start, skipped = restore(run, model, optimizer, task.data_identity)
     last = config.train.max_steps
     if start >= last:
         run.say(f"nothing to do: {run.directory} is complete with {start} updates")
         return
+    run.write_config()
     metrics = Metrics(run, task.unit, task.flops_per_unit, start)
     skipped_in_a_row = 0
     model.train()
@@ -72,13 +76,15 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
                     with accelerator.no_sync(prepared_model):
                         share = _backward(run, task, prepared_model, batch)
                 loss += share
-            grad_norm = _clip(run, prepared_model)
-            loss_value, stopping = _agree(run, loss, stop.received is not None)
+            norm = _clip(run, prepared_model)
+            loss_value, grad_norm, stopping = _agree(run, loss, norm, stop.received is not None)
             if math.isfinite(loss_value) and math.isfinite(grad_norm):
                 prepared_optimizer.step()
                 skipped_in_a_row = 0
             else:
-                _skip(run, prepared_optimizer)
+                prepared_optimizer.zero_grad()
+                if accelerator.scaler is not None:
+                    prepared_optimizer.step()  # without gradients it changes nothing; the scaler hears of overflow
                 skipped += 1
                 skipped_in_a_row += 1
                 if skipped_in_a_row > config.train.max_skipped_steps:
@@ -93,18 +99,26 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
             metrics.pause()
             if done == last or done % config.train.eval_every_steps == 0:
                 metrics.evaluation(done, _evaluate(task, model))
+            if stopping or done == last or done % config.train.eval_every_steps == 0:
                 metrics.plot()
             if stopping or done == last or done % config.checkpoint.every_steps == 0:
-                path = save(run, done, model, optimizer, skipped, must_succeed=stopping or done == last)
+                path = save(
+                    run,
+                    done,
+                    model,
+                    optimizer,
+                    data_identity=task.data_identity,
+                    skipped=skipped,
+                    must_succeed=stopping or done == last,
+                )
                 if path is not None and (stopping or done == last):
                     metrics.say(f"saved {path}")
             if stopping:
                 number = int(stop.received or 15)
-                close_trackers(accelerator)
+                accelerator.end_training()
                 run.say(f"stopped by signal {number} after update {done}; the same command goes on from here")
                 sys.exit(128 + number)
             metrics.go_on()
-    close_trackers(accelerator)
 
 
 def _lr_share(run: Run, step: int) -> float:
@@ -125,26 +139,24 @@ def _backward(run: Run, task: Task, model: nn.Module, batch: Any) -> Tensor:
     return loss.detach()
 
 
-def _clip(run: Run, model: nn.Module) -> float:
+def _clip(run: Run, model: nn.Module) -> Tensor:
     """Clip the gradients and return their norm before clipping, the same on every process."""
     limit = run.config.train.max_grad_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
     assert norm is not None
-    return float(norm)
+    return norm
 
 
-def _agree(run: Run, loss: Tensor, stopping: bool) -> tuple[float, bool]:
-    """The update's loss over all processes, and whether any of them was told to stop: one small all-reduce."""
-    both = torch.stack([loss.double(), torch.tensor(float(stopping), device=loss.device, dtype=torch.float64)])
+def _agree(run: Run, loss: Tensor, grad_norm: Tensor, stopping: bool) -> tuple[float, float, bool]:
+    """The update's loss over all processes, its gradient norm, and whether any process was told to stop.
+
+    One small all-reduce, and the update's one wait for the device.
+    """
+    shared = torch.stack([loss, torch.full_like(loss, float(stopping))])
     if run.accelerator.num_processes > 1:
-        torch.distributed.all_reduce(both)
-    return float(both[0]), float(both[1]) > 0
-
-
-def _skip(run: Run, optimizer: Any) -> None:
-    """Leave out an update, on all processes alike; the loss scaler, where there is one, must still hear of it."""
-    if run.accelerator.scaler is not None:
-        optimizer.step()  # sees the overflow that unscaling found, does not step, and lowers the scale
+        torch.distributed.all_reduce(shared)
+    loss_value, stop, norm = torch.cat([shared, grad_norm.to(shared).reshape(1)]).tolist()
+    return loss_value, norm, stop > 0
 
 
 def _evaluate(task: Task, model: nn.Module) -> dict[str, float]:

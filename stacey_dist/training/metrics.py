@@ -1,7 +1,9 @@
 """What a run reports: the progress line, metrics.jsonl, loss.png, the trackers, the share of peak speed."""
 
 import json
+import math
 import os
+import re
 import resource
 import sys
 import time
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.run import Run
@@ -18,6 +19,7 @@ from stacey_dist.training.run import Run
 _PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -38,7 +40,7 @@ _PEAK_FLOPS = {
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name, None where it is not known."""
     for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             return _PEAK_FLOPS[name]
     return None
 
@@ -132,8 +134,8 @@ class Metrics:
         rows = read_rows(self.path)
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
         if train:
             axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training loss")
         if held_out:
@@ -160,8 +162,10 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and log it to the trackers."""
         if self.main:
+            # JSON has no NaN and no infinity.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         figures = {name: value for name, value in row.items() if name != "step"}
         if self.run.accelerator.trackers:
             self.run.accelerator.log(figures, step=row["step"])
@@ -239,9 +243,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-
-
-def close_trackers(accelerator: Accelerator) -> None:
-    """Let the trackers finish their uploads and files."""
-    if accelerator.trackers:
-        accelerator.end_training()

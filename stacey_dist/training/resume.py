@@ -18,20 +18,21 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.run import Run
 
-# Settings that make it another run: the model, the data and its order, and what the optimizer's state means.
+# Settings that make it another run: the model, the order of the data, and what the optimizer's state is. The data
+# themselves, and the tokenizer, are compared by content: their files may have moved.
 _FIXED = (
     "seed",
     "model.",
-    "data.",
-    "tokenizer.",
+    "data.sequence_length",
     "train.global_batch_size",
     "optimizer.name",
     "optimizer.variant",
+    "optimizer.state_dtype",
 )
-_NOT_FIXED = ("data.cache_dir", "data.streaming", "model.max_position_embeddings")
+_NOT_FIXED = ("model.max_position_embeddings",)
 
 
-def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
+def restore(run: Run, model: nn.Module, optimizer: Optimizer, data_identity: str) -> tuple[int, int]:
     """Load the newest complete and undamaged checkpoint of the run.
 
     Returns the number of updates done and of updates skipped, (0, 0) without a checkpoint.
@@ -40,11 +41,11 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
             differences), or `checkpoint.resume` is never and there is one.
     """
-    chosen = run.on_main(lambda: _choose(run))
+    chosen = run.on_main(lambda: _choose(run, data_identity))
     if chosen is None:
         return 0, 0
     try:
-        manifest = load_checkpoint(chosen, model, optimizer)
+        manifest = load_checkpoint(chosen, model, optimizer, verified=True)
     except DamagedCheckpointError as error:
         raise SettingsError(f"run_dir: {error}") from error
     extra = manifest["extra"]
@@ -55,7 +56,14 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]
 
 
 def save(
-    run: Run, step: int, model: nn.Module, optimizer: Optimizer, skipped: int, *, must_succeed: bool
+    run: Run,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    data_identity: str,
+    skipped: int,
+    must_succeed: bool,
 ) -> Path | None:
     """Save a checkpoint after `step` updates and delete those beyond `checkpoint.keep_last`.
 
@@ -65,6 +73,7 @@ def save(
     scaler = run.accelerator.scaler
     extra = {
         "config": to_dict(run.config),
+        "data_identity": data_identity,
         "skipped_steps": skipped,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "processes": run.accelerator.num_processes,
@@ -79,13 +88,16 @@ def save(
                 raise SettingsError(f"run_dir: the checkpoint after update {step} failed: {error}") from error
             print(f"the checkpoint after update {step} failed, training goes on: {error}", flush=True)
             return None
-        keep_newest(directory, run.config.checkpoint.keep_last)
+        try:
+            keep_newest(directory, run.config.checkpoint.keep_last, path)
+        except OSError as error:
+            print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
         return path
 
     return run.on_main(write)
 
 
-def _choose(run: Run) -> Path | None:
+def _choose(run: Run, data_identity: str) -> Path | None:
     for path in find_checkpoints(run.directory / "checkpoints"):
         try:
             manifest = verify(path)
@@ -97,20 +109,23 @@ def _choose(run: Run) -> Path | None:
                 f"checkpoint.resume: never is not allowed for run_dir {run.directory}, which holds {path.name}; "
                 "give another run_dir"
             )
-        _compare(run, path, manifest["extra"]["config"])
+        _compare(run, path, manifest["extra"], data_identity)
         return path
     return None
 
 
-def _compare(run: Run, path: Path, saved_config: dict[str, Any]) -> None:
+def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
-    now, saved = flatten(to_dict(run.config)), flatten(saved_config)
+    now, saved = flatten(to_dict(run.config)), flatten(extra["config"])
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
         if now.get(name) != saved.get(name) and name != "run_dir"
     }
     fixed = [text for name, text in changed.items() if name.startswith(_FIXED) and name not in _NOT_FIXED]
+    if data_identity != extra["data_identity"]:
+        fixed += ["the tokens or the tokenizer are not those it was trained on"]
+        fixed += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if fixed:
         raise SettingsError(
             f"run_dir: {path} is of another run; give another run_dir, or the settings it was made with:\n  "

@@ -56,9 +56,17 @@ class Run:
     def _make_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            if not os.access(self.directory, os.W_OK):
+                raise PermissionError("no permission to write")
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+
+    def write_config(self) -> None:
+        """Write config.yaml, once it is sure that the settings are this run's."""
+        if self.accelerator.is_main_process:
+            temporary = self.directory / ".config.yaml.tmp"
+            temporary.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            os.replace(temporary, self.directory / "config.yaml")
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""
@@ -116,11 +124,12 @@ def start(config: LLMConfig) -> Run:
     """Bring up the processes and the run directory for a checked configuration."""
     transformers.utils.logging.disable_progress_bar()
     precision = config.train.mixed_precision
-    # Without cpu=True, processes that find no GPU would not join each other.
+    # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = torch.accelerator.current_accelerator(check_available=True)
     accelerator = Accelerator(
         mixed_precision=precision,
-        cpu=on_cpu or not torch.accelerator.is_available(),
+        cpu=on_cpu or device is None or device.type == "mps",
         log_with=list(config.tracking.trackers) or None,
         project_dir=config.run_dir,
     )
@@ -141,10 +150,11 @@ def start(config: LLMConfig) -> Run:
         torch.set_num_threads(config.train.cpu_threads or max(1, cores // local_processes))
     set_seed(config.seed)
     run = Run(config, accelerator)
-    processes = accelerator.num_processes
+    processes, mixed = accelerator.num_processes, accelerator.mixed_precision
+    arithmetic = config.model.dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
         f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}, "
-        f"{'mixed precision ' + accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'}, "
+        f"{arithmetic}, "
         f"{config.train.global_batch_size} sequences an update"
     )
     return run

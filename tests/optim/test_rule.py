@@ -55,6 +55,34 @@ def test_lp_descent_follows_the_paper(dtype, tolerance, p, weight_decay):
     assert movement_error(param, expected, theta) <= tolerance
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.3, 0.45), (0.0, 0.99)])
+def test_small_betas_follow_the_paper_where_gradients_shrink(betas):
+    # (1 - beta) (g - m) + m would lose a g that is small beside m.
+    theta, gradients = make_problem(steps=20)
+    gradients *= (10.0 ** -torch.arange(20.0))[:, None]
+    settings = dict(p=INF, variant="p2", alpha=0.01, tau=0.0, eps=0.0, weight_decay=0.0, z_init="params")
+    expected, _, m = oracle.stacey(
+        theta.double().numpy(), gradients.double().numpy(), COSINE[:20], betas=betas, **settings
+    )
+    param, state = run(Stacey, theta, gradients, COSINE[:20], state_dtype=torch.float32, betas=betas, **settings)
+    assert movement_error(param, expected, theta) <= 5e-6
+    # m itself, not its movement: its last value is far below its first.
+    assert np.linalg.norm(state["m"].double().numpy() - m) <= 1e-5 * np.linalg.norm(m)
+
+
+def test_zero_gradients_stay_harmless_where_subnormal_numbers_are_flushed():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        theta = torch.tensor([1.0, 2.0])
+        for optimizer_class in (Stacey, LpDescent):
+            for p in (3.0, 8.0, INF):
+                param, _ = run(optimizer_class, theta, torch.zeros(2, 2), p=p, eps=0.0)
+                assert torch.isfinite(param).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_first_step_by_hand():
     # theta0 = z0 = 0, p = 3, g = 4: c = 0.4, s = c / sqrt(c) = sqrt(0.4).
     # theta1 = -(1 - tau) eta sqrt(0.4) - tau alpha 0.4 = -0.999 * 0.01 * 0.6324555 - 0.001 * 0.02 * 0.4

@@ -23,6 +23,7 @@ BAD = [
 BAD_STACEY = [
     (dict(p=math.inf, variant="pp"), 'p=inf .* finite unless variant is "p2"'),
     (dict(p=math.inf, variant="2p"), "p=inf"),
+    (dict(p=1001, variant="2p"), "p=1001.0 .* at most 1000"),
     (dict(variant="p3"), 'variant=\'p3\' .* "p2", "pp", "2p"'),
     (dict(alpha=-0.1), "alpha=-0.1"),
     (dict(tau=1.5), r"tau=1.5 .* within \[0, 1\]"),

@@ -60,19 +60,19 @@ def write_config(directory, **changes):
     return path
 
 
-def command(*arguments, processes=1):
+def command(*arguments, processes=1, program="train_llm.py"):
     config = "cpu.yaml" if processes == 1 else "cpu_ddp.yaml"
     launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / "configs/accelerate" / config)]
     if processes > 1:
         launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    return [*launch, str(ROOT / "train_llm.py"), *map(str, arguments)]
+    return [*launch, str(ROOT / program), *map(str, arguments)]
 
 
 def environment():
     return {**os.environ, **HIDDEN}
 
 
-def launch(*arguments, processes=1, expect=0, through_accelerate=False):
+def launch(*arguments, processes=1, expect=0, through_accelerate=False, program="train_llm.py"):
     """Run train_llm.py to its end; returns what it printed.
 
     Several processes go through `accelerate launch`. One process is forked from a server that has the imports done,
@@ -80,7 +80,7 @@ def launch(*arguments, processes=1, expect=0, through_accelerate=False):
     """
     if processes > 1 or through_accelerate:
         result = subprocess.run(
-            command(*arguments, processes=processes),
+            command(*arguments, processes=processes, program=program),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -89,7 +89,7 @@ def launch(*arguments, processes=1, expect=0, through_accelerate=False):
         )
         output, status = result.stdout, result.returncode
     else:
-        process = Forked(*arguments)
+        process = Forked(*arguments, program=program)
         output, status = process.wait()
     assert status == expect or ((through_accelerate or processes > 1) and status != 0 and expect), output[-5000:]
     return output
@@ -131,9 +131,9 @@ def launch_and_signal_everyone(number, step, run_dir, *arguments, processes):
 class Forked:
     """A process of its own that runs train_llm.py as a program, forked from a server with the imports done."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, program="train_llm.py"):
         self.output = tempfile.NamedTemporaryFile("r", suffix=".txt")  # noqa: SIM115
-        self.process = _forkserver().Process(target=_program, args=([str(a) for a in arguments], self.output.name))
+        self.process = _forkserver().Process(target=_program, args=([program, *map(str, arguments)], self.output.name))
         self.process.start()
 
     def alive(self):
@@ -160,7 +160,7 @@ def _program(arguments, output):
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = [str(ROOT / "train_llm.py"), *arguments]
+    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

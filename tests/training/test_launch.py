@@ -100,12 +100,28 @@ def test_starting_a_complete_run_again_says_so(uninterrupted):
 def test_another_run_in_the_same_directory_is_refused(uninterrupted):
     directory, config, _ = uninterrupted
     run = directory / "run"
+    before = (run / "config.yaml").read_text()
     output = launch("--config", config, "--run_dir", run, "--seed", 1, "--model.num_hidden_layers", 3, expect=2)
     assert "is of another run" in output
     assert "seed: 0 there, 1 now" in output
     assert "model.num_hidden_layers: 2 there, 3 now" in output
     output = launch("--config", config, "--run_dir", run, "--checkpoint.resume", "never", expect=2)
     assert "checkpoint.resume: never is not allowed" in output
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_other_data_are_refused_and_moved_data_are_not(uninterrupted, tmp_path):
+    directory, _, _ = uninterrupted
+    config = write_config(tmp_path)  # the same text, in another place
+    shutil.copytree(directory / "run", tmp_path / "run")
+    arguments = ("--config", config, "--run_dir", tmp_path / "run", "--train.max_steps", 42)
+    output = launch(*arguments)
+    assert "after 40 updates" in output
+    assert f"changed since the checkpoint: data.files: ['{directory}/text.txt'] there" in output
+    with (tmp_path / "text.txt").open("a") as file:
+        file.write("and one more document.\n")
+    output = launch(*arguments[:-1], 44, expect=2)
+    assert "the tokens or the tokenizer are not those it was trained on" in output
 
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
@@ -137,7 +153,9 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(one_process, tmp_path_factory):
     directory = tmp_path_factory.mktemp("two_processes")
-    launch("--config", one_process[1], "--run_dir", directory / "run", *SMOOTH, processes=2)
+    tracked = ("--tracking.trackers", "tensorboard")
+    launch("--config", one_process[1], "--run_dir", directory / "run", *SMOOTH, *tracked, processes=2)
+    assert (directory / "run" / "model" / "model.safetensors").exists()
     return directory, one_process[1]
 
 
@@ -190,10 +208,12 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(two_processes, tmp_path)
 def test_mixed_precision(uninterrupted, tmp_path, precision):
     directory, config, _ = uninterrupted
     run = tmp_path / "run"
-    arguments = ("--config", config, "--run_dir", run, "--train.mixed_precision", precision)
-    output, _ = launch_and_signal(signal.SIGTERM, 25, run, *arguments[:2], *arguments[4:])
+    arguments = ("--config", config, "--train.mixed_precision", precision)
+    output, _ = launch_and_signal(signal.SIGTERM, 25, run, *arguments)
     assert f"mixed precision {precision}" in output
-    launch(*arguments)
+    launch(*arguments, "--run_dir", run)
+    launch(*arguments, "--run_dir", tmp_path / "whole")
+    assert_equal_checkpoints(run, tmp_path / "whole", 40)
     losses, reference = training_rows(run), training_rows(directory / "run")
     # fp16 starts at a loss scale that overflows: the first update is skipped and counted, and the scale halved
     skipped = losses[-1]["skipped_steps"]
@@ -229,6 +249,23 @@ def test_options_train_and_resume(uninterrupted, tmp_path, options):
         assert torch.equal(tensor, assert_equal[1][name]), name
     losses = training_rows(tmp_path / "whole")
     assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize(("precision", "processes"), [("no", 2), ("fp16", 1)])
+def test_an_update_with_a_loss_that_is_not_finite_changes_nothing(one_process, tmp_path, precision, processes):
+    run = tmp_path / "run"
+    launch(
+        "--config", one_process[1], "--run_dir", run, "--train.max_steps", 4, "--checkpoint.every_steps", 1,
+        "--checkpoint.keep_last", 9, "--train.mixed_precision", precision,
+        processes=processes, program="tests/training/bad_update.py",
+    )  # fmt: skip
+    before, bad, after = (checkpoint(run, step) for step in (2, 3, 4))
+    assert all(torch.equal(tensor, bad[name]) for name, tensor in before.items())
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in bad.items())
+    figures = training_rows(run)
+    assert [row["skipped_steps"] for row in figures] == [0, 0, 1, 1]
+    assert figures[2]["loss"] is None
+    assert figures[3]["loss"] is not None
 
 
 def test_trackers(uninterrupted, tmp_path):

@@ -29,6 +29,7 @@ class FakeStream:
     """37 windows of 4 labels, the last of 1."""
 
     total_labels = 36 * 4 + 1
+    identity = "37 windows"
 
     def __len__(self):
         return 37
@@ -54,7 +55,7 @@ def make_task(processes, index, micro=2, batch=8):
     )
     task = LanguageModeling.__new__(LanguageModeling)
     task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream()), batch
-    task.sampler = GlobalSampler(37, seed=3)
+    task.sampler, task._samples = GlobalSampler(37, seed=3), (-1, [])
     return task
 
 
@@ -172,9 +173,23 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
     small, large = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)
     path = save_checkpoint(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
     before = large.weight.clone()
-    with pytest.raises(DamagedCheckpointError, match=r"bias has shape \(3,\) there, and \(5,\) here"):
+    with pytest.raises(DamagedCheckpointError, match=r"bias is \(3,\) float32 there, and \(5,\) float32 here"):
         load_checkpoint(path, large, build_optimizer(large, OptimizerConfig(), 0))
     assert torch.equal(large.weight, before)
+    narrow = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    with pytest.raises(DamagedCheckpointError, match=r"float32 there, and \(3,\) bfloat16 here"):
+        load_checkpoint(path, narrow, build_optimizer(narrow, OptimizerConfig(), 0))
+
+
+@pytest.mark.parametrize("change", [{"step": 7}, {"files": {}}, {"extra": {"skipped_steps": 1}}])
+def test_an_altered_manifest_is_not_believed(tmp_path, change):
+    model = torch.nn.Linear(3, 3)
+    path = save_checkpoint(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    for content in ({**manifest, **change}, {"format": 1}):
+        (path / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(DamagedCheckpointError, match=r"manifest.json: its content does not match its checksum"):
+            verify(path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
@@ -223,16 +238,38 @@ def test_retention_and_strangers(tmp_path):
     (tmp_path / "step_best").mkdir()
     for step in (5, 100, 20):
         save_checkpoint(tmp_path, step, model, optimizer, {})
-    keep_newest(tmp_path, 2)
+    keep_newest(tmp_path, 2, tmp_path / "step_00000100")
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
+    # 100 was damaged, say, and the run went on from 20: what it saves now is not to be deleted for the sake of 100
+    saved = save_checkpoint(tmp_path, 40, model, optimizer, {})
+    keep_newest(tmp_path, 1, saved)
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    import resource
+
+    model = torch.nn.Linear(200, 200)
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors: .*File too large"):
+            save_checkpoint(tmp_path, 2, model, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_peak_flops_and_durations():
     assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert metrics.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert metrics.peak_flops("Some Other Chip") is None
+    assert metrics.peak_flops("NVIDIA H100 NVL") == 835e12
+    for other in ("Some Other Chip", "NVIDIA RTX A4000", "NVIDIA L40", "NVIDIA T400 4GB"):
+        assert metrics.peak_flops(other) is None
     assert [metrics.duration(s) for s in (5, 65, 3599.7, 7265)] == ["5s", "1m05s", "1h00m", "2h01m"]
 
 
@@ -259,7 +296,7 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(run, SimpleNamespace(train=FakeStream()), model)
+    task = LanguageModeling(run, SimpleNamespace(train=FakeStream(), validation=FakeStream()), model)
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 

@@ -1,0 +1,27 @@
+"""train_llm.py with a third update whose loss is not finite, though its gradients are, on the last process."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train_llm
+from stacey_dist.training import llm
+
+
+class BadUpdate(llm.LanguageModeling):
+    def micro_batches(self, step):
+        accelerator = self.run.accelerator
+        self.bad = step == 2 and accelerator.process_index == accelerator.num_processes - 1
+        return super().micro_batches(step)
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return loss + torch.inf if self.bad else loss
+
+
+if __name__ == "__main__":
+    llm.LanguageModeling = BadUpdate
+    train_llm.main()
