@@ -358,6 +358,18 @@ def test_chunks_and_memory_layout_change_nothing(make, monkeypatch):
     assert state["z"].stride() == theta.stride()
 
 
+def peak_memory(work):
+    """The most bytes that tensors took at once while `work` ran, over what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
 @pytest.mark.parametrize("variant", ["p2", "pp"])
 def test_extra_memory_of_a_step_does_not_grow_with_the_parameter(variant):
     def peak(elements):
@@ -365,18 +377,20 @@ def test_extra_memory_of_a_step_does_not_grow_with_the_parameter(variant):
         optimizer = Stacey([param], variant=variant)
         param.grad = torch.ones(elements)
         optimizer.step()  # makes the state
-        with torch.profiler.profile(profile_memory=True) as profile:
-            optimizer.step()
-        held = highest = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                highest = max(highest, held)
-        return highest
+        return peak_memory(optimizer.step)
 
     small, large = peak(2 << 19), peak(16 << 19)
     assert small > 0
     assert large <= small * 1.01
+
+
+def test_loading_makes_no_wider_copies():
+    param = torch.nn.Parameter(torch.ones(1 << 20))
+    optimizer = Stacey([param])
+    param.grad = torch.ones(1 << 20)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert peak_memory(lambda: optimizer.load_state_dict(saved)) < 1 << 20  # float32 copies would be 8 MiB
 
 
 def test_empty_and_scalar_parameters():
