@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int) -> Optimizer:
-    """The optimizer of `config` over the model's trainable parameters. `seed` is that of stacey's stochastic rounding."""
+    """The optimizer of `config` over the model's trainable parameters; `seed` is of stacey's stochastic rounding."""
     groups = parameter_groups(model, config)
     lr, betas, eps = config.lr, config.betas, config.eps
     match config.name:
