@@ -300,9 +300,11 @@ def test_flops_per_token_of_the_papers_model():
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 
-def test_only_a_second_ctrl_c_stops_at_once(monkeypatch):
+def test_only_a_second_ctrl_c_stops_at_once(monkeypatch, request):
     clock = iter([0.0, 0.1, 5.0, 5.1, 9.0])
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with signals.StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the launcher passes the same Ctrl-C on
