@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from stacey_dist.optim.registry import support_in_zero
+
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
 CPU_CHUNK_PER_THREAD = 1 << 16
 DEVICE_CHUNK = 1 << 22
@@ -36,6 +38,7 @@ class ElementwiseOptimizer(Optimizer):
     state_names: tuple[str, ...] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        support_in_zero(type(self))
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -95,6 +98,9 @@ class ElementwiseOptimizer(Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state.update(self._init_state(param, group))
+                for name in self.state_names:  # an engine's own loader may have made them float32
+                    if state[name].dtype != group["state_dtype"]:
+                        state[name] = state[name].to(group["state_dtype"])
                 if not held:
                     state["step"] += 1
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32

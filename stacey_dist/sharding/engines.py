@@ -1,0 +1,75 @@
+"""Which engine shards a model, told from what it has made of the parameters and the optimizer."""
+
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
+from stacey_dist.sharding.fragment import Fragment
+
+
+def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empty: bool = False) -> list[Fragment]:
+    """The parts of all trainable parameters that live on this rank, with their optimizer state.
+
+    Over the ranks of a shard group the fragments tile every trainable parameter: each element once, no padding.
+
+    Args:
+        model: the model, or what DDP, DeepSpeed, `fully_shard` or `Accelerator.prepare` have made of it.
+        optimizer: the optimizer that these have made of it, or given back.
+        accelerator: the Accelerator that prepared both, if one did.
+        empty: list the empty shards too, which FSDP2 keeps state for.
+
+    Raises:
+        RuntimeError: the accelerator was to shard the model, and it is not sharded.
+        NotImplementedError: a way to shard that is not supported.
+    """
+    optimizer = _engine_optimizer(optimizer)
+    adapter = _adapter(model, optimizer)
+    if accelerator is not None:
+        _check(adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
+    return [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
+
+
+def refresh_weights(model: nn.Module, optimizer: Any) -> None:
+    """Make the model compute with weights that were written into fragments. All ranks call it together."""
+    optimizer = _engine_optimizer(optimizer)
+    _adapter(model, optimizer).refresh_weights(model, optimizer)
+
+
+def base_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside an engine's wrappers: the one that updates this rank's tensors and has their state."""
+    while (inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)) is not None:
+        optimizer = inner
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _engine_optimizer(optimizer: Any) -> Any:
+    """The engine's optimizer without Accelerate's wrapper."""
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
+    params = list(model.parameters())
+    by_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
+    if by_deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in params):
+        return deepspeed
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        return zero_redundancy
+    if any(isinstance(p, DTensor) for p in params):
+        return fsdp2
+    return ddp
+
+
+def _check(adapter: ModuleType, distributed_type: str) -> None:
+    expected = {"DEEPSPEED": deepspeed, "FSDP": fsdp2}.get(distributed_type)
+    if expected is not None and adapter is not expected:
+        raise RuntimeError(
+            f"Accelerate was launched for {distributed_type}, but the model is not sharded by it; "
+            "give what Accelerator.prepare returned"
+        )

@@ -1,0 +1,108 @@
+"""The unit of sharding: a contiguous range of one parameter's elements that lives on this rank."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What wrappers put into the names of a model's parameters.
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """Elements [start, stop) of a parameter, counted row by row, with their state. All tensors are views.
+
+    Attributes:
+        name: the parameter's name in the model, without what wrappers add; a tied parameter's first name.
+        shape: the shape of the whole parameter.
+        start, stop: the range of its flattened elements.
+        weight: the elements as the optimizer updates them, in the fp32 master copy where the engine keeps one; in
+            any shape with `stop - start` elements (flat ZeRO partitions, rows of a DTensor, a whole parameter).
+        state: the optimizer's tensors of these elements by their keys (z and m for Stacey), shaped as `weight`.
+            Empty before the first update.
+        step: the optimizer's update count, shared by all elements of `owner`; None before the first update.
+        owner: the tensor that the optimizer updates, and its key in `optimizer.state`: `weight` is a part of it.
+        replica: 0 for the copy that counts; other ranks that hold the same range have other numbers.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+    weight: Tensor
+    state: Mapping[str, Tensor]
+    step: Tensor | None
+    owner: Tensor
+    replica: int = 0
+
+    @property
+    def z(self) -> Tensor | None:
+        """Stacey's dual sequence z; None before the first update or for an optimizer without one."""
+        return self.state.get("z")
+
+    @property
+    def m(self) -> Tensor | None:
+        """Stacey's momentum m; None before the first update or for an optimizer without one."""
+        return self.state.get("m")
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's trainable parameters under their canonical names, a tied one once."""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            yield canonical_name(name), param
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what DDP, torch.compile and activation checkpointing add to it.
+
+    A leading "module." is a wrapper's; further down it may be the model's own.
+    """
+    parts = name.split(".")
+    while parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part == "module" or part not in _WRAPPERS)
+
+
+def whole(name: str, param: Tensor, state: Mapping[str, Any], replica: int) -> Fragment:
+    """The fragment of a parameter that lives on this rank as a whole."""
+    return flat_part(name, param.shape, 0, param.numel(), param, state, offset=None, replica=replica)
+
+
+def flat_part(
+    name: str,
+    shape: torch.Size,
+    start: int,
+    stop: int,
+    owner: Tensor,
+    state: Mapping[str, Any],
+    *,
+    offset: int | None,
+    replica: int = 0,
+) -> Fragment:
+    """The fragment that lies in the flat tensor `owner` from `offset` on; all of `owner` if `offset` is None."""
+
+    def part(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor if offset is None else tensor.narrow(0, offset, stop - start)
+
+    tensors = {
+        key: part(value)
+        for key, value in state.items()
+        if key != "step" and isinstance(value, Tensor) and value.shape == owner.shape
+    }
+    return Fragment(name, shape, start, stop, part(owner), tensors, _step(state), owner, replica)
+
+
+def _step(state: Mapping[str, Any]) -> Tensor | None:
+    step = state.get("step")
+    return torch.tensor(float(step)) if isinstance(step, int | float) else step
+
+
+def element_count(shape: torch.Size) -> int:
+    """The number of elements of a tensor of this shape."""
+    return math.prod(shape)

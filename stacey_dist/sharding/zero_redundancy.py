@@ -1,0 +1,25 @@
+"""torch's ZeroRedundancyOptimizer beside DDP: each parameter's state lives on the one rank that updates it."""
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
+
+
+def list_fragments(model: nn.Module, optimizer: ZeroRedundancyOptimizer) -> Iterator[Fragment]:
+    """The parameters that this rank updates, as wholes. Its copies of the others have no state and are not listed."""
+    rank = dist.get_rank(optimizer.process_group)
+    owner = optimizer._param_to_rank
+    for name, param in trainable_parameters(model):
+        if param not in owner:  # trainable, but not given to the optimizer
+            yield whole(name, param, {}, rank)
+        elif owner[param] == rank:
+            yield whole(name, param, optimizer.optim.state.get(param, {}), 0)
+
+
+def refresh_weights(model: nn.Module, optimizer: ZeroRedundancyOptimizer) -> None:
+    """Send each parameter from the rank that owns it to the others."""
+    optimizer._sync_params()
