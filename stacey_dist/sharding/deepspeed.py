@@ -48,7 +48,7 @@ def refresh_weights(model: nn.Module, optimizer: Any) -> None:
 def _state(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
     """The state of the optimizer inside DeepSpeed's."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return inner.state  # type: ignore[no-any-return]
+    return inner.state
 
 
 def _zero_1_2(name: str, param: Any, optimizer: Any) -> Iterator[Fragment]:

@@ -44,7 +44,7 @@ def base_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer inside an engine's wrappers: the one that updates this rank's tensors and has their state."""
     while (inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)) is not None:
         optimizer = inner
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def _engine_optimizer(optimizer: Any) -> Any:

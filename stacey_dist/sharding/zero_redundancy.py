@@ -1,15 +1,15 @@
 """torch's ZeroRedundancyOptimizer beside DDP: each parameter's state lives on the one rank that updates it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
-def list_fragments(model: nn.Module, optimizer: ZeroRedundancyOptimizer) -> Iterator[Fragment]:
+def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """The parameters that this rank updates, as wholes. Its copies of the others have no state and are not listed."""
     rank = dist.get_rank(optimizer.process_group)
     owner = optimizer._param_to_rank
@@ -20,6 +20,6 @@ def list_fragments(model: nn.Module, optimizer: ZeroRedundancyOptimizer) -> Iter
             yield whole(name, param, optimizer.optim.state.get(param, {}), 0)
 
 
-def refresh_weights(model: nn.Module, optimizer: ZeroRedundancyOptimizer) -> None:
+def refresh_weights(model: nn.Module, optimizer: Any) -> None:
     """Send each parameter from the rank that owns it to the others."""
     optimizer._sync_params()

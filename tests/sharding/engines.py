@@ -21,20 +21,22 @@ class Trainer:
 
     def __init__(self, engine, model, make_groups, optimizer_class, settings, **options):
         self.engine = engine
-        build = getattr(
-            self, f"_{engine.rstrip('0123')}" if engine.startswith("zero") and engine[-1] in "0123" else f"_{engine}"
-        )
+        build = self._zero if self.is_deepspeed else getattr(self, f"_{engine}")
         build(model, make_groups, optimizer_class, settings, **options)
 
     def step(self, *inputs):
         loss = self.model(*inputs)
-        if self.engine in ("zero0", "zero1", "zero2", "zero3"):
+        if self.is_deepspeed:
             self.model.backward(loss)
             self.model.step()
         else:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    @property
+    def is_deepspeed(self):
+        return self.engine.startswith("zero") and self.engine[4:].isdigit()
 
     @property
     def scheduled(self):

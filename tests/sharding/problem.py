@@ -115,8 +115,4 @@ def one_process(case, scalar=True, start_dtype=torch.float32, steps=STEPS):
         model(gradients(step, model)).backward()
         optimizer.step()
         scheduler.step()
-    return {
-        name: (p.detach(), {key: value for key, value in optimizer.state[p].items()})
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    return {name: (p.detach(), dict(optimizer.state[p])) for name, p in model.named_parameters() if p.requires_grad}
