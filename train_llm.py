@@ -13,16 +13,20 @@ def main() -> None:
     with user_errors("train_llm.py"):
         validate(config)
         from stacey_dist.training import llm
+        from stacey_dist.training.engine import ZERO_REDUNDANCY, build_engine, requested_engine
         from stacey_dist.training.loop import train
         from stacey_dist.training.optimizers import build_optimizer
 
         run = start(config)
         data = llm.prepare_data(run)
         model = llm.build_model(run, data)
-        optimizer = build_optimizer(model, config.optimizer, config.seed)
-        train(run, llm.LanguageModeling(run, data, model), model, optimizer)
-        exported = llm.export(run, model, data)
-        run.say(f"\nsample: {llm.sample(run, model, data)}\n")
+        by_owner = requested_engine() == ZERO_REDUNDANCY
+        optimizer = build_optimizer(model, config.optimizer, config.seed, by_owner=by_owner)
+        task = llm.LanguageModeling(run, data, model)
+        engine = build_engine(run, model, optimizer)
+        train(run, task, engine)
+        exported = llm.export(run, engine, data)
+        run.say(f"\nsample: {llm.sample(run, engine, data)}\n")
         run.report(exported)
         run.accelerator.end_training()
 

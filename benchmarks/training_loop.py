@@ -23,6 +23,7 @@ from torch import nn
 
 from stacey_dist.training import llm
 from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.engine import build_engine
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer
 from stacey_dist.training.run import start
@@ -84,7 +85,7 @@ def main() -> None:
         twin = deepcopy(model)
         bare = BareLoop(twin, build_optimizer(twin, config.optimizer, config.seed), config.train.max_grad_norm)
         task = InTurns(run, data, model, bare, steps)
-        train(run, task, model, optimizer)
+        train(run, task, build_engine(run, model, optimizer))
     skip = min(10, steps // 2)  # the first steps warm up
     launcher, bare_loop = task.launcher_seconds[skip:], task.bare_seconds[skip:-1]
     print(machine())

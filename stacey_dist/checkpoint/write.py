@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from stacey_dist.checkpoint.gather import Tensors
 from stacey_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -25,14 +25,15 @@ from stacey_dist.checkpoint.manifest import (
 from stacey_dist.version import __version__
 
 
-def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
+def save_checkpoint(directory: Path, step: int, tensors: Tensors, extra: dict[str, Any]) -> Path:
     """Save weights, buffers and optimizer state after `step` updates under `directory`; returns the checkpoint.
+
+    One process calls it, with what `gather_tensors` gave it.
 
     Args:
         directory: holds all checkpoints of a run.
         step: number of updates done.
-        model: its parameters and persistent buffers are saved, a tied parameter once.
-        optimizer: the state of each of the model's parameters is saved.
+        tensors: parameters (a tied one once, under its first name), persistent buffers, optimizer state.
         extra: anything JSON can hold; comes back from `load_checkpoint`.
 
     Raises:
@@ -45,14 +46,12 @@ def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Opt
         shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir()
-        _write_tensors(temporary / MODEL_FILE, model_tensors(model))
-        tensors, scalars = optimizer_tensors(model, optimizer)
-        _write_tensors(temporary / OPTIMIZER_FILE, tensors)
+        _write_tensors(temporary / MODEL_FILE, tensors.model)
+        _write_tensors(temporary / OPTIMIZER_FILE, tensors.optimizer)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
             "versions": {"stacey_dist": __version__, "torch": torch.__version__},
-            "optimizer": {"class": type(optimizer).__name__, "scalars": scalars},
             "extra": extra,
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -86,27 +85,6 @@ def keep_newest(directory: Path, count: int, saved: Path) -> None:
         hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (a tied one once, under its first name) and persistent buffers, by name."""
-    tensors: dict[str, Tensor] = {name: param.detach() for name, param in model.named_parameters()}
-    persistent = model.state_dict().keys()
-    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in persistent})
-    return tensors
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Each parameter's state as NAME/KEY: the tensors, and the plain numbers that some optimizers keep."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, param in model.named_parameters():
-        for key, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value
-            elif value is not None:
-                scalars[f"{name}/{key}"] = value
-    return tensors, scalars
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

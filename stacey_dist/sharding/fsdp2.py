@@ -65,4 +65,4 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
 
 
 def _local(tensor: DTensor) -> Tensor:
-    return tensor.detach().to_local()
+    return tensor.to_local().detach()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stacey_dist.checkpoint import gather_tensors
 from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.training.config import DataConfig, LLMConfig
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
 
 IGNORED_LABEL = -100
@@ -208,30 +211,38 @@ class LanguageModeling:
         return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
-def export(run: Run, model: LlamaForCausalLM, data: TextData) -> Path:
-    """Write the model and its tokenizer as `transformers` loads them; returns the directory."""
+def export(run: Run, engine: Engine, data: TextData) -> Path:
+    """Write the model and its tokenizer as `transformers` loads them; returns the directory.
+
+    The weights are the fp32 masters where the engine keeps them. All processes call it together.
+    """
     directory = run.directory / "model"
+    tensors = gather_tensors(engine.model, engine.optimizer)
 
     def work() -> None:
         assert data.tokenizer is not None
-        unwrapped = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        unwrapped.config.use_cache = True
-        unwrapped.save_pretrained(directory)
+        assert tensors is not None
+        with torch.device("meta"):
+            shell = LlamaForCausalLM(engine.module.config)
+        shell.config.use_cache = True
+        shell.save_pretrained(directory, state_dict=tensors.model)
         data.tokenizer.save(directory)
 
     run.on_main(work)
     return directory
 
 
-def sample(run: Run, model: LlamaForCausalLM, data: TextData) -> str:
-    """A held-out beginning and how the trained model continues it, as text; empty except on the main process."""
-    if data.tokenizer is None:
-        return ""
+def sample(run: Run, engine: Engine, data: TextData) -> str:
+    """A held-out beginning and how the trained model continues it, as text; empty except on the main process.
+
+    All processes call it together: sharded weights are gathered by all.
+    """
     length = run.config.data.sequence_length
     prompt_length, new_tokens = max(1, length // 4), max(1, length // 2)
     inputs, _ = data.validation.window(0)
     prompt = torch.from_numpy(inputs[:prompt_length])[None].to(run.accelerator.device)
     torch.manual_seed(run.config.seed)
+    model: Any = engine.module
     model.eval()
     with torch.no_grad():
         output = model.generate(
@@ -243,6 +254,9 @@ def sample(run: Run, model: LlamaForCausalLM, data: TextData) -> str:
             top_k=50,
             pad_token_id=data.end_token_id,
             use_cache=True,
+            synced_gpus=run.accelerator.num_processes > 1,
         )[0].tolist()
+    if data.tokenizer is None:
+        return ""
     beginning, continuation = output[:prompt_length], output[prompt_length:]
     return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"

@@ -1,17 +1,16 @@
 """The training loop: from the first update to the last, through evaluations, checkpoints and interruptions."""
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.metrics import Metrics
-from stacey_dist.training.optimizers import schedule, set_learning_rate
+from stacey_dist.training.optimizers import schedule
 from stacey_dist.training.resume import restore, save
 from stacey_dist.training.run import Run
 from stacey_dist.training.signals import StopSignal
@@ -45,16 +44,15 @@ class Task(Protocol):
         ...
 
 
-def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
-    """Train `model` in place to `train.max_steps` updates, going on from the newest checkpoint of the run.
+def train(run: Run, task: Task, engine: Engine) -> None:
+    """Train the engine's model in place to `train.max_steps` updates, going on from the run's newest checkpoint.
 
     Raises:
         SettingsError: the run's checkpoints do not fit the settings, or too many updates in a row were skipped.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
     config, accelerator = run.config, run.accelerator
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    start, skipped = restore(run, model, optimizer, task.data_identity)
+    start, skipped = restore(run, engine, task.data_identity)
     last = config.train.max_steps
     if start >= last:
         run.say(f"nothing to do: {run.directory} is complete with {start} updates")
@@ -62,51 +60,38 @@ def train(run: Run, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
     run.write_config()
     metrics = Metrics(run, task.unit, task.flops_per_unit, start)
     skipped_in_a_row = 0
-    model.train()
+    engine.model.train()
     with StopSignal() as stop:
         for step in range(start, last):
             lr = config.optimizer.lr * _lr_share(run, step)
-            set_learning_rate(optimizer, lr)
+            engine.set_learning_rate(lr)
             loss = torch.zeros((), device=accelerator.device)
             for batch, last_of_update in _mark_last(task.micro_batches(step)):
-                # Gradients are averaged over processes once, with the last micro-batch.
-                if last_of_update:
-                    share = _backward(run, task, prepared_model, batch)
-                else:
-                    with accelerator.no_sync(prepared_model):
-                        share = _backward(run, task, prepared_model, batch)
-                loss += share
-            norm = _clip(run, prepared_model)
-            loss_value, grad_norm, stopping = _agree(run, loss, norm, stop.received is not None)
-            if math.isfinite(loss_value) and math.isfinite(grad_norm):
-                prepared_optimizer.step()
-                skipped_in_a_row = 0
-            else:
-                prepared_optimizer.zero_grad()
-                if accelerator.scaler is not None:
-                    prepared_optimizer.step()  # without gradients it changes nothing; the scaler hears of overflow
-                skipped += 1
-                skipped_in_a_row += 1
-                if skipped_in_a_row > config.train.max_skipped_steps:
-                    raise SettingsError(
-                        f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {step + 1} had a "
-                        f"loss or gradient that is not finite (loss {loss_value}, gradient norm {grad_norm}); "
-                        "lower optimizer.lr, or look at the data"
-                    )
-            prepared_optimizer.zero_grad()
-            done = step + 1
-            metrics.step(done, task.units(step), loss=loss_value, lr=lr, grad_norm=grad_norm, skipped=skipped)
+                with engine.micro_batch(last_of_update):
+                    share = task.loss(engine.model, batch)
+                    engine.backward(share)
+                loss += share.detach()
+            update = engine.finish_update(loss, stop.received is not None, config.train.max_grad_norm)
+            skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
+            skipped += not update.applied
+            if skipped_in_a_row > config.train.max_skipped_steps:
+                raise SettingsError(
+                    f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {step + 1} had a "
+                    f"loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
+                    "lower optimizer.lr, or look at the data"
+                )
+            done, stopping = step + 1, update.stopping
+            metrics.step(done, task.units(step), loss=update.loss, lr=lr, grad_norm=update.grad_norm, skipped=skipped)
             metrics.pause()
             if done == last or done % config.train.eval_every_steps == 0:
-                metrics.evaluation(done, _evaluate(task, model))
+                metrics.evaluation(done, _evaluate(task, engine))
             if stopping or done == last or done % config.train.eval_every_steps == 0:
                 metrics.plot()
             if stopping or done == last or done % config.checkpoint.every_steps == 0:
                 path = save(
                     run,
+                    engine,
                     done,
-                    model,
-                    optimizer,
                     data_identity=task.data_identity,
                     skipped=skipped,
                     must_succeed=stopping or done == last,
@@ -132,38 +117,11 @@ def _lr_share(run: Run, step: int) -> float:
     )
 
 
-def _backward(run: Run, task: Task, model: nn.Module, batch: Any) -> Tensor:
-    loss = task.loss(model, batch)
-    # Data parallelism averages gradients over processes; the shares of the loss are to be summed.
-    run.accelerator.backward(loss * run.accelerator.num_processes)
-    return loss.detach()
-
-
-def _clip(run: Run, model: nn.Module) -> Tensor:
-    """Clip the gradients and return their norm before clipping, the same on every process."""
-    limit = run.config.train.max_grad_norm or math.inf
-    norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
-    assert norm is not None
-    return norm
-
-
-def _agree(run: Run, loss: Tensor, grad_norm: Tensor, stopping: bool) -> tuple[float, float, bool]:
-    """The update's loss over all processes, its gradient norm, and whether any process was told to stop.
-
-    One small all-reduce, and the update's one wait for the device.
-    """
-    shared = torch.stack([loss, torch.full_like(loss, float(stopping))])
-    if run.accelerator.num_processes > 1:
-        torch.distributed.all_reduce(shared)
-    loss_value, stop, norm = torch.cat([shared, grad_norm.to(shared).reshape(1)]).tolist()
-    return loss_value, norm, stop > 0
-
-
-def _evaluate(task: Task, model: nn.Module) -> dict[str, float]:
-    model.eval()
+def _evaluate(task: Task, engine: Engine) -> dict[str, float]:
+    engine.model.eval()
     with torch.no_grad():
-        figures = task.evaluate(model)
-    model.train()
+        figures = task.evaluate(engine.module)
+    engine.model.train()
     return figures
 
 

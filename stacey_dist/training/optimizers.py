@@ -21,48 +21,40 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True) if g]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int) -> Optimizer:
-    """The optimizer of `config` over the model's trainable parameters; `seed` is of stacey's stochastic rounding."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int, *, by_owner: bool = False) -> Optimizer:
+    """The optimizer of `config` over the model's trainable parameters; `seed` is of stacey's stochastic rounding.
+
+    With `by_owner` it is torch's ZeroRedundancyOptimizer around it: each parameter is updated by one process, which
+    alone has its state, and sent to the others.
+    """
+    optimizer_class, settings = _class_and_settings(config, seed)
     groups = parameter_groups(model, config)
-    lr, betas, eps = config.lr, config.betas, config.eps
+    if by_owner:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, optimizer_class, **settings)
+    return optimizer_class(groups, **settings)
+
+
+def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimizer], dict[str, Any]]:
+    settings: dict[str, Any] = dict(lr=config.lr)
+    adaptive = dict(settings, betas=config.betas, eps=config.eps, fused=True)
     match config.name:
         case "stacey":
-            return Stacey(
-                groups,
-                lr,
-                p=config.p,
-                variant=config.variant,
-                alpha=config.alpha,
-                tau=config.tau,
-                betas=betas,
-                eps=eps,
-                z_init=config.z_init,
-                state_dtype=config.state_dtype,
-                rounding=config.rounding,
-                seed=seed,
-            )
+            names = ("p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding")
+            return Stacey, settings | {name: getattr(config, name) for name in names} | {"seed": seed}
         case "lp_descent":
-            return LpDescent(groups, lr, p=config.p, eps=eps)
+            return LpDescent, dict(settings, p=config.p, eps=config.eps)
         case "adamw":
-            return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, fused=True)
+            return torch.optim.AdamW, adaptive
         case "adam":
-            return torch.optim.Adam(groups, lr, betas=betas, eps=eps, fused=True)
+            return torch.optim.Adam, adaptive
         case "sgd":
-            return torch.optim.SGD(groups, lr, momentum=config.momentum, nesterov=config.momentum > 0)
+            return torch.optim.SGD, dict(settings, momentum=config.momentum, nesterov=config.momentum > 0)
         case "lion":
             from lion_pytorch import Lion
 
-            lion: Optimizer = Lion(groups, lr, betas=betas)
-            return lion
-
-
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set every group's learning rate for the next update."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+            return Lion, dict(settings, betas=config.betas)
 
 
 def schedule(step: int, name: str, *, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
+    gather_tensors,
     keep_newest,
     load_checkpoint,
     save_checkpoint,
@@ -16,6 +14,7 @@ from stacey_dist.checkpoint import (
 )
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
 
 # Settings that make it another run: the model, the order of the data, and what the optimizer's state is. The data
@@ -32,7 +31,7 @@ _FIXED = (
 _NOT_FIXED = ("model.max_position_embeddings",)
 
 
-def restore(run: Run, model: nn.Module, optimizer: Optimizer, data_identity: str) -> tuple[int, int]:
+def restore(run: Run, engine: Engine, data_identity: str) -> tuple[int, int]:
     """Load the newest complete and undamaged checkpoint of the run.
 
     Returns the number of updates done and of updates skipped, (0, 0) without a checkpoint.
@@ -45,21 +44,20 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer, data_identity: str
     if chosen is None:
         return 0, 0
     try:
-        manifest = load_checkpoint(chosen, model, optimizer, verified=True)
+        manifest = load_checkpoint(chosen, engine.model, engine.optimizer, verified=True)
     except DamagedCheckpointError as error:
         raise SettingsError(f"run_dir: {error}") from error
     extra = manifest["extra"]
-    if run.accelerator.scaler is not None and extra["scaler"]:
-        run.accelerator.scaler.load_state_dict(extra["scaler"])
+    if extra["scaler"]:
+        engine.load_scaler_state(extra["scaler"])
     run.say(f"resumed from {chosen} after {manifest['step']} updates")
     return manifest["step"], extra["skipped_steps"]
 
 
 def save(
     run: Run,
+    engine: Engine,
     step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
     *,
     data_identity: str,
     skipped: int,
@@ -70,19 +68,22 @@ def save(
     A failed write is reported and training goes on, unless the run ends here (`must_succeed`); older checkpoints
     stay. Returns the checkpoint, None if it was not written.
     """
-    scaler = run.accelerator.scaler
     extra = {
         "config": to_dict(run.config),
         "data_identity": data_identity,
         "skipped_steps": skipped,
-        "scaler": scaler.state_dict() if scaler is not None else None,
+        "scaler": engine.scaler_state(),
+        "engine": engine.name,
         "processes": run.accelerator.num_processes,
     }
 
+    tensors = gather_tensors(engine.model, engine.optimizer)
+
     def write() -> Path | None:
+        assert tensors is not None
         directory = run.directory / "checkpoints"
         try:
-            path = save_checkpoint(directory, step, model, optimizer, extra)
+            path = save_checkpoint(directory, step, tensors, extra)
         except OSError as error:
             if must_succeed:
                 raise SettingsError(f"run_dir: the checkpoint after update {step} failed: {error}") from error

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import LLMConfig, check
+from stacey_dist.training.engine import engine_description, start_accelerator
 
 T = TypeVar("T")
 
@@ -123,26 +124,7 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
 def start(config: LLMConfig) -> Run:
     """Bring up the processes and the run directory for a checked configuration."""
     transformers.utils.logging.disable_progress_bar()
-    precision = config.train.mixed_precision
-    # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    device = torch.accelerator.current_accelerator(check_available=True)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=on_cpu or device is None or device.type == "mps",
-        log_with=list(config.tracking.trackers) or None,
-        project_dir=config.run_dir,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise SettingsError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; "
-            "look at the --config_file of `accelerate launch`"
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
+    accelerator = start_accelerator(config)
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -153,7 +135,8 @@ def start(config: LLMConfig) -> Run:
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
     arithmetic = config.model.dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
-        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}, "
+        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
+        f"{engine_description(accelerator)}, "
         f"{arithmetic}, "
         f"{config.train.global_batch_size} sequences an update"
     )

@@ -13,6 +13,7 @@ import yaml
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
+    gather_tensors,
     keep_newest,
     load_checkpoint,
     save_checkpoint,
@@ -106,6 +107,10 @@ def test_schedule():
     assert schedule(0, "cosine", warmup_steps=0, max_steps=1, min_lr_ratio=0.0) == 1.0
 
 
+def save(directory, step, model, optimizer, extra):
+    return save_checkpoint(directory, step, gather_tensors(model, optimizer), extra)
+
+
 def make_model():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
     model[2].weight = torch.nn.Parameter(model[2].weight.detach())
@@ -135,7 +140,7 @@ def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
     model = make_model()
     optimizer = build_optimizer(model, OptimizerConfig(name=name), seed=0)
     train(model, optimizer, 3, seed=0)
-    path = save_checkpoint(tmp_path, 3, model, optimizer, {"note": [1, None]})
+    path = save(tmp_path, 3, model, optimizer, {"note": [1, None]})
     other = make_model()
     other_optimizer = build_optimizer(other, OptimizerConfig(name=name), seed=0)
     train(other, other_optimizer, 1, seed=9)
@@ -159,7 +164,7 @@ def test_buffers_and_tied_parameters_are_saved_once(tmp_path):
     model.norm = torch.nn.BatchNorm1d(3)
     optimizer = build_optimizer(model, OptimizerConfig(), seed=0)
     model.norm.running_mean.fill_(0.5)
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    path = save(tmp_path, 1, model, optimizer, {})
     model.norm.running_mean.zero_()
     with torch.no_grad():
         expected = model.a.weight.clone()
@@ -171,7 +176,7 @@ def test_buffers_and_tied_parameters_are_saved_once(tmp_path):
 
 def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
     small, large = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)
-    path = save_checkpoint(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
+    path = save(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
     before = large.weight.clone()
     with pytest.raises(DamagedCheckpointError, match=r"bias is \(3,\) float32 there, and \(5,\) float32 here"):
         load_checkpoint(path, large, build_optimizer(large, OptimizerConfig(), 0))
@@ -184,7 +189,7 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
 @pytest.mark.parametrize("change", [{"step": 7}, {"files": {}}, {"extra": {"skipped_steps": 1}}])
 def test_an_altered_manifest_is_not_believed(tmp_path, change):
     model = torch.nn.Linear(3, 3)
-    path = save_checkpoint(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     manifest = json.loads((path / "manifest.json").read_text())
     for content in ({**manifest, **change}, {"format": 1}):
         (path / "manifest.json").write_text(json.dumps(content))
@@ -196,7 +201,7 @@ def test_an_altered_manifest_is_not_believed(tmp_path, change):
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "empty"])
 def test_every_damage_is_named(tmp_path, file, damage):
     model = make_model()
-    path = save_checkpoint(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     verify(path)
     broken = path / file
     content = bytearray(broken.read_bytes())
@@ -218,14 +223,14 @@ def test_every_damage_is_named(tmp_path, file, damage):
 def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     model = make_model()
     optimizer = build_optimizer(model, OptimizerConfig(), 0)
-    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    save(tmp_path, 1, model, optimizer, {})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stacey_dist.checkpoint.write.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, model, optimizer, {})
+        save(tmp_path, 2, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     verify(tmp_path / "step_00000001")
 
@@ -237,12 +242,12 @@ def test_retention_and_strangers(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "step_best").mkdir()
     for step in (5, 100, 20):
-        save_checkpoint(tmp_path, step, model, optimizer, {})
+        save(tmp_path, step, model, optimizer, {})
     keep_newest(tmp_path, 2, tmp_path / "step_00000100")
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
     # 100 was damaged, say, and the run went on from 20: what it saves now is not to be deleted for the sake of 100
-    saved = save_checkpoint(tmp_path, 40, model, optimizer, {})
+    saved = save(tmp_path, 40, model, optimizer, {})
     keep_newest(tmp_path, 1, saved)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
 
@@ -252,12 +257,12 @@ def test_a_full_disk_is_an_os_error(tmp_path):
 
     model = torch.nn.Linear(200, 200)
     optimizer = build_optimizer(model, OptimizerConfig(), 0)
-    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    save(tmp_path, 1, model, optimizer, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"model.safetensors: .*File too large"):
-            save_checkpoint(tmp_path, 2, model, optimizer, {})
+            save(tmp_path, 2, model, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

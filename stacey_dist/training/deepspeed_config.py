@@ -1,0 +1,52 @@
+"""What a run's settings put into DeepSpeed's configuration, and what it may not say otherwise."""
+
+from typing import TYPE_CHECKING, Any
+
+from stacey_dist.errors import SettingsError
+
+if TYPE_CHECKING:
+    from stacey_dist.training.run import Run
+
+
+def complete(run: "Run") -> None:
+    """Put the run's batch sizes, clipping and safety checks into the DeepSpeed configuration of its accelerator.
+
+    DeepSpeed clips gradients at 1.0 where nothing is said, and takes several settings that belong to the run; a
+    file that says the same, or "auto", is fine.
+
+    Raises:
+        SettingsError: the configuration has an optimizer or scheduler, or contradicts the run's settings.
+    """
+    config = run.accelerator.state.deepspeed_plugin.deepspeed_config
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise SettingsError(
+                f"{section}: this section of the DeepSpeed configuration is not allowed; "
+                f"{section}.* of the run takes its place ({section}.name and so on)"
+            )
+    if run.config.model.dtype != "float32":
+        raise SettingsError(
+            f"model.dtype: {run.config.model.dtype} is not allowed with DeepSpeed, which keeps float32 master weights; "
+            "use float32, with train.mixed_precision bf16"
+        )
+    accumulation = run.process_batch_size // run.micro_batch_size
+    _set(config, "gradient_clipping", run.config.train.max_grad_norm, "train.max_grad_norm")
+    _set(config, "train_micro_batch_size_per_gpu", run.micro_batch_size, "train.micro_batch_size")
+    _set(config, "gradient_accumulation_steps", accumulation, "train.global_batch_size and train.micro_batch_size")
+    _set(config, "train_batch_size", run.config.train.global_batch_size, "train.global_batch_size")
+    if config.get("bf16", {}).get("enabled"):
+        config["bf16"].setdefault("check_grad_overflow", True)  # skip an update that is not finite, as everywhere
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading would exchange the optimizer for CPUAdam
+    run.accelerator.gradient_accumulation_steps = accumulation
+
+
+def _set(config: dict[str, Any], key: str, value: float, setting: str) -> None:
+    said = config.get(key, "auto")
+    # Accelerate writes 1 for the accumulation that nobody has set.
+    by_default = key == "gradient_accumulation_steps" and said == 1
+    if said not in ("auto", value) and not by_default:
+        raise SettingsError(
+            f"{key}: {said} in the DeepSpeed configuration contradicts {setting}, which gives {value}; "
+            'leave it out or write "auto"'
+        )
+    config[key] = value

@@ -1,0 +1,283 @@
+"""How one update is made on the engine that `accelerate launch` was told to use.
+
+The training loop is the same everywhere; what differs is how a process joins (`start_accelerator`), who sums,
+clips and applies gradients (`Engine`), and where the loss scale lives.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.training import deepspeed_config
+from stacey_dist.training.config import LLMConfig
+
+if TYPE_CHECKING:
+    from stacey_dist.training.run import Run
+
+ZERO_REDUNDANCY = "zero_redundancy"
+
+
+def requested_engine() -> str:
+    """The engine that the launch asked for: single, ddp, zero_redundancy, deepspeed or fsdp2.
+
+    Accelerate's configuration files know no ZeroRedundancyOptimizer; ours name it in torchrun's `role`, which the
+    processes find in ROLE_NAME.
+
+    Raises SettingsError for FSDP's first version.
+    """
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        return "deepspeed"
+    if _flag("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise SettingsError(f"fsdp_version: {version} is not allowed in Accelerate's fsdp_config; it must be 2")
+        return "fsdp2"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "single"
+    return ZERO_REDUNDANCY if os.environ.get("ROLE_NAME") == ZERO_REDUNDANCY else "ddp"
+
+
+def start_accelerator(config: LLMConfig) -> Accelerator:
+    """Join the processes on the engine that the launch asked for.
+
+    Raises SettingsError if Accelerate brings up another engine or another number of processes.
+    """
+    requested = requested_engine()
+    # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
+    plugin, handlers = None, []
+    if requested == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+    if requested == "deepspeed" and on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        handlers = [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
+        fsdp_plugin=plugin,
+        kwargs_handlers=handlers,
+        log_with=list(config.tracking.trackers) or None,
+        project_dir=config.run_dir,
+    )
+    if requested == "fsdp2" and accelerator.device.type == "cpu":
+        # Accelerate leaves FSDP out on CPUs, where `fully_shard` works as well.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        assert plugin is not None
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested != "deepspeed":
+        # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+    _check_engine(requested, accelerator)
+    return accelerator
+
+
+def _check_engine(requested: str, accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    hint = "look at the --config_file of `accelerate launch`"
+    if accelerator.num_processes != launched:
+        raise SettingsError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; {hint}"
+        )
+    kind = accelerator.distributed_type
+    expected = {"deepspeed": DistributedType.DEEPSPEED, "fsdp2": DistributedType.FSDP}.get(requested)
+    sharded = kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if kind != expected if expected else sharded:
+        raise SettingsError(f"{requested} was asked for, but Accelerate came up with {kind.value}; {hint}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the processes agree on at the end of an update."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    """False where loss or gradient is not finite: then nothing has changed."""
+    stopping: bool
+    """Whether any process was told to stop."""
+
+
+class Engine:
+    """The model and its optimizer on one process, DDP, ZeroRedundancyOptimizer or FSDP2.
+
+    Args:
+        run: the run.
+        model: the model, not yet moved to a device or sharded.
+        optimizer: its optimizer, without state.
+
+    Raises:
+        SettingsError: the engine cannot do what the settings ask for.
+    """
+
+    name: str
+
+    def __init__(self, run: "Run", model: nn.Module, optimizer: Optimizer) -> None:
+        self.run, self.module = run, model
+        self.accelerator = run.accelerator
+        self.name = requested_engine()
+        self._prepare(optimizer)
+        fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
+
+    def _prepare(self, optimizer: Optimizer) -> None:
+        # Its state is made where the parameters then are; Accelerate would ask for a ZeroRedundancyOptimizer's.
+        placement = None if self.name == "fsdp2" else [True, False]
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set every group's learning rate for the next update."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
+        # otherwise keep whole gradients.
+        wait = not last and self.name != "fsdp2"
+        with self.accelerator.no_sync(self.model) if wait else nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
+        # Engines average gradients over processes.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def finish_update(self, loss: Tensor, stopping: bool, max_grad_norm: float) -> Update:
+        """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
+
+        Args:
+            loss: this process's share of the update's loss, a scalar on its device.
+            stopping: whether this process was told to stop.
+            max_grad_norm: the norm to clip to; 0 is off.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
+        assert norm is not None
+        loss_value, stop, grad_norm = self._agree(loss, stopping, norm)
+        applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        if not applied:
+            self.optimizer.zero_grad()
+        if applied or self.accelerator.scaler is not None:
+            self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
+        self.optimizer.zero_grad()
+        return Update(loss_value, grad_norm, applied, stop)
+
+    def _agree(self, loss: Tensor, stopping: bool, norm: Tensor | None = None) -> tuple[float, bool, float]:
+        """The update's loss over all processes, whether any was told to stop, and the (common) gradient norm.
+
+        One small all-reduce, and the update's one wait for the device.
+        """
+        shared = torch.stack([loss, torch.full_like(loss, float(stopping))])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(shared)
+        norm = torch.zeros_like(loss) if norm is None else norm
+        loss_value, stop, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
+        return loss_value, stop > 0, grad_norm
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """The loss scale and what moves it; None without loss scaling."""
+        scaler = self.accelerator.scaler
+        return scaler.state_dict() if scaler is not None else None
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restore what `scaler_state` gave."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+
+class DeepSpeedEngine(Engine):
+    """The model and its optimizer on DeepSpeed, which sums, clips, scales and applies gradients by itself."""
+
+    def _prepare(self, optimizer: Optimizer) -> None:
+        deepspeed_config.complete(self.run)
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's own optimizer."""
+        return self.model.optimizer
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
+        self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def finish_update(self, loss: Tensor, stopping: bool, max_grad_norm: float) -> Update:
+        """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
+        loss_value, stop, _ = self._agree(loss, stopping)
+        # DeepSpeed looks at the gradients for itself, and drops them if their norm is not finite.
+        with nullcontext() if math.isfinite(loss_value) else _without_step(base_optimizer(self.optimizer)):
+            self.model.step()
+        grad_norm = float(self.model.get_global_grad_norm() or 0.0)
+        applied = math.isfinite(loss_value) and not getattr(self._zero, "overflow", False)
+        return Update(loss_value, grad_norm, applied, stop)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """The loss scale and what moves it; None without loss scaling."""
+        scaler = self._dynamic_scaler
+        return {key: getattr(scaler, key) for key in _SCALER_KEYS} if scaler else None
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restore what `scaler_state` gave."""
+        if scaler := self._dynamic_scaler:
+            for key in _SCALER_KEYS:
+                setattr(scaler, key, state[key])
+
+    @property
+    def _dynamic_scaler(self) -> Any:
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+
+_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:
+    """The engine that the launch asked for, with the model and its optimizer on it."""
+    return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)
+
+
+def engine_description(accelerator: Accelerator) -> str:
+    """How the processes share the work, for people: " with ZeRO-2", " with FSDP2", "" for one process."""
+    name = requested_engine()
+    if name == "deepspeed":
+        stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        return f" with DeepSpeed ZeRO-{stage}"
+    names = {"fsdp2": "FSDP2", "ddp": "DDP", ZERO_REDUNDANCY: "DDP and ZeroRedundancyOptimizer"}
+    return f" with {names[name]}" if name in names else ""
+
+
+@contextmanager
+def _without_step(optimizer: Optimizer) -> Iterator[None]:
+    """While entered, the optimizer's step does nothing."""
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del optimizer.step  # the class's own again
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
