@@ -28,7 +28,7 @@ def main() -> None:
         exported = llm.export(run, engine, data)
         run.say(f"\nsample: {llm.sample(run, engine, data)}\n")
         run.report(exported)
-        run.accelerator.end_training()
+        engine.close()
 
 
 if __name__ == "__main__":

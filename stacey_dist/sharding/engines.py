@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
@@ -61,7 +60,7 @@ def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
         return deepspeed
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         return zero_redundancy
-    if any(isinstance(p, DTensor) for p in params):
+    if fsdp2.shards(model):
         return fsdp2
     return ddp
 

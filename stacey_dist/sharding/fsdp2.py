@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
@@ -14,14 +15,26 @@ from stacey_dist.sharding.fragment import Fragment, element_count, trainable_par
 def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
     """This rank's rows of each parameter: possibly none. In HSDP, ranks of other replica groups are replicas.
 
+    Parameters that are gathered, as the root's are after an evaluation, are let go of first.
+
     Raises NotImplementedError for a parameter that is split other than by rows over one mesh dimension.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     for name, param in trainable_parameters(model):
         state = optimizer.state.get(param, {})
         if isinstance(param, DTensor):
             yield _rows(name, param, state)
         else:  # left out of the sharding
             yield whole(name, param, state, replica_number())
+
+
+def shards(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to some of the model, or its parameters are DTensors for another reason."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
 
 
 def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:

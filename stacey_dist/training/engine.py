@@ -4,6 +4,7 @@ The training loop is the same everywhere; what differs is how a process joins (`
 clips and applies gradients (`Engine`), and where the loss scale lives.
 """
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
@@ -57,11 +59,12 @@ def start_accelerator(config: LLMConfig) -> Accelerator:
     # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
     device = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     plugin, handlers = None, []
     if requested == "fsdp2":
         plugin = FullyShardedDataParallelPlugin()
     if requested == "deepspeed" and on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         handlers = [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
@@ -170,6 +173,7 @@ class Engine:
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
         assert norm is not None
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss_value, stop, grad_norm = self._agree(loss, stopping, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
@@ -190,6 +194,17 @@ class Engine:
         norm = torch.zeros_like(loss) if norm is None else norm
         loss_value, stop, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
         return loss_value, stop > 0, grad_norm
+
+    def close(self) -> None:
+        """Let go of the model and the optimizer, then leave the other processes and close the trackers.
+
+        In this order: a DDP wrapper that is freed after the process group waits for gloo's thread, with the
+        interpreter locked, while that thread may wait for the interpreter.
+        """
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""

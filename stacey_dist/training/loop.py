@@ -100,7 +100,7 @@ def train(run: Run, task: Task, engine: Engine) -> None:
                     metrics.say(f"saved {path}")
             if stopping:
                 number = int(stop.received or 15)
-                accelerator.end_training()
+                engine.close()
                 run.say(f"stopped by signal {number} after update {done}; the same command goes on from here")
                 sys.exit(128 + number)
             metrics.go_on()
