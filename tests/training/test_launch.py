@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.training.helpers import (
+    SMOOTH,
+    assert_equal_checkpoints,
+    assert_nearly_equal_runs,
     checkpoint,
     launch,
     launch_and_signal,
@@ -27,15 +30,6 @@ def uninterrupted(tmp_path_factory):
     config = write_config(directory)
     output = launch("--config", config, "--run_dir", directory / "run", through_accelerate=True)
     return directory, config, output
-
-
-def assert_equal_checkpoints(a, b, step):
-    first, second = checkpoint(a, step), checkpoint(b, step)
-    assert first.keys() == second.keys()
-    assert any(name.endswith("/z") for name in first)
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype, name
-        assert torch.equal(tensor, second[name]), name
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
@@ -137,11 +131,6 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
 
 
-# Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
-# m with them; a p near 2 does not magnify that, and float32 states do not round.
-SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one_process")
@@ -171,17 +160,6 @@ def test_accumulation_changes_only_the_order_of_sums(one_process, tmp_path, proc
         processes=processes,
     )  # fmt: skip
     assert_nearly_equal_runs(tmp_path / "run", directory / "run")
-
-
-def assert_nearly_equal_runs(run, reference_run):
-    ours, reference = training_rows(run), training_rows(reference_run)
-    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
-    for a, b in zip(ours, reference, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)  # float32 sums of 256 tokens, over 40 updates
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    ours, reference = ([r for r in rows(d) if "eval_loss" in r] for d in (run, reference_run))
-    for a, b in zip(ours, reference, strict=True):
-        assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=2e-5)
 
 
 def test_two_processes_stop_for_slurm_and_go_on_as_if_nothing_had_been(two_processes, tmp_path):
