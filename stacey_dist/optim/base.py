@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from stacey_dist.optim.registry import support_in_zero
+from stacey_dist.optim.registry import support_in_deepspeed
 
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
 CPU_CHUNK_PER_THREAD = 1 << 16
@@ -38,7 +38,7 @@ class ElementwiseOptimizer(Optimizer):
     state_names: tuple[str, ...] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        support_in_zero(type(self))
+        support_in_deepspeed(type(self))
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:

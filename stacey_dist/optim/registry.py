@@ -1,6 +1,8 @@
-"""Where programs look for an optimizer by its name: `torch.optim`, and DeepSpeed's list of those that ZeRO supports."""
+"""How DeepSpeed, which knows optimizers by name and type, is made to take ours. Nothing here imports it."""
 
+import functools
 import sys
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -12,12 +14,30 @@ def register(*classes: type[Optimizer]) -> None:
         setattr(torch.optim, optimizer_class.__name__, optimizer_class)
 
 
-def support_in_zero(optimizer_class: type[Optimizer]) -> None:
-    """Put a class on ZeRO's list of supported optimizers, if DeepSpeed is loaded.
-
-    DeepSpeed compares exact types, and its configuration would otherwise need `zero_allow_untested_optimizer`.
-    """
+def support_in_deepspeed(optimizer_class: type[Optimizer]) -> None:
+    """Prepare DeepSpeed for an optimizer of this class that is about to be made, if DeepSpeed is loaded."""
+    # ZeRO compares exact types; its configuration would otherwise need `zero_allow_untested_optimizer`.
     zero = sys.modules.get("deepspeed.runtime.zero.utils")
     supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None and optimizer_class not in supported:
         supported.append(optimizer_class)
+    # Stage 0 in bf16 and fp16 makes an update with zero gradients at the full lr before the first real one, to have
+    # the states made. It would count, decay and couple; ours make their states when they need them.
+    unfused = sys.modules.get("deepspeed.runtime.fp16.unfused_optimizer")
+    wrapper = getattr(unfused, "FP16_UnfusedOptimizer", None)
+    if wrapper is not None and not hasattr(wrapper.initialize_optimizer_states, "skipped_for"):
+        wrapper.initialize_optimizer_states = _skipping(wrapper.initialize_optimizer_states)
+    if wrapper is not None:
+        wrapper.initialize_optimizer_states.skipped_for.add(optimizer_class)
+
+
+def _skipping(initialize: Any) -> Any:
+    """DeepSpeed's method, which does nothing for the optimizer classes in its `skipped_for`."""
+
+    @functools.wraps(initialize)
+    def initialize_optimizer_states(self: Any) -> None:
+        if type(self.optimizer) not in initialize_optimizer_states.skipped_for:  # type: ignore[attr-defined]
+            initialize(self)
+
+    initialize_optimizer_states.skipped_for = set()  # type: ignore[attr-defined]
+    return initialize_optimizer_states

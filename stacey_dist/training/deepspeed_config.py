@@ -29,6 +29,14 @@ def complete(run: "Run") -> None:
             f"model.dtype: {run.config.model.dtype} is not allowed with DeepSpeed, which keeps float32 master weights; "
             "use float32, with train.mixed_precision bf16"
         )
+    if config.get("fp16", {}).get("enabled"):
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise SettingsError(
+                f"train.mixed_precision: fp16 is not allowed with DeepSpeed on this {run.accelerator.device.type}, "
+                "which DeepSpeed takes to have no fp16; use bf16"
+            )
     accumulation = run.process_batch_size // run.micro_batch_size
     _set(config, "gradient_clipping", run.config.train.max_grad_norm, "train.max_grad_norm")
     _set(config, "train_micro_batch_size_per_gpu", run.micro_batch_size, "train.micro_batch_size")

@@ -104,12 +104,12 @@ def schedule(step):
     return min(1.0, (step + 1) / 5) * (1.0 - 0.03 * step)
 
 
-def one_process(case, scalar=True, start_dtype=torch.float32, steps=STEPS):
+def one_process(case, scalar=True, start_dtype=torch.float32, steps=STEPS, scheduled=True):
     """(weight, state) by parameter name after `steps` updates by the optimizer alone, in float32 master weights."""
     optimizer_class, settings = CASES[case]
     model = Awkward(scalar).to(start_dtype).float()
     optimizer = optimizer_class(group_settings(case)(model), **settings)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule if scheduled else lambda step: 1.0)
     for step in range(steps):
         optimizer.zero_grad()
         model(gradients(step, model)).backward()

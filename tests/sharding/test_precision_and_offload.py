@@ -1,0 +1,74 @@
+"""Bare DeepSpeed programs: bf16 and fp16 sections, and offload of the optimizer, are as exact as fp32."""
+
+import functools
+
+import pytest
+import torch
+
+from stacey_dist.sharding import fragments
+from tests.sharding.engines import Trainer, assert_equal, gather
+from tests.sharding.problem import CASES, STEPS, Awkward, gradients, group_settings, one_process
+from tests.sharding.processes import outcome, spawn
+
+pytestmark = pytest.mark.slow
+
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "loss_scale": 256.0}}  # exact, and overflows nowhere
+# At stage 0, DeepSpeed 0.19 divides gradients by a scale that it has not multiplied the loss with.
+FP16_STAGE_0 = {"fp16": {"enabled": True, "loss_scale": 1.0}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+OPTIONS = {
+    "bf16": (BF16, torch.bfloat16),
+    "fp16": (FP16, torch.float16),
+    "fp16 unscaled": (FP16_STAGE_0, torch.float16),
+    "bf16 accumulated in fp32": (BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}, torch.bfloat16),
+    "offload": (OFFLOAD, torch.float32),
+    "offload bf16": (OFFLOAD | BF16, torch.bfloat16),
+}
+STAGES = {
+    "bf16": "0123",
+    "fp16": "123",
+    "fp16 unscaled": "0",
+    "bf16 accumulated in fp32": "1",
+    "offload": "123",
+    "offload bf16": "123",
+}
+CHECKS = [(f"zero{stage}", option) for option, stages in STAGES.items() for stage in stages]
+CASE_NAMES = ("p2-stochastic", "pp-nearest", "lp_descent")
+
+
+def check(engine, option, case):
+    sections, dtype = OPTIONS[option]
+    model = Awkward(scalar=False)
+    trainer = Trainer(engine, model, group_settings(case), *CASES[case], **dict(sections))
+    for step in range(STEPS):
+        trainer.step(gradients(step, model))
+    expected = one_process(case, scalar=False, start_dtype=dtype, scheduled=False)
+    parts = fragments(trainer.model, trainer.optimizer)
+    assert all(f.weight.dtype == torch.float32 for f in parts)
+    assert_equal(gather(parts), expected)
+    # The weights that the model computes with are the masters, rounded.
+    for name, param in model.named_parameters():
+        if param.requires_grad and not hasattr(param, "ds_id"):
+            assert param.dtype == dtype
+            assert torch.equal(param, expected[name][0].to(dtype)), name
+
+
+def all_checks(rank):
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that torch can do without
+    return {(*key, case): outcome(check, *key, case) for key in CHECKS for case in CASE_NAMES}
+
+
+@functools.cache
+def outcomes(world_size):
+    return spawn(all_checks, world_size)
+
+
+@pytest.mark.parametrize("case", CASE_NAMES)
+@pytest.mark.parametrize(("engine", "option"), CHECKS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_low_precision_and_offload_equal_one_process(world_size, engine, option, case):
+    failure = outcomes(world_size)[engine, option, case]
+    assert failure is None, failure
