@@ -1,0 +1,193 @@
+"""What happens to the state: each engine's own save and load, fragments written back, bytes on each rank."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from stacey_dist.checkpoint.gather import gather_tensors, scatter_tensors
+from stacey_dist.sharding import base_optimizer, fragments
+from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
+from tests.sharding.problem import CASES, LR, Awkward, gradients, group_settings, one_process, schedule
+from tests.sharding.processes import outcome, spawn
+
+pytestmark = pytest.mark.slow
+HALF, END = 6, 12
+CASE = "p2-stochastic"
+
+
+def make(engine):
+    model = Awkward(engine in TAKES_SCALARS)
+    return Trainer(engine, model, group_settings(CASE), *CASES[CASE]), model
+
+
+def train(trainer, model, first, last):
+    for step in range(first, last):
+        for group, peak in zip(trainer.scheduled.param_groups, (LR, 0.5 * LR), strict=True):
+            group["lr"] = peak * schedule(step)
+        trainer.step(gradients(step, model))
+
+
+def assert_as_one_process(engine, trainer, steps):
+    ours = gather(fragments(trainer.model, trainer.optimizer))
+    assert_equal(ours, one_process(CASE, engine in TAKES_SCALARS, steps=steps))
+
+
+def take(engine, trainer, directory):
+    """The engine's own saving; returns what its loading needs besides files."""
+    if trainer.is_deepspeed:
+        trainer.model.save_checkpoint(directory)
+        return None
+    if engine == "zero_redundancy":
+        trainer.optimizer.consolidate_state_dict(to=0)
+        content = [trainer.optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(content)
+        return copy.deepcopy((trainer.model.state_dict(), content[0]))
+    if engine == "ddp":
+        return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+    content = {
+        "model": get_model_state_dict(trainer.model),
+        "optimizer": get_optimizer_state_dict(trainer.model, trainer.optimizer),
+    }
+    dcp.save(content, checkpoint_id=directory)
+    return None
+
+
+def put(engine, trainer, directory, taken):
+    """The engine's own loading."""
+    if trainer.is_deepspeed:
+        path, _ = trainer.model.load_checkpoint(directory)
+        assert path is not None
+    elif taken is not None:
+        trainer.model.load_state_dict(taken[0])
+        trainer.optimizer.load_state_dict(taken[1])
+    else:
+        content = {
+            "model": get_model_state_dict(trainer.model),
+            "optimizer": get_optimizer_state_dict(trainer.model, trainer.optimizer),
+        }
+        dcp.load(content, checkpoint_id=directory)
+        set_model_state_dict(trainer.model, content["model"])
+        set_optimizer_state_dict(trainer.model, trainer.optimizer, content["optimizer"])
+
+
+def check_own_save_and_load(engine, directory):
+    trainer, model = make(engine)
+    if engine in ("fsdp2", "hsdp", "ddp"):
+        take(engine, trainer, f"{directory}/{engine}-early")  # before there is state: it must change nothing
+    train(trainer, model, 0, HALF)
+    taken = take(engine, trainer, f"{directory}/{engine}")
+    assert_as_one_process(engine, trainer, HALF)
+    train(trainer, model, HALF, END)
+    assert_as_one_process(engine, trainer, END)
+    other, other_model = make(engine)
+    train(other, other_model, 3, 5)  # some other state, to be replaced
+    put(engine, other, f"{directory}/{engine}", taken)
+    assert_as_one_process(engine, other, HALF)
+    train(other, other_model, HALF, END)
+    assert_as_one_process(engine, other, END)
+
+
+def check_fragments_take_a_state(engine, directory, dirty):
+    scalar = engine in TAKES_SCALARS
+    half = one_process(CASE, scalar, steps=HALF)
+    weights = {name: weight for name, (weight, _) in half.items()}
+    weights["frozen.weight"] = torch.full((5, 3), 0.5)
+    states = {f"{name}/{key}": value for name, (_, state) in half.items() for key, value in state.items()}
+    trainer, model = make(engine)
+    if dirty:
+        train(trainer, model, 3, 5)
+    scatter_tensors(weights, states, trainer.model, trainer.optimizer)
+    assert_as_one_process(engine, trainer, HALF)
+    train(trainer, model, HALF, END)
+    assert_as_one_process(engine, trainer, END)
+    whole = gather_tensors(trainer.model, trainer.optimizer)
+    assert (whole is None) == (dist.get_rank() > 0)
+    if whole is not None:
+        expected = one_process(CASE, scalar, steps=END)
+        assert whole.model.keys() == {*expected, "frozen.weight"}
+        assert torch.equal(whole.model["frozen.weight"], weights["frozen.weight"])
+        for name, (weight, state) in expected.items():
+            assert torch.equal(whole.model[name], weight), name
+            for key, value in state.items():
+                assert torch.equal(whole.optimizer[f"{name}/{key}"], value), (name, key)
+                assert whole.optimizer[f"{name}/{key}"].dtype == value.dtype
+
+
+def check_bytes(engine, directory):
+    """z and m in bfloat16: 4 bytes for each parameter of the rank's share, and padding as each engine has it."""
+    model = Awkward(engine in TAKES_SCALARS)
+
+    def one_group(model):
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    trainer = Trainer(engine, model, one_group, *CASES[CASE])
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    count = sum(1 for p in model.parameters() if p.requires_grad)
+    trainer.step(gradients(0, model))
+    parts = fragments(trainer.model, trainer.optimizer)
+    live = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state_tensors(trainer)}
+    mine, world = sum(live.values()), dist.get_world_size()
+    everyone = [None] * world
+    dist.all_gather_object(everyone, (mine, sum(f.stop - f.start for f in parts)))
+    for bytes_on_rank, elements in everyone:
+        assert 4 * elements <= bytes_on_rank
+    shards = (
+        1 if engine in ("ddp", "zero0") else (world // 2 if world % 2 == 0 else world) if engine == "hsdp" else world
+    )
+    largest = 97 * 61
+    padding = {
+        "ddp": 0,
+        "zero0": 0,
+        "zero_redundancy": largest,  # whole parameters: the largest cannot be split
+        "zero1": 2 * world,  # of the flat group, to 2 elements a rank
+        "zero2": 2 * world,
+        "zero3": count,  # of each parameter, to a multiple of the ranks
+        "fsdp2": count * 97,  # of each parameter, to whole rows
+        "hsdp": count * 97,
+    }[engine]
+    assert max(b for b, _ in everyone) <= 4 * (-(-total // shards) + padding)
+    if engine in ("zero1", "zero2", "zero3"):
+        assert sum(b for b, _ in everyone) <= 4 * (total + padding * world)
+
+
+def state_tensors(trainer):
+    for state in base_optimizer(trainer.optimizer).state.values():
+        for key in ("z", "m"):
+            value = state[key]
+            assert value.dtype == torch.bfloat16
+            yield getattr(value, "_local_tensor", value)
+
+
+CHECKS = {
+    "own save and load": check_own_save_and_load,
+    "fragments take a state before the first update": functools.partial(check_fragments_take_a_state, dirty=False),
+    "fragments take a state": functools.partial(check_fragments_take_a_state, dirty=True),
+    "bytes": check_bytes,
+}
+
+
+def all_checks(rank, directory):
+    return {(engine, name): outcome(CHECKS[name], engine, directory) for engine in ENGINES for name in CHECKS}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return functools.cache(lambda world_size: spawn(all_checks, world_size, str(tmp_path_factory.mktemp("saved"))))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_state(outcomes, world_size, engine, name):
+    failure = outcomes(world_size)[engine, name]
+    assert failure is None, failure
