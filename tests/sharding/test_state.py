@@ -97,6 +97,15 @@ def check_own_save_and_load(engine, directory):
     assert_as_one_process(engine, other, END)
 
 
+def assert_computes_with(weights, trainer, model):
+    """The forward pass, on every rank, sees these weights."""
+    inputs = gradients(99, model)
+    expected = Awkward("scalar.weight" in weights)
+    expected.load_state_dict(weights | {"tied.weight": weights["primes.weight"]})
+    with torch.no_grad():
+        assert torch.equal(trainer.model(inputs), expected(inputs))
+
+
 def check_fragments_take_a_state(engine, directory, dirty):
     scalar = engine in TAKES_SCALARS
     half = one_process(CASE, scalar, steps=HALF)
@@ -107,6 +116,7 @@ def check_fragments_take_a_state(engine, directory, dirty):
     if dirty:
         train(trainer, model, 3, 5)
     scatter_tensors(weights, states, trainer.model, trainer.optimizer)
+    assert_computes_with(weights, trainer, model)
     assert_as_one_process(engine, trainer, HALF)
     train(trainer, model, HALF, END)
     assert_as_one_process(engine, trainer, END)
