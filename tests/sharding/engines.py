@@ -25,6 +25,7 @@ class Trainer:
         build(model, make_groups, optimizer_class, settings, **options)
 
     def step(self, *inputs):
+        """Returns this rank's loss."""
         loss = self.model(*inputs)
         if self.is_deepspeed:
             self.model.backward(loss)
@@ -33,6 +34,7 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return loss
 
     @property
     def is_deepspeed(self):
