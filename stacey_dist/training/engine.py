@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stacey_dist.training.run import Run
 
 ZERO_REDUNDANCY = "zero_redundancy"
+_SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY)
 
 
 def requested_engine() -> str:
@@ -61,27 +62,20 @@ def start_accelerator(config: LLMConfig) -> Accelerator:
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    plugin, handlers = None, []
-    if requested == "fsdp2":
-        plugin = FullyShardedDataParallelPlugin()
+    handlers = []
+    if requested == "fsdp2" and on_cpu:
+        # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         handlers = [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
-        fsdp_plugin=plugin,
         kwargs_handlers=handlers,
         log_with=list(config.tracking.trackers) or None,
         project_dir=config.run_dir,
     )
-    if requested == "fsdp2" and accelerator.device.type == "cpu":
-        # Accelerate leaves FSDP out on CPUs, where `fully_shard` works as well.
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
-        assert plugin is not None
-        if accelerator.mixed_precision != "no":
-            plugin.set_mixed_precision(accelerator.mixed_precision)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested != "deepspeed":
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:
         # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -280,7 +274,9 @@ def engine_description(accelerator: Accelerator) -> str:
     if name == "deepspeed":
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
         return f" with DeepSpeed ZeRO-{stage}"
-    names = {"fsdp2": "FSDP2", "ddp": "DDP", ZERO_REDUNDANCY: "DDP and ZeroRedundancyOptimizer"}
+    parallelism = accelerator.parallelism_config
+    fsdp = "HSDP" if parallelism is not None and parallelism.dp_replicate_size > 1 else "FSDP2"
+    names = {"fsdp2": fsdp, "ddp": "DDP", ZERO_REDUNDANCY: "DDP and ZeroRedundancyOptimizer"}
     return f" with {names[name]}" if name in names else ""
 
 
