@@ -62,11 +62,12 @@ def write_config(directory, **changes):
     return path
 
 
-def command(*arguments, processes=1, program="train_llm.py", engine=None):
+def command(*arguments, processes=1, program="train_llm.py", engine=None, launch_options=()):
     config = (engine or ("cpu" if processes == 1 else "cpu_ddp")) + ".yaml"
     launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / "configs/accelerate" / config)]
     if processes > 1:
         launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    launch += map(str, launch_options)
     return [*launch, str(ROOT / program), *map(str, arguments)]
 
 
@@ -74,15 +75,15 @@ def environment():
     return {**os.environ, **HIDDEN}
 
 
-def launch(*arguments, processes=1, expect=0, through_accelerate=False, program="train_llm.py", engine=None):
-    """Run train_llm.py to its end; returns what it printed. `engine` is the name of an Accelerate configuration.
+def launch(*arguments, processes=1, expect=0, through_accelerate=False, program="train_llm.py", **how):
+    """Run train_llm.py to its end; returns what it printed. `how` is for `command`.
 
     Several processes go through `accelerate launch`. One process is forked from a server that has the imports done,
     which saves ten seconds a launch, unless `through_accelerate`.
     """
     if processes > 1 or through_accelerate:
         result = subprocess.run(
-            command(*arguments, processes=processes, program=program, engine=engine),
+            command(*arguments, processes=processes, program=program, **how),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
