@@ -88,7 +88,7 @@ def bare_program(name):
     parts = fragments(engine, optimizer)
     assert {t.dtype for f in parts for t in (f.z, f.m)} == {torch.bfloat16}
     assert {f.weight.dtype for f in parts} == {torch.float32}
-    assert all(f.step == 29 for f in parts)  # DeepSpeed's warm-up begins at lr 0, in which a first update is not counted
+    assert all(f.step == 29 for f in parts)  # DeepSpeed's warm-up begins at lr 0, where a first update is not counted
 
 
 def all_bare_programs(rank):

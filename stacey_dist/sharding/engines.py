@@ -3,10 +3,11 @@
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
+from stacey_dist.optim.base import local
 from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
 from stacey_dist.sharding.fragment import Fragment
 
@@ -44,6 +45,17 @@ def base_optimizer(optimizer: Any) -> Optimizer:
     while (inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)) is not None:
         optimizer = inner
     return optimizer
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of the optimizer's state on this rank, from the live tensors: with all padding, but not the step counts."""
+    storages = {}
+    for state in base_optimizer(optimizer).state.values():
+        for key, value in state.items():
+            if key != "step" and isinstance(value, Tensor):
+                storage = local(value).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _engine_optimizer(optimizer: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import deepspeed_config
 from stacey_dist.training.config import LLMConfig
 
@@ -188,6 +188,15 @@ class Engine:
         norm = torch.zeros_like(loss) if norm is None else norm
         loss_value, stop, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
         return loss_value, stop > 0, grad_norm
+
+    def state_report(self) -> str:
+        """How much optimizer state a process holds, for people. All processes call it together."""
+        parts = fragments(self.model, self.optimizer)
+        mine = [state_bytes(self.optimizer), sum(f.stop - f.start for f in parts if f.replica == 0)]
+        figures = torch.tensor(mine, dtype=torch.int64, device=self.accelerator.device)
+        everyone = self.accelerator.gather(figures).view(-1, 2)
+        most, parameters = int(everyone[:, 0].max()), int(everyone[:, 1].sum())
+        return f"optimizer state: {most / 2**20:,.1f} MiB a process, {most / parameters:.2f} bytes a parameter"
 
     def close(self) -> None:
         """Let go of the model and the optimizer, then leave the other processes and close the trackers.

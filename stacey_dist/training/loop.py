@@ -104,6 +104,7 @@ def train(run: Run, task: Task, engine: Engine) -> None:
                 run.say(f"stopped by signal {number} after update {done}; the same command goes on from here")
                 sys.exit(128 + number)
             metrics.go_on()
+    run.say(engine.state_report())
 
 
 def _lr_share(run: Run, step: int) -> float:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from stacey_dist.checkpoint.gather import gather_tensors, scatter_tensors
-from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.sharding import fragments, state_bytes
 from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, LR, Awkward, gradients, group_settings, one_process, schedule
 from tests.sharding.processes import outcome, spawn
@@ -145,8 +145,8 @@ def check_bytes(engine, directory):
     count = sum(1 for p in model.parameters() if p.requires_grad)
     trainer.step(gradients(0, model))
     parts = fragments(trainer.model, trainer.optimizer)
-    live = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state_tensors(trainer)}
-    mine, world = sum(live.values()), dist.get_world_size()
+    assert all(t.dtype == torch.bfloat16 for f in parts for t in (f.z, f.m))
+    mine, world = state_bytes(trainer.optimizer), dist.get_world_size()
     everyone = [None] * world
     dist.all_gather_object(everyone, (mine, sum(f.stop - f.start for f in parts)))
     for bytes_on_rank, elements in everyone:
@@ -168,14 +168,6 @@ def check_bytes(engine, directory):
     assert max(b for b, _ in everyone) <= 4 * (-(-total // shards) + padding)
     if engine in ("zero1", "zero2", "zero3"):
         assert sum(b for b, _ in everyone) <= 4 * (total + padding * world)
-
-
-def state_tensors(trainer):
-    for state in base_optimizer(trainer.optimizer).state.values():
-        for key in ("z", "m"):
-            value = state[key]
-            assert value.dtype == torch.bfloat16
-            yield getattr(value, "_local_tensor", value)
 
 
 CHECKS = {

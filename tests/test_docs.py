@@ -1,0 +1,126 @@
+"""The examples of the documentation run as they stand there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stacey_dist import Stacey
+from stacey_dist.sharding import base_optimizer, fragments
+from tests.sharding.processes import spawn
+from tests.training.helpers import environment
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def example(name):
+    """The code block after <!-- example: name --> in docs/engines.md."""
+    text = (ROOT / "docs/engines.md").read_text()
+    return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, use_cache=False, **shape))
+
+
+def make_batches(count, size=4, rank=0):
+    generator = torch.Generator().manual_seed(rank)
+    rows = [torch.arange(17) * 3 + int(torch.randint(64, (1,), generator=generator)) for _ in range(count * size)]
+    tokens = torch.stack(rows) % 64
+    return [{"input_ids": part, "labels": part} for part in tokens.split(size)]
+
+
+def run(name, **namespace):
+    exec(compile(example(name), f"docs/engines.md: {name}", "exec"), namespace)
+    return namespace
+
+
+def deepspeed_example(rank):
+    model = tiny_llama()
+    batches = make_batches(4, rank=rank)
+    names = run("deepspeed", model=model, batches=batches)
+    assert type(base_optimizer(names["optimizer"])) is Stacey
+    parts = fragments(names["engine"], names["optimizer"])
+    assert all(f.step == 4 for f in parts)
+    names = run("fragments", model=names["engine"], optimizer=names["optimizer"])
+    return sum(f.stop - f.start for f in parts)
+
+
+def test_deepspeed_example():
+    total = sum(p.numel() for p in tiny_llama().parameters())
+    assert total / 2 - 8 <= spawn(deepspeed_example, 2) <= total / 2 + 8
+
+
+def fully_shard_example(rank, directory):
+    def finish(model, optimizer, batches):
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [f.weight.clone() for f in fragments(model, optimizer)]
+
+    dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    batches = make_batches(6, rank=rank)
+    names = run("fully_shard", model=tiny_llama(), batches=batches[:3])
+    model, optimizer = names["model"], names["optimizer"]
+    state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    expected = finish(model, optimizer, batches[3:])
+    names = run("fully_shard", model=tiny_llama(), batches=batches[:1])
+    model, optimizer = names["model"], names["optimizer"]
+    state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    assert all(f.z.dtype == torch.bfloat16 for f in fragments(model, optimizer))
+    resumed = finish(model, optimizer, batches[3:])
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+
+
+def test_fully_shard_example_trains_and_resumes(tmp_path):
+    spawn(fully_shard_example, 2, str(tmp_path))
+
+
+def accelerate_example():
+    model = tiny_llama()
+    batches = make_batches(20)
+    before = model(**batches[0]).loss.item()
+    names = run("accelerate", model=model, batches=batches)
+    assert names["model"](**batches[0]).loss.item() < before - 0.1
+
+
+def trainer_example():
+    def train(steps_done):
+        dataset = [{"input_ids": row, "labels": row} for b in make_batches(12, size=8) for row in b["input_ids"]]
+        checkpoint = f"out/checkpoint-{steps_done}" if steps_done else None
+        return run("trainer", model=tiny_llama(), dataset=dataset, checkpoint=checkpoint)["trainer"]
+
+    whole = train(0)
+    assert type(base_optimizer(whole.optimizer)) is Stacey
+    assert {group["weight_decay"] for group in whole.optimizer.param_groups} == {0.0, 0.1}
+    assert {group["p"] for group in whole.optimizer.param_groups} == {30}
+    resumed = train(3)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    states = base_optimizer(resumed.optimizer).state.values()
+    assert {state["z"].dtype for state in states} == {torch.bfloat16}
+    assert {int(state["step"]) for state in states} == {6}
+
+
+@pytest.mark.parametrize("name", ["accelerate", "trainer"])
+def test_example_in_a_process_of_its_own(name, tmp_path):
+    program = f"from tests.test_docs import *; {name}_example()"
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
