@@ -99,8 +99,8 @@ class ElementwiseOptimizer(Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state.update(self._init_state(param, group))
                 for name in self.state_names:  # an engine's own loader may have made them float32
-                    if state[name].dtype != group["state_dtype"]:
-                        state[name] = state[name].to(group["state_dtype"])
+                    if state[name].dtype != state_dtype(group):
+                        state[name] = state[name].to(state_dtype(group))
                 if not held:
                     state["step"] += 1
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -162,7 +162,7 @@ class ElementwiseOptimizer(Optimizer):
                 saved = state_dict["state"].get(saved_id, {})
                 for name in self.state_names:
                     if name in saved:
-                        self.state[param][name] = saved[name].to(param.device, group["state_dtype"])
+                        self.state[param][name] = saved[name].to(param.device, state_dtype(group))
                 if "step" in saved:
                     self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
 
@@ -251,6 +251,12 @@ def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
     except (TypeError, ValueError):
         require(optimizer, False, setting, value, "it must be a number")
         raise
+
+
+def state_dtype(group: dict[str, Any]) -> torch.dtype:
+    """The dtype of a group's z and m, which it has by name."""
+    dtype: torch.dtype = getattr(torch, group["state_dtype"])
+    return dtype
 
 
 def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:

@@ -15,10 +15,9 @@ from stacey_dist.optim.base import (
     check_common_settings,
     require,
     rule_lr,
+    state_dtype,
 )
 from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
-
-_STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 class Stacey(ElementwiseOptimizer):
@@ -118,18 +117,18 @@ class Stacey(ElementwiseOptimizer):
         require(self, pair, "betas", betas, "it must be two numbers")
         group["betas"] = tuple(as_float(self, "betas", beta) for beta in betas)
         require(self, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)")
-        dtype = group["state_dtype"]
-        dtype = _STATE_DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-        names = ", ".join(_STATE_DTYPES)
-        require(self, dtype in _STATE_DTYPES.values(), "state_dtype", dtype, f"it must be one of {names}")
-        group["state_dtype"] = dtype
+        # Kept as a name: torch's tools for state dicts take numbers and text in a group, and JSON does.
+        name = str(group["state_dtype"]).removeprefix("torch.")
+        allowed = ("bfloat16", "float32", "float64")
+        require(self, name in allowed, "state_dtype", group["state_dtype"], f"it must be one of {', '.join(allowed)}")
+        group["state_dtype"] = name
         seed = group["seed"]
         require(self, isinstance(seed, int) and seed >= 0, "seed", seed, "it must be an integer >= 0")
         if group["fused"]:
             raise RuntimeError("Stacey: fused=True, but this version has no fused kernel; use fused=None")
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        dtype = group["state_dtype"]
+        dtype = state_dtype(group)
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
 

@@ -92,8 +92,8 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
         )
     kind = accelerator.distributed_type
     expected = {"deepspeed": DistributedType.DEEPSPEED, "fsdp2": DistributedType.FSDP}.get(requested)
-    sharded = kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if kind != expected if expected else sharded:
+    others = [DistributedType.DEEPSPEED, DistributedType.FSDP] + [DistributedType.NO] * (launched > 1)
+    if kind in others if expected is None else kind != expected:
         raise SettingsError(f"{requested} was asked for, but Accelerate came up with {kind.value}; {hint}")
 
 
