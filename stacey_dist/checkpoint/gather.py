@@ -40,7 +40,7 @@ def gather_tensors(model: nn.Module, optimizer: Any) -> Tensors | None:
     if dist.is_initialized() and dist.get_rank() > 0:
         for fragment in mine:
             for tensor in _elements(fragment).values():
-                dist.send(tensor.detach().reshape(-1).to(_transport_device(model)), dst=0)
+                dist.send(tensor.detach().reshape(-1).to(_transport_device()), dst=0)
         return None
     result = Tensors(rest, {})
     steps: dict[str, Tensor] = {}
@@ -60,7 +60,7 @@ def gather_tensors(model: nn.Module, optimizer: Any) -> Tensors | None:
                 if rank == 0:
                     part.copy_(local[key].reshape(-1))
                 else:
-                    received = torch.empty(part.numel(), dtype=dtype, device=_transport_device(model))
+                    received = torch.empty(part.numel(), dtype=dtype, device=_transport_device())
                     dist.recv(received, src=rank)
                     part.copy_(received)
             if described.step is not None:
@@ -151,10 +151,12 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _transport_device(model: nn.Module) -> torch.device:
+def _transport_device() -> torch.device:
     """Where the process group moves tensors from and to: NCCL knows GPUs alone."""
-    on_cpu = "cpu" in str(dist.get_backend_config())
-    return torch.device("cpu") if on_cpu else next(model.parameters()).device
+    device = torch.accelerator.current_accelerator()
+    if device is None or "cpu" in str(dist.get_backend_config()):
+        return torch.device("cpu")
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def _persistent_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
