@@ -67,7 +67,7 @@ def _engine_optimizer(optimizer: Any) -> Any:
 
 def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
     params = list(model.parameters())
-    by_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
+    by_deepspeed = any(type(made).__module__.startswith("deepspeed.") for made in (model, optimizer))
     if by_deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in params):
         return deepspeed
     if isinstance(optimizer, ZeroRedundancyOptimizer):

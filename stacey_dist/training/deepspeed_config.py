@@ -24,6 +24,12 @@ def complete(run: "Run") -> None:
                 f"{section}: this section of the DeepSpeed configuration is not allowed; "
                 f"{section}.* of the run takes its place ({section}.name and so on)"
             )
+    stage = config["zero_optimization"]["stage"]
+    if stage not in (1, 2, 3):
+        raise SettingsError(
+            f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3, "
+            "and configs/accelerate/ddp.yaml shards nothing"
+        )
     if run.config.model.dtype != "float32":
         raise SettingsError(
             f"model.dtype: {run.config.model.dtype} is not allowed with DeepSpeed, which keeps float32 master weights; "

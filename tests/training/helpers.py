@@ -110,10 +110,10 @@ def launch_and_signal(number, step, run_dir, *arguments):
     return process.wait()
 
 
-def launch_and_signal_everyone(number, step, run_dir, *arguments, processes):
+def launch_and_signal_everyone(number, step, run_dir, *arguments, processes, **how):
     """As Slurm does it: the launcher and all processes get the signal at once. Returns what they printed."""
     with subprocess.Popen(
-        command(*arguments, processes=processes),
+        command(*arguments, "--run_dir", run_dir, processes=processes, **how),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,15 +1,21 @@
 """train_llm.py on every engine, by `accelerate launch` with the configuration that users take, on 2 processes."""
 
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 
+from stacey_dist.errors import SettingsError
+from stacey_dist.training import deepspeed_config
+from stacey_dist.training.config import LLMConfig
 from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,
     assert_nearly_equal_runs,
     checkpoint,
     launch,
+    launch_and_signal_everyone,
     training_rows,
     write_config,
 )
@@ -119,3 +125,53 @@ def test_what_an_engine_cannot_do_is_said_at_the_start(one_process, tmp_path):
     output = on_engine("cpu_zero2", *arguments, "--model.dtype", "bfloat16", expect=2)
     assert "model.dtype: bfloat16 is not allowed with DeepSpeed" in output
     assert "File " not in output.split("train_llm.py: error:")[0]
+
+
+def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
+    _, config = one_process
+    run = tmp_path / "run"
+    arguments = ("--config", config, *SMOOTH, *CLIPPED)
+    output = launch_and_signal_everyone(signal.SIGTERM, 7, run, *arguments, processes=2, engine="cpu_zero3")
+    assert output.count("stopped by signal 15 after update") == 1
+    output = launch(*arguments, "--run_dir", run, processes=2, engine="cpu_fsdp2")
+    assert output.count("resumed from") == 1
+    assert_nearly_equal_runs(run, one_process[0] / "run")
+
+
+def of_deepspeed(stage=2, dtype="float32", **sections):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}, **sections})
+    config = LLMConfig()
+    config.model.dtype = dtype
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    return SimpleNamespace(config=config, accelerator=accelerator, process_batch_size=8, micro_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, r"optimizer: this section .* optimizer.\* of the run takes its place"),
+        ({"scheduler": {}}, r"scheduler: this section"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping: 0.5 .* contradicts train.max_grad_norm, which gives 1.0"),
+        ({"train_batch_size": 32}, r"train_batch_size: 32 .* contradicts train.global_batch_size, which gives 16"),
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps: 4 .* which gives 2"),
+        ({"stage": 0}, r"zero_optimization.stage: 0 .* must be 1, 2 or 3"),
+        ({"dtype": "bfloat16"}, r"model.dtype: bfloat16 is not allowed with DeepSpeed"),
+    ],
+)
+def test_a_deepspeed_configuration_that_contradicts_the_run_is_refused(sections, message):
+    with pytest.raises(SettingsError, match=message):
+        deepspeed_config.complete(of_deepspeed(**sections))
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"gradient_clipping": "auto", "train_batch_size": "auto"}, {"train_batch_size": 16}]
+)
+def test_a_deepspeed_configuration_is_completed(said):
+    run = of_deepspeed(**said, bf16={"enabled": True})
+    deepspeed_config.complete(run)
+    config = run.accelerator.state.deepspeed_plugin.deepspeed_config
+    assert config["gradient_clipping"] == 1.0  # DeepSpeed's default is the same; 0 must be written too
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2)
+    assert config["train_batch_size"] == 16
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert config["bf16"]["check_grad_overflow"] is True

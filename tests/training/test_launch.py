@@ -164,10 +164,10 @@ def test_accumulation_changes_only_the_order_of_sums(one_process, tmp_path, proc
 
 def test_two_processes_stop_for_slurm_and_go_on_as_if_nothing_had_been(two_processes, tmp_path):
     directory, config = two_processes
-    arguments = ("--config", config, "--run_dir", tmp_path / "run", *SMOOTH)
+    arguments = ("--config", config, *SMOOTH)
     output = launch_and_signal_everyone(signal.SIGTERM, 7, tmp_path / "run", *arguments, processes=2)
     assert output.count("stopped by signal 15 after update") == 1  # said once, by one process
-    output = launch(*arguments, processes=2)
+    output = launch(*arguments, "--run_dir", tmp_path / "run", processes=2)
     assert output.count("resumed from") == 1
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
 
