@@ -77,10 +77,11 @@ class Run:
     def report(self, exported: Path) -> None:
         """Say where everything is, and the command to go on."""
         longer = 2 * self.config.train.max_steps
+        launch = "accelerate launch" + (" --config_file FILE" if self.accelerator.num_processes > 1 else "")
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"model and tokenizer for transformers: {exported}\n"
-            f"to go on: accelerate launch {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
+            f"to go on: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
             f"--train.max_steps {longer}"
         )
 
