@@ -51,20 +51,20 @@ class InTurns(llm.LanguageModeling):
     def __init__(self, run: Any, data: llm.TextData, model: Any, bare: BareLoop, steps: int) -> None:
         super().__init__(run, data, model)
         self.bare = bare
-        self.batches = [super(InTurns, self).micro_batches(step)[0] for step in range(steps)]
+        self.batches = [super(InTurns, self).micro_batches(step * self.batch_size)[0] for step in range(steps)]
         self.launcher_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self.since = 0.0
 
-    def micro_batches(self, step: int) -> list[llm.TokenBatch]:
+    def micro_batches(self, position: int) -> list[llm.TokenBatch]:
         begin = time.perf_counter()
-        if step:
+        if position:
             self.launcher_seconds.append(begin - self.since)
-        batch = self.batches[step]
+        batch = self.batches[position // self.batch_size]
         self.bare.step(batch.inputs, batch.labels)
         self.since = time.perf_counter()
         self.bare_seconds.append(self.since - begin)
-        return super().micro_batches(step)
+        return super().micro_batches(position)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"eval_loss": 0.0}

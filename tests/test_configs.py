@@ -114,7 +114,7 @@ def test_gpu_configurations_without_a_cpu_twin_run_where_there_is_no_gpu(tmp_pat
     run = tmp_path / "run"
     output = launch(
         "--config", write_config(tmp_path), "--run_dir", run, "--train.max_steps", 4,
-        processes=processes, engine=name, launch_options=options,
+        processes=processes, engine=name, launch_options=options, through_accelerate=True,
     )  # fmt: skip
     assert f"{processes} processes on cpu (1 thread) with {described}, mixed precision bf16" in output
     assert len(training_rows(run)) == 4

@@ -15,15 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stacey_dist import Stacey
 from stacey_dist.sharding import base_optimizer, fragments
 from tests.sharding.processes import spawn
-from tests.training.helpers import environment
+from tests.training.forked import environment
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
 def example(name):
-    """The code block after <!-- example: name --> in docs/engines.md."""
-    text = (ROOT / "docs/engines.md").read_text()
+    """The code block after <!-- example: name --> in one of docs/."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
 
@@ -41,7 +41,7 @@ def make_batches(count, size=4, rank=0):
 
 
 def run(name, **namespace):
-    exec(compile(example(name), f"docs/engines.md: {name}", "exec"), namespace)
+    exec(compile(example(name), f"docs: {name}", "exec"), namespace)
     return namespace
 
 
@@ -124,3 +124,14 @@ def test_example_in_a_process_of_its_own(name, tmp_path):
         [sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def test_library_example(tmp_path):
+    model = tiny_llama()
+    optimizer = Stacey(model.parameters(), lr=0.01)
+    model(**make_batches(1)[0]).loss.backward()
+    optimizer.step()
+    expected = [p.detach().clone() for p in model.parameters()]
+    names = run("library", model=model, optimizer=optimizer, directory=tmp_path)
+    assert names["manifest"]["extra"] == {"position": 100}
+    assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))

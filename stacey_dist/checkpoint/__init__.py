@@ -1,17 +1,18 @@
-"""Checkpoints: complete or invisible, verified before they are believed, never a pickle."""
+"""Checkpoints: complete or invisible, verified before they are believed, on any engine, never a pickle."""
 
-from stacey_dist.checkpoint.gather import Tensors, gather_tensors
+from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, verify
-from stacey_dist.checkpoint.read import load_checkpoint
-from stacey_dist.checkpoint.write import keep_newest, save_checkpoint
+from stacey_dist.checkpoint.read import load_checkpoint, read_tensors
+from stacey_dist.checkpoint.retain import retain
+from stacey_dist.checkpoint.write import save_checkpoint
 
 __all__ = [
+    "BackgroundSaver",
     "DamagedCheckpointError",
-    "Tensors",
     "find_checkpoints",
-    "gather_tensors",
-    "keep_newest",
     "load_checkpoint",
+    "read_tensors",
+    "retain",
     "save_checkpoint",
     "verify",
 ]

@@ -1,10 +1,12 @@
 """What makes a directory a checkpoint.
 
     step_00000150/
-      model.safetensors       parameters and buffers, by name
-      optimizer.safetensors   NAME/KEY for each parameter NAME and state KEY (z, m, step, ...)
-      manifest.json           written last: format, step, config, versions, each file's size and SHA-256, its own
+      shard-00001-….safetensors   what rank 0 wrote: ranges of flattened tensors, as torch.distributed.checkpoint's
+                                  safetensors storage has them; one such file for each rank that wrote something
+      manifest.json               written last: format, tensors, versions, what the program added (position, settings),
+                                  each file's size and SHA-256, its own
 
+Tensors are model/NAME (weights, fp32 masters where there are some; buffers) and optimizer/NAME/KEY (z, m, step, ...).
 The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
 name, every file in it was written and synced before.
 """
@@ -15,10 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -32,10 +32,16 @@ def directory_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The number of updates in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def find_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints under `directory` by their names, newest (most updates) first; none is opened."""
-    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((p for p in directory.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -75,6 +81,9 @@ def verify(path: Path) -> dict[str, Any]:
                 raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
         except OSError as error:
             raise DamagedCheckpointError(f"{file}: {error}") from error
+    for file in sorted(path.glob("*.safetensors")):  # a reader of the directory would take it for a part
+        if file.name not in manifest["files"]:
+            raise DamagedCheckpointError(f"{file}: it is not of this checkpoint")
     return manifest
 
 

@@ -1,22 +1,25 @@
-"""Reading a checkpoint into a model and its optimizer, on any engine."""
+"""Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from stacey_dist.checkpoint.gather import scatter_tensors, shapes
-from stacey_dist.checkpoint.manifest import MODEL_FILE, OPTIMIZER_FILE, DamagedCheckpointError, read_manifest, verify
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify
+from stacey_dist.checkpoint.planner import Range, RangeLoadPlanner, alone
+from stacey_dist.checkpoint.snapshot import Contents, misfits, put
+from stacey_dist.checkpoint.together import each, on_first
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: bool = False) -> dict[str, Any]:
     """Load weights, buffers and optimizer state in place, bit for bit; returns the manifest.
 
-    Every rank calls it and takes its own part. The optimizer's settings (lr, ...) stay as they are: a checkpoint
-    carries state, the configuration settings.
+    All ranks call it together, on any engine and in any number; each reads the ranges that it holds now. The
+    optimizer's settings (lr, ...) stay as they are: a checkpoint carries state, the program settings.
 
     Args:
         path: the checkpoint's directory, which all ranks can read.
@@ -26,69 +29,50 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
 
     Raises:
         DamagedCheckpointError: a file is missing, cut short or altered; or a tensor does not fit the model. The
-            model and the optimizer are not touched then.
+            model and the optimizer are not touched then, on any rank.
     """
-    manifest = read_manifest(path) if verified else verify(path)
-    with (
-        safe_open(path / MODEL_FILE, framework="pt") as weights,
-        safe_open(path / OPTIMIZER_FILE, framework="pt") as states,
-    ):
-        saved, here = _TensorFile(weights), shapes(model, optimizer)
-        for name in sorted(saved.keys() | here.keys()):
-            there, expected = _kind(saved, name), here.get(name)
-            if expected is None or there is None or there[0] != expected[0] or expected[1] not in (None, there[1]):
-                raise DamagedCheckpointError(f"{path}: {name} is {_text(there)} there, and {_text(expected)} here")
-        state_file = _TensorFile(states)
-        for full_name in state_file:
-            name, key = full_name.rsplit("/", 1)
-            shape = tuple(states.get_slice(full_name).get_shape())
-            if name not in here or (key != "step" and shape != tuple(here[name][0])):
-                raise DamagedCheckpointError(f"{path}: the state {full_name} does not fit a parameter here")
-        scatter_tensors(saved, state_file, model, optimizer)
+    manifest = on_first(lambda: _outcome(path, verified))
+    if isinstance(manifest, str):
+        raise DamagedCheckpointError(manifest)
+    contents = tensors(manifest)
+    # A rank sees the dtypes of its own shards only.
+    for found in each(lambda: misfits(contents, model, optimizer)):
+        if found:
+            raise DamagedCheckpointError(f"{path}: {found[0]}")
+    put(contents, lambda ranges: _read(path, ranges), model, optimizer)
     return manifest
 
 
-class _TensorFile(Mapping[str, Tensor]):
-    """The tensors of an open safetensors file, each read when it is asked for."""
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with these names (None: all), as wholes in host memory, by name.
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.names = set(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        tensor: Tensor = self.file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.names))
-
-    def __len__(self) -> int:
-        return len(self.names)
+    Raises DamagedCheckpointError.
+    """
+    kinds = tensors(read_manifest(path))
+    kinds = {name: kinds[name] for name in (kinds if names is None else names)}
+    whole = {
+        name: torch.empty(torch.Size(shape).numel(), dtype=getattr(torch, dtype))
+        for name, (shape, dtype) in kinds.items()
+    }
+    _read(path, {name: Range(0, values, values.numel()) for name, values in whole.items() if values.numel()})
+    return {name: values.view(kinds[name][0]) for name, values in whole.items()}
 
 
-def _kind(saved: _TensorFile, name: str) -> tuple[torch.Size, torch.dtype] | None:
-    if name not in saved.names:
-        return None
-    entry = saved.file.get_slice(name)
-    return torch.Size(entry.get_shape()), _DTYPES[entry.get_dtype()]
+def tensors(manifest: dict[str, Any]) -> Contents:
+    """The shape and dtype of each tensor in a checkpoint, by name."""
+    return {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["tensors"].items()}
 
 
-# Names of dtypes in safetensors files.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
+def _outcome(path: Path, verified: bool) -> dict[str, Any] | str:
+    """The manifest, or what is wrong with the checkpoint."""
+    try:
+        return read_manifest(path) if verified else verify(path)
+    except DamagedCheckpointError as error:
+        return str(error)
 
 
-def _text(kind: tuple[torch.Size, torch.dtype | None] | None) -> str:
-    if kind is None:
-        return "absent"
-    shape, dtype = kind
-    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" if dtype else f"{tuple(shape)}"
+def _read(path: Path, ranges: dict[str, Range]) -> None:
+    if ranges:
+        reader = HuggingFaceStorageReader(str(path))
+        with alone():
+            load(dict(ranges), storage_reader=reader, planner=RangeLoadPlanner(), no_dist=True)

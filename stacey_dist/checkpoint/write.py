@@ -1,4 +1,4 @@
-"""Writing a checkpoint, and deleting old ones after the new one is complete."""
+"""Writing a checkpoint: every rank its own ranges, the manifest last, one rename."""
 
 import json
 import os
@@ -7,96 +7,149 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from stacey_dist.checkpoint.gather import Tensors
-from stacey_dist.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    digest,
-    directory_name,
-    find_checkpoints,
-    sha256,
-)
+from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest, sha256
+from stacey_dist.checkpoint.planner import Range, RangeSavePlanner, alone
+from stacey_dist.checkpoint.snapshot import Contents, take
+from stacey_dist.checkpoint.together import each, on_first, rank, world_size
 from stacey_dist.version import __version__
 
+# torch's writer puts a file together in memory.
+_FILE_BYTES = 2**30
 
-def save_checkpoint(directory: Path, step: int, tensors: Tensors, extra: dict[str, Any]) -> Path:
-    """Save weights, buffers and optimizer state after `step` updates under `directory`; returns the checkpoint.
 
-    One process calls it, with what `gather_tensors` gave it.
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> Path:
+    """Save weights, buffers and optimizer state as the directory `path`, from any engine; returns `path`.
+
+    All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything.
+    The directory appears under its name when every file in it is complete and on the disk; one that is there already
+    is replaced.
 
     Args:
-        directory: holds all checkpoints of a run.
-        step: number of updates done.
-        tensors: parameters (a tied one once, under its first name), persistent buffers, optimizer state.
+        path: the checkpoint's directory.
+        model: the model, or what its engine has made of it; parameters (a tied one once, under its first name) and
+            persistent buffers are saved.
+        optimizer: its optimizer, or what the engine has made of it.
         extra: anything JSON can hold; comes back from `load_checkpoint`.
 
     Raises:
-        OSError: the files could not be written; nothing is left behind, and older checkpoints are as they were.
+        OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
+            checkpoints are as they were.
     """
-    final = directory / directory_name(step)
-    temporary = directory / f".{final.name}.tmp-{os.getpid()}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob(".step_*.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
+    ranges, contents = take(model, optimizer)
+    write(path, ranges, contents, extra or {})
+    return path
+
+
+def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[str, Any], group: Any = None) -> None:
+    """Write what `take` gave on each rank; the ranks talk over `group`. See `save_checkpoint`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(".step_*.tmp*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write_tensors(temporary / MODEL_FILE, tensors.model)
-        _write_tensors(temporary / OPTIMIZER_FILE, tensors.optimizer)
+
+    def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
+        writer = _Writer(str(temporary), ranges)
+        if ranges:
+            try:
+                with alone():
+                    save(dict(ranges), storage_writer=writer, planner=RangeSavePlanner(), no_dist=True)
+            except CheckpointException as error:  # no Exception; it holds one for each rank, and this is the only one
+                ((cause, _),) = error.failures.values()
+                raise OSError(f"{temporary / writer.names[0]}: {cause}") from error
+        files = {file: _describe(temporary / file) for file in writer.names if (temporary / file).exists()}
+        spans = {name: [(part.start, part.start + part.values.numel())] for name, part in ranges.items()}
+        return files, contents, spans
+
+    def finish() -> None:
+        files: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for rank_files, rank_contents, rank_spans in written:
+            files.update(rank_files)
+            tensors.update({name: list(kind) for name, kind in rank_contents.items()})
+            for name, found in rank_spans.items():
+                spans.setdefault(name, []).extend(found)
+        _check_complete(tensors, spans)
+        for file in files:
+            if not (temporary / file).exists():
+                raise OSError(f"{temporary / file} is not there for rank 0; all ranks must write to one directory")
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "step": step,
             "versions": {"stacey_dist": __version__, "torch": torch.__version__},
+            "processes": world_size(),
+            "tensors": dict(sorted(tensors.items())),
             "extra": extra,
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in sorted(temporary.iterdir())
-            },
+            "files": dict(sorted(files.items())),
         }
-        manifest["sha256"] = digest(manifest)
-        with (temporary / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        manifest["sha256"] = digest(json.loads(json.dumps(manifest)))
+        with (temporary / MANIFEST).open("w") as opened:
+            json.dump(manifest, opened, indent=1)
+            opened.flush()
+            os.fsync(opened.fileno())
         _sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _sync(path.parent)
 
-
-def keep_newest(directory: Path, count: int, saved: Path) -> None:
-    """Delete all but the newest `count` checkpoints under `directory`, counted from the one just `saved`.
-
-    Directories of later steps, which resuming passed over, neither count nor go.
-    """
-    names = find_checkpoints(directory)
-    for path in names[names.index(saved) + count :]:
-        # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
-        hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:  # a full disk, for one; it is no OSError
-        raise OSError(f"{file}: {error}") from error
-    _sync(file)
+        on_first(begin, group)
+        written = each(write_mine, group)
+        on_first(finish, group)
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """torch's writer of safetensors, for one rank by itself: its files are named for the rank."""
+
+    def __init__(self, path: str, ranges: dict[str, Range]) -> None:
+        count, size, numbers = 1, 0, {}
+        for name, part in ranges.items():
+            size += part.values.nbytes
+            if size > _FILE_BYTES and size > part.values.nbytes:
+                count, size = count + 1, part.values.nbytes
+            numbers[name] = count
+        super().__init__(path, fqn_to_index_mapping=numbers, save_distributed=True)
+        self.names = [
+            f"shard-{rank() + 1:05d}-model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
+        ]
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        (plan,) = super().prepare_global_plan(plans)
+        plan.storage_data["shard_index"] = rank() + 1
+        return [plan]
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, int]]]) -> None:
+    """Every element of every tensor was written, once: a defence against an engine that is not what it seems."""
+    for name, (shape, _) in tensors.items():
+        position = 0
+        for start, stop in sorted(spans[name]):
+            if start != position:
+                raise RuntimeError(f"{name}: elements {position} to {start} were written by no rank, or by two")
+            position = stop
+        if position != torch.Size(shape).numel():
+            raise RuntimeError(f"{name}: only {position} of {torch.Size(shape).numel()} elements were written")
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk."""
+    """Wait until a directory's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -66,10 +66,9 @@ class GlobalSampler:
         result = samples.astype(np.int64).reshape(positions.shape)
         return int(result) if isinstance(k, int) else result
 
-    def step_samples(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
-        """Return the samples of one update: positions [step * B, (step + 1) * B), int64 of length B."""
-        start = step * global_batch_size
-        return self.sample(np.arange(start, start + global_batch_size, dtype=np.int64))
+    def samples(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions [position, position + count), int64 of length count."""
+        return self.sample(np.arange(position, position + count, dtype=np.int64))
 
     def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Apply each value's keyed permutation of the power of two, once."""

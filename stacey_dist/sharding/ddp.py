@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -12,13 +11,8 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
     """All parameters as wholes; every rank is a replica."""
     for name, param in trainable_parameters(model):
-        yield whole(name, param, optimizer.state.get(param, {}), replica_number())
+        yield whole(name, param, optimizer.state.get(param, {}), everywhere=True)
 
 
 def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:
     """Nothing to do: the optimizer updates the weights that the model computes with."""
-
-
-def replica_number() -> int:
-    """This rank among those that hold the same."""
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stacey_dist.sharding import ddp
 from stacey_dist.sharding.fragment import Fragment, flat_part, trainable_parameters, whole
 
 
@@ -30,7 +29,7 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
             yield from _zero_1_2(name, param, optimizer)
         else:
             master = masters.get(param, param)
-            yield whole(name, master, _state(optimizer).get(master, {}), ddp.replica_number())
+            yield whole(name, master, _state(optimizer).get(master, {}), everywhere=True)
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:
@@ -73,8 +72,8 @@ def _zero_3(name: str, param: Any) -> Iterator[Fragment]:
     start = min(dist.get_rank(param.ds_process_group) * partition_size, param.ds_numel)
     stop = min(start + partition_size, param.ds_numel)  # the rest is padding
     state = zero.optimizer.state.get(flat, {})
-    replica = dist.get_rank() // ranks  # MiCS shards within groups of neighbouring ranks
-    yield flat_part(name, param.ds_shape, start, stop, flat, state, offset=offset, replica=replica)
+    replica, replicas = dist.get_rank() // ranks, dist.get_world_size() // ranks  # MiCS: groups of neighbouring ranks
+    yield flat_part(name, param.ds_shape, start, stop, flat, state, offset=offset, replica=replica, replicas=replicas)
 
 
 def _refresh_zero_3(zero: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # What wrappers put into the names of a model's parameters.
@@ -26,7 +27,8 @@ class Fragment:
             Empty before the first update.
         step: the optimizer's update count, shared by all elements of `owner`; None before the first update.
         owner: the tensor that the optimizer updates, and its key in `optimizer.state`: `weight` is a part of it.
-        replica: 0 for the copy that counts; other ranks that hold the same range have other numbers.
+        replica: this rank's number among those that hold the same range; 0 is the copy that counts.
+        replicas: how many hold it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Fragment:
     step: Tensor | None
     owner: Tensor
     replica: int = 0
+    replicas: int = 1
 
     @property
     def z(self) -> Tensor | None:
@@ -68,9 +71,10 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in parts if part == "module" or part not in _WRAPPERS)
 
 
-def whole(name: str, param: Tensor, state: Mapping[str, Any], replica: int) -> Fragment:
-    """The fragment of a parameter that lives on this rank as a whole."""
-    return flat_part(name, param.shape, 0, param.numel(), param, state, offset=None, replica=replica)
+def whole(name: str, param: Tensor, state: Mapping[str, Any], *, everywhere: bool) -> Fragment:
+    """The fragment of a parameter that lives as a whole on this rank: on each, if `everywhere`."""
+    replica, replicas = (dist.get_rank(), dist.get_world_size()) if everywhere and dist.is_initialized() else (0, 1)
+    return flat_part(name, param.shape, 0, param.numel(), param, state, offset=None, replica=replica, replicas=replicas)
 
 
 def flat_part(
@@ -83,6 +87,7 @@ def flat_part(
     *,
     offset: int | None,
     replica: int = 0,
+    replicas: int = 1,
 ) -> Fragment:
     """The fragment that lies in the flat tensor `owner` from `offset` on; all of `owner` if `offset` is None."""
 
@@ -95,7 +100,7 @@ def flat_part(
         for key, value in state.items()
         if key != "step" and isinstance(value, Tensor) and value.shape == owner.shape
     }
-    return Fragment(name, shape, start, stop, part(owner), tensors, _step(state), owner, replica)
+    return Fragment(name, shape, start, stop, part(owner), tensors, _step(state), owner, replica, replicas)
 
 
 def _step(state: Mapping[str, Any]) -> Tensor | None:

@@ -8,7 +8,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from stacey_dist.sharding.ddp import replica_number
 from stacey_dist.sharding.fragment import Fragment, element_count, trainable_parameters, whole
 
 
@@ -27,7 +26,7 @@ def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]
         if isinstance(param, DTensor):
             yield _rows(name, param, state)
         else:  # left out of the sharding
-            yield whole(name, param, state, replica_number())
+            yield whole(name, param, state, everywhere=True)
 
 
 def shards(model: nn.Module) -> bool:
@@ -59,10 +58,10 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
         longest = -(-rows // mesh.size(sharded[0]))
         first = min(rows, longest * coordinate[sharded[0]])
         local_rows = min(rows, first + longest) - first
-    replica = 0
+    replica, replicas = 0, 1
     for dim, placement in enumerate(param.placements):
         if placement.is_replicate():
-            replica = replica * mesh.size(dim) + coordinate[dim]
+            replica, replicas = replica * mesh.size(dim) + coordinate[dim], replicas * mesh.size(dim)
     tensors = {key: _local(value) for key, value in state.items() if key != "step" and isinstance(value, DTensor)}
     return Fragment(
         name=name,
@@ -74,6 +73,7 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
         step=state.get("step"),
         owner=param,
         replica=replica,
+        replicas=replicas,
     )
 
 

@@ -15,9 +15,9 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     owner = optimizer._param_to_rank
     for name, param in trainable_parameters(model):
         if param not in owner:  # trainable, but not given to the optimizer
-            yield whole(name, param, {}, rank)
+            yield whole(name, param, {}, everywhere=True)
         elif owner[param] == rank:
-            yield whole(name, param, optimizer.optim.state.get(param, {}), 0)
+            yield whole(name, param, optimizer.optim.state.get(param, {}), everywhere=False)
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:

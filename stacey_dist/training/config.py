@@ -5,7 +5,7 @@ first.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from stacey_dist.errors import SettingsError
@@ -89,12 +89,22 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save, what to keep, whether to go on."""
 
-    every_steps: int = 150
+    every_steps: int | None = 150
     """Updates between checkpoints; there is always one at the end and on SIGTERM or Ctrl-C."""
+    every_minutes: float | None = 30.0
+    """Minutes after which there is another checkpoint, whatever every_steps says."""
     keep_last: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept, the newest."""
+    keep_every: int | None = None
+    """Checkpoints whose number of updates is a multiple of this are kept too, for good."""
+    asynchronous: bool = True
+    """Write beside training, which waits for a copy in host memory only; the last checkpoint is always waited for."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
+    resume_from: str | None = None
+    """A checkpoint, of any run, to begin from while run_dir has none that came from it."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Changes since the checkpoint that are wanted, as in '[train.global_batch_size, data]'."""
 
 
 @dataclass
@@ -195,6 +205,19 @@ class LLMConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+DATA_CHANGE = "data"
+# What makes it another run, and is refused on resuming unless allowed. The data themselves, and the tokenizer, are
+# compared by content: their files may have moved.
+CHANGES_TO_ALLOW = (
+    "seed",
+    *(f"model.{name.name}" for name in fields(ModelConfig) if name.name != "max_position_embeddings"),
+    DATA_CHANGE,
+    "data.sequence_length",
+    "train.global_batch_size",
+    "optimizer.variant",
+)
+
+
 def validate(config: LLMConfig) -> None:
     """Raise SettingsError for a value that is out of range, whatever it is combined with."""
     positive = {
@@ -208,7 +231,7 @@ def validate(config: LLMConfig) -> None:
             "max_steps global_batch_size micro_batch_size log_every_steps eval_every_steps cpu_threads "
             "max_skipped_steps"
         ),
-        "checkpoint": "every_steps keep_last",
+        "checkpoint": "every_steps every_minutes keep_last keep_every",
     }
     for section, names in positive.items():
         for name in names.split():
@@ -227,6 +250,7 @@ def validate(config: LLMConfig) -> None:
     check(config.run_dir.strip() != "", "run_dir", config.run_dir, "it must name a directory")
     _validate_model(config)
     _validate_optimizer(config.optimizer)
+    _validate_checkpoint(config.checkpoint)
     schedule, train, data = config.schedule, config.train, config.data
     check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
     check(
@@ -333,6 +357,19 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         "each must be within [0, 1)",
     )
     check(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "it must be within [0, 1)")
+
+
+def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
+    names = ", ".join(CHANGES_TO_ALLOW)
+    for name in checkpoint.allow_changes:
+        check(name in CHANGES_TO_ALLOW, "checkpoint.allow_changes", name, f"it may name {names}")
+    source = checkpoint.resume_from
+    check(
+        source is None or checkpoint.resume != "never",
+        "checkpoint.resume",
+        checkpoint.resume,
+        f"checkpoint.resume_from = {source} has to be resumed, now and when the run was interrupted",
+    )
 
 
 def check(condition: bool, setting: str, value: Any, allowed: str) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +98,18 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """What one process asks of all; of an update: what any of them asked for, the same on each."""
+
+    stop: bool = False
+    """It was told to stop by a signal."""
+    save: bool = False
+    """It is time for a checkpoint."""
+    save_surely: bool = False
+    """Checkpoints keep failing: the next one has to succeed."""
+
+
+@dataclass(frozen=True)
 class Update:
     """What the processes agree on at the end of an update."""
 
@@ -105,8 +117,7 @@ class Update:
     grad_norm: float
     applied: bool
     """False where loss or gradient is not finite: then nothing has changed."""
-    stopping: bool
-    """Whether any process was told to stop."""
+    requests: Requests
 
 
 class Engine:
@@ -157,37 +168,38 @@ class Engine:
         # Engines average gradients over processes.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def finish_update(self, loss: Tensor, stopping: bool, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
-            stopping: whether this process was told to stop.
+            requests: what this process asks for.
             max_grad_norm: the norm to clip to; 0 is off.
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
         assert norm is not None
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss_value, stop, grad_norm = self._agree(loss, stopping, norm)
+        loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
         if applied or self.accelerator.scaler is not None:
             self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
         self.optimizer.zero_grad()
-        return Update(loss_value, grad_norm, applied, stop)
+        return Update(loss_value, grad_norm, applied, agreed)
 
-    def _agree(self, loss: Tensor, stopping: bool, norm: Tensor | None = None) -> tuple[float, bool, float]:
-        """The update's loss over all processes, whether any was told to stop, and the (common) gradient norm.
+    def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
+        """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
 
         One small all-reduce, and the update's one wait for the device.
         """
-        shared = torch.stack([loss, torch.full_like(loss, float(stopping))])
+        asked = torch.tensor(astuple(requests), dtype=loss.dtype).to(loss.device, non_blocking=True)
+        shared = torch.cat([loss.reshape(1), asked])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(shared)
         norm = torch.zeros_like(loss) if norm is None else norm
-        loss_value, stop, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
-        return loss_value, stop > 0, grad_norm
+        loss_value, *agreed, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
+        return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
 
     def state_report(self) -> str:
         """How much optimizer state a process holds, for people. All processes call it together."""
@@ -242,15 +254,15 @@ class DeepSpeedEngine(Engine):
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
         self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor, stopping: bool, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
-        loss_value, stop, _ = self._agree(loss, stopping)
+        loss_value, agreed, _ = self._agree(loss, requests)
         # DeepSpeed looks at the gradients for itself, and drops them if their norm is not finite.
         with nullcontext() if math.isfinite(loss_value) else _without_step(base_optimizer(self.optimizer)):
             self.model.step()
         grad_norm = float(self.model.get_global_grad_norm() or 0.0)
         applied = math.isfinite(loss_value) and not getattr(self._zero, "overflow", False)
-        return Update(loss_value, grad_norm, applied, stop)
+        return Update(loss_value, grad_norm, applied, agreed)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""

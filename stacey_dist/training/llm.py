@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stacey_dist.checkpoint import gather_tensors
+from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
@@ -155,22 +155,22 @@ class LanguageModeling:
         context = run.config.data.sequence_length
         self.flops_per_unit = 6.0 * weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * context
 
-    def samples(self, step: int) -> Sequence[int]:
-        """The windows that all processes together train on in update `step`, in order."""
-        if self._samples[0] != step:
-            self._samples = (step, self.sampler.step_samples(step, self.batch_size).tolist())
+    def samples(self, position: int) -> Sequence[int]:
+        """The windows that all processes together train on in the update at `position`, in order."""
+        if self._samples[0] != position:
+            self._samples = (position, self.sampler.samples(position, self.batch_size).tolist())
         return self._samples[1]
 
-    def units(self, step: int) -> int:
-        """Tokens predicted in update `step`: fewer than batch x length where the last, partial window is in it."""
-        return sum(self.data.train.label_count(i) for i in self.samples(step))
+    def units(self, position: int) -> int:
+        """Tokens predicted in the update: fewer than batch x length where the last, partial window is in it."""
+        return sum(self.data.train.label_count(i) for i in self.samples(position))
 
-    def micro_batches(self, step: int) -> list[TokenBatch]:
+    def micro_batches(self, position: int) -> list[TokenBatch]:
         """This process's share of the update's windows, in order."""
-        labels = self.units(step)
+        labels = self.units(position)
         share = self.run.process_batch_size
         first = self.run.accelerator.process_index * share
-        mine = self.samples(step)[first : first + share]
+        mine = self.samples(position)[first : first + share]
         size = self.run.micro_batch_size
         return [self._batch(self.data.train, mine[i : i + size], labels) for i in range(0, len(mine), size)]
 
@@ -211,21 +211,16 @@ class LanguageModeling:
         return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
-def export(run: Run, engine: Engine, data: TextData) -> Path:
-    """Write the model and its tokenizer as `transformers` loads them; returns the directory.
+def export(run: Run, data: TextData, checkpoint: Path) -> Path:
+    """Write the model of a checkpoint and its tokenizer as `transformers` loads them; returns the directory.
 
-    The weights are the fp32 masters where the engine keeps them. All processes call it together.
+    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
     """
     directory = run.directory / "model"
-    tensors = gather_tensors(engine.model, engine.optimizer)
 
     def work() -> None:
         assert data.tokenizer is not None
-        assert tensors is not None
-        with torch.device("meta"):
-            shell = LlamaForCausalLM(engine.module.config)
-        shell.config.use_cache = True
-        shell.save_pretrained(directory, state_dict=tensors.model)
+        export_model(checkpoint, directory)
         data.tokenizer.save(directory)
 
     run.on_main(work)

@@ -2,17 +2,19 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.engine import Engine
+from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import schedule
-from stacey_dist.training.resume import restore, save
+from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
+from stacey_dist.training.saving import Saver, checkpoint_path
 from stacey_dist.training.signals import StopSignal
 
 
@@ -27,12 +29,18 @@ class Task(Protocol):
     data_identity: str
     """Differs where the data do: a run is not resumed on other data."""
 
-    def micro_batches(self, step: int) -> Sequence[Any]:
-        """This process's micro-batches of update number `step` (from 0): a function of the settings and `step`."""
+    batch_size: int
+    """Samples of one update, over all processes."""
+
+    def micro_batches(self, position: int) -> Sequence[Any]:
+        """This process's micro-batches of the update whose first sample is at this global position.
+
+        A function of the settings and the position.
+        """
         ...
 
-    def units(self, step: int) -> int:
-        """Units that all processes together train on in update `step`."""
+    def units(self, position: int) -> int:
+        """Units that all processes together train on in the update at this global position."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -44,67 +52,71 @@ class Task(Protocol):
         ...
 
 
-def train(run: Run, task: Task, engine: Engine) -> None:
+def train(run: Run, task: Task, engine: Engine) -> Path:
     """Train the engine's model in place to `train.max_steps` updates, going on from the run's newest checkpoint.
+
+    Returns the checkpoint of the last update.
 
     Raises:
         SettingsError: the run's checkpoints do not fit the settings, or too many updates in a row were skipped.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
     config, accelerator = run.config, run.accelerator
-    start, skipped = restore(run, engine, task.data_identity)
+    progress = restore(run, engine, task.data_identity)
     last = config.train.max_steps
-    if start >= last:
-        run.say(f"nothing to do: {run.directory} is complete with {start} updates")
-        return
+    if progress.step >= last:
+        run.say(f"nothing to do: {run.directory} is complete with {progress.step} updates")
+        return checkpoint_path(run, progress.step)
     run.write_config()
-    metrics = Metrics(run, task.unit, task.flops_per_unit, start)
+    metrics = Metrics(run, task.unit, task.flops_per_unit, progress.step)
     skipped_in_a_row = 0
     engine.model.train()
-    with StopSignal() as stop:
-        for step in range(start, last):
-            lr = config.optimizer.lr * _lr_share(run, step)
+    with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
+        while progress.step < last:
+            lr = config.optimizer.lr * _lr_share(run, progress.step)
             engine.set_learning_rate(lr)
             loss = torch.zeros((), device=accelerator.device)
-            for batch, last_of_update in _mark_last(task.micro_batches(step)):
+            for batch, last_of_update in _mark_last(task.micro_batches(progress.position)):
                 with engine.micro_batch(last_of_update):
                     share = task.loss(engine.model, batch)
                     engine.backward(share)
                 loss += share.detach()
-            update = engine.finish_update(loss, stop.received is not None, config.train.max_grad_norm)
+            requests = Requests(stop.received is not None, saver.minutes_are_over, saver.keeps_failing)
+            update = engine.finish_update(loss, requests, config.train.max_grad_norm)
+            units = task.units(progress.position)
+            progress.step += 1
+            progress.position += task.batch_size
+            progress.skipped_steps += not update.applied
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
-            skipped += not update.applied
             if skipped_in_a_row > config.train.max_skipped_steps:
                 raise SettingsError(
-                    f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {step + 1} had a "
-                    f"loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
+                    f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {progress.step} had "
+                    f"a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
                     "lower optimizer.lr, or look at the data"
                 )
-            done, stopping = step + 1, update.stopping
-            metrics.step(done, task.units(step), loss=update.loss, lr=lr, grad_norm=update.grad_norm, skipped=skipped)
+            saver.report()
+            metrics.step(progress, units, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
             metrics.pause()
-            if done == last or done % config.train.eval_every_steps == 0:
-                metrics.evaluation(done, _evaluate(task, engine))
-            if stopping or done == last or done % config.train.eval_every_steps == 0:
+            ending = update.requests.stop or progress.step == last
+            evaluating = progress.step == last or progress.step % config.train.eval_every_steps == 0
+            if evaluating:
+                metrics.evaluation(progress.step, _evaluate(task, engine))
+            if evaluating or ending:
                 metrics.plot()
-            if stopping or done == last or done % config.checkpoint.every_steps == 0:
-                path = save(
-                    run,
-                    engine,
-                    done,
-                    data_identity=task.data_identity,
-                    skipped=skipped,
-                    must_succeed=stopping or done == last,
-                )
-                if path is not None and (stopping or done == last):
-                    metrics.say(f"saved {path}")
-            if stopping:
+            if ending:
+                metrics.say(f"saved {saver.save_surely(progress)}")
+            elif update.requests.save_surely:
+                saver.save_surely(progress)
+            elif update.requests.save or saver.is_due(progress.step):
+                saver.save(progress)
+            if update.requests.stop:
                 number = int(stop.received or 15)
                 engine.close()
-                run.say(f"stopped by signal {number} after update {done}; the same command goes on from here")
+                run.say(f"stopped by signal {number} after update {progress.step}; the same command goes on from here")
                 sys.exit(128 + number)
             metrics.go_on()
     run.say(engine.state_report())
+    return checkpoint_path(run, last)
 
 
 def _lr_share(run: Run, step: int) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.run import Run
+from stacey_dist.training.saving import Progress
 
 # Dense bf16 tensor throughput in FLOP/s, as the makers state it (without sparsity).
 _PEAK_FLOPS = {
@@ -87,8 +88,9 @@ class Metrics:
         """Start the clock again."""
         self._since = time.perf_counter()
 
-    def step(self, step: int, units: int, *, loss: float, lr: float, grad_norm: float, skipped: int) -> None:
-        """Count a finished update (number `step`, from 1); print and write it where the settings say so."""
+    def step(self, progress: Progress, units: int, *, loss: float, lr: float, grad_norm: float) -> None:
+        """Count a finished update; print and write it where the settings say so."""
+        step = progress.step
         self._units += units
         due = step % self.run.config.train.log_every_steps == 0 or step in (
             self.start_step + 1,
@@ -109,7 +111,7 @@ class Metrics:
         if self.peak is not None:
             row["mfu"] = round(speed * self.flops_per_unit / self.peak, 4)
         row["memory_gb"] = round(memory_in_use(self.run.accelerator.device) / 2**30, 3)
-        row["skipped_steps"] = skipped
+        row["skipped_steps"] = progress.skipped_steps
         done = step - self.start_step
         seconds_left = (self._total_busy + busy) / done * (self.max_steps - step)
         if self.main:
@@ -195,6 +197,8 @@ def _init_trackers(run: Run) -> None:
     if not tracking.trackers:
         return
     wandb_settings = {"name": tracking.run_name or run.directory.name, "dir": str(run.directory)}
+    if "wandb" in run.tracker_ids:
+        wandb_settings |= {"id": run.tracker_ids["wandb"], "resume": "allow"}
     if "wandb" in tracking.trackers and "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
         wandb_settings["mode"] = "offline"
         run.say("wandb: not logged in, so the run is kept offline; `wandb sync` uploads it")
@@ -207,6 +211,8 @@ def _init_trackers(run: Run) -> None:
         config=settings,
         init_kwargs={"wandb": wandb_settings},
     )
+    if "wandb" in tracking.trackers and accelerator.is_main_process:
+        run.tracker_ids = {"wandb": accelerator.get_tracker("wandb", unwrap=True).id}
 
 
 def _logged_in_to_wandb() -> bool:

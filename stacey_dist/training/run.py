@@ -37,6 +37,8 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
+        self.tracker_ids: dict[str, str] = {}
+        """By which trackers know the run, where they do: so that a resumed run goes on in the same place."""
         processes, batch = accelerator.num_processes, config.train.global_batch_size
         check(
             batch % processes == 0,

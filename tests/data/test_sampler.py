@@ -51,7 +51,7 @@ def test_independent_of_how_it_is_asked(size: int, seed: int, start: int, count:
 def test_step_samples_are_consecutive_positions() -> None:
     sampler = GlobalSampler(10, 1)
     # 7 does not divide 10: steps run over the ends of epochs.
-    steps = np.concatenate([sampler.step_samples(step, 7) for step in range(10)])
+    steps = np.concatenate([sampler.samples(7 * step, 7) for step in range(10)])
     assert np.array_equal(steps, sampler.sample(np.arange(70)))
     assert np.array_equal(np.bincount(steps), np.full(10, 7))
 

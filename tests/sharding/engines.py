@@ -45,6 +45,10 @@ class Trainer:
         """What a learning-rate schedule sets."""
         return self.optimizer if isinstance(self.optimizer, ZeroRedundancyOptimizer) else base_optimizer(self.optimizer)
 
+    def _single(self, model, make_groups, optimizer_class, settings):
+        self.model = model
+        self.optimizer = optimizer_class(make_groups(model), **settings)
+
     def _ddp(self, model, make_groups, optimizer_class, settings):
         self.model = DistributedDataParallel(model)
         self.optimizer = optimizer_class(make_groups(model), **settings)
@@ -75,10 +79,10 @@ class Trainer:
             model=model, model_parameters=make_groups(model), config=config
         )
 
-    def _fsdp2(self, model, make_groups, optimizer_class, settings, mesh=None):
+    def _fsdp2(self, model, make_groups, optimizer_class, settings, mesh=None, **policy):
         mesh = mesh or dist.init_device_mesh("cpu", (dist.get_world_size(),))
-        fully_shard(model.large, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model.large, mesh=mesh, **policy)
+        fully_shard(model, mesh=mesh, **policy)
         self.model = model
         self.optimizer = optimizer_class(make_groups(model), **settings)
 

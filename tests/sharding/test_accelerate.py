@@ -11,7 +11,7 @@ from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.training import engine
-from tests.training.helpers import command, environment
+from tests.training.forked import command, environment
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from stacey_dist.checkpoint.gather import gather_tensors, scatter_tensors
+from stacey_dist.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.snapshot import dtype_name
+from stacey_dist.checkpoint.write import write
 from stacey_dist.sharding import fragments, state_bytes
 from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, LR, Awkward, gradients, group_settings, one_process, schedule
@@ -107,30 +111,36 @@ def assert_computes_with(weights, trainer, model):
 
 
 def check_fragments_take_a_state(engine, directory, dirty):
+    """A checkpoint that was put together from one process's tensors; then one of our own, read back as wholes."""
     scalar = engine in TAKES_SCALARS
     half = one_process(CASE, scalar, steps=HALF)
     weights = {name: weight for name, (weight, _) in half.items()}
     weights["frozen.weight"] = torch.full((5, 3), 0.5)
-    states = {f"{name}/{key}": value for name, (_, state) in half.items() for key, value in state.items()}
+    saved = {f"model/{name}": weight for name, weight in weights.items()}
+    saved |= {f"optimizer/{name}/{key}": value for name, (_, state) in half.items() for key, value in state.items()}
+    path = Path(directory) / f"{engine}-{dirty}" / "step_00000006"
+    ranges = {name: Range(0, tensor.reshape(-1), tensor.numel()) for name, tensor in saved.items()}
+    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in saved.items()}
+    first = dist.get_rank() == 0
+    write(path, ranges if first else {}, contents if first else {}, {"made": "by hand"})
     trainer, model = make(engine)
     if dirty:
         train(trainer, model, 3, 5)
-    scatter_tensors(weights, states, trainer.model, trainer.optimizer)
+    assert load_checkpoint(path, trainer.model, trainer.optimizer)["extra"] == {"made": "by hand"}
     assert_computes_with(weights, trainer, model)
     assert_as_one_process(engine, trainer, HALF)
     train(trainer, model, HALF, END)
     assert_as_one_process(engine, trainer, END)
-    whole = gather_tensors(trainer.model, trainer.optimizer)
-    assert (whole is None) == (dist.get_rank() > 0)
-    if whole is not None:
-        expected = one_process(CASE, scalar, steps=END)
-        assert whole.model.keys() == {*expected, "frozen.weight"}
-        assert torch.equal(whole.model["frozen.weight"], weights["frozen.weight"])
-        for name, (weight, state) in expected.items():
-            assert torch.equal(whole.model[name], weight), name
-            for key, value in state.items():
-                assert torch.equal(whole.optimizer[f"{name}/{key}"], value), (name, key)
-                assert whole.optimizer[f"{name}/{key}"].dtype == value.dtype
+    ours = save_checkpoint(path.with_name("step_00000012"), trainer.model, trainer.optimizer)
+    tensors = read_tensors(ours)
+    expected = one_process(CASE, scalar, steps=END)
+    assert torch.equal(tensors.pop("model/frozen.weight"), weights["frozen.weight"])
+    assert tensors.keys() == saved.keys() - {"model/frozen.weight"}
+    for name, (weight, state) in expected.items():
+        assert torch.equal(tensors[f"model/{name}"], weight), name
+        for key, value in state.items():
+            assert torch.equal(tensors[f"optimizer/{name}/{key}"], value), (name, key)
+            assert tensors[f"optimizer/{name}/{key}"].dtype == value.dtype
 
 
 def check_bytes(engine, directory):

@@ -12,10 +12,10 @@ from stacey_dist.training import llm
 
 
 class BadUpdate(llm.LanguageModeling):
-    def micro_batches(self, step):
+    def micro_batches(self, position):
         accelerator = self.run.accelerator
-        self.bad = step == 2 and accelerator.process_index == accelerator.num_processes - 1
-        return super().micro_batches(step)
+        self.bad = position == 2 * self.batch_size and accelerator.process_index == accelerator.num_processes - 1
+        return super().micro_batches(position)
 
     def loss(self, model, batch):
         loss = super().loss(model, batch)

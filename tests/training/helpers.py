@@ -1,14 +1,8 @@
 """Small launches of train_llm.py, as a user makes them."""
 
-import functools
 import json
-import multiprocessing
-import os
 import random
-import runpy
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,12 +10,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from tests.training.hidden import HIDDEN
-
-ROOT = Path(__file__).parents[2]
-ACCELERATE = Path(sys.executable).with_name("accelerate")
+from stacey_dist.checkpoint import read_tensors
+from tests.training.forked import Forked, command, environment
 
 TINY = {
     "data": {"sequence_length": 32, "validation_every": 4},
@@ -62,28 +53,15 @@ def write_config(directory, **changes):
     return path
 
 
-def command(*arguments, processes=1, program="train_llm.py", engine=None, launch_options=()):
-    config = (engine or ("cpu" if processes == 1 else "cpu_ddp")) + ".yaml"
-    launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / "configs/accelerate" / config)]
-    if processes > 1:
-        launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    launch += map(str, launch_options)
-    return [*launch, str(ROOT / program), *map(str, arguments)]
+def launch(*arguments, processes=1, expect=0, through_accelerate=False, **how):
+    """Run train_llm.py to its end; returns what it printed. `how` is for `Forked` or `command`.
 
-
-def environment():
-    return {**os.environ, **HIDDEN}
-
-
-def launch(*arguments, processes=1, expect=0, through_accelerate=False, program="train_llm.py", **how):
-    """Run train_llm.py to its end; returns what it printed. `how` is for `command`.
-
-    Several processes go through `accelerate launch`. One process is forked from a server that has the imports done,
-    which saves ten seconds a launch, unless `through_accelerate`.
+    The processes are forked from a server that has the imports done, which saves ten seconds a launch, in the
+    environment that `accelerate launch` gives them; or it is that launcher itself.
     """
-    if processes > 1 or through_accelerate:
+    if through_accelerate:
         result = subprocess.run(
-            command(*arguments, processes=processes, program=program, **how),
+            command(*arguments, processes=processes, **how),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,9 +70,9 @@ def launch(*arguments, processes=1, expect=0, through_accelerate=False, program=
         )
         output, status = result.stdout, result.returncode
     else:
-        process = Forked(*arguments, program=program)
-        output, status = process.wait()
-    assert status == expect or ((through_accelerate or processes > 1) and status != 0 and expect), output[-5000:]
+        engine = how.pop("engine", None if processes == 1 else "cpu_ddp")
+        output, status = Forked(*arguments, processes=processes, engine=engine, **how).wait()
+    assert status == expect or (through_accelerate and status != 0 and expect), output[-5000:]
     return output
 
 
@@ -131,42 +109,6 @@ def launch_and_signal_everyone(number, step, run_dir, *arguments, processes, **h
     return output
 
 
-class Forked:
-    """A process of its own that runs train_llm.py as a program, forked from a server with the imports done."""
-
-    def __init__(self, *arguments, program="train_llm.py"):
-        self.output = tempfile.NamedTemporaryFile("r", suffix=".txt")  # noqa: SIM115
-        self.process = _forkserver().Process(target=_program, args=([program, *map(str, arguments)], self.output.name))
-        self.process.start()
-
-    def alive(self):
-        return self.process.is_alive()
-
-    def send(self, number):
-        os.kill(self.process.pid, number)
-
-    def wait(self):
-        self.process.join(300)
-        assert not self.process.is_alive()
-        with self.output as file:
-            return file.read(), self.process.exitcode
-
-
-@functools.cache
-def _forkserver():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.preload_imports"])
-    return context
-
-
-def _program(arguments, output):
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
 def rows(run_dir):
     """The complete rows of metrics.jsonl."""
     path = Path(run_dir) / "metrics.jsonl"
@@ -179,13 +121,8 @@ def training_rows(run_dir):
 
 
 def checkpoint(run_dir, step):
-    """All tensors of a checkpoint, by file and name."""
-    directory = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
-    return {
-        f"{file.name}:{name}": tensor
-        for file in sorted(directory.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    """All tensors of a checkpoint by name."""
+    return read_tensors(Path(run_dir) / "checkpoints" / f"step_{step:08d}")
 
 
 # Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and

@@ -54,7 +54,7 @@ def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_pa
     # Two micro-batches a process: the accumulation is the engine's own.
     whole, part = tmp_path / "whole", tmp_path / "part"
     accumulated = ("--train.micro_batch_size", 2, *CLIPPED)
-    output = on_engine(engine, "--config", config, "--run_dir", whole, *accumulated)
+    output = on_engine(engine, "--config", config, "--run_dir", whole, *accumulated, through_accelerate=True)
     assert f"2 processes on cpu (1 thread) with {ENGINES[engine]}, float32, 8 sequences an update" in output
     assert_nearly_equal_runs(whole, directory / "run")
     for name, tensor in checkpoint(directory / "run", 40).items():

@@ -121,7 +121,7 @@ def test_other_data_are_refused_and_moved_data_are_not(uninterrupted, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     directory, config, _ = uninterrupted
     launch("--config", config, "--run_dir", tmp_path / "run")
-    broken = tmp_path / "run" / "checkpoints" / "step_00000040" / "optimizer.safetensors"
+    broken = tmp_path / "run" / "checkpoints" / "step_00000040" / "shard-00001-model-00001-of-00001.safetensors"
     content = bytearray(broken.read_bytes())
     content[len(content) // 2] ^= 1
     broken.write_bytes(content)
@@ -143,7 +143,16 @@ def one_process(tmp_path_factory):
 def two_processes(one_process, tmp_path_factory):
     directory = tmp_path_factory.mktemp("two_processes")
     tracked = ("--tracking.trackers", "tensorboard")
-    launch("--config", one_process[1], "--run_dir", directory / "run", *SMOOTH, *tracked, processes=2)
+    launch(
+        "--config",
+        one_process[1],
+        "--run_dir",
+        directory / "run",
+        *SMOOTH,
+        *tracked,
+        processes=2,
+        through_accelerate=True,
+    )
     assert (directory / "run" / "model" / "model.safetensors").exists()
     return directory, one_process[1]
 

@@ -13,12 +13,12 @@ import yaml
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
-    gather_tensors,
-    keep_newest,
     load_checkpoint,
+    retain,
     save_checkpoint,
     verify,
 )
+from stacey_dist.checkpoint.manifest import step_of
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.training import metrics, signals
 from stacey_dist.training.config import LLMConfig, OptimizerConfig
@@ -62,16 +62,15 @@ def make_task(processes, index, micro=2, batch=8):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
-    steps = math.ceil(3 * 37 / 8)
     seen = []
-    for step in range(steps):
+    for position in range(0, 3 * 37, 8):
         share = [
             int(row[0])
             for index in range(processes)
-            for batch in make_task(processes, index).micro_batches(step)
+            for batch in make_task(processes, index).micro_batches(position)
             for row in batch.inputs
         ]
-        assert share == make_task(1, 0).samples(step)
+        assert share == make_task(1, 0).samples(position)
         seen += share
     for epoch in range(3):
         assert sorted(seen[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
@@ -80,16 +79,17 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
 
 def test_losses_of_an_update_are_divided_by_all_its_labels():
     task = make_task(2, 1)
-    step = next(s for s in range(20) if 36 in task.samples(s))  # the update with the partial window
-    assert task.units(step) == 7 * 4 + 1
-    assert all(batch.update_labels == 29 for batch in task.micro_batches(step))
-    counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(step))
+    position = next(8 * s for s in range(20) if 36 in task.samples(8 * s))  # the update with the partial window
+    assert task.units(position) == 7 * 4 + 1
+    assert all(batch.update_labels == 29 for batch in task.micro_batches(position))
+    counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(position))
     assert counted == 29
 
     def uniform(input_ids):
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 37))
 
-    total = sum(float(make_task(2, i).loss(uniform, b)) for i in range(2) for b in make_task(2, i).micro_batches(step))
+    tasks = [make_task(2, i) for i in range(2)]
+    total = sum(float(task.loss(uniform, b)) for task in tasks for b in task.micro_batches(position))
     assert total == pytest.approx(math.log(37), rel=1e-6)  # float32 sums of 29 terms
 
 
@@ -108,7 +108,7 @@ def test_schedule():
 
 
 def save(directory, step, model, optimizer, extra):
-    return save_checkpoint(directory, step, gather_tensors(model, optimizer), extra)
+    return save_checkpoint(directory / f"step_{step:08d}", model, optimizer, extra)
 
 
 def make_model():
@@ -145,7 +145,6 @@ def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
     other_optimizer = build_optimizer(other, OptimizerConfig(name=name), seed=0)
     train(other, other_optimizer, 1, seed=9)
     manifest = load_checkpoint(path, other, other_optimizer)
-    assert manifest["step"] == 3
     assert manifest["extra"] == {"note": [1, None]}
     for pair in ((model, optimizer), (other, other_optimizer)):
         train(*pair, 3, seed=1)
@@ -186,18 +185,18 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
         load_checkpoint(path, narrow, build_optimizer(narrow, OptimizerConfig(), 0))
 
 
-@pytest.mark.parametrize("change", [{"step": 7}, {"files": {}}, {"extra": {"skipped_steps": 1}}])
+@pytest.mark.parametrize("change", [{"processes": 7}, {"files": {}}, {"extra": {"skipped_steps": 1}}])
 def test_an_altered_manifest_is_not_believed(tmp_path, change):
     model = torch.nn.Linear(3, 3)
     path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     manifest = json.loads((path / "manifest.json").read_text())
-    for content in ({**manifest, **change}, {"format": 1}):
+    for content in ({**manifest, **change}, {"format": 2}):
         (path / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(DamagedCheckpointError, match=r"manifest.json: its content does not match its checksum"):
             verify(path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "empty"])
 def test_every_damage_is_named(tmp_path, file, damage):
     model = make_model()
@@ -243,13 +242,20 @@ def test_retention_and_strangers(tmp_path):
     (tmp_path / "step_best").mkdir()
     for step in (5, 100, 20):
         save(tmp_path, step, model, optimizer, {})
-    keep_newest(tmp_path, 2, tmp_path / "step_00000100")
+    retain(tmp_path / "step_00000100", keep_last=2)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
     # 100 was damaged, say, and the run went on from 20: what it saves now is not to be deleted for the sake of 100
     saved = save(tmp_path, 40, model, optimizer, {})
-    keep_newest(tmp_path, 1, saved)
+    retain(saved, keep_last=1)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
+
+
+def test_checkpoints_that_are_kept_for_good(tmp_path):
+    for step in (10, 20, 25, 30, 40, 45):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    retain(tmp_path / "step_00000045", keep_last=2, keep_every=20)
+    assert [step_of(p) for p in find_checkpoints(tmp_path)] == [45, 40, 20]
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
@@ -261,7 +267,7 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"model.safetensors: .*File too large"):
+        with pytest.raises(OSError, match=r"shard-00001-model-00001-of-00001.safetensors: .*File too large"):
             save(tmp_path, 2, model, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -285,7 +291,7 @@ def test_rows_survive_a_cut_line(tmp_path):
 
 
 def test_flops_per_token_of_the_papers_model():
-    from tests.training.helpers import ROOT
+    from tests.training.forked import ROOT
 
     shape = yaml.safe_load((ROOT / "configs/llm/llama_100m_c4.yaml").read_text())["model"]
     config = LLMConfig()

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stacey_dist.data.source import embedded_source
-from tests.training.helpers import ACCELERATE, ROOT, environment, rows
+from tests.training.forked import ACCELERATE, ROOT, environment
+from tests.training.helpers import rows
 
 pytestmark = pytest.mark.slow
 

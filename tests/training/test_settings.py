@@ -10,7 +10,8 @@ import yaml
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
 from stacey_dist.training.config import LLMConfig, validate
-from tests.training.helpers import ROOT, launch, write_text
+from tests.training.forked import ROOT
+from tests.training.helpers import launch, write_text
 
 CONFIGS = sorted((ROOT / "configs/llm").glob("*.yaml"))
 

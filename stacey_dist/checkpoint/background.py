@@ -1,0 +1,75 @@
+"""Saving beside training, which waits for the copy to host memory only."""
+
+import datetime
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stacey_dist.checkpoint.snapshot import take
+from stacey_dist.checkpoint.together import world_size
+from stacey_dist.checkpoint.write import write
+
+# A rank may have to wait this long for the slowest disk of all.
+_PATIENCE = datetime.timedelta(hours=6)
+
+
+class BackgroundSaver:
+    """Saves checkpoints beside training, one after the other; all ranks make the same calls.
+
+    A thread of each rank writes the copy and talks to the other ranks' threads over a gloo group of its own. The
+    copy's memory is kept for the next one.
+
+    Attributes:
+        failed_in_a_row: how many of the last saves failed; equal on all ranks after `wait`.
+    """
+
+    def __init__(self) -> None:
+        self.failed_in_a_row = 0
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+        self._host_memory: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizer: Any,
+        extra: dict[str, Any] | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy what this rank holds and begin to write it, after an earlier save has ended; see `save_checkpoint`.
+
+        `then` is called on each rank when the checkpoint is complete. A failure is what `failure` returns.
+        """
+        self.wait()
+        ranges, contents = take(model, optimizer, self._host_memory)
+
+        def work() -> None:
+            try:
+                write(path, ranges, contents, extra or {}, self._group)
+                then()
+                self.failed_in_a_row = 0
+            except Exception as error:  # the training thread hears of it
+                self.failed_in_a_row += 1
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name=f"writes {path.name}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last save has ended, well or not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> OSError | None:
+        """Why a save failed, once; None while all is well. Raises what is not an OSError."""
+        failure, self._failure = self._failure, None
+        if failure is None or isinstance(failure, OSError):
+            return failure
+        raise failure

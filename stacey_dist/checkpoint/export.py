@@ -1,0 +1,43 @@
+"""From a checkpoint to a model that `transformers` loads."""
+
+from pathlib import Path
+from typing import Any
+
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest
+from stacey_dist.checkpoint.read import read_tensors, tensors
+
+
+def describe_model(model: Any) -> dict[str, Any] | None:
+    """What `export_model` has to know, for a checkpoint's `extra["model"]`; None if transformers did not make it."""
+    for model_class in type(model).__mro__:  # `fully_shard` puts a class of its own in front
+        if model_class.__module__.startswith("transformers.models."):
+            return {"class": model_class.__name__, "config": model.config.to_dict()}
+    return None
+
+
+def export_model(path: Path, directory: Path) -> None:
+    """Write the weights of the checkpoint at `path` and its model's configuration to `directory`.
+
+    The weights are the fp32 masters where the engine kept them. All of them are in this process's host memory.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint cannot be read, or was saved without the model's description.
+    """
+    import torch
+    import transformers
+
+    manifest = read_manifest(path)
+    described = manifest["extra"].get("model")
+    if described is None:
+        raise DamagedCheckpointError(f'{path}: its extra has no "model", as describe_model gives it')
+    found = getattr(transformers, described["class"], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise DamagedCheckpointError(f"{path}: {described['class']} is not a model of transformers")
+    model_class: Any = found
+    config = model_class.config_class.from_dict(described["config"])
+    config.use_cache = True
+    # The class itself: `from_config` would partition the model among the processes of a ZeRO-3 run.
+    with torch.device("meta"):
+        shell = model_class(config)
+    weights = read_tensors(path, [name for name in tensors(manifest) if name.startswith("model/")])
+    shell.save_pretrained(directory, state_dict={name.removeprefix("model/"): t for name, t in weights.items()})

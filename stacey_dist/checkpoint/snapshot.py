@@ -1,0 +1,200 @@
+"""What a rank writes of a model and its optimizer, and how what was read goes back; no engine is known here."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stacey_dist.checkpoint.planner import Range
+from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
+from stacey_dist.sharding.fragment import canonical_name
+
+# The shape and the dtype's name of each whole tensor, by name.
+Contents = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def take(
+    model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Range], Contents]:
+    """Copies in host memory of the ranges that this rank is to write, and the tensors that they are of.
+
+    Each element of `model/NAME` (weights, fp32 masters where the engine has them; frozen parameters; persistent
+    buffers) and `optimizer/NAME/KEY` (z, m, step, or another optimizer's state) is with exactly one rank.
+    All ranks call it together.
+
+    Args:
+        model: the model on its engine.
+        optimizer: its optimizer on its engine.
+        host_memory: flat tensors of an earlier call, by name, to copy into again where they fit; is brought up to
+            date. New memory costs more time than the copy.
+    """
+    host_memory = {} if host_memory is None else host_memory
+    ranges: dict[str, Range] = {}
+    contents: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def add(name: str, shape: Iterable[int], start: int, values: Tensor) -> None:
+        shape = torch.Size(shape)
+        values = values.detach().reshape(-1)
+        flat = host_memory.get(name)
+        if flat is None or (flat.numel(), flat.dtype) != (values.numel(), values.dtype):
+            flat = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            host_memory[name] = flat
+        flat.copy_(values, non_blocking=True)
+        ranges[name] = Range(start, flat, shape.numel())
+        contents[name] = (tuple(shape), dtype_name(flat.dtype))
+
+    for f in fragments(model, optimizer):
+        # Ranks that hold the same share the work.
+        count = f.stop - f.start
+        first, last = (count * replica // f.replicas for replica in (f.replica, f.replica + 1))
+        if first < last:
+            add(f"model/{f.name}", f.shape, f.start + first, f.weight.reshape(-1)[first:last])
+            for key, value in f.state.items():
+                add(f"optimizer/{f.name}/{key}", f.shape, f.start + first, value.reshape(-1)[first:last])
+        if f.step is not None and f.start == 0 and f.replica == 0:
+            add(f"optimizer/{f.name}/step", (), 0, f.step.to(torch.float32))
+    writes_the_rest = not dist.is_initialized() or dist.get_rank() == 0
+    for name, param in _frozen(model):
+        with _gathered(param, write=False):
+            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            if writes_the_rest:
+                add(f"model/{name}", whole.shape, 0, whole)
+    for name, buffer in _persistent_buffers(model):
+        if writes_the_rest:
+            add(f"model/{name}", buffer.shape, 0, buffer)
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return ranges, contents
+
+
+def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.Module, optimizer: Any) -> None:
+    """Fill the fragments of this rank, bit for bit, and replace all optimizer state. All ranks call it together.
+
+    Args:
+        contents: the tensors that there are; `misfits` must have found nothing against them.
+        read: fills ranges, given by name.
+        model: the model on its engine.
+        optimizer: its optimizer on its engine.
+    """
+    keys: dict[str, list[str]] = {}
+    for full_name in contents:
+        kind, _, name = full_name.partition("/")
+        if kind == "optimizer":
+            keys.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
+    wanted: dict[str, Range] = {}
+
+    def want(name: str, start: int, count: int) -> Tensor:
+        shape, dtype = contents[name]
+        values = torch.empty(count, dtype=getattr(torch, dtype))
+        if count > 0:
+            wanted[name] = Range(start, values, torch.Size(shape).numel())
+        return values
+
+    base = base_optimizer(optimizer)
+    parts = fragments(model, optimizer, empty=True)
+    values = {}
+    for f in parts:
+        values[f.name, ""] = want(f"model/{f.name}", f.start, f.stop - f.start)
+        for key in keys.get(f.name, []):
+            count, start = (1, 0) if key == "step" else (f.stop - f.start, f.start)
+            values[f.name, key] = want(f"optimizer/{f.name}/{key}", start, count)
+    rest = {name: want(f"model/{name}", 0, torch.Size(shape).numel()) for name, shape in _rest_shapes(model).items()}
+    read(wanted)
+    base.state.clear()
+    with torch.no_grad():
+        for f in parts:
+            f.weight.copy_(values[f.name, ""].view(f.weight.shape))
+            for key in keys.get(f.name, []):
+                value = values[f.name, key]
+                if key == "step":
+                    # On the CPU, where torch's optimizers keep it, unless they are fused for a GPU.
+                    base.state[f.owner][key] = value.reshape(()).to(f.owner.device if _fused(base) else "cpu")
+                elif key not in base.state[f.owner]:
+                    base.state[f.owner][key] = torch.zeros_like(f.owner, dtype=value.dtype, requires_grad=False)
+        for f in fragments(model, optimizer):
+            for key, target in f.state.items():
+                target.copy_(values[f.name, key].view(target.shape))
+        _write_rest(model, rest)
+    refresh_weights(model, optimizer)
+
+
+def misfits(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
+    """What keeps these tensors from being put into the model, a line each; the same on every rank.
+
+    Frozen parameters and buffers may have another dtype here; an engine's masters are compared where they are.
+    """
+    dtypes = {f"model/{f.name}": dtype_name(f.weight.dtype) for f in fragments(model, optimizer)}
+    here = {f"model/{name}": tuple(shape) for name, shape in _shapes(model).items()}
+    there = {name: kind for name, kind in contents.items() if name.startswith("model/")}
+    found = []
+    for name in sorted(here.keys() | there.keys()):
+        short, saved = name.removeprefix("model/"), there.get(name)
+        dtype = dtypes.get(name, saved[1] if saved else "")
+        if saved is None or name not in here or saved != (here[name], dtype):
+            ours = f"{here[name]} {dtype}" if name in here else "absent"
+            found.append(f"{short} is {f'{saved[0]} {saved[1]}' if saved else 'absent'} there, and {ours} here")
+    for full_name, (shape, _) in contents.items():
+        name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
+        if full_name.startswith("optimizer/") and (
+            f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"])
+        ):
+            found.append(f"the state {name}/{key} does not fit a parameter here")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _fused(optimizer: Any) -> bool:
+    """Whether the optimizer is one of torch's fused ones, which keep their step count on the device."""
+    return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter and persistent buffer by name, whatever an engine has made of it."""
+    shapes = {canonical_name(n): getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
+    return shapes | {name: buffer.shape for name, buffer in _persistent_buffers(model)}
+
+
+def _rest_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    names = {name for name, _ in _frozen(model)} | {name for name, _ in _persistent_buffers(model)}
+    return {name: shape for name, shape in _shapes(model).items() if name in names}
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    persistent = {canonical_name(name) for name in model.state_dict()}
+    named = ((canonical_name(name), buffer) for name, buffer in model.named_buffers())
+    return [(name, buffer) for name, buffer in named if name in persistent]
+
+
+def _frozen(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(canonical_name(name), p) for name, p in model.named_parameters() if not p.requires_grad]
+
+
+def _write_rest(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Frozen parameters and persistent buffers, from their flattened values."""
+    for name, param in _frozen(model):
+        with _gathered(param, write=True):
+            if hasattr(param, "full_tensor"):
+                from torch.distributed.tensor import distribute_tensor
+
+                whole = values[name].view(param.shape).to(param.device)
+                param.copy_(distribute_tensor(whole, param.device_mesh, param.placements))
+            else:
+                param.copy_(values[name].view(param.shape))
+    for name, buffer in _persistent_buffers(model):
+        buffer.copy_(values[name].view(buffer.shape))
+
+
+def _gathered(param: Any, *, write: bool) -> AbstractContextManager[Any]:
+    """Within it, a parameter that ZeRO-3 has partitioned is whole; what rank 0 writes is kept if `write`."""
+    if not hasattr(param, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([param], modifier_rank=0 if write else None)

@@ -1,0 +1,116 @@
+"""When a run saves, what it keeps, and what a failed save means."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stacey_dist.checkpoint.background import BackgroundSaver
+from stacey_dist.checkpoint.export import describe_model
+from stacey_dist.checkpoint.manifest import directory_name
+from stacey_dist.checkpoint.retain import retain
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import to_dict
+from stacey_dist.training.engine import Engine
+from stacey_dist.training.run import Run
+
+_GIVE_UP_AFTER = 2
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint says besides its tensors."""
+
+    step: int = 0
+    """Updates made, with those that were skipped."""
+    position: int = 0
+    """Samples that all processes together have trained on: the next one is the sample at this global position."""
+    skipped_steps: int = 0
+    """Updates that changed nothing, for a loss or gradient that was not finite."""
+
+
+def checkpoint_path(run: Run, step: int) -> Path:
+    """Where the run's checkpoint after `step` updates is."""
+    return run.directory / "checkpoints" / directory_name(step)
+
+
+class Saver:
+    """Saves a run's checkpoints as `checkpoint.*` says. All processes make the same calls.
+
+    Args:
+        run: the run.
+        engine: what is saved.
+        data_identity: differs where the data do.
+    """
+
+    def __init__(self, run: Run, engine: Engine, data_identity: str) -> None:
+        self.run, self.engine, self.data_identity = run, engine, data_identity
+        self.settings = run.config.checkpoint
+        self._background = BackgroundSaver()
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:
+            self._background.wait()
+
+    @property
+    def minutes_are_over(self) -> bool:
+        """Whether the main process's clock asks for a checkpoint."""
+        minutes = self.settings.every_minutes
+        due = minutes is not None and time.monotonic() - self._since >= 60 * minutes
+        return due and self.run.accelerator.is_main_process
+
+    @property
+    def keeps_failing(self) -> bool:
+        """Whether so many saves in a row have failed that the next one has to succeed."""
+        return self._background.failed_in_a_row >= _GIVE_UP_AFTER
+
+    def is_due(self, step: int) -> bool:
+        """Whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
+        return self.settings.every_steps is not None and step % self.settings.every_steps == 0
+
+    def save(self, progress: Progress) -> None:
+        """Save, beside training if the settings say so. A failure is reported, and training goes on."""
+        self._begin(progress)
+        if not self.settings.asynchronous:
+            self._background.wait()
+            self.report()
+
+    def save_surely(self, progress: Progress) -> Path:
+        """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
+        path = self._begin(progress)
+        self._background.wait()
+        if (error := self._background.failure()) is not None:
+            raise SettingsError(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
+        return path
+
+    def report(self) -> None:
+        """Say why the last save failed, if it did and this was not yet said."""
+        if (error := self._background.failure()) is not None:
+            self.run.say(f"a checkpoint failed, training goes on: {error}")
+
+    def _begin(self, progress: Progress) -> Path:
+        self._background.wait()
+        self.report()
+        self._since = time.monotonic()
+        extra = {
+            **asdict(progress),
+            "config": to_dict(self.run.config),
+            "data_identity": self.data_identity,
+            "engine": self.engine.name,
+            "model": describe_model(self.engine.module),
+            "scaler": self.engine.scaler_state(),
+            "trackers": self.run.tracker_ids,
+        }
+        path = checkpoint_path(self.run, progress.step)
+        self._background.save(path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path))
+        return path
+
+    def _retain(self, saved: Path) -> None:
+        if self.run.accelerator.is_main_process:
+            try:
+                retain(saved, self.settings.keep_last, self.settings.keep_every)
+            except OSError as error:
+                print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)

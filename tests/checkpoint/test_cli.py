@@ -1,0 +1,134 @@
+"""The commands of `stacey-dist checkpoint`."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stacey_dist import Stacey
+from stacey_dist.checkpoint import save_checkpoint
+from stacey_dist.checkpoint.export import describe_model
+from stacey_dist.cli import main
+from tests.test_docs import make_batches, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with checkpoints after 1 and 2 updates, and the model."""
+    directory = tmp_path_factory.mktemp("run")
+    model = tiny_llama()
+    optimizer = Stacey(model.parameters(), lr=0.01)
+    for step, batch in enumerate(make_batches(2), start=1):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        extra = {"step": step, "engine": "single", "model": describe_model(model), "config": {"seed": 7}}
+        save_checkpoint(directory / "checkpoints" / f"step_{step:08d}", model, optimizer, extra)
+    return directory, model
+
+
+def first(run):
+    return run[0] / "checkpoints" / "step_00000001"
+
+
+def second(run):
+    return run[0] / "checkpoints" / "step_00000002"
+
+
+def call(capsys, *arguments):
+    status = main(["checkpoint", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_list(run, capsys, below):
+    status, out, _ = call(capsys, "list", run[0] / below)
+    lines = out.splitlines()
+    assert status == 0
+    assert [line.split()[0] for line in lines] == [str(second(run)), str(first(run))]
+    assert "after 2 updates" in lines[0]
+    assert "single, 1 process" in lines[0]
+
+
+def test_list_of_nothing_and_of_a_damaged_one(tmp_path, capsys):
+    assert "no checkpoints under" in call(capsys, "list", tmp_path)[1]
+    (tmp_path / "step_00000003").mkdir()
+    assert "step_00000003  damaged: " in call(capsys, "list", tmp_path)[1]
+
+
+def test_show(run, capsys):
+    status, out, _ = call(capsys, "show", second(run))
+    assert status == 0
+    assert "after 2 updates" in out
+    assert '"seed": 7' in out
+    assert f"torch {torch.__version__}" in out
+
+
+def test_verify(run, tmp_path, capsys):
+    assert call(capsys, "verify", first(run))[0] == 0
+    model = torch.nn.Linear(2, 2)
+    path = save_checkpoint(tmp_path / "step_00000001", model, Stacey(model.parameters()))
+    (part,) = path.glob("*.safetensors")
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    status, _, err = call(capsys, "verify", path)
+    assert status == 1
+    assert f"{part}: its content does not match its checksum" in err
+    status, _, err = call(capsys, "verify", tmp_path / "nothing")
+    assert status == 1
+    assert "manifest.json" in err
+
+
+def test_diff_of_updates_and_of_a_copy(run, tmp_path, capsys):
+    assert call(capsys, "diff", first(run), first(run))[:2] == (0, "equal to the bit\n")
+    status, out, _ = call(capsys, "diff", first(run), second(run))
+    assert status == 1
+    assert "optimizer/model.norm.weight/step: 1 of 1 elements differ, by 1 at most" in out
+    assert "model/lm_head.weight: " in out
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        (torch.tensor([0.0, math.nan]), None),
+        (torch.tensor([-0.0, math.nan]), "model/a: 1 of 2 elements differ"),
+        (torch.tensor([0.0, math.nan], dtype=torch.bfloat16), "model/a: (2,) float32 and (2,) bfloat16"),
+        (torch.tensor([0.0]), "model/a: (2,) float32 and (1,) float32"),
+    ],
+)
+def test_diff_counts_bits(tmp_path, capsys, value, line):
+    paths = []
+    for index, tensor in enumerate([torch.tensor([0.0, math.nan]), value]):
+        model = torch.nn.Module()
+        model.a = torch.nn.Parameter(tensor)
+        paths.append(save_checkpoint(tmp_path / f"step_{index}", model, Stacey(model.parameters())))
+    status, out, _ = call(capsys, "diff", *paths)
+    assert status == (line is not None)
+    assert (line or "equal to the bit") in out
+
+
+def test_diff_names_what_only_one_has(run, tmp_path, capsys):
+    model = torch.nn.Linear(2, 2)
+    other = save_checkpoint(tmp_path / "step_00000001", model, Stacey(model.parameters()))
+    status, out, _ = call(capsys, "diff", first(run), other)
+    assert status == 1
+    assert f"model/weight: only in {other}" in out
+    assert f"model/lm_head.weight: only in {first(run)}" in out
+
+
+def test_export(run, tmp_path, capsys):
+    assert call(capsys, "export", second(run), tmp_path / "model")[0] == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for (name, a), (other, b) in zip(run[1].named_parameters(), exported.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
+    model = torch.nn.Linear(2, 2)
+    path = save_checkpoint(tmp_path / "step_00000001", model, Stacey(model.parameters()))
+    status, _, err = call(capsys, "export", path, tmp_path / "other")
+    assert status == 1
+    assert 'its extra has no "model"' in err

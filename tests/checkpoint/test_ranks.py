@@ -1,0 +1,123 @@
+"""Checkpoints of several processes: a failure on one, a pickle on the disk, more ranks than parameters."""
+
+import functools
+import pickle
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint, save_checkpoint, verify
+from stacey_dist.checkpoint.together import FailedOnAnotherRankError
+from stacey_dist.sharding import fragments
+from tests.sharding.engines import Trainer, assert_equal, gather
+from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
+from tests.sharding.processes import outcome, spawn
+
+pytestmark = pytest.mark.slow
+CASE = "p2-stochastic"
+
+
+def make(engine="fsdp2", steps=0):
+    model = Awkward(scalar=False)
+    trainer = Trainer(engine, model, group_settings(CASE), *CASES[CASE])
+    for step in range(steps):
+        trainer.step(gradients(step, model))
+    return trainer
+
+
+def check_a_full_disk_on_one_rank(directory):
+    trainer = make(steps=1)
+    good = save_checkpoint(directory / "step_00000001", trainer.model, trainer.optimizer)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if last:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        expected = OSError if last else FailedOnAnotherRankError
+        with pytest.raises(expected, match="File too large") as raised:
+            save_checkpoint(directory / "step_00000002", trainer.model, trainer.optimizer)
+        assert last or f"on rank {dist.get_world_size() - 1}: OSError" in str(raised.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assert [path.name for path in directory.iterdir()] == ["step_00000001"]
+    verify(good)
+    save_checkpoint(directory / "step_00000002", trainer.model, trainer.optimizer)
+    assert len(find_checkpoints(directory)) == 2
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("a pickle was opened",))
+
+
+def check_no_pickle_is_opened(directory):
+    trainer = make(steps=2)
+    path = save_checkpoint(directory / "step_00000002", trainer.model, trainer.optimizer, {"note": 1})
+    if dist.get_rank() == 0:
+        for name in (".metadata", "model.pt", "optimizer.bin", "__0_0.distcp", "extra.pkl"):
+            (path / name).write_bytes(pickle.dumps(Bomb()))
+    dist.barrier()
+    opened = []
+    original = torch.load, pickle.load
+    torch.load = lambda *_, **__: opened.append("torch.load")
+    pickle.load = lambda *_, **__: opened.append("pickle.load")
+    try:
+        other = make()
+        load_checkpoint(path, other.model, other.optimizer)
+    finally:
+        torch.load, pickle.load = original
+    assert opened == []
+    assert_equal(gather(fragments(other.model, other.optimizer)), one_process(CASE, False, steps=2, scheduled=False))
+
+
+def check_a_stray_part_is_refused(directory):
+    trainer = make(steps=1)
+    path = save_checkpoint(directory / "step_00000001", trainer.model, trainer.optimizer)
+    if dist.get_rank() == 0:
+        (part,) = path.glob("shard-00001-*")
+        (path / "shard-00009-model-00001-of-00001.safetensors").write_bytes(part.read_bytes())
+    dist.barrier()
+    before = [f.weight.clone() for f in fragments(trainer.model, trainer.optimizer)]
+    with pytest.raises(DamagedCheckpointError, match=r"shard-00009.*is not of this checkpoint"):
+        load_checkpoint(path, trainer.model, trainer.optimizer)
+    after = [f.weight for f in fragments(trainer.model, trainer.optimizer)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def check_no_rank_writes_more_than_its_share(directory):
+    for engine in ("zero1", "zero3", "fsdp2"):
+        trainer = make(engine, steps=1)
+        path = save_checkpoint(directory / engine / "step_00000001", trainer.model, trainer.optimizer)
+        sizes = sorted(file.stat().st_size for file in path.glob("*.safetensors"))
+        assert len(sizes) == dist.get_world_size()
+        assert sizes[-1] < 1.3 * sum(sizes) / len(sizes) + 8192  # a header, whole rows
+
+
+CHECKS = {
+    "a full disk on one rank": check_a_full_disk_on_one_rank,
+    "no pickle is opened": check_no_pickle_is_opened,
+    "a stray part is refused": check_a_stray_part_is_refused,
+    "no rank writes more than its share": check_no_rank_writes_more_than_its_share,
+}
+
+
+def all_checks(rank, directory):
+    return {name: outcome(check, Path(directory) / name) for name, check in CHECKS.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return functools.cache(lambda world_size: spawn(all_checks, world_size, str(tmp_path_factory.mktemp("saved"))))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_checkpoints_of_ranks(outcomes, world_size, name):
+    failure = outcomes(world_size)[name]
+    assert failure is None, failure
