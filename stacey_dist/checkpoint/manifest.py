@@ -17,6 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.version import __version__
+
 FORMAT = 2
 MANIFEST = "manifest.json"
 
@@ -25,6 +27,10 @@ _NAME = re.compile(r"step_(\d+)")
 
 class DamagedCheckpointError(Exception):
     """A checkpoint that must not be used; the message names the broken file and what is wrong with it."""
+
+
+class UnknownFormatError(DamagedCheckpointError):
+    """A checkpoint of another format: it is not damaged, but this version can't read it."""
 
 
 def directory_name(step: int) -> str:
@@ -53,7 +59,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     if version != FORMAT:
-        raise DamagedCheckpointError(f"{file}: format {version}, but this version reads format {FORMAT}")
+        raise UnknownFormatError(
+            f"{file}: format {version}, but this version of stacey_dist ({__version__}) reads format {FORMAT}"
+        )
     if manifest.get("sha256") != digest(manifest):
         raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
     return manifest

@@ -32,8 +32,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
             model and the optimizer are not touched then, on any rank.
     """
     manifest = on_first(lambda: _outcome(path, verified))
-    if isinstance(manifest, str):
-        raise DamagedCheckpointError(manifest)
+    if isinstance(manifest, DamagedCheckpointError):
+        raise manifest
     contents = tensors(manifest)
     # A rank sees the dtypes of its own shards only.
     for found in each(lambda: misfits(contents, model, optimizer)):
@@ -63,12 +63,12 @@ def tensors(manifest: dict[str, Any]) -> Contents:
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["tensors"].items()}
 
 
-def _outcome(path: Path, verified: bool) -> dict[str, Any] | str:
+def _outcome(path: Path, verified: bool) -> dict[str, Any] | DamagedCheckpointError:
     """The manifest, or what is wrong with the checkpoint."""
     try:
         return read_manifest(path) if verified else verify(path)
     except DamagedCheckpointError as error:
-        return str(error)
+        return error
 
 
 def _read(path: Path, ranges: dict[str, Range]) -> None:

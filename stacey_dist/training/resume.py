@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint, verify
+from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import CHANGES_TO_ALLOW, DATA_CHANGE
@@ -45,6 +46,8 @@ def _choose(run: Run, data_identity: str) -> Path | None:
     for path in find_checkpoints(run.directory / "checkpoints"):
         try:
             manifest = verify(path)
+        except UnknownFormatError as error:
+            raise SettingsError(f"run_dir: {error}; give another run_dir, or the version that wrote it") from error
         except DamagedCheckpointError as error:
             print(f"passed over a damaged checkpoint: {error}", flush=True)
             continue

@@ -1,0 +1,182 @@
+"""A checkpoint of one process: what is in it, what is refused, what a failure leaves behind."""
+
+import json
+
+import pytest
+import torch
+
+from stacey_dist.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoints,
+    load_checkpoint,
+    retain,
+    save_checkpoint,
+    verify,
+)
+from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, step_of
+from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.training.optimizers import build_optimizer
+
+
+def save(directory, step, model, optimizer, extra):
+    return save_checkpoint(directory / f"step_{step:08d}", model, optimizer, extra)
+
+
+def make_model():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    model[2].weight = torch.nn.Parameter(model[2].weight.detach())
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"])
+def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
+    def train(model, optimizer, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+            optimizer.step()
+
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(name=name), seed=0)
+    train(model, optimizer, 3, seed=0)
+    path = save(tmp_path, 3, model, optimizer, {"note": [1, None]})
+    other = make_model()
+    other_optimizer = build_optimizer(other, OptimizerConfig(name=name), seed=0)
+    train(other, other_optimizer, 1, seed=9)
+    manifest = load_checkpoint(path, other, other_optimizer)
+    assert manifest["extra"] == {"note": [1, None]}
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 3, seed=1)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            restored = other_optimizer.state[b][key]
+            assert value.dtype == restored.dtype
+            assert torch.equal(value, restored)
+
+
+def test_buffers_and_tied_parameters_are_saved_once(tmp_path):
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    model.b.weight = model.a.weight
+    model.norm = torch.nn.BatchNorm1d(3)
+    optimizer = build_optimizer(model, OptimizerConfig(), seed=0)
+    model.norm.running_mean.fill_(0.5)
+    path = save(tmp_path, 1, model, optimizer, {})
+    model.norm.running_mean.zero_()
+    with torch.no_grad():
+        expected = model.a.weight.clone()
+        model.a.weight.zero_()
+    load_checkpoint(path, model, optimizer)
+    assert torch.equal(model.b.weight, expected)
+    assert model.norm.running_mean.tolist() == [0.5] * 3
+
+
+def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
+    small, large = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)
+    path = save(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
+    before = large.weight.clone()
+    with pytest.raises(DamagedCheckpointError, match=r"bias is \(3,\) float32 there, and \(5,\) float32 here"):
+        load_checkpoint(path, large, build_optimizer(large, OptimizerConfig(), 0))
+    assert torch.equal(large.weight, before)
+    narrow = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    with pytest.raises(DamagedCheckpointError, match=r"float32 there, and \(3,\) bfloat16 here"):
+        load_checkpoint(path, narrow, build_optimizer(narrow, OptimizerConfig(), 0))
+
+
+@pytest.mark.parametrize("change", [{"processes": 7}, {"files": {}}, {"extra": {"skipped_steps": 1}}])
+def test_an_altered_manifest_is_not_believed(tmp_path, change):
+    model = torch.nn.Linear(3, 3)
+    path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    for content in ({**manifest, **change}, {"format": 2}):
+        (path / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(DamagedCheckpointError, match=r"manifest.json: its content does not match its checksum"):
+            verify(path)
+
+
+@pytest.mark.parametrize("file", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "empty"])
+def test_every_damage_is_named(tmp_path, file, damage):
+    model = make_model()
+    path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    verify(path)
+    broken = path / file
+    content = bytearray(broken.read_bytes())
+    if damage == "remove":
+        broken.unlink()
+    elif damage == "truncate":
+        broken.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        broken.write_bytes(b"")
+    else:
+        content[len(content) - 4] ^= 0x40  # a value; a bracket
+        broken.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=file):
+        verify(path)
+
+
+def test_a_newer_version_is_told_from_damage(tmp_path):
+    model = make_model()
+    path = save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": FORMAT + 1, "new": 1}))
+    with pytest.raises(UnknownFormatError, match=rf"format {FORMAT + 1}, but this version .* reads format {FORMAT}"):
+        load_checkpoint(path, model, build_optimizer(model, OptimizerConfig(), 0))
+
+
+def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    save(tmp_path, 1, model, optimizer, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stacey_dist.checkpoint.write.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, model, optimizer, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    verify(tmp_path / "step_00000001")
+
+
+def test_retention_and_strangers(tmp_path):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    (tmp_path / ".step_00000009.tmp-1").mkdir()  # left by a kill
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "step_best").mkdir()
+    for step in (5, 100, 20):
+        save(tmp_path, step, model, optimizer, {})
+    retain(tmp_path / "step_00000100", keep_last=2)
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
+    # 100 was damaged, say, and the run went on from 20: what it saves now is not to be deleted for the sake of 100
+    saved = save(tmp_path, 40, model, optimizer, {})
+    retain(saved, keep_last=1)
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
+
+
+def test_checkpoints_that_are_kept_for_good(tmp_path):
+    for step in (10, 20, 25, 30, 40, 45):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    retain(tmp_path / "step_00000045", keep_last=2, keep_every=20)
+    assert [step_of(p) for p in find_checkpoints(tmp_path)] == [45, 40, 20]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    import resource
+
+    model = torch.nn.Linear(200, 200)
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    save(tmp_path, 1, model, optimizer, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"shard-00001-model-00001-of-00001.safetensors: .*File too large"):
+            save(tmp_path, 2, model, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

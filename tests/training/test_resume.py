@@ -1,0 +1,226 @@
+"""Which checkpoint a run goes on from, and which changes it refuses."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stacey_dist import Stacey
+from stacey_dist.checkpoint import save_checkpoint
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import to_dict
+from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.resume import restore
+from stacey_dist.training.saving import Progress
+
+DATA = "these data"
+
+
+class Directory:
+    """A run's directory, with a checkpoint after each of `steps`: a model whose weights are all the step."""
+
+    def __init__(self, path, steps=(10, 20), **changes):
+        self.path, self.config = path, LLMConfig()
+        self.config.run_dir = str(path)
+        for step in steps:
+            self.save(step, **changes)
+
+    def save(self, step, data=DATA, outputs=3, **changes):
+        model = torch.nn.Linear(2, outputs)
+        torch.nn.init.constant_(model.weight, step)
+        config = changed(self.config, **changes)
+        extra = {
+            "step": step, "position": 16 * step, "skipped_steps": 1, "config": to_dict(config), "data_identity": data,
+            "scaler": None, "engine": "single", "trackers": {"wandb": "abc"},
+        }  # fmt: skip
+        return save_checkpoint(self.checkpoint(step), model, Stacey(model.parameters()), extra)
+
+    def checkpoint(self, step):
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+    def start(self, data=DATA, **changes):
+        """What a start of the run with these settings finds: (progress, the weights, the run)."""
+        model = torch.nn.Linear(2, 3)
+        torch.nn.init.zeros_(model.weight)
+        config = changed(self.config, **changes)
+        engine = SimpleNamespace(model=model, optimizer=Stacey(model.parameters()))
+        run = SimpleNamespace(
+            config=config, directory=self.path, on_main=lambda work: work(), say=print, tracker_ids={}
+        )
+        progress = restore(run, engine, data)
+        return progress, model.weight.unique().tolist(), run
+
+
+def changed(config, **changes):
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        *sections, last = name.split("__")
+        target = config
+        for section in sections:
+            target = getattr(target, section)
+        setattr(target, last, value)
+    return config
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return Directory(tmp_path / "run")
+
+
+def test_the_newest_is_taken(directory, capsys):
+    progress, weights, run = directory.start()
+    assert progress == Progress(20, 320, 1)
+    assert weights == [20]
+    assert run.tracker_ids == {"wandb": "abc"}
+    assert f"resumed from {directory.checkpoint(20)} after 20 updates" in capsys.readouterr().out
+    assert Directory(directory.path.with_name("new"), steps=()).start()[:2] == (Progress(0, 0, 0), [0])
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(file):
+    file.unlink()
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove, empty])
+@pytest.mark.parametrize("pattern", ["*.safetensors", "manifest.json"])
+def test_a_damaged_one_is_passed_over(directory, capsys, damage, pattern):
+    (file,) = directory.checkpoint(20).glob(pattern)
+    damage(file)
+    assert directory.start()[:2] == (Progress(10, 160, 1), [10])
+    assert f"passed over a damaged checkpoint: {file}" in capsys.readouterr().out
+
+
+def test_what_a_kill_leaves_is_passed_over(directory, capsys):
+    shutil.copytree(directory.checkpoint(20), directory.path / "checkpoints" / ".step_00000030.tmp")
+    half = directory.checkpoint(40)
+    half.mkdir()
+    (part,) = directory.checkpoint(20).glob("*.safetensors")
+    shutil.copy(part, half)
+    assert directory.start()[1] == [20]
+    assert f"passed over a damaged checkpoint: {half}/manifest.json" in capsys.readouterr().out
+
+
+def test_when_all_are_damaged_the_run_begins_anew_and_says_so(directory, capsys):
+    for step in (10, 20):
+        remove(directory.checkpoint(step) / "manifest.json")
+    assert directory.start()[:2] == (Progress(), [0])
+    assert capsys.readouterr().out.count("passed over a damaged checkpoint") == 2
+
+
+def test_another_shape_is_refused(directory):
+    directory.save(30, outputs=5)
+    with pytest.raises(SettingsError, match=r"run_dir: .*step_00000030: bias is \(5,\) float32 there, and \(3,\)"):
+        directory.start()
+
+
+def test_a_newer_format_is_not_passed_over(directory):
+    file = directory.checkpoint(20) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(SettingsError, match=r"run_dir: .*format 99, but .* or the version that wrote it"):
+        directory.start()
+
+
+CHANGES = [
+    ({"seed": 1}, "seed", "seed: 0 there, 1 now"),
+    ({"model__rope_theta": 5e4}, "model.rope_theta", "model.rope_theta: 10000.0 there, 50000.0 now"),
+    ({"train__global_batch_size": 32}, "train.global_batch_size", "train.global_batch_size: 16 there, 32 now"),
+    ({"optimizer__variant": "pp"}, "optimizer.variant", "optimizer.variant: p2 there, pp now"),
+    ({"data": "other data"}, "data", "data: the tokens or the tokenizer are not those it was trained on"),
+    ({"data__sequence_length": 64}, "data.sequence_length", "data.sequence_length: 128 there, 64 now"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "line"), CHANGES, ids=[name for _, name, _ in CHANGES])
+def test_a_changed_run_is_refused_unless_the_change_is_wanted(directory, capsys, change, name, line):
+    with pytest.raises(SettingsError, match="is of another run") as refused:
+        directory.start(**change)
+    assert str(refused.value).splitlines()[1:] == [f"  {line}"]
+    others = [other for _, other, _ in CHANGES if other != name]
+    with pytest.raises(SettingsError, match="is of another run"):
+        directory.start(**change, checkpoint__allow_changes=others)
+    assert directory.start(**change, checkpoint__allow_changes=[name])[:2] == (Progress(20, 320, 1), [20])
+    if name != "data":
+        assert f"changed since the checkpoint: {line}" in capsys.readouterr().out
+
+
+def test_all_differences_are_listed_and_some_are_never_allowed(directory):
+    with pytest.raises(SettingsError) as refused:
+        directory.start(
+            seed=1, optimizer__state_dtype="float32", optimizer__name="adamw", checkpoint__allow_changes=["seed"]
+        )
+    assert "except of optimizer.name and optimizer.state_dtype" in str(refused.value)
+    lines = str(refused.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["optimizer.name", "optimizer.state_dtype"]
+
+
+def test_other_changes_are_said(directory, capsys):
+    directory.start(optimizer__lr=1.0, checkpoint__keep_last=7)
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: optimizer.lr: 0.003 there, 1.0 now" in out
+    assert "keep_last" not in out
+
+
+def test_never_refuses_a_directory_that_has_one(directory):
+    with pytest.raises(SettingsError, match=r"checkpoint.resume: never .* which holds step_00000020"):
+        directory.start(checkpoint__resume="never")
+
+
+def test_resume_from_begins_a_run_and_the_same_command_goes_on_with_it(directory, tmp_path):
+    source = str(directory.checkpoint(10))
+    branch = Directory(tmp_path / "branch", steps=())
+    progress, weights, run = branch.start(checkpoint__resume_from=source)
+    assert (progress, weights) == (Progress(10, 160, 1), [10])
+    assert run.tracker_ids == {}  # its own trackers, not those of the run that it branches off
+    branch.save(15, checkpoint__resume_from=source)
+    assert branch.start(checkpoint__resume_from=source)[1] == [15]
+    # The source may be gone by then; and without the setting it goes on as well.
+    shutil.rmtree(directory.path)
+    assert branch.start(checkpoint__resume_from=source)[1] == [15]
+    assert branch.start()[1] == [15]
+
+
+def test_resume_from_does_not_overrule_what_did_not_come_from_there(directory, tmp_path):
+    other = Directory(tmp_path / "other")
+    for source in (directory.checkpoint(10), other.checkpoint(10)):
+        with pytest.raises(SettingsError, match=r"whose newest checkpoint step_00000020 did not come from there"):
+            directory.start(checkpoint__resume_from=str(source))
+    assert directory.start(checkpoint__resume_from=str(directory.checkpoint(20)))[1] == [20]
+
+
+def test_a_damaged_or_foreign_source_is_refused(directory, tmp_path):
+    branch = Directory(tmp_path / "branch", steps=())
+    remove(directory.checkpoint(10) / "manifest.json")
+    for source in (directory.checkpoint(10), tmp_path / "nothing"):
+        with pytest.raises(SettingsError, match=rf"checkpoint.resume_from: {source}/manifest.json"):
+            branch.start(checkpoint__resume_from=str(source))
+    model = torch.nn.Linear(2, 3)
+    foreign = save_checkpoint(tmp_path / "foreign", model, Stacey(model.parameters()), {"step": 3})
+    with pytest.raises(SettingsError, match="does not say its position and skipped_steps"):
+        branch.start(checkpoint__resume_from=str(foreign))
+    with pytest.raises(SettingsError, match="is of another run"):
+        branch.start(checkpoint__resume_from=str(directory.checkpoint(20)), seed=5)
+
+
+def test_an_imported_one_has_nothing_to_compare_with(directory, tmp_path, capsys):
+    model = torch.nn.Linear(2, 3)
+    extra = {"step": 3, "position": 48, "skipped_steps": 0}
+    imported = save_checkpoint(tmp_path / "imported", model, Stacey(model.parameters()), extra)
+    branch = Directory(tmp_path / "branch", steps=())
+    assert branch.start(checkpoint__resume_from=str(imported), seed=9)[0] == Progress(3, 48, 0)
+    assert "there are no settings to compare with" in capsys.readouterr().out
