@@ -67,6 +67,7 @@ class Metrics:
         peak = peak_flops(name)
         self.peak = peak * run.accelerator.num_processes if peak else None
         self.live = sys.stdout.isatty()
+        self._unwritten: list[str] = []
         self._units = 0
         self._busy = 0.0
         self._since = time.perf_counter()
@@ -131,6 +132,12 @@ class Metrics:
         """Draw training and evaluation loss over the updates into run_dir/loss.png."""
         if not self.main:
             return
+        try:
+            self._draw()
+        except OSError as error:
+            self.say(f"loss.png could not be written, training goes on: {error}")
+
+    def _draw(self) -> None:
         from matplotlib.figure import Figure
 
         rows = read_rows(self.path)
@@ -166,11 +173,27 @@ class Metrics:
         if self.main:
             # JSON has no NaN and no infinity.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._unwritten.append(json.dumps(finite, allow_nan=False) + "\n")
+            self._append()
         figures = {name: value for name, value in row.items() if name != "step"}
         if self.run.accelerator.trackers:
             self.run.accelerator.log(figures, step=row["step"])
+
+    def _append(self) -> None:
+        """Write the rows that wait for it: on a full disk they go on waiting."""
+        try:
+            end = self.path.stat().st_size
+            try:
+                with self.path.open("a") as file:
+                    file.writelines(self._unwritten)
+            except OSError:
+                os.truncate(self.path, end)  # no row twice, and none by half
+                raise
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                self.say(f"{self.path} could not be written, its rows are kept until it can: {error}")
+            return
+        self._unwritten.clear()
 
     def _print(self, row: dict[str, Any], seconds_left: float, due: bool) -> None:
         parts = [

@@ -1,7 +1,7 @@
 """train_llm.py, with its samples recorded and accidents on the way, as the environment asks for.
 
 RECORD=FILE appends the ids of each update's samples to FILE.RANK. ACCIDENT="EVENT RANK COUNT SIGNAL" sends the signal
-to process RANK as it comes to EVENT for the COUNTth time.
+to process RANK as it comes to EVENT for the COUNTth time; several are separated by semicolons.
 """
 
 import json
@@ -40,8 +40,8 @@ def main():
     rank = os.environ.get("RANK", "0")
     if record:
         record_samples(Path(f"{record}.{rank}"))
-    if accident:
-        event, at, count, number = accident.rsplit(" ", 3)
+    for one in accident.split(";") if accident else []:
+        event, at, count, number = one.rsplit(" ", 3)
         if at == rank:
             arrange(event, int(count), int(number))
     train_llm.main()
