@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest, verify
 
 
@@ -16,20 +18,30 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = groups.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
     commands = checkpoint.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, function: Any, text: str, *paths: str) -> None:
+    def command(name: str, function: Any, text: str, *paths: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         for path in paths:
             added.add_argument(path, type=Path)
-        added.set_defaults(run=function, paths=paths)
+        added.set_defaults(run=function, arguments=list(paths))
+        return added
 
     command("list", list_checkpoints, "list the checkpoints under DIR (a run or its checkpoints), newest first", "DIR")
     command("show", show, "print position, size, engine and settings of the checkpoint PATH", "PATH")
     command("verify", verify_checkpoint, "compare every file of PATH with its checksum; 1 if one is damaged", "PATH")
     command("diff", diff, "compare A and B tensor by tensor; 0 only if all are equal to the bit", "A", "B")
     command("export", export, "write the model of PATH to the directory OUT, as transformers loads it", "PATH", "OUT")
+    added = command("import", import_foreign, _IMPORT, "PATH", "OUT")
+    added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for DDP")
+    added.add_argument("--frozen", action="append", default=[], help="names of frozen parameters, as in 'model.embed*'")
+    added.add_argument("--step", type=int, help="updates made; the optimizer's own count if not given")
+    added.add_argument("--position", type=int, default=0, help="samples already trained on (0)")
+    added.set_defaults(arguments=["PATH", "OUT", "model", "frozen", "step", "position"])
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.run(*(getattr(parsed, path) for path in parsed.paths)))
+        return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))
+    except ForeignCheckpointError as error:
+        print(f"stacey-dist: {error}", file=sys.stderr)
+        return 1
     except DamagedCheckpointError as error:
         print(f"stacey-dist: damaged: {error}", file=sys.stderr)
         return 1
@@ -87,6 +99,52 @@ def export(path: Path, out: Path) -> int:
     export_model(path, out)
     print(f"model for transformers: {out}")
     return 0
+
+
+_IMPORT = (
+    "write what Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) saved in PATH, of a run that used "
+    "Stacey, as the checkpoint OUT"
+)
+
+
+def import_foreign(
+    path: Path, out: Path, model: Path | None, frozen: list[str], step: int | None, position: int
+) -> int:
+    """Another maker's checkpoint as one of ours."""
+    from stacey_dist.checkpoint.export import describe_model
+    from stacey_dist.checkpoint.importers import import_checkpoint
+
+    if out.exists():
+        raise ForeignCheckpointError(f"{out} is there already")
+    extra: dict[str, Any] = {"position": position} | ({} if step is None else {"step": step})
+    parameters = None
+    if model is not None:
+        shell = _shell(model)
+        extra["model"] = describe_model(shell)
+        names: dict[int, list[str]] = {}
+        for name, param in shell.named_parameters(remove_duplicate=False):
+            if not any(fnmatch(name, pattern) for pattern in frozen):
+                names.setdefault(id(param), []).append(name)
+        parameters = list(names.values())
+    import_checkpoint(path, out, parameters=parameters, extra=extra)
+    manifest = verify(out)
+    print(f"{out}: {_summary(manifest)}, from {manifest['extra']['imported_from']}")
+    print(f"to go on, with the data from sample {position:,}: --checkpoint.resume_from {out}")
+    return 0
+
+
+def _shell(path: Path) -> Any:
+    """The model of a configuration of transformers, without memory for its weights."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except ValueError as error:
+        raise ForeignCheckpointError(f"{path}: {error}") from error
+    made = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _summary(manifest: dict[str, Any]) -> str:

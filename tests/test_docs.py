@@ -27,10 +27,10 @@ def example(name):
     return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
 
-def tiny_llama():
+def tiny_llama(**changes):
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, use_cache=False, **shape))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, use_cache=False, **shape, **changes))
 
 
 def make_batches(count, size=4, rank=0):

@@ -10,18 +10,29 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist import Stacey
+from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.sharding import fragments
 from stacey_dist.training.config import LLMConfig
 from stacey_dist.training.engine import start_accelerator
 from tests.test_docs import make_batches, tiny_llama
 
+FROZEN = "model.layers.1.self_attn.k_proj.weight"
+
 
 def make(accelerator):
-    model = tiny_llama()
+    """A LLaMA with tied embeddings, a frozen matrix and two groups."""
+    model = tiny_llama(tie_word_embeddings=True)
+    model.get_parameter(FROZEN).requires_grad_(False)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config.update(train_micro_batch_size_per_gpu=4, gradient_clipping=0.5)
-    return accelerator.prepare(model, Stacey(model.parameters(), lr=3e-3, p=3))
+        plugin.deepspeed_config["zero_optimization"]["sub_group_size"] = 3000
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() == 1], "p": 4},
+    ]
+    return accelerator.prepare(model, Stacey(groups, lr=3e-3, p=3))
 
 
 def train(accelerator, model, optimizer, batches):
@@ -54,6 +65,7 @@ def main():
     saved = make(accelerator)
     train(accelerator, *saved, batches[:3])
     accelerator.save_state("saved")
+    save_checkpoint(Path("ours"), *saved)
     train(accelerator, *saved, batches[3:])
     assert equal(state(accelerator, *saved), expected), "saving has changed the trajectory"
     accelerator.free_memory()

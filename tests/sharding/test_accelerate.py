@@ -1,6 +1,10 @@
-"""Programs under `accelerate launch`: save_state and load_state, and engines that do not come up."""
+"""Programs under `accelerate launch`: save_state, load_state, importing it, and engines that do not come up."""
 
+import functools
+import pickle
+import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,20 +12,159 @@ import torch
 from accelerate.utils import DistributedType
 
 from stacey_dist import Stacey
+from stacey_dist.checkpoint import verify
+from stacey_dist.checkpoint.compare import differences
+from stacey_dist.checkpoint.importers import ForeignCheckpointError
+from stacey_dist.checkpoint.importers.accelerate import _assigned
+from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.training import engine
+from tests.test_docs import tiny_llama
 from tests.training.forked import command, environment
+
+LAUNCHES = {
+    "ddp": ("cpu_ddp",),
+    "zero1": ("cpu_zero1",),
+    "zero2 in bf16": ("cpu_zero2", "--mixed_precision", "bf16"),
+    "zero3": ("cpu_zero3",),
+    "zero3 in bf16": ("cpu_zero3", "--mixed_precision", "bf16"),
+    "fsdp2": ("cpu_fsdp2",),
+    "fsdp2, full state": ("cpu_fsdp2", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory in which a launch of the program has saved, and what it printed."""
+
+    @functools.cache
+    def run(name):
+        engine, *options = LAUNCHES[name]
+        directory = tmp_path_factory.mktemp("saved")
+        program = command(
+            processes=2, engine=engine, launch_options=options, program="tests/sharding/accelerate_program.py"
+        )
+        result = subprocess.run(program, env=environment(), cwd=directory, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        return directory, result.stdout
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero1", "cpu_zero3", "cpu_fsdp2"])
-def test_save_state_and_load_state(config, tmp_path):
-    program = command(processes=2, engine=config, program="tests/sharding/accelerate_program.py")
-    result = subprocess.run(program, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "rank 0 is as expected" in result.stdout
-    assert "rank 1 is as expected" in result.stdout
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_save_state_and_load_state(saved, name):
+    _, output = saved(name)
+    assert "rank 0 is as expected" in output
+    assert "rank 1 is as expected" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, name):
+    directory, _ = saved(name)
+    config = tiny_llama(tie_word_embeddings=True).config
+    config.save_pretrained(tmp_path / "model")
+    out = tmp_path / "step_00000003"
+    command_line = ["checkpoint", "import", str(directory / "saved"), str(out), "--position", "24"]
+    if name == "ddp":
+        assert main(command_line) == 1
+        assert "it has no names; say which model it is of" in capsys.readouterr().err
+        assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
+        assert "it is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
+        command_line += ["--model", str(tmp_path / "model"), "--frozen", "*.1.self_attn.k_proj.weight"]
+    assert main(command_line) == 0
+    assert "to go on, with the data from sample 24" in capsys.readouterr().out
+    assert differences(out, directory / "ours") == []
+    extra = verify(out)["extra"]
+    assert (extra["step"], extra["position"], extra["skipped_steps"]) == (3, 24, 0)
+    assert main(command_line) == 1
+    assert f"{out} is there already" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("a pickle was opened",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("ddp", "optimizer.bin", "print"),
+        ("zero1", "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt", "print"),
+        ("fsdp2", "optimizer_0/.metadata", "builtins.print has no place in it"),
+    ],
+)
+def test_an_importer_runs_nothing_that_is_in_a_file(saved, tmp_path, capsys, name, file, message):
+    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+    target = tmp_path / "saved" / file
+    if name == "fsdp2":
+        target.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"optimizer_state_dict": Bomb(), "state": {}}, target)
+    assert main(["checkpoint", "import", str(tmp_path / "saved"), str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert str(target.parent) in captured.err
+    assert "a pickle was opened" not in captured.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("zero1", "pytorch_model/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("zero3", "pytorch_model/zero_pp_rank_1_mp_rank_00_model_states.pt"),
+        ("zero3", "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
+        ("fsdp2", "pytorch_model_fsdp_0/.metadata"),
+    ],
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_importer_says_what_is_missing_or_cut_short(saved, tmp_path, capsys, name, file, cut):
+    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+    target = tmp_path / "saved" / file
+    content = target.read_bytes()
+    target.unlink()
+    if cut:
+        target.write_bytes(content[: len(content) // 2])
+    assert main(["checkpoint", "import", str(tmp_path / "saved"), str(tmp_path / "out")]) == 1
+    assert "Traceback" not in (err := capsys.readouterr().err)
+    assert str(target.parent) in err
+    assert not (tmp_path / "out").exists()
+
+
+def assign(groups, names):
+    """What the importer makes of an optimizer without names: groups of shapes, and the model's names and shapes."""
+    shapes = [shape for group in groups for shape in group]
+    numbers = iter(range(len(shapes)))
+    optimizer = {
+        "param_groups": [{"params": [next(numbers) for _ in group]} for group in groups],
+        "state": {i: {"z": torch.full(shape, float(i)), "step": torch.tensor(1.0)} for i, shape in enumerate(shapes)},
+    }
+    weights = {name: torch.zeros(shape) for name, shape in names.items()}
+    states = _assigned(optimizer, list(names), weights, Path("optimizer.bin"))
+    return {name: int(state["z"].flatten()[0]) for name, state in states.items()}
+
+
+def test_states_without_names_find_their_parameters_by_order_and_shape():
+    model = {"a": (2, 3), "b": (3,), "c": (2, 3), "d": (3,)}
+    assert assign([[(2, 3), (2, 3)], [(3,), (3,)]], model) == {"a": 0, "b": 2, "c": 1, "d": 3}
+    assert assign([[(2, 3), (3,), (2, 3), (3,)]], model) == {"a": 0, "b": 1, "c": 2, "d": 3}
+    with pytest.raises(ForeignCheckpointError, match="in several ways"):
+        assign([[(2, 3), (3,)], [(2, 3), (3,)]], model)
+    with pytest.raises(ForeignCheckpointError, match="in no way"):
+        assign([[(2, 3), (2, 3)], [(3,), (4,)]], model)
+    with pytest.raises(ForeignCheckpointError, match="of 3 parameters, but the model has 4"):
+        assign([[(2, 3), (2, 3)], [(3,)]], model)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    assert main(["checkpoint", "import", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert f"{tmp_path}: it is not what Accelerator.save_state or DeepSpeed saved" in capsys.readouterr().err
 
 
 def came_up(kind, processes=2):

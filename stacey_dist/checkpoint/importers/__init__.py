@@ -1,0 +1,56 @@
+"""Checkpoints of other makers, of runs that used Stacey, as checkpoints of ours.
+
+These files are pickles. Here they are read with a list of harmless classes alone, so that nothing in them runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stacey_dist.checkpoint.importers import accelerate, deepspeed
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
+from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.snapshot import dtype_name
+from stacey_dist.checkpoint.write import write
+
+__all__ = ["ForeignCheckpointError", "import_checkpoint"]
+
+
+def import_checkpoint(
+    source: Path,
+    path: Path,
+    *,
+    parameters: Sequence[Sequence[str]] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write what `source` holds as the checkpoint `path`, bit for bit; returns `path`. One process calls it.
+
+    Known are what `Accelerator.save_state` makes on one process, DDP, FSDP2 and DeepSpeed, and what DeepSpeed's
+    `save_checkpoint` makes, of ZeRO-1, 2 and 3. All tensors are in this process's host memory.
+
+    Args:
+        source: the directory; of DeepSpeed, the one with the file `latest` or a tag's in it.
+        path: where the checkpoint is to be; its name is step_ and the number of updates, if a run is to find it.
+        parameters: the model's trainable parameters in its own order, each with all names it has (a tied one has
+            several). Needed for DDP, whose optimizer's state knows no names.
+        extra: goes into the manifest; "step" is the optimizer's count unless it is given.
+
+    Raises:
+        ForeignCheckpointError: it is none of these, not all there, or holds what is not read.
+        OSError: the checkpoint could not be written.
+    """
+    found = (deepspeed if deepspeed.made(source) else accelerate).read(source, parameters)
+    steps = {int(state["step"]) for state in found.states.values() if "step" in state}
+    if not steps:
+        raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")
+    tensors = {f"model/{name}": tensor for name, tensor in found.weights.items()}
+    for name, state in found.states.items():
+        if name not in found.weights:
+            raise ForeignCheckpointError(f"{source}: there is state of {name}, but no such weight")
+        # Copies, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
+        tensors |= {f"optimizer/{name}/{key}": value.clone() for key, value in state.items()}
+    ranges = {name: Range(0, tensor.contiguous().reshape(-1), tensor.numel()) for name, tensor in tensors.items()}
+    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
+    known = {"step": max(steps), "skipped_steps": 0, "imported_from": found.maker}
+    write(path, ranges, contents, known | (extra or {}))
+    return path
