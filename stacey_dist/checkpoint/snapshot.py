@@ -84,39 +84,33 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
         kind, _, name = full_name.partition("/")
         if kind == "optimizer":
             keys.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
-    wanted: dict[str, Range] = {}
-
-    def want(name: str, start: int, count: int) -> Tensor:
-        shape, dtype = contents[name]
-        values = torch.empty(count, dtype=getattr(torch, dtype))
-        if count > 0:
-            wanted[name] = Range(start, values, torch.Size(shape).numel())
-        return values
-
     base = base_optimizer(optimizer)
-    parts = fragments(model, optimizer, empty=True)
-    values = {}
-    for f in parts:
-        values[f.name, ""] = want(f"model/{f.name}", f.start, f.stop - f.start)
-        for key in keys.get(f.name, []):
-            count, start = (1, 0) if key == "step" else (f.stop - f.start, f.start)
-            values[f.name, key] = want(f"optimizer/{f.name}/{key}", start, count)
-    rest = {name: want(f"model/{name}", 0, torch.Size(shape).numel()) for name, shape in _rest_shapes(model).items()}
-    read(wanted)
     base.state.clear()
     with torch.no_grad():
-        for f in parts:
-            f.weight.copy_(values[f.name, ""].view(f.weight.shape))
+        for f in fragments(model, optimizer, empty=True):
+            state = base.state[f.owner]
             for key in keys.get(f.name, []):
-                value = values[f.name, key]
                 if key == "step":
                     # On the CPU, where torch's optimizers keep it, unless they are fused for a GPU.
-                    base.state[f.owner][key] = value.reshape(()).to(f.owner.device if _fused(base) else "cpu")
-                elif key not in base.state[f.owner]:
-                    base.state[f.owner][key] = torch.zeros_like(f.owner, dtype=value.dtype, requires_grad=False)
-        for f in fragments(model, optimizer):
+                    state[key] = torch.zeros((), device=f.owner.device if _fused(base) else "cpu")
+                elif key not in state:
+                    dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
+                    state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
+        # Into the very tensors: a second copy would be as large as this rank's share of everything.
+        wanted: dict[str, Range] = {}
+        for f in fragments(model, optimizer, empty=True):
+            size = f.shape.numel()
+            wanted[f"model/{f.name}"] = Range(f.start, f.weight.view(-1), size)
             for key, target in f.state.items():
-                target.copy_(values[f.name, key].view(target.shape))
+                wanted[f"optimizer/{f.name}/{key}"] = Range(f.start, target.view(-1), size)
+            if f.step is not None:
+                wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1), 1)
+        rest = {
+            name: torch.empty(shape.numel(), dtype=getattr(torch, contents[f"model/{name}"][1]))
+            for name, shape in _rest_shapes(model).items()
+        }
+        wanted |= {f"model/{name}": Range(0, values, values.numel()) for name, values in rest.items()}
+        read({name: part for name, part in wanted.items() if part.values.numel() > 0})
         _write_rest(model, rest)
     refresh_weights(model, optimizer)
 

@@ -99,7 +99,18 @@ def check_no_rank_writes_more_than_its_share(directory):
         assert sizes[-1] < 1.3 * sum(sizes) / len(sizes) + 8192  # a header, whole rows
 
 
+def check_shards_without_elements_know_their_step(directory):
+    trainer = make(steps=3)
+    path = save_checkpoint(directory / "step_00000003", trainer.model, trainer.optimizer)
+    other = make()
+    load_checkpoint(path, other.model, other.optimizer)
+    parts = fragments(other.model, other.optimizer, empty=True)
+    assert dist.get_rank() == 0 or any(f.start == f.stop for f in parts)
+    assert [float(f.step) for f in parts] == [3.0] * len(parts)
+
+
 CHECKS = {
+    "shards without elements know their step": check_shards_without_elements_know_their_step,
     "a full disk on one rank": check_a_full_disk_on_one_rank,
     "no pickle is opened": check_no_pickle_is_opened,
     "a stray part is refused": check_a_stray_part_is_refused,
