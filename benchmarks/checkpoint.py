@@ -137,9 +137,7 @@ def measure(accelerator: Accelerator, options: argparse.Namespace, directory: Pa
     accelerator.print(f"{parameters:,} parameters, {mebibytes:,.0f} MiB: weights in float32, z and m in bfloat16")
     save_in_turns(accelerator, model, optimizer, directory, options.rounds)
     del model, optimizer
-    accelerator.print(
-        f"\n{'resuming':26}  {'seconds, median and minimum':30}  most memory of a process, MiB above before"
-    )
+    accelerator.print(f"\n{'resuming':26}  {'seconds, median and minimum':30}  MiB a process takes for it, at most")
     for name, load in {
         "load_checkpoint": lambda *both: load_checkpoint(directory / "ours" / "step_1", *both),
         "Accelerator.load_state": lambda *_: accelerator.load_state(str(directory / "theirs")),

@@ -1,4 +1,4 @@
-"""Fragments as `torch.distributed.checkpoint` writes and reads them: ranges of flattened tensors."""
+"""Fragments as `torch.distributed.checkpoint` knows them: ranges of flattened tensors."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
     ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -34,30 +29,6 @@ class Range:
     def chunk(self) -> ChunkStorageMetadata:
         """The range in torch's words."""
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
-
-
-class RangeSavePlanner(SavePlanner):
-    """Each rank writes its own ranges; nothing is gathered or deduplicated. A rank has one range of a tensor."""
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Take the ranges, by name."""
-        self.ranges: Mapping[str, Range] = state_dict
-
-    def create_local_plan(self) -> SavePlan:
-        """One item for each range."""
-        return SavePlan([_write_item(name, part) for name, part in self.ranges.items()])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The plans as they are. The files name their ranges; there is no metadata beside them."""
-        return all_plans, Metadata(state_dict_metadata={})
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of an item, one-dimensional."""
-        return self.ranges[write_item.index.fqn].values
 
 
 class RangeLoadPlanner(LoadPlanner):
@@ -104,15 +75,3 @@ def alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _write_item(name: str, part: Range) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(name, torch.Size([part.start])),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=part.chunk,
-            properties=TensorProperties.create_from_tensor(part.values),
-            size=torch.Size([part.size]),
-        ),
-    )

@@ -8,18 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest, sha256
-from stacey_dist.checkpoint.planner import Range, RangeSavePlanner, alone
+from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
+from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
 from stacey_dist.checkpoint.together import each, on_first, rank, world_size
 from stacey_dist.version import __version__
-
-# torch's writer puts a file together in memory.
-_FILE_BYTES = 2**30
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> Path:
@@ -57,16 +52,9 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         temporary.mkdir()
 
     def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
-        writer = _Writer(str(temporary), ranges)
-        if ranges:
-            try:
-                with alone():
-                    save(dict(ranges), storage_writer=writer, planner=RangeSavePlanner(), no_dist=True)
-            except CheckpointException as error:  # no Exception; it holds one for each rank, and this is the only one
-                ((cause, _),) = error.failures.values()
-                raise OSError(f"{temporary / writer.names[0]}: {cause}") from error
-        files = {file: _describe(temporary / file) for file in writer.names if (temporary / file).exists()}
-        spans = {name: [(part.start, part.start + part.values.numel())] for name, part in ranges.items()}
+        name = shard_name(rank())
+        files = {name: write_shard(temporary / name, ranges)} if ranges else {}
+        spans = {key: [(part.start, part.start + part.values.numel())] for key, part in ranges.items()}
         return files, contents, spans
 
     def finish() -> None:
@@ -109,31 +97,6 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-class _Writer(HuggingFaceStorageWriter):
-    """torch's writer of safetensors, for one rank by itself: its files are named for the rank."""
-
-    def __init__(self, path: str, ranges: dict[str, Range]) -> None:
-        count, size, numbers = 1, 0, {}
-        for name, part in ranges.items():
-            size += part.values.nbytes
-            if size > _FILE_BYTES and size > part.values.nbytes:
-                count, size = count + 1, part.values.nbytes
-            numbers[name] = count
-        super().__init__(path, fqn_to_index_mapping=numbers, save_distributed=True)
-        self.names = [
-            f"shard-{rank() + 1:05d}-model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
-        ]
-
-    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        (plan,) = super().prepare_global_plan(plans)
-        plan.storage_data["shard_index"] = rank() + 1
-        return [plan]
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, int]]]) -> None:

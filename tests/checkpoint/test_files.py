@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
@@ -13,7 +15,9 @@ from stacey_dist.checkpoint import (
     save_checkpoint,
     verify,
 )
-from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, step_of
+from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, sha256, step_of
+from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.optimizers import build_optimizer
 
@@ -180,3 +184,33 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_shard_is_what_torchs_storage_writes(tmp_path):
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+    ranges = {
+        f"tensor/{index}": Range(7 * index, torch.arange(5 + index).to(dtype), 100) for index, dtype in enumerate(kinds)
+    }
+    described = write_shard(tmp_path / shard_name(2), ranges)
+    assert described == {
+        "bytes": (tmp_path / shard_name(2)).stat().st_size,
+        "sha256": sha256(tmp_path / shard_name(2)),
+    }
+    metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
+    assert metadata.state_dict_metadata.keys() == ranges.keys()
+    for name, part in ranges.items():
+        kind = metadata.state_dict_metadata[name]
+        assert kind.properties.dtype == part.values.dtype
+        assert [(tuple(c.offsets), tuple(c.sizes)) for c in kind.chunks] == [((part.start,), (part.values.numel(),))]
+    for name, tensor in load_file(tmp_path / shard_name(2)).items():
+        assert torch.equal(tensor, ranges[name].values)
+        assert tensor.dtype == ranges[name].values.dtype
+
+
+def test_a_dtype_that_cannot_be_saved_is_named(tmp_path):
+    model = torch.nn.Module()
+    model.register_buffer("phases", torch.zeros(3, dtype=torch.complex64))
+    model.weight = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(TypeError, match="model/phases: tensors of torch.complex64 can't be saved"):
+        save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    assert list(tmp_path.iterdir()) == []
