@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
 from stacey_dist.checkpoint.together import each, on_first, rank, world_size
 from stacey_dist.version import __version__
+
+_VISIBLE_SECONDS = 60.0
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> Path:
@@ -52,6 +55,7 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         temporary.mkdir()
 
     def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
+        _wait_for(temporary)
         name = shard_name(rank())
         files = {name: write_shard(temporary / name, ranges)} if ranges else {}
         spans = {key: [(part.start, part.start + part.values.numel())] for key, part in ranges.items()}
@@ -68,8 +72,7 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
                 spans.setdefault(name, []).extend(found)
         _check_complete(tensors, spans)
         for file in files:
-            if not (temporary / file).exists():
-                raise OSError(f"{temporary / file} is not there for rank 0; all ranks must write to one directory")
+            _wait_for(temporary / file)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "versions": {"stacey_dist": __version__, "torch": torch.__version__},
@@ -97,6 +100,15 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until what another rank has made is there: a shared file system may show it late. Raises OSError."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(f"{path} is not there for rank {rank()}; all ranks must write to one directory")
+        time.sleep(0.05)
 
 
 def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, int]]]) -> None:

@@ -211,6 +211,6 @@ def test_a_dtype_that_cannot_be_saved_is_named(tmp_path):
     model = torch.nn.Module()
     model.register_buffer("phases", torch.zeros(3, dtype=torch.complex64))
     model.weight = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match="model/phases: tensors of torch.complex64 can't be saved"):
+    with pytest.raises(TypeError, match=r"model/phases: tensors of torch\.complex64 can't be saved"):
         save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     assert list(tmp_path.iterdir()) == []

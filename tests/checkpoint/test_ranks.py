@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint, save_checkpoint, verify
+from stacey_dist.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    verify,
+    write,
+)
 from stacey_dist.checkpoint.together import FailedOnAnotherRankError
 from stacey_dist.sharding import fragments
 from tests.sharding.engines import Trainer, assert_equal, gather
@@ -99,6 +106,19 @@ def check_no_rank_writes_more_than_its_share(directory):
         assert sizes[-1] < 1.3 * sum(sizes) / len(sizes) + 8192  # a header, whole rows
 
 
+def check_a_directory_that_ranks_do_not_share(directory):
+    trainer = make(steps=1)
+    write._VISIBLE_SECONDS, original = 0.2, write._VISIBLE_SECONDS
+    own = directory / f"node {dist.get_rank()}"
+    try:
+        with pytest.raises(OSError, match=r"is not there for rank \d; all ranks must write to one directory"):
+            save_checkpoint(own / "step_00000001", trainer.model, trainer.optimizer)
+    finally:
+        write._VISIBLE_SECONDS = original
+    dist.barrier()
+    assert not list(directory.glob("*/*"))
+
+
 def check_shards_without_elements_know_their_step(directory):
     trainer = make(steps=3)
     path = save_checkpoint(directory / "step_00000003", trainer.model, trainer.optimizer)
@@ -110,6 +130,7 @@ def check_shards_without_elements_know_their_step(directory):
 
 
 CHECKS = {
+    "a directory that ranks do not share": check_a_directory_that_ranks_do_not_share,
     "shards without elements know their step": check_shards_without_elements_know_their_step,
     "a full disk on one rank": check_a_full_disk_on_one_rank,
     "no pickle is opened": check_no_pickle_is_opened,

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from stacey_dist.checkpoint import verify
 from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,
@@ -262,7 +263,15 @@ def test_trackers(uninterrupted, tmp_path):
         "--tracking.trackers", "wandb,tensorboard",
     )  # fmt: skip
     assert "the run is kept offline" in output
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    known = verify(tmp_path / "run" / "checkpoints" / "step_00000005")["extra"]["trackers"]
+    assert kept.name == f"run-{known['wandb']}.wandb"
+    # Resumed, it is the same run to wandb.
+    launch(
+        "--config", config, "--run_dir", tmp_path / "run", "--train.max_steps", 7, "--tracking.trackers", "wandb",
+    )  # fmt: skip
+    assert {path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")} == {kept.name}
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 2
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
