@@ -14,6 +14,7 @@ name, every file in it was written and synced before.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,15 @@ def verify(path: Path) -> dict[str, Any]:
     Raises DamagedCheckpointError naming the first file that is missing, cut short or altered.
     """
     manifest = read_manifest(path)
-    for name, expected in manifest["files"].items():
-        file = path / name
+    verify_files(path, manifest, manifest["files"])
+    verify_listing(path, manifest)
+    return manifest
+
+
+def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Check these files of the checkpoint at `path`. Raises DamagedCheckpointError."""
+    for name in names:
+        file, expected = path / name, manifest["files"][name]
         try:
             size = file.stat().st_size
             if size != expected["bytes"]:
@@ -89,10 +97,13 @@ def verify(path: Path) -> dict[str, Any]:
                 raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
         except OSError as error:
             raise DamagedCheckpointError(f"{file}: {error}") from error
-    for file in sorted(path.glob("*.safetensors")):  # a reader of the directory would take it for a part
+
+
+def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
+    """Check that there is no file that a reader of the directory would take for a part. Raises as `verify` does."""
+    for file in sorted(path.glob("*.safetensors")):
         if file.name not in manifest["files"]:
             raise DamagedCheckpointError(f"{file}: it is not of this checkpoint")
-    return manifest
 
 
 def sha256(file: Path) -> str:

@@ -1,18 +1,20 @@
 """Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
 from stacey_dist.checkpoint.planner import Range, RangeLoadPlanner, alone
 from stacey_dist.checkpoint.snapshot import Contents, misfits, put
-from stacey_dist.checkpoint.together import each, on_first
+from stacey_dist.checkpoint.together import each, on_first, rank, world_size
+
+T = TypeVar("T")
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: bool = False) -> dict[str, Any]:
@@ -31,9 +33,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
         DamagedCheckpointError: a file is missing, cut short or altered; or a tensor does not fit the model. The
             model and the optimizer are not touched then, on any rank.
     """
-    manifest = on_first(lambda: _outcome(path, verified))
-    if isinstance(manifest, DamagedCheckpointError):
-        raise manifest
+    manifest = on_first(lambda: read_manifest(path)) if verified else verify_together(path)
     contents = tensors(manifest)
     # A rank sees the dtypes of its own shards only.
     for found in each(lambda: misfits(contents, model, optimizer)):
@@ -63,12 +63,31 @@ def tensors(manifest: dict[str, Any]) -> Contents:
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["tensors"].items()}
 
 
-def _outcome(path: Path, verified: bool) -> dict[str, Any] | DamagedCheckpointError:
-    """The manifest, or what is wrong with the checkpoint."""
-    try:
-        return read_manifest(path) if verified else verify(path)
-    except DamagedCheckpointError as error:
-        return error
+def verify_together(path: Path) -> dict[str, Any]:
+    """As `verify`, by all ranks together: each compares the checksums of some of the files.
+
+    Raises DamagedCheckpointError, the same on all ranks.
+    """
+
+    def attempt(work: Callable[[], T]) -> T | DamagedCheckpointError:
+        try:
+            return work()
+        except DamagedCheckpointError as error:
+            return error
+
+    def begin() -> dict[str, Any]:
+        manifest = read_manifest(path)
+        verify_listing(path, manifest)
+        return manifest
+
+    manifest = on_first(lambda: attempt(begin))
+    if isinstance(manifest, DamagedCheckpointError):
+        raise manifest
+    mine = list(manifest["files"])[rank() :: world_size()]
+    for outcome in each(lambda: attempt(lambda: verify_files(path, manifest, mine))):
+        if outcome is not None:
+            raise outcome
+    return manifest
 
 
 def _read(path: Path, ranges: dict[str, Range]) -> None:

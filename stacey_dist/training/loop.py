@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.errors import SettingsError
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import schedule
@@ -89,7 +88,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             progress.skipped_steps += not update.applied
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
             if skipped_in_a_row > config.train.max_skipped_steps:
-                raise SettingsError(
+                run.fail(
                     f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {progress.step} had "
                     f"a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
                     "lower optimizer.lr, or look at the data"

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint, verify
+from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
 from stacey_dist.checkpoint.manifest import UnknownFormatError
+from stacey_dist.checkpoint.read import verify_together
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import CHANGES_TO_ALLOW, DATA_CHANGE
@@ -23,13 +24,13 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
             differences), or `checkpoint.resume` is never and there is one.
     """
-    chosen = run.on_main(lambda: _choose(run, data_identity))
+    chosen = _choose(run, data_identity)
     if chosen is None:
         return Progress()
     try:
         manifest = load_checkpoint(chosen, engine.model, engine.optimizer, verified=True)
     except DamagedCheckpointError as error:
-        raise SettingsError(f"run_dir: {error}") from error
+        run.fail(f"run_dir: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
     if extra.get("scaler"):
@@ -41,46 +42,52 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 
 
 def _choose(run: Run, data_identity: str) -> Path | None:
-    """The checkpoint to go on from. What is passed over is said."""
-    settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
-    for path in find_checkpoints(run.directory / "checkpoints"):
+    """The checkpoint to go on from. What is passed over is said. All processes call it together."""
+    source = run.config.checkpoint.resume_from
+    for path in run.on_main(lambda: find_checkpoints(run.directory / "checkpoints")):
         try:
-            manifest = verify(path)
+            extra = verify_together(path)["extra"]
         except UnknownFormatError as error:
-            raise SettingsError(f"run_dir: {error}; give another run_dir, or the version that wrote it") from error
+            run.fail(f"run_dir: {error}; give another run_dir, or the version that wrote it")
         except DamagedCheckpointError as error:
-            print(f"passed over a damaged checkpoint: {error}", flush=True)
+            run.say(f"passed over a damaged checkpoint: {error}")
             continue
-        if settings.resume == "never":
-            raise SettingsError(
-                f"checkpoint.resume: never is not allowed for run_dir {run.directory}, which holds {path.name}; "
-                "give another run_dir"
-            )
-        # The same command, started again, goes on from its own checkpoints.
-        if source is not None and path.resolve() != Path(source).resolve():
-            begun = manifest["extra"]["config"]["checkpoint"].get("resume_from")
-            if begun != source:
-                raise SettingsError(
-                    f"checkpoint.resume_from: {source} is not allowed for run_dir {run.directory}, whose newest "
-                    f"checkpoint {path.name} did not come from there; give another run_dir, or delete the "
-                    "checkpoints that are newer"
-                )
-        _compare(run, path, manifest["extra"], data_identity)
+        run.on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
         return path
     if source is None:
         return None
     try:
-        manifest = verify(Path(source))
+        extra = verify_together(Path(source))["extra"]
     except DamagedCheckpointError as error:
-        raise SettingsError(f"checkpoint.resume_from: {error}") from error
-    if missing := {"step", "position", "skipped_steps"} - manifest["extra"].keys():
-        raise SettingsError(f"checkpoint.resume_from: {source} does not say its {' and '.join(sorted(missing))}")
-    _compare(run, Path(source), manifest["extra"], data_identity)
+        run.fail(f"checkpoint.resume_from: {error}")
+    run.on_main(lambda: _compare(run, Path(source), extra, data_identity))
     return Path(source)
+
+
+def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
+    """Refuse a checkpoint in the run's own directory that the settings do not go on from."""
+    settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
+    if settings.resume == "never":
+        raise SettingsError(
+            f"checkpoint.resume: never is not allowed for run_dir {run.directory}, which holds {path.name}; "
+            "give another run_dir"
+        )
+    # The same command, started again, goes on from its own checkpoints.
+    if source is not None and path.resolve() != Path(source).resolve():
+        begun = extra.get("config", {}).get("checkpoint", {}).get("resume_from")
+        if begun != source:
+            raise SettingsError(
+                f"checkpoint.resume_from: {source} is not allowed for run_dir {run.directory}, whose newest "
+                f"checkpoint {path.name} did not come from there; give another run_dir, or delete the "
+                "checkpoints that are newer"
+            )
+    _compare(run, path, extra, data_identity)
 
 
 def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
+    if missing := {"step", "position", "skipped_steps"} - extra.keys():
+        raise SettingsError(f"run_dir: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
     if "config" not in extra:
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return

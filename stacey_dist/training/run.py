@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -75,6 +75,12 @@ class Run:
         """Print a line, once for all processes."""
         if self.accelerator.is_main_process:
             print(message, flush=True)
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with a SettingsError that one process says. All processes call it together."""
+        if self.accelerator.is_main_process:
+            raise SettingsError(message)
+        sys.exit(2)
 
     def report(self, exported: Path) -> None:
         """Say where everything is, and the command to go on."""

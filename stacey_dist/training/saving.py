@@ -8,7 +8,6 @@ from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.export import describe_model
 from stacey_dist.checkpoint.manifest import directory_name
 from stacey_dist.checkpoint.retain import retain
-from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
@@ -83,7 +82,7 @@ class Saver:
         path = self._begin(progress)
         self._background.wait()
         if (error := self._background.failure()) is not None:
-            raise SettingsError(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
+            self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path
 
     def report(self) -> None:

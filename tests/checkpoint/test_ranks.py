@@ -97,6 +97,20 @@ def check_a_stray_part_is_refused(directory):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def check_an_altered_file_of_any_rank_is_named_on_all(directory):
+    trainer = make(steps=1)
+    for rank in range(dist.get_world_size()):
+        path = save_checkpoint(directory / f"{rank}" / "step_00000001", trainer.model, trainer.optimizer)
+        file = path / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        if dist.get_rank() == 0:
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+        dist.barrier()
+        with pytest.raises(DamagedCheckpointError, match=rf"{file}: its content does not match its checksum"):
+            load_checkpoint(path, trainer.model, trainer.optimizer)
+
+
 def check_no_rank_writes_more_than_its_share(directory):
     for engine in ("zero1", "zero3", "fsdp2"):
         trainer = make(engine, steps=1)
@@ -130,6 +144,7 @@ def check_shards_without_elements_know_their_step(directory):
 
 
 CHECKS = {
+    "an altered file of any rank is named on all": check_an_altered_file_of_any_rank_is_named_on_all,
     "a directory that ranks do not share": check_a_directory_that_ranks_do_not_share,
     "shards without elements know their step": check_shards_without_elements_know_their_step,
     "a full disk on one rank": check_a_full_disk_on_one_rank,

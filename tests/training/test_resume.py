@@ -14,6 +14,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import LLMConfig
 from stacey_dist.training.resume import restore
+from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
 
 DATA = "these data"
@@ -47,9 +48,7 @@ class Directory:
         torch.nn.init.zeros_(model.weight)
         config = changed(self.config, **changes)
         engine = SimpleNamespace(model=model, optimizer=Stacey(model.parameters()))
-        run = SimpleNamespace(
-            config=config, directory=self.path, on_main=lambda work: work(), say=print, tracker_ids={}
-        )
+        run = Run(config, SimpleNamespace(num_processes=1, is_main_process=True))
         progress = restore(run, engine, data)
         return progress, model.weight.unique().tolist(), run
 
@@ -224,3 +223,7 @@ def test_an_imported_one_has_nothing_to_compare_with(directory, tmp_path, capsys
     branch = Directory(tmp_path / "branch", steps=())
     assert branch.start(checkpoint__resume_from=str(imported), seed=9)[0] == Progress(3, 48, 0)
     assert "there are no settings to compare with" in capsys.readouterr().out
+    shutil.copytree(imported, branch.checkpoint(3))
+    assert branch.start()[0] == Progress(3, 48, 0)
+    with pytest.raises(SettingsError, match="did not come from there"):
+        branch.start(checkpoint__resume_from=str(imported))
