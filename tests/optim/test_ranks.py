@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from stacey_dist import Stacey
+from tests.sharding.processes import spawn
 
 STEPS = 4
 
@@ -47,8 +47,7 @@ def one_process():
     return params, optimizer
 
 
-def sharded_process(rank, world_size, store):
-    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+def sharded_process(rank, world_size):
     mesh = dist.init_device_mesh("cpu", (world_size,))
     model = make_model()
     # The optimizer before the sharding, and its parameters exchanged afterwards: Accelerate does it so.
@@ -75,9 +74,8 @@ def sharded_process(rank, world_size, store):
         for name, value in expected.state[p].items():
             ours = optimizer.state[q][name]
             assert torch.equal(value, ours if name == "step" else ours.full_tensor()), name
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_shards_of_three_ranks_are_the_whole_of_one(tmp_path):
-    torch.multiprocessing.spawn(sharded_process, (3, str(tmp_path / "store")), nprocs=3)
+def test_shards_of_three_ranks_are_the_whole_of_one():
+    spawn(sharded_process, 3, 3)
