@@ -55,7 +55,8 @@ def equal(a, b):
 
 def main():
     torch.set_num_threads(1)
-    accelerator = start_accelerator(LLMConfig(run_dir="saved"))
+    directory = Path(sys.argv[1])
+    accelerator = start_accelerator(LLMConfig(run_dir=str(directory / "run")))
     torch.set_num_threads(1)
     batches = make_batches(6, rank=accelerator.process_index)
     undisturbed = make(accelerator)
@@ -64,14 +65,14 @@ def main():
     accelerator.free_memory()
     saved = make(accelerator)
     train(accelerator, *saved, batches[:3])
-    accelerator.save_state("saved")
-    save_checkpoint(Path("ours"), *saved)
+    accelerator.save_state(str(directory / "saved"))
+    save_checkpoint(directory / "ours", *saved)
     train(accelerator, *saved, batches[3:])
     assert equal(state(accelerator, *saved), expected), "saving has changed the trajectory"
     accelerator.free_memory()
     loaded = make(accelerator)
     train(accelerator, *loaded, batches[4:5])
-    accelerator.load_state("saved")
+    accelerator.load_state(str(directory / "saved"))
     train(accelerator, *loaded, batches[3:])
     assert equal(state(accelerator, *loaded), expected), "a loaded state goes another way"
     print(f"rank {os.environ.get('RANK', 0)} is as expected", flush=True)

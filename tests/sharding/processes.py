@@ -11,11 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.training.forked import server
+
 
 def spawn(function, world_size, *arguments):
     """Call `function(rank, *arguments)` in `world_size` processes joined by gloo; returns rank 0's result."""
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_process, (function, world_size, directory, arguments), nprocs=world_size)
+        server()
+        arguments = (function, world_size, directory, arguments)
+        torch.multiprocessing.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
         return torch.load(f"{directory}/result", weights_only=False)
 
 

@@ -3,7 +3,6 @@
 import functools
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,16 +20,17 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.training import engine
 from tests.test_docs import tiny_llama
-from tests.training.forked import command, environment
+from tests.training.forked import Forked
 
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 LAUNCHES = {
-    "ddp": ("cpu_ddp",),
-    "zero1": ("cpu_zero1",),
-    "zero2 in bf16": ("cpu_zero2", "--mixed_precision", "bf16"),
-    "zero3": ("cpu_zero3",),
-    "zero3 in bf16": ("cpu_zero3", "--mixed_precision", "bf16"),
-    "fsdp2": ("cpu_fsdp2",),
-    "fsdp2, full state": ("cpu_fsdp2", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
+    "ddp": ("cpu_ddp", {}),
+    "zero1": ("cpu_zero1", {}),
+    "zero2 in bf16": ("cpu_zero2", BF16),
+    "zero3": ("cpu_zero3", {}),
+    "zero3 in bf16": ("cpu_zero3", BF16),
+    "fsdp2": ("cpu_fsdp2", {}),
+    "fsdp2, full state": ("cpu_fsdp2", {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
 }
 
 
@@ -40,14 +40,12 @@ def saved(tmp_path_factory):
 
     @functools.cache
     def run(name):
-        engine, *options = LAUNCHES[name]
+        engine, variables = LAUNCHES[name]
         directory = tmp_path_factory.mktemp("saved")
-        program = command(
-            processes=2, engine=engine, launch_options=options, program="tests/sharding/accelerate_program.py"
-        )
-        result = subprocess.run(program, env=environment(), cwd=directory, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-        return directory, result.stdout
+        program = "tests/sharding/accelerate_program.py"
+        output, status = Forked(directory, program=program, processes=2, engine=engine, **variables).wait()
+        assert status == 0, output[-5000:]
+        return directory, output
 
     return run
 

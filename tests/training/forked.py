@@ -46,7 +46,7 @@ class Forked:
         self.processes = []
         for rank in range(processes):
             ranked = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else shared
-            process = _server().Process(target=_run, args=(command_line, self.output.name, ranked))
+            process = server().Process(target=_run, args=(command_line, self.output.name, ranked))
             process.start()
             self.processes.append(process)
 
@@ -99,7 +99,8 @@ def _port():
 
 
 @functools.cache
-def _server():
+def server():
+    """A multiprocessing context, whose processes have the imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.preload_imports"])
     return context
