@@ -25,7 +25,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
 
     All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything.
     The directory appears under its name when every file in it is complete and on the disk; one that is there already
-    is replaced.
+    is replaced. That takes two renames, and a kill between them leaves neither under the name: a name for each save
+    is safer.
 
     Args:
         path: the checkpoint's directory.
@@ -46,12 +47,14 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
 def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[str, Any], group: Any = None) -> None:
     """Write what `take` gave on each rank; the ranks talk over `group`. See `save_checkpoint`."""
     temporary = path.with_name(f".{path.name}.tmp")
+    replaced = path.with_name(f".{path.name}.tmp-replaced")
 
     def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(".step_*.tmp*"):
             shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in (temporary, replaced):
+            shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
 
     def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
@@ -88,9 +91,10 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
             os.fsync(opened.fileno())
         _sync(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         temporary.rename(path)
         _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     try:
         on_first(begin, group)

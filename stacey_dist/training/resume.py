@@ -22,7 +22,7 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
-            differences), or `checkpoint.resume` is never and there is one.
+            differences), or `checkpoint.resume` is never and there is one, or all there are are damaged.
     """
     chosen = _choose(run, data_identity)
     if chosen is None:
@@ -44,7 +44,8 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 def _choose(run: Run, data_identity: str) -> Path | None:
     """The checkpoint to go on from. What is passed over is said. All processes call it together."""
     source = run.config.checkpoint.resume_from
-    for path in run.on_main(lambda: find_checkpoints(run.directory / "checkpoints")):
+    found = run.on_main(lambda: find_checkpoints(run.directory / "checkpoints"))
+    for path in found:
         try:
             extra = verify_together(path)["extra"]
         except UnknownFormatError as error:
@@ -54,6 +55,12 @@ def _choose(run: Run, data_identity: str) -> Path | None:
             continue
         run.on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
         return path
+    if found:
+        # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
+        run.fail(
+            f"run_dir: every checkpoint in {run.directory / 'checkpoints'} is damaged (each is named above); repair "
+            "them, or delete them to begin anew, or give another run_dir"
+        )
     if source is None:
         return None
     try:

@@ -1,6 +1,7 @@
 """A checkpoint of one process: what is in it, what is refused, what a failure leaves behind."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -144,6 +145,24 @@ def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
         save(tmp_path, 2, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     verify(tmp_path / "step_00000001")
+
+
+def test_one_of_the_same_name_is_replaced_once_the_new_one_is_complete(tmp_path, monkeypatch):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    path = save_checkpoint(tmp_path / "latest", model, optimizer, {"note": 1})
+    there = []
+
+    def removed(directory, **_):
+        there.append(verify(path)["extra"]["note"])
+        original(directory, ignore_errors=True)
+
+    original = shutil.rmtree
+    monkeypatch.setattr("stacey_dist.checkpoint.write.shutil.rmtree", removed)
+    save_checkpoint(path, model, optimizer, {"note": 2})
+    assert sorted(set(there)) == [1, 2], "whatever is deleted, a complete one is there"
+    assert verify(path)["extra"] == {"note": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
 
 
 def test_retention_and_strangers(tmp_path):

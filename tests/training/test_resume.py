@@ -115,11 +115,14 @@ def test_what_a_kill_leaves_is_passed_over(directory, capsys):
     assert f"passed over a damaged checkpoint: {half}/manifest.json" in capsys.readouterr().out
 
 
-def test_when_all_are_damaged_the_run_begins_anew_and_says_so(directory, capsys):
+def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(directory, capsys):
     for step in (10, 20):
         remove(directory.checkpoint(step) / "manifest.json")
-    assert directory.start()[:2] == (Progress(), [0])
+    with pytest.raises(SettingsError, match=r"run_dir: every checkpoint in .* is damaged .* delete them to begin anew"):
+        directory.start()
     assert capsys.readouterr().out.count("passed over a damaged checkpoint") == 2
+    shutil.rmtree(directory.path / "checkpoints")
+    assert directory.start()[:2] == (Progress(), [0])
 
 
 def test_another_shape_is_refused(directory):
