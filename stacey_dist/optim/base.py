@@ -1,11 +1,12 @@
 """What `Stacey` and `LpDescent` share: everything about being a `torch.optim.Optimizer` except the rule.
 
 A subclass checks its settings (`_check_group`), makes its state (`_init_state`) and updates one chunk of one
-parameter (`_prepare`). This class walks the parameters, unwraps DTensors, counts steps and cuts long tensors into
-chunks, so that a step's temporaries do not grow with the parameter.
+parameter (`_prepare`). This class walks the parameters, unwraps DTensors, counts steps, gives a kernel what it can
+take and cuts the rest into chunks, so that a step's temporaries do not grow with the parameter.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, overload
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from stacey_dist.optim import kernels
+from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.registry import support_in_deepspeed
 
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
@@ -27,8 +30,14 @@ ChunkUpdate = Callable[..., None]
 class ElementwiseOptimizer(Optimizer):
     """An optimizer whose update of an element depends on that element alone.
 
-    State of a parameter: `step`, the number of updates, a float32 scalar on the CPU as in torch's own optimizers,
-    and the tensors named in `state_names`, shaped and placed as the parameter (DTensors for a DTensor).
+    State of a parameter: `step`, the number of updates, a float32 scalar on the CPU as in torch's own optimizers
+    (on the parameter's device if the group is `capturable`), and the tensors named in `state_names`, shaped and placed
+    as the parameter (DTensors for a DTensor).
+
+    As with torch's fused optimizers, `step` looks at two attributes that may be set before it is called, by
+    `torch.amp.GradScaler` if `fused=True`: `grad_scale`, a one-element tensor by whose reciprocal, rounded to float32,
+    gradients are multiplied on the way (they themselves are not changed); and `found_inf`, one that makes the step
+    change nothing where it is not 0. The reciprocal of a clip coefficient can be a `grad_scale`.
 
     In the step that creates a parameter's state, if `lr` is 0, an element with a zero gradient stays exactly as it is
     and the step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its
@@ -50,8 +59,15 @@ class ElementwiseOptimizer(Optimizer):
         return {}
 
     def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
-        """The update of one chunk, for arithmetic in `dtype` (float32 or float64), as update number `step`."""
+        """The update of one chunk, for arithmetic in `dtype` (float32 or float64), as update number `step`.
+
+        Its gradients are in `dtype` already.
+        """
         raise NotImplementedError
+
+    def _kernel_call(self, group: dict[str, Any]) -> Call | None:
+        """What a kernel has to know of a group; None if there is none for this optimizer, or none is wanted."""
+        return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked like the constructor's. Complex parameters are refused."""
@@ -86,36 +102,64 @@ class ElementwiseOptimizer(Optimizer):
         for group in self.param_groups:  # before anything is changed
             for param in group["params"]:
                 if param.grad is not None:
-                    self._check_gradient(param)
+                    self._check_gradient(param, group)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
         for group in self.param_groups:
-            updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
-            lr_is_zero = float(group["lr"]) == 0.0
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                held = not state and lr_is_zero
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                    state.update(self._init_state(param, group))
-                for name in self.state_names:  # an engine's own loader may have made them float32
-                    if state[name].dtype != state_dtype(group):
-                        state[name] = state[name].to(state_dtype(group))
-                if not held:
-                    state["step"] += 1
-                dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                key = (int(state["step"]), dtype)
-                if key not in updates:
-                    updates[key] = self._prepare(group, *key)
-                tensors = [local(t) for t in (param, param.grad, *(state[name] for name in self.state_names))]
-                for weight, gradient, *states in chunks(tensors):
-                    if held:
-                        _update_moving_elements(updates[key], weight, gradient, states)
-                    else:
-                        updates[key](weight, gradient, *states)
+            self._update_group(group)
         return loss
 
-    def _check_gradient(self, param: Tensor) -> None:
+    def _update_group(self, group: dict[str, Any]) -> None:
+        call = self._kernel_call(group)
+        launches: dict[Any, list[Row]] = {}
+        updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
+        for param in group["params"]:
+            gradient = param.grad
+            if gradient is None:
+                continue
+            state = self.state[param]
+            held = not state and float(group["lr"]) == 0.0
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state.update(self._init_state(param, group))
+            for name in self.state_names:  # an engine's own loader may have made them float32
+                if state[name].dtype != state_dtype(group):
+                    state[name] = state[name].to(state_dtype(group))
+            if call is not None and not held and (found := kernel(param.device.type)) is not None:
+                row = Row(local(param), local(gradient), local(state["z"]), local(state["m"]), state["step"])
+                if kernels.refusal(row[:4]) is None:
+                    launches.setdefault((found, *kernels.kind(row)), []).append(row)
+                    continue
+            if not held:
+                state["step"] += 1
+            key = (int(state["step"]), torch.float64 if param.dtype == torch.float64 else torch.float32)
+            if key not in updates:
+                updates[key] = self._prepare(group, *key)
+            self._update_plainly(param, updates[key], key[1], held)
+        for (found, *_), rows in launches.items():
+            found(rows, call)
+
+    def _update_plainly(self, param: Tensor, update: ChunkUpdate, dtype: torch.dtype, held: bool) -> None:
+        """By the plain rule; `held` if the step is to make state alone."""
+        scale = self._inverse_scale()
+        states = (self.state[param][name] for name in self.state_names)
+        tensors = [local(t).detach() for t in (param, param.grad, *states)]
+        for weight, gradient, *parts in chunks(tensors):
+            gradient = gradient.to(dtype)
+            if scale is not None:
+                gradient = gradient * scale
+            if held:
+                _update_moving_elements(update, weight, gradient, parts)
+            else:
+                update(weight, gradient, *parts)
+
+    def _inverse_scale(self) -> float | None:
+        """What gradients are to be multiplied with, as torch's GradScaler has it; None for nothing."""
+        scale = getattr(self, "grad_scale", None)
+        return None if scale is None else float(scale.double().reciprocal().float())
+
+    def _check_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         gradient = param.grad
         assert gradient is not None
         if gradient.layout != torch.strided:
@@ -128,6 +172,10 @@ class ElementwiseOptimizer(Optimizer):
                 f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
                 f"its parameter, placed {getattr(param, 'placements', None)}"
             )
+        if group.get("fused"):
+            reason = kernels.refusal((local(param), local(gradient)))
+            if reason is not None:
+                raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. z and m come back in the group's `state_dtype`.
@@ -162,15 +210,30 @@ class ElementwiseOptimizer(Optimizer):
                 saved = state_dict["state"].get(saved_id, {})
                 for name in self.state_names:
                     if name in saved:
-                        self.state[param][name] = saved[name].to(param.device, state_dtype(group))
+                        value = saved[name].to(param.device, state_dtype(group))
+                        if value.stride() != param.stride():  # kernels want one order of elements in memory
+                            value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+                        self.state[param][name] = value
                 if "step" in saved:
                     self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
     to_local = getattr(tensor, "to_local", None)
-    return tensor.detach() if to_local is None else to_local()
+    return tensor if to_local is None else to_local()
+
+
+@functools.cache
+def kernel(device_type: str) -> Kernel | None:
+    """The kernel for a type of device; None, after a warning that says why, if there is none."""
+    try:
+        return kernels.find(device_type)
+    except NoKernelError as error:
+        warnings.warn(f"stacey_dist runs its plain rule, which is slower: {error}", stacklevel=2)
+        return None
 
 
 def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from stacey_dist.optim import rounding as bits
 from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer, check_common_settings, rule_lr
+from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import lp_descent_update
 
 
@@ -48,11 +48,10 @@ class LpDescent(ElementwiseOptimizer):
     def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         lr = rule_lr(group["lr"], dtype)
         p, eps, weight_decay = group["p"], group["eps"], group["weight_decay"]
-        store = bits.Store("stochastic", 0, step)
+        store = Store("stochastic", 0, step)
 
         def update(weight: Tensor, gradient: Tensor) -> None:
-            gradient = gradient.to(dtype)
             new = lp_descent_update(weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay)
-            store(gradient, (weight, new, bits.WEIGHT))
+            store.weight(weight, new, gradient)
 
         return update

@@ -2,65 +2,68 @@
 
 Rounded to nearest, a bfloat16 z loses most of its movement: an increment below half a step of the grid is
 dropped every time. Rounded up with a probability equal to the fraction that would be dropped, it is right on
-average. The random bits come from no generator: they are a hash of the seed, the step count, which tensor is
-rounded, the value's bits before rounding and the gradient's bits. So there is no state to save, and an element is
-rounded alike in a whole parameter, in a flat ZeRO partition and in a DTensor shard.
+average. The random bits come from no generator: they are a hash of the seed, the step count and the bits of the
+element's new values before rounding; z and m share a hash and take 16 bits of it each, a weight has one of its own.
+So there is no state to save, and an element is rounded alike in a whole parameter, in a flat ZeRO partition and in a
+DTensor shard.
 
-Elements with the same value and the same gradient are rounded alike within a step; that is the price.
+Elements with the same new z and m are rounded alike within a step; that is the price.
 """
 
 import torch
 from torch import Tensor
 
-# Which tensor is rounded: part of the hash, so that z, m and the weight are rounded independently.
-Z, M, WEIGHT = 1, 2, 3
+# What is rounded: part of the hash, so that states and weights are rounded independently.
+STATES, WEIGHT = 1, 2
 
-# Odd 32-bit multipliers as signed numbers: murmur3's two finalizer constants and the golden ratio.
-_MIX_1 = 0x85EBCA6B - (1 << 32)
-_MIX_2 = 0xC2B2AE35 - (1 << 32)
-_GOLDEN = 0x9E3779B9 - (1 << 32)
+# A prime near 2^32 over the golden ratio, as a signed number: multiples of it spread evenly.
+_MIX = 0x9E3779B1 - (1 << 32)
 _MASK_64 = (1 << 64) - 1
 
 
-def round_key(seed: int, step: int, tensor: int) -> int:
-    """A signed 32-bit key from (seed, step count, which tensor): splitmix64's finalizer over the three."""
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + tensor * 0x94D049BB133111EB) & _MASK_64
+def round_key(seed: int, step: int, which: int) -> int:
+    """A signed 32-bit key from (seed, step count, `STATES` or `WEIGHT`): splitmix64's finalizer over the three."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + which * 0x94D049BB133111EB) & _MASK_64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     key = (x ^ (x >> 31)) & 0xFFFFFFFF
     return key - (1 << 32) if key >= 1 << 31 else key
 
 
-def gradient_hash(g: Tensor) -> Tensor:
-    """An int32 hash of each gradient's float32 bits, shared by all tensors rounded in the same step."""
-    h = g.to(torch.float32).view(torch.int32) * _GOLDEN
-    return h.bitwise_xor_(h >> 15)
+def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
+    """32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where their sum is NaN.
+
+    A NaN's bits are not the same on all machines, and adding to them may make a number of it.
+    """
+    # The second is turned by 16 bits, so that bits that seldom change meet bits that do.
+    turned = second.view(torch.int32)
+    turned = (turned << 16).bitwise_or_(_upper(turned))
+    h = turned.bitwise_xor_(first.view(torch.int32)).bitwise_xor_(key).mul_(_MIX)
+    total = first + second
+    return h.bitwise_xor_(_upper(h)).mul_(total == total)
 
 
-def round_stochastic(value: Tensor, dtype: torch.dtype, hashed_gradient: Tensor, key: int) -> Tensor:
-    """`value` (float32 or float64) rounded to `dtype`, up or down at random, unbiased.
+def _upper(bits: Tensor) -> Tensor:
+    return bits.bitwise_right_shift(16).bitwise_and_(0xFFFF)
+
+
+def round_stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 `value` rounded to `dtype` (bfloat16 or float16), up or down as 16 random bits say, unbiased.
 
     bfloat16 drops 16 bits of a float32's mantissa, float16 drops 13; the same number of random bits is added
-    and the sum truncated. Other dtypes need no rounding and are converted. NaN stays NaN, and infinity
-    becomes NaN.
+    and the sum truncated. NaN and infinity stay what they are.
+
+    Args:
+        value: what is rounded.
+        dtype: torch.bfloat16 or torch.float16.
+        random: an int32 from 0 to 0xFFFF for each value; is overwritten.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return value.to(dtype)
-    value = value.to(torch.float32)
-    bits = value.view(torch.int32)
-    h = (bits ^ hashed_gradient).bitwise_xor_(key).mul_(_MIX_1)
-    h = h.bitwise_xor_(h >> 15).mul_(_MIX_2)
     if dtype == torch.bfloat16:
-        random = h.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        rounded = random.add_(bits).bitwise_and_(-0x10000).view(torch.float32)
-    else:
-        # float16 stops at 2^-14 with a fixed grid of 2^-24. Moved up by 2^-14, smaller numbers have just that grid.
-        small = (value.abs() < 2.0**-14).to(torch.float32).mul_(2.0**-14).copysign_(value)
-        random = h.bitwise_right_shift_(19).bitwise_and_(0x1FFF)
-        rounded = random.add_((value + small).view(torch.int32)).bitwise_and_(-0x2000).view(torch.float32)
-        rounded.sub_(small)
-    # value - value is 0, but NaN for NaN and infinity: a NaN's bits may have overflowed to a number above.
-    return rounded.add_(value - value).to(dtype)
+        return random.add_(value.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(dtype)
+    # float16 stops at 2^-14 with a fixed grid of 2^-24. Moved up by 2^-14, smaller numbers have just that grid.
+    small = (value.abs() < 2.0**-14).to(torch.float32).mul_(2.0**-14).copysign_(value)
+    rounded = random.bitwise_right_shift_(3).add_((value + small).view(torch.int32)).bitwise_and_(-0x2000)
+    return rounded.view(torch.float32).sub_(small).to(dtype)
 
 
 class Store:
@@ -68,13 +71,20 @@ class Store:
 
     def __init__(self, rounding: str, seed: int, step: int) -> None:
         self.stochastic = rounding == "stochastic"
-        self.keys = {tensor: round_key(seed, step, tensor) for tensor in (Z, M, WEIGHT)}
+        self.states_key, self.weight_key = (round_key(seed, step, which) for which in (STATES, WEIGHT))
 
-    def __call__(self, g: Tensor, *updates: tuple[Tensor, Tensor, int]) -> None:
-        """Store each (target, new value, which tensor), for elements whose gradient is `g`."""
-        hashed: Tensor | None = None
-        for target, value, tensor in updates:
-            if self.stochastic and target.dtype in (torch.bfloat16, torch.float16):
-                hashed = gradient_hash(g) if hashed is None else hashed
-                value = round_stochastic(value, target.dtype, hashed, self.keys[tensor])
-            target.copy_(value)
+    def states(self, z: Tensor, m: Tensor, z_new: Tensor, m_new: Tensor) -> None:
+        """Store the new states."""
+        if self.stochastic and z.dtype == torch.bfloat16:
+            z_new, m_new = z_new.to(torch.float32), m_new.to(torch.float32)
+            random = random_bits(z_new, m_new, self.states_key)
+            z_new = round_stochastic(z_new, z.dtype, _upper(random))
+            m_new = round_stochastic(m_new, m.dtype, random.bitwise_and_(0xFFFF))
+        z.copy_(z_new)
+        m.copy_(m_new)
+
+    def weight(self, weight: Tensor, new: Tensor, g: Tensor) -> None:
+        """Store new weights of elements whose gradient is `g` (float32 for narrow weights)."""
+        if self.stochastic and weight.dtype in (torch.bfloat16, torch.float16):
+            new = round_stochastic(new, weight.dtype, _upper(random_bits(new, g, self.weight_key)))
+        weight.copy_(new)

@@ -50,18 +50,14 @@ def stacey_update(
 
     # primal step   y = theta - eta s(c)    or, for (2,p),    y = theta - eta c
     direction = c if s.variant == "2p" else steepest_direction(c, s.p, s.eps)
-    primal_step = direction * s.lr
-    y = theta - primal_step
 
     # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
     z_new = z - c * s.alpha if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p)
 
     # coupling      theta' = tau z' + (1 - tau) y - eta lambda theta
-    # as theta + [tau (z' - y) - eta s - eta lambda theta]: theta is rounded once and never multiplied by
-    # tau + (1 - tau), which in float32 is not one.
-    change = (z_new - y).mul_(s.tau).sub_(primal_step)
-    if s.weight_decay != 0.0:
-        change.sub_(theta * (s.lr * s.weight_decay))
+    # as theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]: theta is rounded once and never multiplied by a
+    # number near one.
+    change = (z_new * s.tau).sub_(theta * (s.tau + s.lr * s.weight_decay)).sub_(direction * ((1.0 - s.tau) * s.lr))
     return change.add_(theta), z_new, m_new
 
 
@@ -131,4 +127,4 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
     growth = exp2_sum(whole * high, (whole * low).add_(fraction.mul_(root)))
     size = growth.mul_(size_z.mul_(z_larger).add_(c_larger))
     sign = torch.copysign(z_larger, z).sub_(c_larger.copysign_(c))
-    return size.mul_(sign).add_(z * 0.0).add_(c * 0.0)
+    return size.mul_(sign).add_(z - z).add_(c - c)

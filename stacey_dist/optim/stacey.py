@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from stacey_dist.optim import rounding as bits
+from stacey_dist.optim import kernels
 from stacey_dist.optim.base import (
     ChunkUpdate,
     ElementwiseOptimizer,
@@ -17,6 +17,8 @@ from stacey_dist.optim.base import (
     rule_lr,
     state_dtype,
 )
+from stacey_dist.optim.kernels import Call, NoKernelError
+from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
 
 
@@ -125,16 +127,34 @@ class Stacey(ElementwiseOptimizer):
         seed = group["seed"]
         require(self, isinstance(seed, int) and seed >= 0, "seed", seed, "it must be an integer >= 0")
         if group["fused"]:
-            raise RuntimeError("Stacey: fused=True, but this version has no fused kernel; use fused=None")
+            self._check_fused(group, name)
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         dtype = state_dtype(group)
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
 
-    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+    def _check_fused(self, group: dict[str, Any], state_dtype_name: str) -> None:
+        try:
+            for device_type in {param.device.type for param in group["params"]} - {"meta"}:
+                kernels.find(device_type)
+        except NoKernelError as error:
+            raise RuntimeError(f"Stacey: fused=True, but {error}; use fused=None") from error
+        dtypes = {param.dtype for param in group["params"]} | {getattr(torch, state_dtype_name)}
+        if refused := dtypes - set(kernels.DTYPES):
+            names = " and ".join(map(str, refused))
+            raise RuntimeError(f"Stacey: fused=True, but {names} is neither float32 nor bfloat16; use fused=None")
+        self._step_supports_amp_scaling = True  # as in torch's: GradScaler sets grad_scale and found_inf
+
+    def _kernel_call(self, group: dict[str, Any]) -> Call | None:
+        if group["fused"] is False:
+            return None
+        settings = self._settings(group, torch.float32)
+        return Call(settings, group["rounding"] == "stochastic", group["seed"], self._inverse_scale())
+
+    def _settings(self, group: dict[str, Any], dtype: torch.dtype) -> StaceySettings:
         beta1, beta2 = group["betas"]
-        settings = StaceySettings(
+        return StaceySettings(
             lr=rule_lr(group["lr"], dtype),
             p=group["p"],
             variant=group["variant"],
@@ -145,12 +165,15 @@ class Stacey(ElementwiseOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        store = bits.Store(group["rounding"], group["seed"], step)
+
+    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+        settings = self._settings(group, dtype)
+        store = Store(group["rounding"], group["seed"], step)
 
         def update(weight: Tensor, gradient: Tensor, z: Tensor, m: Tensor) -> None:
-            gradient = gradient.to(dtype)
-            new = stacey_update(weight.to(dtype), gradient, z.to(dtype), m.to(dtype), settings)
-            store(gradient, (weight, new[0], bits.WEIGHT), (z, new[1], bits.Z), (m, new[2], bits.M))
+            new, z_new, m_new = stacey_update(weight.to(dtype), gradient, z.to(dtype), m.to(dtype), settings)
+            store.states(z, m, z_new, m_new)
+            store.weight(weight, new, gradient)
 
         return update
 

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist import LpDescent, Stacey
-from stacey_dist.optim.rounding import M, Store, Z, gradient_hash, round_key, round_stochastic
+from stacey_dist.optim.rounding import STATES, WEIGHT, random_bits, round_key, round_stochastic
 from tests.optim.helpers import make_problem, run
+
+
+def halves(first, second, key):
+    """The two times 16 random bits of an element: z's, or a weight's, and m's."""
+    random = random_bits(first, second, key)
+    return (random >> 16) & 0xFFFF, random & 0xFFFF
 
 
 def neighbours(value, dtype):
@@ -19,12 +25,14 @@ def neighbours(value, dtype):
     return bits.view(torch.float32), (bits + (1 << drop)).view(torch.float32)
 
 
+@pytest.mark.parametrize("half", ["upper", "lower"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0123456, -3.3333, 1.0000001, 1e-4, -2.5e-3])
-def test_unbiased_for_a_fixed_value_over_steps(dtype, value):
-    x = torch.full((1,), value)
-    g = gradient_hash(torch.full((1,), 0.25))
-    draws = torch.cat([round_stochastic(x, dtype, g, round_key(0, step, Z)) for step in range(20_000)])
+def test_unbiased_for_a_fixed_value_over_steps(dtype, value, half):
+    x, other = torch.full((1,), value), torch.full((1,), 0.25)
+    random = torch.stack([random_bits(x, other, round_key(0, step, STATES)) for step in range(20_000)]).squeeze(1)
+    random = (random >> 16) & 0xFFFF if half == "upper" else random & 0xFFFF
+    draws = round_stochastic(x.expand(20_000), dtype, random)
     below, above = neighbours(x, dtype)
     assert ((draws.float() == below) | (draws.float() == above)).all()
     chance = ((x - below) / (above - below)).item()
@@ -33,36 +41,62 @@ def test_unbiased_for_a_fixed_value_over_steps(dtype, value):
     assert abs(share - chance) <= 4 * spread + 2**-13  # four standard errors, and the grain of the random bits
 
 
-@pytest.mark.parametrize("gradient", ["random", "zero"])
-def test_unbiased_over_elements_within_one_step(gradient):
+def elements(kind, count=1_000_000):
+    """New values of z and m, as runs have them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1_000_000, generator=generator) * 0.02
-    g = torch.randn(1_000_000, generator=generator) if gradient == "random" else torch.zeros(1_000_000)
-    for tensor in (Z, M):
-        rounded = round_stochastic(x, torch.bfloat16, gradient_hash(g), round_key(3, 17, tensor)).float()
+    random = torch.randn(count, generator=generator)
+    if kind == "ordinary":
+        return torch.randn(count, generator=generator) * 0.02, random * 1e-3
+    if kind == "momentum is zero":
+        return torch.randn(count, generator=generator) * 0.02, torch.zeros(count)
+    if kind == "norm weights":  # all of them near one, as at a run's start
+        return 1.0 - 1e-3 * random, 0.01 * random
+    if kind == "neighbours":  # each value one step of float32 above the one before
+        return (torch.arange(count, dtype=torch.int32) + 0x3C000000).view(torch.float32), torch.full((count,), 1e-3)
+    m = (torch.arange(count, dtype=torch.int32) + 0x3A000000).view(torch.float32)
+    return torch.full((count,), 0.0123456), m
+
+
+KINDS = ["ordinary", "momentum is zero", "norm weights", "neighbours", "neighbours in m"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_unbiased_over_elements_within_one_step(kind, step):
+    z, m = elements(kind)
+    for x, random in zip((z, m), halves(z, m, round_key(3, step, STATES)), strict=True):
+        rounded = round_stochastic(x, torch.bfloat16, random).float()
         below, above = neighbours(x, torch.bfloat16)
+        fraction = ((x - below) / (above - below)).double()
         error = ((rounded - x) / (above - below).abs()).double()
-        # The error of one element has variance f (1 - f), 1/6 on average over a uniform fraction f.
-        assert abs(error.mean().item()) <= 4 * math.sqrt(1 / 6 / len(x))
-        assert error.var().item() == pytest.approx(1 / 6, rel=0.01)
+        # Of an element with fraction f the error has variance f (1 - f).
+        variance = (fraction * (1 - fraction)).mean().item()
+        # Four standard errors; an element's error may be as large as its step, where all have one fraction.
+        assert abs(error.mean().item()) <= 4 * math.sqrt(variance / len(x)) + 1e-3
+        if kind in ("ordinary", "norm weights"):
+            assert abs(error.mean().item()) <= 4 * math.sqrt(variance / len(x))
+            assert error.square().mean().item() == pytest.approx(variance, rel=0.01)
 
 
 def test_z_and_m_are_rounded_independently():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200_000, generator=generator)
-    g = gradient_hash(torch.randn(200_000, generator=generator))
-    below, _ = neighbours(x, torch.bfloat16)
-    up = [
-        (round_stochastic(x, torch.bfloat16, g, round_key(*key)).float() != below).double()
-        for key in [(0, 1, Z), (0, 1, M), (0, 2, Z), (1, 1, Z)]
+    other = torch.randn(200_000, generator=generator) * 1e-3
+    draws = [
+        half.double() / 65536 - 0.5
+        for key in [(0, 1, STATES), (0, 2, STATES), (1, 1, STATES), (0, 1, WEIGHT)]
+        for half in halves(x, other, round_key(*key))
     ]
-    assert len(set(Store("stochastic", seed=0, step=1).keys.values())) == 3
-    fraction = (up[0].mean() + up[1].mean()) / 2
-    for a in range(4):
+    below, above = neighbours(x, torch.bfloat16)
+    draws.append(((x - below) / (above - below)).double() - 0.5)  # and of the fraction that is at stake
+    for a in range(len(draws)):
+        assert draws[a].var().item() == pytest.approx(1 / 12, rel=0.01)
         for b in range(a):
-            # Both follow the same fraction f, so P(both up) is the mean of f^2: 1/3 for a uniform f, not 1/2.
-            assert (up[a] * up[b]).mean().item() == pytest.approx(1 / 3, abs=0.01)
-            assert fraction.item() == pytest.approx(1 / 2, abs=0.01)
+            # four standard errors of a correlation
+            correlation = (draws[a] @ draws[b]).item() / len(x) * 12
+            assert abs(correlation) <= 4 / math.sqrt(len(x)), (a, b)
+    keys = {round_key(seed, step, which) for seed in (0, 1) for step in (1, 2) for which in (STATES, WEIGHT)}
+    assert len(keys) == 8
 
 
 def test_special_values():
@@ -71,7 +105,7 @@ def test_special_values():
     x = torch.cat([x, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])
     for dtype in (torch.bfloat16, torch.float16):
         for step in range(50):
-            rounded = round_stochastic(x, dtype, gradient_hash(torch.zeros(9)), round_key(0, step, Z))
+            rounded = round_stochastic(x, dtype, halves(x, torch.zeros(9), round_key(0, step, STATES))[0])
             assert rounded[[0, 1, 5, 6]].tolist() == [0.0, 0.0, 1.0, -2.0]
             assert not rounded[[2, 3, 4, 7, 8]].isfinite().any()
             assert rounded[[4, 7, 8]].isnan().all()
@@ -80,7 +114,7 @@ def test_special_values():
 def test_float16_grid_below_its_normal_range():
     x = torch.linspace(-1e-4, 1e-4, 4001)
     draws = [
-        round_stochastic(x, torch.float16, gradient_hash(x), round_key(0, step, Z)).double() for step in range(400)
+        round_stochastic(x, torch.float16, halves(x, x, round_key(0, step, STATES))[0]).double() for step in range(400)
     ]
     error = torch.stack(draws).mean(0) - x.double()
     spread = 2.0**-24 * 0.5 / math.sqrt(400)

@@ -55,12 +55,6 @@ def test_bad_stacey_settings(settings, message):
         Stacey([{"params": [torch.nn.Parameter(torch.ones(2))], **settings}])
 
 
-def test_fused_that_cannot_be_had():
-    with pytest.raises(RuntimeError, match="fused=True, but"):
-        Stacey([torch.nn.Parameter(torch.ones(2))], fused=True)
-    Stacey([torch.nn.Parameter(torch.ones(2))], fused=False)
-
-
 def test_settings_as_json_and_yaml_write_them():
     optimizer = Stacey(
         [torch.nn.Parameter(torch.ones(2))],

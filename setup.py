@@ -1,0 +1,32 @@
+"""The C++ kernel, once for each instruction set; everything else about the package is in pyproject.toml."""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+INSTRUCTION_SETS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+
+# Not linked to OpenMP: see kernels/cpu.py. No -march: what is not asked for must not be used, and no contraction to
+# fused multiply-adds: they would give other bits.
+FLAGS = [
+    *("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+    *("-Wno-psabi", "-Wno-maybe-uninitialized"),
+]
+
+setup(
+    ext_modules=[
+        Extension(
+            f"stacey_dist.optim.kernels._cpu_{name}",
+            sources=["stacey_dist/optim/kernels/cpu.cpp"],
+            extra_compile_args=[*FLAGS, *flags],
+            # Without a compiler the installation succeeds, and the plain rule runs.
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+        if sys.platform == "linux"
+    ]
+)

@@ -1,0 +1,95 @@
+"""Translations of the rule that take one pass over memory: C++ for CPUs, Triton for GPUs.
+
+Each gives the bits of the plain rule (`rule.py`, `power.py`, `rounding.py`). A kernel here is what `Kernel` says; which
+one a device has, or why it has none, is what `find` answers.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from stacey_dist.optim.rule import StaceySettings
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Row(NamedTuple):
+    """What a kernel updates in place: one parameter's tensors, all of one shape, and its count of updates."""
+
+    weight: Tensor
+    gradient: Tensor
+    z: Tensor
+    m: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the rows of one launch have in common."""
+
+    settings: StaceySettings
+    stochastic: bool
+    seed: int
+    inverse_scale: float | None
+    """What gradients are multiplied with first; None leaves them as they are."""
+
+
+class Kernel(Protocol):
+    """One update of many parameters."""
+
+    name: str
+    """For people, as in "C++ for AVX-512"."""
+
+    def __call__(self, rows: list[Row], call: Call) -> None:
+        """Update the rows in place and count their steps up. Their dtypes are alike, and `refusal` had nothing."""
+        ...
+
+
+class NoKernelError(RuntimeError):
+    """There is no kernel for a device here; the message says why."""
+
+
+def find(device_type: str) -> Kernel:
+    """The kernel for tensors on a device of this type ("cpu", "cuda"). Raises NoKernelError with the reason."""
+    module = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    if module is None:
+        raise NoKernelError(f"no kernel is written for devices of type {device_type}")
+    kernel: Kernel = importlib.import_module(f"stacey_dist.optim.kernels.{module}").find()
+    return kernel
+
+
+def refusal(tensors: Sequence[Tensor]) -> str | None:
+    """Why a kernel can't take a parameter's tensors, the parameter first; None if it can."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
+        if type(tensor) not in (Tensor, Parameter):
+            return f"a {type(tensor).__name__} is not a plain tensor"
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        # Any other dense order will do, channels_last for one, if it is the same for all.
+        first = tensors[0]
+        if any(tensor.stride() != first.stride() for tensor in tensors) or not _dense(first):
+            return f"a parameter of shape {tuple(first.shape)} has its elements in another order than its gradient"
+    return None
+
+
+def kind(row: Row) -> tuple[object, ...]:
+    """What rows of one launch have in common: their device and dtypes."""
+    return row.weight.device, row.weight.dtype, row.gradient.dtype, row.z.dtype
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements lie side by side, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

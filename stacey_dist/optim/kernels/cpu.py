@@ -1,0 +1,108 @@
+"""Calls cpu.cpp, compiled at installation for each instruction set of the processor family (setup.py)."""
+
+import array
+import ctypes
+import functools
+import importlib.machinery
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stacey_dist.optim.kernels import Call, NoKernelError, Row
+from stacey_dist.optim.kernels.constants import FLOATS, VARIANTS, float_constants, power_kind
+
+# What torch.backends.cpu.get_cpu_capability() calls them, and what a person does.
+INSTRUCTION_SETS = {"AVX512": ("avx512", "AVX-512"), "AVX2": ("avx2", "AVX2")}
+PORTABLE = ("portable", "any processor")
+
+
+class _Settings(ctypes.Structure):
+    """`Settings` in cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("variant", "power", "mirror_is_plain", "alpha_is_zero")),
+        *((name, ctypes.c_int32) for name in ("stochastic", "has_scale")),
+        *((name, ctypes.c_int32) for name in ("weight_dtype", "gradient_dtype", "z_dtype", "m_dtype")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_float) for name in (*FLOATS, "inverse_scale")),
+    )
+
+
+class CpuKernel:
+    """cpu.cpp for one instruction set.
+
+    Args:
+        instruction_set: the part of the library's name that says it.
+        name: for people.
+
+    Raises NoKernelError: the library is not there, or can't be loaded.
+    """
+
+    def __init__(self, instruction_set: str, name: str) -> None:
+        self.name = f"C++ for {name}"
+        self._step = _load(_path(instruction_set))
+
+    def __call__(self, rows: list[Row], call: Call) -> None:
+        """See `Kernel`."""
+        s, first = call.settings, rows[0]
+        settings = _Settings(
+            variant=VARIANTS.index(s.variant),
+            power=power_kind(s),
+            mirror_is_plain=s.p == 2.0,
+            alpha_is_zero=s.alpha == 0.0,
+            stochastic=call.stochastic,
+            has_scale=call.inverse_scale is not None,
+            weight_dtype=first.weight.dtype == torch.bfloat16,
+            gradient_dtype=first.gradient.dtype == torch.bfloat16,
+            z_dtype=first.z.dtype == torch.bfloat16,
+            m_dtype=first.m.dtype == torch.bfloat16,
+            seed=call.seed & 0xFFFFFFFFFFFFFFFF,
+            inverse_scale=call.inverse_scale or 0.0,
+            **float_constants(s),
+        )
+        table = array.array("q")
+        for weight, gradient, z, m, step in rows:
+            table.extend(
+                (weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), step.data_ptr(), weight.numel())
+            )
+        self._step(ctypes.byref(settings), table.buffer_info()[0], len(rows), torch.get_num_threads())
+        torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
+
+
+def _path(instruction_set: str) -> Path:
+    directory = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (path := directory / f"_cpu_{instruction_set}{suffix}").exists():
+            return path
+    raise NoKernelError(
+        f"the C++ kernel for {instruction_set} was not compiled at installation; install a C++ compiler with OpenMP "
+        "(gcc), then stacey_dist again"
+    )
+
+
+def _load(path: Path) -> Callable[..., Any]:
+    # Linked to no OpenMP: it is to use the threads that torch has, not others beside them on the same cores. torch
+    # makes its symbols visible to all, if it was built with GNU's.
+    try:
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoKernelError(f"{path.name} can't be loaded: {error}") from error
+    function = library.stacey_step
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    function.restype = None
+    return function
+
+
+@functools.cache
+def find() -> CpuKernel:
+    """The kernel for this processor; one that torch would not use here is not used either. Raises NoKernelError."""
+    if platform.system() != "Linux":
+        raise NoKernelError(f"the C++ kernel is compiled on Linux only, not on {platform.system()}")
+    return CpuKernel(*INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), PORTABLE))
