@@ -11,9 +11,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Not linked to OpenMP: see kernels/cpu.py. No -march: what is not asked for must not be used, and no contraction to
-# fused multiply-adds: they would give other bits.
+# fused multiply-adds: they would give other bits. The hash's integers are to wrap around.
 FLAGS = [
-    *("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-fwrapv", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
     *("-Wno-psabi", "-Wno-maybe-uninitialized"),
 ]
 

@@ -104,7 +104,8 @@ class ElementwiseOptimizer(Optimizer):
                 if param.grad is not None:
                     self._check_gradient(param, group)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        capturable = any(group.get("capturable") for group in self.param_groups)
+        if found_inf is not None and not capturable and bool(found_inf):
             return loss
         for group in self.param_groups:
             self._update_group(group)
@@ -121,7 +122,8 @@ class ElementwiseOptimizer(Optimizer):
             state = self.state[param]
             held = not state and float(group["lr"]) == 0.0
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                where = param.device if group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
                 state.update(self._init_state(param, group))
             for name in self.state_names:  # an engine's own loader may have made them float32
                 if state[name].dtype != state_dtype(group):
@@ -215,7 +217,8 @@ class ElementwiseOptimizer(Optimizer):
                             value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
                         self.state[param][name] = value
                 if "step" in saved:
-                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
+                    where = param.device if group.get("capturable") else "cpu"
+                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device=where)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -23,11 +23,17 @@ _MASK_64 = (1 << 64) - 1
 
 def round_key(seed: int, step: int, which: int) -> int:
     """A signed 32-bit key from (seed, step count, `STATES` or `WEIGHT`): splitmix64's finalizer over the three."""
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + which * 0x94D049BB133111EB) & _MASK_64
+    x = (key_base(seed, which) + step * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     key = (x ^ (x >> 31)) & 0xFFFFFFFF
     return key - (1 << 32) if key >= 1 << 31 else key
+
+
+def key_base(seed: int, which: int) -> int:
+    """What `round_key` starts from, without the step count, as a signed 64-bit number."""
+    base = (seed * 0x9E3779B97F4A7C15 + which * 0x94D049BB133111EB) & _MASK_64
+    return base - (1 << 64) if base >= 1 << 63 else base
 
 
 def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:

@@ -55,13 +55,18 @@ class Stacey(ElementwiseOptimizer):
         rounding: ``"stochastic"`` or ``"nearest"``, for bfloat16 states and for bfloat16 and float16 parameters.
             Rounded to nearest, a bfloat16 z loses most of its movement.
         seed: an integer, part of the hash that makes the random bits of stochastic rounding.
-        fused: None picks the fastest implementation, True demands a fused kernel, False takes the plain rule.
+        fused: None picks the fastest implementation, True demands a kernel, False takes the plain rule. All give the
+            same bits.
+        capturable: keep step counts on the GPU, and wait for nothing that is there, so that :meth:`step` can be
+            captured in a CUDA graph; ``lr`` is to be a tensor on the GPU if it is to change. Demands the kernel.
 
-    State of a parameter: ``step`` (float32 scalar on the CPU), ``z`` and ``m`` (shaped as the parameter).
+    State of a parameter: ``step`` (float32 scalar, on the CPU unless ``capturable``), ``z`` and ``m`` (shaped as the
+    parameter).
 
     Raises:
         ValueError: a setting is out of range, or a parameter is complex or an integer.
-        RuntimeError: ``fused=True`` where there is no fused kernel; sparse gradients (in :meth:`step`).
+        RuntimeError: ``fused=True`` or ``capturable=True`` where there is no kernel; sparse gradients (in
+            :meth:`step`).
     """
 
     state_names = ("z", "m")
@@ -83,6 +88,7 @@ class Stacey(ElementwiseOptimizer):
         rounding: str = "stochastic",
         seed: int = 0,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -98,6 +104,7 @@ class Stacey(ElementwiseOptimizer):
             rounding=rounding,
             seed=seed,
             fused=fused,
+            capturable=capturable,
         )
         super().__init__(params, defaults)
 
@@ -126,6 +133,11 @@ class Stacey(ElementwiseOptimizer):
         group["state_dtype"] = name
         seed = group["seed"]
         require(self, isinstance(seed, int) and seed >= 0, "seed", seed, "it must be an integer >= 0")
+        if group["capturable"]:
+            require(self, group["fused"] is not False, "fused", False, "it must be None or True with capturable=True")
+            group["fused"] = True
+            for param in group["params"]:
+                require(self, param.device.type == "cuda", "capturable", True, f"a parameter is on {param.device}")
         if group["fused"]:
             self._check_fused(group, name)
 
@@ -149,8 +161,17 @@ class Stacey(ElementwiseOptimizer):
     def _kernel_call(self, group: dict[str, Any]) -> Call | None:
         if group["fused"] is False:
             return None
-        settings = self._settings(group, torch.float32)
-        return Call(settings, group["rounding"] == "stochastic", group["seed"], self._inverse_scale())
+        capturable = group["capturable"]
+        lr_on_device = capturable and isinstance(group["lr"], Tensor)
+        return Call(
+            self._settings({**group, "lr": 0.0} if lr_on_device else group, torch.float32),
+            group["rounding"] == "stochastic",
+            group["seed"],
+            grad_scale=getattr(self, "grad_scale", None),
+            capturable=capturable,
+            lr=group["lr"] if lr_on_device else None,
+            found_inf=getattr(self, "found_inf", None) if capturable else None,
+        )
 
     def _settings(self, group: dict[str, Any], dtype: torch.dtype) -> StaceySettings:
         beta1, beta2 = group["betas"]

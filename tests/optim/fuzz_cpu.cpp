@@ -27,9 +27,10 @@ struct Memory {
 
 }  // namespace
 
-int main() {
+int main(int, char **arguments) {
+    const int most = std::atoi(arguments[1]);
     int rounds = 0;
-    for (; rounds < 2000; rounds++) {
+    for (; rounds < most; rounds++) {
         Settings s{};
         s.variant = draw(2), s.power = draw(3), s.stochastic = draw(1), s.has_scale = draw(1);
         s.weight_dtype = draw(1), s.gradient_dtype = draw(1), s.z_dtype = s.m_dtype = draw(1);

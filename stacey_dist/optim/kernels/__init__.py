@@ -35,8 +35,14 @@ class Call:
     settings: StaceySettings
     stochastic: bool
     seed: int
-    inverse_scale: float | None
-    """What gradients are multiplied with first; None leaves them as they are."""
+    grad_scale: Tensor | None = None
+    """By whose reciprocal, rounded to float32, gradients are multiplied first."""
+    capturable: bool = False
+    """The step counts lie on the device, and so do `lr` and `found_inf`; the host must not wait for any of them."""
+    lr: Tensor | None = None
+    """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
+    found_inf: Tensor | None = None
+    """If it is not 0 nothing is to change, for a kernel that is `capturable`."""
 
 
 class Kernel(Protocol):

@@ -202,7 +202,7 @@ INLINE Float whole_or_zero(Float whole, Float x) {
 
 // 2^(high + low), high exact and low small beside it; 0 below the range, infinity above it, but NaN for a high of
 // -infinity.
-INLINE Float exp2_sum(Float high, Float low, bool high_is_finite = true) {
+INLINE Float exp2_sum(Float high, Float low, [[maybe_unused]] bool high_is_finite = true) {
     // k = round(high + low), t = (high - k) + low in [-1/2, 1/2]
     Float k = high + low;
 #if defined(__AVX512F__)

@@ -54,13 +54,13 @@ class CpuKernel:
             mirror_is_plain=s.p == 2.0,
             alpha_is_zero=s.alpha == 0.0,
             stochastic=call.stochastic,
-            has_scale=call.inverse_scale is not None,
+            has_scale=call.grad_scale is not None,
             weight_dtype=first.weight.dtype == torch.bfloat16,
             gradient_dtype=first.gradient.dtype == torch.bfloat16,
             z_dtype=first.z.dtype == torch.bfloat16,
             m_dtype=first.m.dtype == torch.bfloat16,
             seed=call.seed & 0xFFFFFFFFFFFFFFFF,
-            inverse_scale=call.inverse_scale or 0.0,
+            inverse_scale=0.0 if call.grad_scale is None else float(call.grad_scale.double().reciprocal()),
             **float_constants(s),
         )
         table = array.array("q")

@@ -1,0 +1,95 @@
+"""The Triton kernel under Triton's interpreter, on the CPU: the plain rule's bits."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from stacey_dist.optim import kernels
+from stacey_dist.optim.kernels import Call, NoKernelError
+from tests.optim.kernel_cases import (
+    BF16,
+    CASES,
+    F32,
+    KINDS,
+    OTHER_SETTINGS,
+    assert_same_bits,
+    copied,
+    make_row,
+    plainly,
+    settings_of,
+)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # Triton looks at it as the functions are made
+        module = importlib.reload(importlib.import_module("stacey_dist.optim.kernels.triton"))
+        yield module.TritonKernel()
+
+
+@pytest.mark.parametrize(("weight", "gradient", "state", "stochastic", "scale"), KINDS)
+@pytest.mark.parametrize(("variant", "p"), CASES)
+def test_the_bits_of_the_plain_rule(kernel, variant, p, weight, gradient, state, stochastic, scale):
+    row = make_row(5_001, weight, gradient, state, step=6.0)
+    for changes in ({}, OTHER_SETTINGS):
+        scale_tensor = None if scale is None else torch.tensor([scale])
+        call = Call(settings_of(variant, p, **changes), stochastic, seed=2**40 + 7, grad_scale=scale_tensor)
+        ours = copied(row)
+        kernel([ours], call)
+        assert_same_bits(plainly(row, call, step=7), ours)
+        assert ours.step == 7
+
+
+def test_one_launch_updates_many_tensors_and_later_ones_use_its_tables(kernel):
+    rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in (1, 0, 1024, 3000, 7, 1025)]
+    ours = [copied(row) for row in rows]
+    call = Call(settings_of("p2", 2.8), stochastic=True, seed=3)
+    tables = []
+    for launch in range(3):
+        expected = [plainly(row, call, step=int(row.step) + 1) for row in ours]
+        kernel(ours, call)
+        for row, same in zip(ours, expected, strict=True):
+            assert_same_bits(same, row)
+        tables.append(kernel._tables[torch.device("cpu")])
+        assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in (1, 0, 1024, 3000, 7, 1025)]
+    assert tables[0] is tables[1] is tables[2]
+    kernel(ours[1:], call)
+    assert kernel._tables[torch.device("cpu")] is not tables[0]
+
+
+def test_what_lies_on_the_device_is_read_there(kernel):
+    """As `capturable` has it: steps, learning rate, loss scale and overflow in tensors."""
+    row = make_row(3_000, F32, F32, BF16, step=4.0)
+    s = settings_of("pp", 3.0, lr=0.007)
+    lr, scale, found_inf = torch.tensor(0.007), torch.tensor([8.0]), torch.zeros(1)
+    by_number = Call(s, stochastic=True, seed=1, grad_scale=scale)
+    on_device = Call(
+        dataclasses.replace(s, lr=0.0), True, 1, grad_scale=scale, capturable=True, lr=lr, found_inf=found_inf
+    )
+    ours = copied(row)
+    kernel([ours], on_device)
+    assert_same_bits(plainly(row, by_number, step=5), ours)
+    assert ours.step == 5
+    found_inf.fill_(1.0)  # the same launch again, as a replay would have it
+    before = copied(ours)
+    kernel([ours], on_device)
+    assert_same_bits((before.weight, before.z, before.m), ours)
+    assert ours.step == 5
+    found_inf.zero_()
+    lr.fill_(0.02)
+    expected = plainly(ours, dataclasses.replace(by_number, settings=settings_of("pp", 3.0, lr=0.02)), step=6)
+    kernel([ours], on_device)
+    assert_same_bits(expected, ours)
+    assert ours.step == 6
+
+
+def test_a_kernel_for_gpus_needs_triton(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    monkeypatch.delitem(__import__("sys").modules, "stacey_dist.optim.kernels.triton", raising=False)
+    with pytest.raises(NoKernelError, match="the kernel for GPUs needs triton, which can't be imported"):
+        kernels.find("cuda")
+    with pytest.raises(NoKernelError, match="no kernel is written for devices of type mps"):
+        kernels.find("mps")
