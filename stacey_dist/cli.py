@@ -10,6 +10,8 @@ from typing import Any
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest, verify
 
+BENCH_CASES = ("flat", "llama_100m", "tiny")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a damaged or different checkpoint, 2 for bad usage."""
@@ -36,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     added.add_argument("--step", type=int, help="updates made; the optimizer's own count if not given")
     added.add_argument("--position", type=int, default=0, help="samples already trained on (0)")
     added.set_defaults(arguments=["PATH", "OUT", "model", "frozen", "step", "position"])
+    from_bench = groups.add_parser("bench", help="measure what a step of the optimizers costs here")
+    from_bench.add_argument("--case", action="append", choices=BENCH_CASES, help="one of them; all if not given")
+    from_bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    from_bench.add_argument("--rounds", type=int, default=9, help="how often each steps (9)")
+    from_bench.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
+    from_bench.add_argument("--json", type=Path, help="a file for the figures")
+    from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json"])
+    groups.add_parser("info", help="versions, devices, and which kernel runs").set_defaults(run=info, arguments=[])
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))
@@ -131,6 +141,21 @@ def import_foreign(
     print(f"{out}: {_summary(manifest)}, from {manifest['extra']['imported_from']}")
     print(f"to go on, with the data from sample {position:,}: --checkpoint.resume_from {out}")
     return 0
+
+
+def info() -> int:
+    """What a report of a problem needs."""
+    from stacey_dist.info import lines
+
+    print("\n".join(lines()))
+    return 0
+
+
+def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_file: Path | None) -> int:
+    """Time the optimizers."""
+    from stacey_dist.bench import bench
+
+    return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file)
 
 
 def _shell(path: Path) -> Any:

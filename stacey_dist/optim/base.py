@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -22,6 +23,8 @@ from stacey_dist.optim.registry import support_in_deepspeed
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
 CPU_CHUNK_PER_THREAD = 1 << 16
 DEVICE_CHUNK = 1 << 22
+
+_PLAIN = (Tensor, Parameter)
 
 # Updates one chunk in place: (weight, gradient, *state tensors).
 ChunkUpdate = Callable[..., None]
@@ -113,6 +116,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _update_group(self, group: dict[str, Any]) -> None:
         call = self._kernel_call(group)
+        dtype_of_states = state_dtype(group) if self.state_names else None
         launches: dict[Any, list[Row]] = {}
         updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
         for param in group["params"]:
@@ -126,12 +130,13 @@ class ElementwiseOptimizer(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=where)
                 state.update(self._init_state(param, group))
             for name in self.state_names:  # an engine's own loader may have made them float32
-                if state[name].dtype != state_dtype(group):
-                    state[name] = state[name].to(state_dtype(group))
-            if call is not None and not held and (found := kernel(param.device.type)) is not None:
+                if state[name].dtype != dtype_of_states:
+                    state[name] = state[name].to(dtype_of_states)
+            if call is not None and not held:
                 row = Row(local(param), local(gradient), local(state["z"]), local(state["m"]), state["step"])
-                if kernels.refusal(row[:4]) is None:
-                    launches.setdefault((found, *kernels.kind(row)), []).append(row)
+                kind = kernels.kind(row)
+                if kind is not None and (found := kernel(kind[0].type)) is not None:
+                    launches.setdefault((found, *kind), []).append(row)
                     continue
             if not held:
                 state["step"] += 1
@@ -140,6 +145,7 @@ class ElementwiseOptimizer(Optimizer):
                 updates[key] = self._prepare(group, *key)
             self._update_plainly(param, updates[key], key[1], held)
         for (found, *_), rows in launches.items():
+            assert call is not None
             found(rows, call)
 
     def _update_plainly(self, param: Tensor, update: ChunkUpdate, dtype: torch.dtype, held: bool) -> None:
@@ -164,12 +170,13 @@ class ElementwiseOptimizer(Optimizer):
     def _check_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         gradient = param.grad
         assert gradient is not None
-        if gradient.layout != torch.strided:
+        if gradient.layout is not torch.strided:
             raise RuntimeError(
                 f"{type(self).__name__}: a gradient of layout {gradient.layout} is not supported; "
                 "use dense gradients (nn.Embedding(..., sparse=False))"
             )
-        if getattr(param, "placements", None) != getattr(gradient, "placements", None):
+        plain = type(param) in _PLAIN and type(gradient) in _PLAIN  # what is left is asked for less quickly
+        if not plain and getattr(param, "placements", None) != getattr(gradient, "placements", None):
             raise RuntimeError(
                 f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
                 f"its parameter, placed {getattr(param, 'placements', None)}"
@@ -223,7 +230,7 @@ class ElementwiseOptimizer(Optimizer):
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
+    if type(tensor) in _PLAIN:
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

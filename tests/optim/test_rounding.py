@@ -29,16 +29,16 @@ def neighbours(value, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0123456, -3.3333, 1.0000001, 1e-4, -2.5e-3])
 def test_unbiased_for_a_fixed_value_over_steps(dtype, value, half):
-    x, other = torch.full((1,), value), torch.full((1,), 0.25)
-    random = torch.stack([random_bits(x, other, round_key(0, step, STATES)) for step in range(20_000)]).squeeze(1)
-    random = (random >> 16) & 0xFFFF if half == "upper" else random & 0xFFFF
-    draws = round_stochastic(x.expand(20_000), dtype, random)
-    below, above = neighbours(x, dtype)
-    assert ((draws.float() == below) | (draws.float() == above)).all()
-    chance = ((x - below) / (above - below)).item()
-    spread = math.sqrt(chance * (1 - chance) / len(draws))
-    share = (draws.float() == above).float().mean().item()
-    assert abs(share - chance) <= 4 * spread + 2**-13  # four standard errors, and the grain of the random bits
+    count = 1_000_000
+    x, other = torch.full((count,), value), torch.full((count,), 0.25)
+    keys = torch.tensor([round_key(0, step, STATES) for step in range(count)], dtype=torch.int32)
+    upper, lower = halves(x, other, keys)
+    draws = round_stochastic(x, dtype, upper if half == "upper" else lower).float()
+    below, above = neighbours(x[:1], dtype)
+    assert ((draws == below) | (draws == above)).all()
+    chance = ((x[0] - below) / (above - below)).item()
+    spread = math.sqrt(chance * (1 - chance) / count)
+    assert abs((draws == above).float().mean().item() - chance) <= 4 * spread  # four standard errors
 
 
 def elements(kind, count=1_000_000):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,9 +89,48 @@ def test_what_lies_on_the_device_is_read_there(kernel):
     assert ours.step == 6
 
 
+COMPILE = """
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from stacey_dist.optim.kernels.constants import GENERAL, ROOT
+from stacey_dist.optim.kernels.triton import BLOCK, _stacey_step as function
+
+POINTERS = dict(table="*i64", block_rows="*i32", block_numbers="*i64", lr_and_doubles="*fp64", scale="*fp32",
+                found_inf="*fp32")
+for capability in (80, 90):
+    for power, aligned, device, narrow in ((GENERAL, True, False, False), (ROOT, False, True, True)):
+        values = dict(
+            VARIANT=1, POWER=power, MIRROR_IS_PLAIN=False, ALPHA_IS_ZERO=False, STOCHASTIC=True,
+            WEIGHT_IS_NARROW=narrow, GRADIENT_IS_NARROW=narrow, STATE_IS_NARROW=True, LR_ON_DEVICE=device,
+            HAS_SCALE=device, HAS_FOUND_INF=device, ALIGNED=aligned, COLUMNS=6, SIZE=BLOCK,
+        )
+        signature = {n: POINTERS.get(n, "constexpr" if n in values else "fp32") for n in function.arg_names}
+        compiled = compile(
+            ASTSource(fn=function, signature=signature, constexprs=values),
+            target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, enable_fp_fusion=False),
+        )
+        code = compiled.asm["ptx"]
+        assert len(compiled.asm["cubin"]) > 1000
+        assert not re.search(r"\\bfma\\.|\\.ftz|\\.approx", code), "other bits than the plain rule's"
+        assert "div.rn.f32" in code
+        assert ("sqrt.rn.f32" in code) == (power == ROOT)
+        assert ("ld.global.v4.b32" in code) == aligned
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles_for_gpus_without_what_would_change_bits():
+    """No GPU is needed for that. Contracted multiply-adds, flushed subnormals and approximations would."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert result.stdout == "compiled\n", result.stderr[-3000:]
+
+
 def test_a_kernel_for_gpus_needs_triton(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "triton", None)
-    monkeypatch.delitem(__import__("sys").modules, "stacey_dist.optim.kernels.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "stacey_dist.optim.kernels.triton", raising=False)
     with pytest.raises(NoKernelError, match="the kernel for GPUs needs triton, which can't be imported"):
         kernels.find("cuda")
     with pytest.raises(NoKernelError, match="no kernel is written for devices of type mps"):

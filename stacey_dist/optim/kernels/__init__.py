@@ -5,6 +5,7 @@ one a device has, or why it has none, is what `find` answers.
 """
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ from torch.nn import Parameter
 from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES_OF_ROWS = frozenset(itertools.product(DTYPES, repeat=3))
+_TYPES = (Tensor, Parameter)
 
 
 class Row(NamedTuple):
@@ -69,12 +72,23 @@ def find(device_type: str) -> Kernel:
     return kernel
 
 
+def kind(row: Row) -> tuple[torch.device, torch.dtype, torch.dtype, torch.dtype] | None:
+    """What rows of one launch have in common: device, and dtypes of weight, gradient and states. None if `refusal`."""
+    weight, gradient, z, m, _ = row
+    found = (weight.device, weight.dtype, gradient.dtype, z.dtype)
+    # In the order of how often it settles the matter: this is done for each parameter in each step.
+    alike = found[1:] in _DTYPES_OF_ROWS and type(weight) in _TYPES
+    if alike and weight.is_contiguous() and gradient.is_contiguous() and z.is_contiguous() and m.is_contiguous():
+        return found
+    return found if refusal(row[:4]) is None else None
+
+
 def refusal(tensors: Sequence[Tensor]) -> str | None:
     """Why a kernel can't take a parameter's tensors, the parameter first; None if it can."""
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
-        if type(tensor) not in (Tensor, Parameter):
+        if type(tensor) not in _TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
     if not all(tensor.is_contiguous() for tensor in tensors):
         # Any other dense order will do, channels_last for one, if it is the same for all.
@@ -82,11 +96,6 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
         if any(tensor.stride() != first.stride() for tensor in tensors) or not _dense(first):
             return f"a parameter of shape {tuple(first.shape)} has its elements in another order than its gradient"
     return None
-
-
-def kind(row: Row) -> tuple[object, ...]:
-    """What rows of one launch have in common: their device and dtypes."""
-    return row.weight.device, row.weight.dtype, row.gradient.dtype, row.z.dtype
 
 
 def _dense(tensor: Tensor) -> bool:

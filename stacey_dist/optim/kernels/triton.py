@@ -157,50 +157,65 @@ def _round_nearest(value):
 
 
 @triton.jit
-def _load(address, index, mask, NARROW: tl.constexpr):
+def _pointers(address, index, NARROW: tl.constexpr, ALIGNED: tl.constexpr):
+    """To the block's elements in a tensor, with what Triton can't see and needs for accesses of 16 bytes."""
     if NARROW:
-        half = tl.load(address.to(tl.pointer_type(tl.int16)) + index, mask=mask, other=0)
-        value = _number(half.to(tl.int32) << 16)
+        pointers = address.to(tl.pointer_type(tl.int16)) + index
     else:
-        value = tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=mask, other=0.0)
+        pointers = address.to(tl.pointer_type(tl.float32)) + index
+    if ALIGNED:
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, index.shape[0]), 16)
+    return pointers
+
+
+@triton.jit
+def _load(pointers, mask, NARROW: tl.constexpr):
+    if NARROW:
+        value = _number(tl.load(pointers, mask=mask, other=0).to(tl.int32) << 16)
+    else:
+        value = tl.load(pointers, mask=mask, other=0.0)
     return value
 
 
 @triton.jit
-def _store_upper(address, index, mask, bits):
-    tl.store(address.to(tl.pointer_type(tl.int16)) + index, (bits >> 16).to(tl.int16), mask=mask)
+def _store_upper(pointers, mask, bits):
+    tl.store(pointers, (bits >> 16).to(tl.int16), mask=mask)
 
 
 @triton.jit
 def _stacey_step(
-    table, block_rows, block_starts, lr_and_doubles, scale, found_inf,
+    table, block_rows, block_numbers, lr_and_doubles, scale, found_inf,
     primal_rate, pull, alpha, tau, beta1, beta1_rest, beta2, beta2_rest, eps,
     exponent_high, exponent_low, exponent, inner_high, inner_low, inner, root_high, root_low, root,
     log_alpha_whole, log_alpha_fraction,
     VARIANT: tl.constexpr, POWER: tl.constexpr, MIRROR_IS_PLAIN: tl.constexpr, ALPHA_IS_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr, WEIGHT_IS_NARROW: tl.constexpr, GRADIENT_IS_NARROW: tl.constexpr,
     STATE_IS_NARROW: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of one row."""
     row = table + 2 + tl.load(block_rows + tl.program_id(0)) * COLUMNS
-    weight, gradient, z_address, m_address = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    index = tl.load(block_numbers + tl.program_id(0)) * SIZE + tl.arange(0, SIZE)
+    weight = _pointers(tl.load(row), index, WEIGHT_IS_NARROW, ALIGNED)
+    gradient = _pointers(tl.load(row + 1), index, GRADIENT_IS_NARROW, ALIGNED)
+    z_pointers = _pointers(tl.load(row + 2), index, STATE_IS_NARROW, ALIGNED)
+    m_pointers = _pointers(tl.load(row + 3), index, STATE_IS_NARROW, ALIGNED)
     step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
-    index = tl.load(block_starts + tl.program_id(0)) + tl.arange(0, SIZE)
-    stop = tl.load(row + 5)
+    mask = index < tl.load(row + 5)
+    if ALIGNED:
+        mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
-        stop = tl.where(tl.load(found_inf) == 0.0, stop, 0)
-    mask = index < stop
+        mask = tl.where(tl.load(found_inf) == 0.0, mask, False)
     if LR_ON_DEVICE:  # (1 - tau) lr and tau + lr lambda, as Python works them out
         lr = tl.load(lr_and_doubles)
         primal_rate = (tl.load(lr_and_doubles + 1) * lr).to(tl.float32)
         pull = (tl.load(lr_and_doubles + 2) + lr * tl.load(lr_and_doubles + 3)).to(tl.float32)
-    g = _load(gradient, index, mask, GRADIENT_IS_NARROW)
+    g = _load(gradient, mask, GRADIENT_IS_NARROW)
     if HAS_SCALE:
         g = g * tl.load(scale)
-    z = _load(z_address, index, mask, STATE_IS_NARROW)
-    m = _load(m_address, index, mask, STATE_IS_NARROW)
-    theta = _load(weight, index, mask, WEIGHT_IS_NARROW)
+    z = _load(z_pointers, mask, STATE_IS_NARROW)
+    m = _load(m_pointers, mask, STATE_IS_NARROW)
+    theta = _load(weight, mask, WEIGHT_IS_NARROW)
 
     # c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
     c = _interpolate(m, g, beta1, beta1_rest)
@@ -240,22 +255,22 @@ def _stacey_step(
     if STATE_IS_NARROW:
         if STOCHASTIC:
             for_z, for_m = _random_bits(z_new, m_new, _round_key(tl.load(table), step))
-            _store_upper(z_address, index, mask, _bits(z_new) + for_z)
-            _store_upper(m_address, index, mask, _bits(m_new) + for_m)
+            _store_upper(z_pointers, mask, _bits(z_new) + for_z)
+            _store_upper(m_pointers, mask, _bits(m_new) + for_m)
         else:
-            _store_upper(z_address, index, mask, _round_nearest(z_new))
-            _store_upper(m_address, index, mask, _round_nearest(m_new))
+            _store_upper(z_pointers, mask, _round_nearest(z_new))
+            _store_upper(m_pointers, mask, _round_nearest(m_new))
     else:
-        tl.store(z_address.to(tl.pointer_type(tl.float32)) + index, z_new, mask=mask)
-        tl.store(m_address.to(tl.pointer_type(tl.float32)) + index, m_new, mask=mask)
+        tl.store(z_pointers, z_new, mask=mask)
+        tl.store(m_pointers, m_new, mask=mask)
     if WEIGHT_IS_NARROW:
         if STOCHASTIC:
             for_weight, _ = _random_bits(theta_new, g, _round_key(tl.load(table + 1), step))
-            _store_upper(weight, index, mask, _bits(theta_new) + for_weight)
+            _store_upper(weight, mask, _bits(theta_new) + for_weight)
         else:
-            _store_upper(weight, index, mask, _round_nearest(theta_new))
+            _store_upper(weight, mask, _round_nearest(theta_new))
     else:
-        tl.store(weight.to(tl.pointer_type(tl.float32)) + index, theta_new, mask=mask)
+        tl.store(weight, theta_new, mask=mask)
 
 
 @dataclass
@@ -266,11 +281,13 @@ class _Tables:
     rows: Tensor
     """Two key bases for the hashes, then `_COLUMNS` numbers for each row."""
     block_rows: Tensor
-    block_starts: Tensor
+    block_numbers: Tensor
     steps: Tensor
     """The step counts of this launch, where those of the rows are in host memory."""
     doubles: Tensor
     """1 - tau, tau and lambda in float64."""
+    aligned: bool
+    """All addresses are multiples of 16 bytes, and all sizes of 8 elements."""
 
 
 class TritonKernel:
@@ -299,7 +316,7 @@ class TritonKernel:
         lr = unused if call.lr is None else torch.cat([call.lr.detach().reshape(1).float().double(), tables.doubles])
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
         _stacey_step[(len(tables.block_rows),)](
-            tables.rows, tables.block_rows, tables.block_starts, lr, scale,
+            tables.rows, tables.block_rows, tables.block_numbers, lr, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
             VARIANT=VARIANTS.index(s.variant), POWER=power_kind(s), MIRROR_IS_PLAIN=s.p == 2.0,
@@ -308,7 +325,7 @@ class TritonKernel:
             GRADIENT_IS_NARROW=first.gradient.dtype == torch.bfloat16,
             STATE_IS_NARROW=first.z.dtype == torch.bfloat16,
             LR_ON_DEVICE=call.lr is not None, HAS_SCALE=call.grad_scale is not None,
-            HAS_FOUND_INF=call.found_inf is not None, COLUMNS=_COLUMNS, SIZE=BLOCK,
+            HAS_FOUND_INF=call.found_inf is not None, ALIGNED=tables.aligned, COLUMNS=_COLUMNS, SIZE=BLOCK,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
@@ -328,25 +345,28 @@ class TritonKernel:
         steps = torch.empty(len(rows), dtype=torch.float32, device=device)
         numbers = [key_base(call.seed, STATES), key_base(call.seed, WEIGHT)]
         block_rows: list[int] = []
-        block_starts: list[int] = []
+        block_numbers: list[int] = []
         for i, (weight, gradient, z, m, step) in enumerate(rows):
             at = step.data_ptr() if call.capturable else steps.data_ptr() + 4 * i
             numbers += [weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), at, weight.numel()]
-            starts = range(0, weight.numel(), BLOCK)
-            block_starts += starts
-            block_rows += [i] * len(starts)
+            blocks = range(-(-weight.numel() // BLOCK))
+            block_numbers += blocks
+            block_rows += [i] * len(blocks)
         s = call.settings
+        aligned = all(
+            row.weight.numel() % 8 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in row[:4]) for row in rows
+        )
         host = [
             torch.tensor(numbers, dtype=torch.int64),
             torch.tensor(block_rows, dtype=torch.int32),
-            torch.tensor(block_starts, dtype=torch.int64),
+            torch.tensor(block_numbers, dtype=torch.int64),
             torch.tensor([1.0 - s.tau, s.tau, s.weight_decay], dtype=torch.float64),
         ]
         host = [_pinned(tensor, device) for tensor in host]
         there = [tensor.to(device, non_blocking=True) for tensor in host]
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured.append((host, there, steps))
-        return _Tables(key, there[0], there[1], there[2], steps, there[3])
+        return _Tables(key, there[0], there[1], there[2], steps, there[3], aligned)
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
