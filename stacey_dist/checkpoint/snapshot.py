@@ -91,8 +91,8 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
             state = base.state[f.owner]
             for key in keys.get(f.name, []):
                 if key == "step":
-                    # On the CPU, where torch's optimizers keep it, unless they are fused for a GPU.
-                    state[key] = torch.zeros((), device=f.owner.device if _fused(base) else "cpu")
+                    # On the CPU, where optimizers keep it, unless they are fused for a GPU or capturable.
+                    state[key] = torch.zeros((), device=f.owner.device if _steps_on_device(base) else "cpu")
                 elif key not in state:
                     dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
                     state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
@@ -144,9 +144,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fused(optimizer: Any) -> bool:
-    """Whether the optimizer is one of torch's fused ones, which keep their step count on the device."""
-    return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+def _steps_on_device(optimizer: Any) -> bool:
+    """Whether the optimizer keeps its step counts beside its parameters, as fused and capturable ones do."""
+    fused = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+    return fused or bool(optimizer.defaults.get("capturable"))
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

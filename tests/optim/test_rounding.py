@@ -123,7 +123,7 @@ def test_float16_grid_below_its_normal_range():
 
 @pytest.mark.parametrize("variant", ["p2", "pp", "2p"])
 def test_bfloat16_z_follows_float32_z_where_rounding_to_nearest_does_not(variant):
-    size, steps = 4_000, 4_000
+    size, steps = 8_000, 4_000
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(size, generator=generator) * 0.02
     drift = torch.randn(size, generator=generator) * 1e-3
@@ -150,7 +150,7 @@ def test_bfloat16_z_follows_float32_z_where_rounding_to_nearest_does_not(variant
         """The share of the true movement that z made: 1 if it follows without bias."""
         return ((z[name] - theta.double()) @ movement / (movement @ movement)).item()
 
-    assert kept("stochastic") == pytest.approx(1.0, abs=0.02)
+    assert kept("stochastic") == pytest.approx(1.0, abs=0.01)
     assert kept("nearest") < 0.5
     error = z["stochastic"] - z["exact"]
     assert abs(error.mean().item()) <= 4 * error.std().item() / math.sqrt(size)

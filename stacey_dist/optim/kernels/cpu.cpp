@@ -487,9 +487,18 @@ constexpr int64_t ALONE = 1 << 14;  // elements that are not worth waking a seco
 
 }  // namespace
 
+#ifndef SOURCE
+#define SOURCE ""
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The digest of this file that the library was compiled from.
+EXPORT const char *stacey_source() { return SOURCE; }
+
 // One update of `count` tensors with equal settings, by `threads` threads, each of which takes a contiguous share of
 // all their elements.
-extern "C" __attribute__((visibility("default"))) void stacey_step(const Settings *settings, const Tensors *tensors, int64_t count, int64_t threads) {
+EXPORT void stacey_step(const Settings *settings, const Tensors *tensors, int64_t count, int64_t threads) {
     const Settings &s = *settings;
     const Update update = choose(s);
     int64_t total = 0;

@@ -3,8 +3,10 @@
 import array
 import ctypes
 import functools
+import hashlib
 import importlib.machinery
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ class CpuKernel:
 
     def __init__(self, instruction_set: str, name: str) -> None:
         self.name = f"C++ for {name}"
-        self._step = _load(_path(instruction_set))
+        self._step = _find(f"_cpu_{instruction_set}")
 
     def __call__(self, rows: list[Row], call: Call) -> None:
         """See `Kernel`."""
@@ -72,18 +74,30 @@ class CpuKernel:
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
 
-def _path(instruction_set: str) -> Path:
-    directory = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (path := directory / f"_cpu_{instruction_set}{suffix}").exists():
-            return path
+def _find(name: str) -> Callable[..., Any]:
+    """The function of the library of this name that was compiled from the cpu.cpp here."""
+    # A program that is started in the source tree imports the package from there; what was compiled is where the
+    # package is installed.
+    here = Path(__file__).parent
+    directories = [here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)]
+    files = [path / f"{name}{suffix}" for path in directories for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    digest = hashlib.sha256((here / "cpu.cpp").read_bytes()).hexdigest()
+    others = None
+    for file in files:
+        if file.exists():
+            library = _load(file)
+            if library.stacey_source() == digest.encode():
+                return library.stacey_step
+            others = file
+    if others is not None:
+        raise NoKernelError(f"{others} was compiled from another version's source; install stacey_dist again")
     raise NoKernelError(
-        f"the C++ kernel for {instruction_set} was not compiled at installation; install a C++ compiler with OpenMP "
-        "(gcc), then stacey_dist again"
+        f"the C++ kernel ({name.removeprefix('_cpu_')}) was not compiled at installation; install a C++ compiler with "
+        "OpenMP (gcc), then stacey_dist again"
     )
 
 
-def _load(path: Path) -> Callable[..., Any]:
+def _load(path: Path) -> ctypes.CDLL:
     # Linked to no OpenMP: it is to use the threads that torch has, not others beside them on the same cores. torch
     # makes its symbols visible to all, if it was built with GNU's.
     try:
@@ -94,10 +108,10 @@ def _load(path: Path) -> Callable[..., Any]:
             library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoKernelError(f"{path.name} can't be loaded: {error}") from error
-    function = library.stacey_step
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    function.restype = None
-    return function
+    library.stacey_source.restype = ctypes.c_char_p
+    library.stacey_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    library.stacey_step.restype = None
+    return library
 
 
 @functools.cache
