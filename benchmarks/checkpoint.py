@@ -23,11 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from measure import machine, median_and_minimum
+from measure import median_and_minimum
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import Stacey
+from stacey_dist.bench import machine
 from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
 from stacey_dist.sharding import fragments
 from stacey_dist.training.config import LLMConfig

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import machine, median_and_minimum
+from measure import median_and_minimum
 from torch import nn
 
+from stacey_dist.bench import machine
 from stacey_dist.training import llm
 from stacey_dist.training.config import LLMConfig
 from stacey_dist.training.engine import build_engine

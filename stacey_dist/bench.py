@@ -208,9 +208,9 @@ def _watched_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def machine(device: str) -> str:
-    """The processor or GPU, threads, and versions, in one line."""
-    if device == "cuda":
+def machine(device: str | None = None) -> str:
+    """The processor or GPU (the GPU, if there is one and nothing is said), threads, and versions, in one line."""
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         name = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo")

@@ -135,3 +135,23 @@ def test_library_example(tmp_path):
     names = run("library", model=model, optimizer=optimizer, directory=tmp_path)
     assert names["manifest"]["extra"] == {"position": 100}
     assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
+
+
+def test_grad_scale_example():
+    outcomes = []
+    for by_hand in (True, False):
+        model = tiny_llama()
+        optimizer = Stacey(model.parameters(), lr=0.01)
+        for batch in make_batches(2):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            if by_hand:
+                norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
+                scale = (norm / 0.01).clamp(min=1.0).double().reciprocal().float()
+                for p in model.parameters():
+                    p.grad.mul_(scale)
+                optimizer.step()
+            else:
+                run("grad_scale", torch=torch, model=model, optimizer=optimizer, max_norm=0.01)
+        outcomes.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

@@ -1,0 +1,66 @@
+"""`stacey-dist bench` and `stacey-dist info`."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stacey_dist import bench
+from stacey_dist.cli import BENCH_CASES, main
+from stacey_dist.optim import kernels
+from stacey_dist.optim.kernels import NoKernelError
+
+
+def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.CASES, "flat", lambda: [(3000,)])
+    monkeypatch.setitem(bench.CASES, "tiny", lambda: [(7,)] * 5)
+    file = tmp_path / "figures.json"
+    assert main(["bench", "--case", "tiny", "--case", "flat", "--rounds", "3", "--json", str(file)]) == 0
+    tiny, flat = json.loads(file.read_text())
+    assert (tiny["elements"], tiny["tensors"], flat["elements"], flat["tensors"]) == (35, 5, 3000, 1)
+    rows = {row["optimizer"]: row for row in flat["rows"]}
+    assert rows[bench.PEER]["ratio"] == 1.0
+    assert {"Stacey p2, p = 2.8, kernel", "torch SGD, momentum, foreach", "lion-pytorch"} <= rows.keys()
+    for row in rows.values():
+        assert 0 < row["ns_minimum"] <= row["ns_median"]
+        assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / row["ns_median"])
+    printed = capsys.readouterr().out
+    assert printed.count(f"| {bench.PEER} |") == 2
+    assert "3,000 elements in 1 tensors" in printed
+
+
+def test_the_compiled_plain_rule_that_is_measured_is_an_update():
+    theta = torch.randn(300)
+    param = torch.nn.Parameter(theta.clone())
+    param.grad = torch.randn(300)
+    optimizer = bench.Stacey([param], p=2.8, fused=False, **bench.SETTINGS)
+    compiled = bench.Compiled(optimizer)
+    before = param.detach().clone(), optimizer.state[param]["z"].clone()
+    compiled.step()
+    assert (param != before[0]).float().mean() > 0.9
+    assert not torch.equal(optimizer.state[param]["z"], before[1])
+
+
+def test_the_list_of_parameters_is_the_models():
+    config = LlamaConfig(
+        vocab_size=32100, hidden_size=640, intermediate_size=1708, num_hidden_layers=12, num_attention_heads=10
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sorted(bench.llama_100m_shapes()) == sorted(tuple(p.shape) for p in model.parameters())
+    assert set(BENCH_CASES) == set(bench.CASES)
+
+
+def test_info_names_versions_and_the_kernel_or_what_it_lacks(capsys, monkeypatch):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__.partition('+')[0]}" in out
+    assert f"kernel on cpu: {kernels.find('cpu').name}, since torch takes this processor for" in out
+
+    def missing(device_type):
+        raise NoKernelError("no compiler was there")
+
+    monkeypatch.setattr(kernels, "find", missing)
+    main(["info"])
+    assert "kernel on cpu: none, the plain rule runs: no compiler was there" in capsys.readouterr().out
