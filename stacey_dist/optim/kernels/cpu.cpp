@@ -191,7 +191,7 @@ INLINE Log2 log2_parts(Float x) {
 }
 
 // x = 0 gets a whole of ZERO_EXPONENT.
-INLINE Float whole_or_zero(Float whole, Float x) {
+INLINE Float whole_or_zero(Float whole, [[maybe_unused]] Float x) {
 #if defined(__AVX512F__)
     EACH whole.of[i] = (FloatRegister)_mm512_max_ps((__m512)whole.of[i], _mm512_set1_ps(ZERO_EXPONENT));
     return whole;
