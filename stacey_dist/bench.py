@@ -1,11 +1,12 @@
 """What a step of the optimizers costs on this machine: `stacey-dist bench`.
 
 All rivals of a case take turns, round by round, and ratios are medians of a round's pairs, so that whatever else the
-machine does hits all alike. Bytes are what a step has to move at least: weights, gradients and states, read or written.
+machine does hits all alike. Each round has an order of its own: what one leaves in the caches, the next has to clear. Bytes are what a step has to move at least: weights, gradients and states, read or written.
 """
 
 import json
 import platform
+import random
 import statistics
 import threading
 import time
@@ -76,8 +77,10 @@ def run(case: str, device: str, rounds: int, slow: bool) -> dict[str, Any]:
         rival.step()
         rival.extra_bytes = _extra_bytes(rival.step, device)
     copy.step()
+    order, shuffled = [copy, *rivals], random.Random(0)
     for _ in range(rounds):
-        for rival in (copy, *rivals):
+        shuffled.shuffle(order)
+        for rival in order:
             rival.seconds.append(_timed(rival.step, device))
     bandwidth = copy.bytes_per_element * copied.numel() / statistics.median(copy.seconds)
     peer = next(rival for rival in rivals if rival.name == PEER)
