@@ -1,7 +1,8 @@
 """What a step of the optimizers costs on this machine: `stacey-dist bench`.
 
 All rivals of a case take turns, round by round, and ratios are medians of a round's pairs, so that whatever else the
-machine does hits all alike. Each round has an order of its own: what one leaves in the caches, the next has to clear. Bytes are what a step has to move at least: weights, gradients and states, read or written.
+machine does hits all alike. Each round has an order of its own: what one leaves in the caches, the next has to clear.
+Bytes are what a step has to move at least: weights, gradients and states, read or written.
 """
 
 import json
