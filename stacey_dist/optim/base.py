@@ -12,19 +12,16 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
-from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
+from stacey_dist.optim.kernels import PLAIN_TYPES, Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.registry import support_in_deepspeed
 
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
 CPU_CHUNK_PER_THREAD = 1 << 16
 DEVICE_CHUNK = 1 << 22
-
-_PLAIN = (Tensor, Parameter)
 
 # Updates one chunk in place: (weight, gradient, *state tensors).
 ChunkUpdate = Callable[..., None]
@@ -126,8 +123,7 @@ class ElementwiseOptimizer(Optimizer):
             state = self.state[param]
             held = not state and float(group["lr"]) == 0.0
             if not state:
-                where = param.device if group.get("capturable") else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+                state["step"] = _step_count(0.0, param, group)
                 state.update(self._init_state(param, group))
             for name in self.state_names:  # an engine's own loader may have made them float32
                 if state[name].dtype != dtype_of_states:
@@ -175,7 +171,7 @@ class ElementwiseOptimizer(Optimizer):
                 f"{type(self).__name__}: a gradient of layout {gradient.layout} is not supported; "
                 "use dense gradients (nn.Embedding(..., sparse=False))"
             )
-        plain = type(param) in _PLAIN and type(gradient) in _PLAIN  # what is left is asked for less quickly
+        plain = type(param) in PLAIN_TYPES and type(gradient) in PLAIN_TYPES  # what is left is asked for less quickly
         if not plain and getattr(param, "placements", None) != getattr(gradient, "placements", None):
             raise RuntimeError(
                 f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
@@ -224,13 +220,17 @@ class ElementwiseOptimizer(Optimizer):
                             value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
                         self.state[param][name] = value
                 if "step" in saved:
-                    where = param.device if group.get("capturable") else "cpu"
-                    self.state[param]["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device=where)
+                    self.state[param]["step"] = _step_count(float(saved["step"]), param, group)
+
+
+def _step_count(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """A parameter's count of updates, where its group keeps it."""
+    return torch.full((), value, dtype=torch.float32, device=param.device if group.get("capturable") else "cpu")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN_TYPES:
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

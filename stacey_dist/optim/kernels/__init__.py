@@ -18,7 +18,7 @@ from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES_OF_ROWS = frozenset(itertools.product(DTYPES, repeat=3))
-_TYPES = (Tensor, Parameter)
+PLAIN_TYPES = (Tensor, Parameter)
 
 
 class Row(NamedTuple):
@@ -77,7 +77,7 @@ def kind(row: Row) -> tuple[torch.device, torch.dtype, torch.dtype, torch.dtype]
     weight, gradient, z, m, _ = row
     found = (weight.device, weight.dtype, gradient.dtype, z.dtype)
     # In the order of how often it settles the matter: this is done for each parameter in each step.
-    alike = found[1:] in _DTYPES_OF_ROWS and type(weight) in _TYPES
+    alike = found[1:] in _DTYPES_OF_ROWS and type(weight) in PLAIN_TYPES
     if alike and weight.is_contiguous() and gradient.is_contiguous() and z.is_contiguous() and m.is_contiguous():
         return found
     return found if refusal(row[:4]) is None else None
@@ -88,7 +88,7 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
-        if type(tensor) not in _TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
     if not all(tensor.is_contiguous() for tensor in tensors):
         # Any other dense order will do, channels_last for one, if it is the same for all.
