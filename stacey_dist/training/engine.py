@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import deepspeed_config
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.config import RunConfig
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
@@ -51,7 +51,7 @@ def requested_engine() -> str:
     return ZERO_REDUNDANCY if os.environ.get("ROLE_NAME") == ZERO_REDUNDANCY else "ddp"
 
 
-def start_accelerator(config: LLMConfig) -> Accelerator:
+def start_accelerator(config: RunConfig) -> Accelerator:
     """Join the processes on the engine that the launch asked for.
 
     Raises SettingsError if Accelerate brings up another engine or another number of processes.
@@ -62,12 +62,13 @@ def start_accelerator(config: LLMConfig) -> Accelerator:
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    handlers = []
+    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if requested == "fsdp2" and on_cpu:
         # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
-        handlers = [InitProcessGroupKwargs(backend="gloo")]
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
@@ -145,6 +146,15 @@ class Engine:
         # Its state is made where the parameters then are; Accelerate would ask for a ZeroRedundancyOptimizer's.
         placement = None if self.name == "fsdp2" else [True, False]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
+
+    def share_buffers(self) -> None:
+        """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
+
+        Engines leave each process with its own, of its own share of the batches, if nobody does.
+        """
+        if self.accelerator.num_processes > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def set_learning_rate(self, lr: float) -> None:
         """Set every group's learning rate for the next update."""
@@ -237,7 +247,12 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         deepspeed_config.complete(self.run)
+        exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
+        for module, name, buffer in exact:
+            if buffer is not None:
+                module._buffers[name] = buffer.to(self.accelerator.device)
 
     @property
     def _zero(self) -> Any:
