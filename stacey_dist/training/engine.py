@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import deepspeed_config
 from stacey_dist.training.config import RunConfig
@@ -186,17 +187,32 @@ class Engine:
             requests: what this process asks for.
             max_grad_norm: the norm to clip to; 0 is off.
         """
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
-        assert norm is not None
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        base = base_optimizer(self.optimizer)
+        clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
+        norm = self._gradient_norm() if clips_itself else self._clip(max_grad_norm or math.inf)
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
+        elif clips_itself and 0 < max_grad_norm < grad_norm:
+            base.grad_scale = torch.full((), grad_norm / max_grad_norm, device=loss.device)
         if applied or self.accelerator.scaler is not None:
             self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
+        vars(base).pop("grad_scale", None)
         self.optimizer.zero_grad()
         return Update(loss_value, grad_norm, applied, agreed)
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm of all gradients, without the loss scale; they stay as they are."""
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients, without the loss scale, to this norm; returns the norm that they had."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        assert norm is not None
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
         """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
