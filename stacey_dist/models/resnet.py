@@ -77,6 +77,10 @@ def build_resnet(
         label2id={name: label for label, name in enumerate(classes)},
     )
     model: Any = (CifarResNet if stem == "cifar" else ResNetForImageClassification)(config)
+    # Accelerate asks a model of transformers for its embeddings, and FSDP2 gathers one stage at a time: transformers
+    # names its single convolutions.
+    model.get_input_embeddings = _no_embeddings
+    model._no_split_modules = ["ResNetStage"]
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = BatchNorm
@@ -85,3 +89,7 @@ def build_resnet(
             for block in stage.layers:
                 nn.init.zeros_(block.layer[-1].normalization.weight)
     return model
+
+
+def _no_embeddings() -> None:
+    return None

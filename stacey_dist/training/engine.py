@@ -195,7 +195,7 @@ class Engine:
         if not applied:
             self.optimizer.zero_grad()
         elif clips_itself and 0 < max_grad_norm < grad_norm:
-            base.grad_scale = torch.full((), grad_norm / max_grad_norm, device=loss.device)
+            vars(base)["grad_scale"] = torch.full((), grad_norm / max_grad_norm, device=loss.device)
         if applied or self.accelerator.scaler is not None:
             self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
         vars(base).pop("grad_scale", None)
