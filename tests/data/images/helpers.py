@@ -1,6 +1,7 @@
 """Images made on the spot: photo-like, in every format, in every layout."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stacey_dist.data.images import ArrayImages, BrokenImageError
+from stacey_dist.data.images import ArrayImages, BrokenImageError, ImageSet, read_pixels
 
 
 def picture(height: int = 60, width: int = 80, seed: int = 0) -> NDArray[np.uint8]:
@@ -66,3 +67,15 @@ def image_tree(root: Path, splits: tuple[str, ...] = ("train", "val"), per_class
                 data = encoded(picture(seed=100 * number + 10 * place + i))
                 (folder / f"{name}_{i}.JPEG").write_bytes(data)
     return root
+
+
+def same(images: ImageSet) -> ImageSet:
+    """What a worker that is not forked gets."""
+    copy: ImageSet = pickle.loads(pickle.dumps(images))
+    assert copy.classes == images.classes
+    assert np.array_equal(copy.labels, images.labels)
+    assert copy.identity == images.identity
+    for i in range(len(images)):
+        assert np.array_equal(read_pixels(copy, i), read_pixels(images, i))
+        assert copy.name(i) == images.name(i)
+    return copy

@@ -125,7 +125,8 @@ def test_resize_is_pillows_antialiased_bilinear(height: int, width: int, to: tup
     assert resized.shape == (*to, 3)
     assert resized.dtype == np.uint8
     assert np.abs(resized.astype(int) - np.asarray(reference)).max() <= 1
-    assert np.array_equal(resize(pixels[::-1, ::-1], *to), resize(np.array(pixels[::-1, ::-1]), *to))
+    view = pixels[height // 3 :, width // 4 :]
+    assert np.array_equal(resize(view, *to), resize(view.copy(), *to))
 
 
 @pytest.mark.parametrize(
