@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stacey_dist.checkpoint.export import export_model
-from stacey_dist.data.images import ImageBatch, ImageLoader, ImageSet, Transform, cached, evaluation_batches, open_images
+from stacey_dist.data.images import (
+    ImageBatch,
+    ImageLoader,
+    ImageSet,
+    Transform,
+    cached,
+    evaluation_batches,
+    open_images,
+)
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.models import build_resnet

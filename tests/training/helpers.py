@@ -58,7 +58,7 @@ def write_config(directory, **changes):
 TINY_IMAGES = {
     "data": {"image_size": 12, "crop": "random_resized", "min_scale": 0.5, "eval_resize": 14, "mean": [0.5] * 3},
     "model": {"depth": 18, "width": 4},
-    "train": {**TINY["train"], "max_steps": 20, "eval_every_steps": 10, "micro_batch_size": 2},
+    "train": {**TINY["train"], "max_steps": 20, "eval_every_steps": 10, "global_batch_size": 16, "micro_batch_size": 4},
     "schedule": {"warmup_steps": 3},
     "checkpoint": {"every_steps": 10, "keep_best": False, "keep_last": 2},
 }
@@ -163,6 +163,7 @@ def checkpoint(run_dir, step):
 # Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
 # m with them; a p near 2 does not magnify that, and float32 states do not round.
 SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
+SMOOTH_IMAGES = (*SMOOTH, "--optimizer.lr", "0.5")
 
 
 def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):

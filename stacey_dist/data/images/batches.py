@@ -101,6 +101,9 @@ def data_loader(dataset: Dataset, places: Any, workers: int, prefetch: int, pin_
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
+        # Not a fork server, Python's default from 3.14 on: it ends by the SIGTERM that a scheduler sends to everyone,
+        # and the workers with it. They share the index of the images, too.
+        multiprocessing_context="fork" if workers else None,
         # Its own: workers' seeds would be drawn from the training process's generator.
         generator=torch.Generator(),
     )
