@@ -1,5 +1,6 @@
 """Batches are a function of images, seed and position: whoever prepares them, and wherever one begins."""
 
+import gc
 import itertools
 import os
 import signal
@@ -96,11 +97,11 @@ def test_workers_and_restarts_do_not_matter() -> None:
     # One that is left in the middle begins anew; one whose last batch was taken goes on.
     abandoned = loader.micro_batches(0)
     next(abandoned)
-    assert equal(joined(loader.micro_batches(0)), expected[0])
-    last = loader.micro_batches(6)
-    assert equal(joined([next(last), next(last)]), expected[6])
+    assert equal(joined(loader.micro_batches(6)), expected[6])
+    last = loader.micro_batches(12)
+    assert equal(joined([next(last), next(last)]), expected[12])
     before = loader._batches
-    assert equal(joined(loader.micro_batches(12)), expected[12])
+    assert equal(joined(loader.micro_batches(18)), expected[18])
     assert loader._batches is before
     assert loader.broken == alone.broken == 1
     loader.close()
@@ -236,6 +237,41 @@ def test_workers_end_with_their_parent() -> None:
     _, alive = psutil.wait_procs(workers, timeout=15)
     # Where nobody waits for orphans they stay as zombies.
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+
+
+def leave_workers_running() -> None:
+    loader = make(photos(), workers=2)
+    list(loader.micro_batches(0))
+    batches = evaluation_batches(photos(), CROPPED, batch_size=2, workers=1)
+    next(batches)
+    assert len(psutil.Process().children()) == 3
+    sys.modules["kept"] = loader, batches  # type: ignore[assignment]
+
+
+def test_a_process_that_fails_ends_with_its_workers() -> None:
+    """Both as a program and as a child of multiprocessing, which end in different ways."""
+    code = (
+        "import multiprocessing\n"
+        "from tests.data.images.test_loader import *\n"
+        "child = multiprocessing.get_context('fork').Process(target=leave_workers_running)\n"
+        "child.start()\n"
+        "child.join(10)\n"
+        "assert child.exitcode == 0\n"
+        "leave_workers_running()\n"
+        "raise RuntimeError('failed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: failed"
+
+
+def test_a_forgotten_loader_ends_its_workers() -> None:
+    before = set(psutil.Process().children())
+    loader = make(photos(), workers=1)
+    list(loader.micro_batches(0))
+    del loader
+    gc.collect()
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize(
