@@ -109,6 +109,16 @@ def data_loader(dataset: Dataset, places: Any, workers: int, prefetch: int, pin_
     )
 
 
+def start(loader: DataLoader) -> Any:
+    """Return an iterator over a loader, whose workers no signal meets before they ignore it."""
+    # Workers inherit what is blocked; what comes meanwhile reaches this process afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ending(batches: Any, owner: object = None) -> Callable[[], None]:
     """Return what ends the workers of a running iterator over a loader, if it has any.
 
@@ -117,8 +127,8 @@ def ending(batches: Any, owner: object = None) -> Callable[[], None]:
     """
     # Before the queues by which workers are told to end: those close at 10.
     finalizer = util.Finalize(owner, _shut_down, (batches,), exitpriority=100)
-    # At the end of a program torch gives up its workers before multiprocessing calls its finalizers, and this comes
-    # before both; in a child of multiprocessing there are the finalizers only.
+    # At the end of a program torch may give up its workers before multiprocessing calls its finalizers: this comes
+    # before both. In a child of multiprocessing there are the finalizers only.
     atexit.register(finalizer)
 
     def end() -> None:

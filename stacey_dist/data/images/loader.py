@@ -8,7 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
-from stacey_dist.data.images.batches import IGNORED_LABEL, EvaluationBatches, TrainingBatches, data_loader, ending
+from stacey_dist.data.images.batches import (
+    IGNORED_LABEL,
+    EvaluationBatches,
+    TrainingBatches,
+    data_loader,
+    ending,
+    start,
+)
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
@@ -110,7 +117,7 @@ class ImageLoader:
         if position != self._coming:
             self._coming = None
             self._schedule.start = position
-            self._batches = iter(self._loader)  # the same workers, if there are any
+            self._batches = start(self._loader)  # the same workers, if there are any
             if self._end is None:
                 self._end = ending(self._batches, self)
         for number in range(len(self._parts)):
@@ -162,10 +169,10 @@ def evaluation_batches(
         OSError: a file has gone.
     """
     places = -(-len(images) // num_processes)
-    schedule = [(start, min(batch_size, places - start)) for start in range(0, places, batch_size)]
+    schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]
     task = EvaluationBatches(images, transform, process_index, num_processes)
     loader = data_loader(task, schedule, workers, prefetch, pin_memory)
-    batches = iter(loader)
+    batches = start(loader)
     end = ending(batches)
     named = set() if broken is None else broken
     counted = 0

@@ -3,10 +3,10 @@
 import gc
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +207,20 @@ def test_a_file_that_has_gone_is_an_error(workers: int) -> None:
 def test_workers_ignore_signals() -> None:
     loader = make(photos(), workers=2)
     expected = [joined(make(photos()).micro_batches(position)) for position in (0, 6, 12)]
-    assert equal(joined(loader.micro_batches(0)), expected[0])
+    first = loader.micro_batches(0)
+    batches = [next(first)]
     workers = [worker.pid for worker in loader._loader._iterator._workers]  # type: ignore[union-attr]
+    # At once: the other may not have come to anything yet. Both began with the signals blocked.
     for pid in workers:
+        blocked = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)  # type: ignore[index]
+        assert all(blocked >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT))
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
-    time.sleep(0.1)
+    assert equal(joined(batches), expected[0])
     for position in (6, 12):
         assert equal(joined(loader.micro_batches(position)), expected[position // 6])
     assert [worker.pid for worker in loader._loader._iterator._workers] == workers  # type: ignore[union-attr]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
     loader.close()
 
 
@@ -251,7 +256,7 @@ def leave_workers_running() -> None:
 def test_a_process_that_fails_ends_with_its_workers() -> None:
     """Both as a program and as a child of multiprocessing, which end in different ways."""
     code = (
-        "import multiprocessing\n"
+        "import multiprocessing.util\n"  # before torch: then it is called at exit after torch
         "from tests.data.images.test_loader import *\n"
         "child = multiprocessing.get_context('fork').Process(target=leave_workers_running)\n"
         "child.start()\n"
