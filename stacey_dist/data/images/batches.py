@@ -1,6 +1,9 @@
 """What worker processes do: decode and crop the images of a batch."""
 
+import atexit
 import signal
+from collections.abc import Callable
+from multiprocessing import util
 from typing import Any
 
 import torch
@@ -107,6 +110,40 @@ def data_loader(dataset: Dataset, places: Any, workers: int, prefetch: int, pin_
         # Its own: workers' seeds would be drawn from the training process's generator.
         generator=torch.Generator(),
     )
+
+
+def start(loader: DataLoader) -> Any:
+    """Return an iterator over a loader, whose workers no signal meets before they ignore it."""
+    # Workers inherit what is blocked; what comes meanwhile reaches this process afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ending(batches: Any, owner: object = None) -> Callable[[], None]:
+    """Return what ends the workers of a running iterator over a loader, if it has any.
+
+    It is called by itself when ``owner`` is forgotten, and at the latest when this process ends: multiprocessing would
+    then send the signal that they ignore, and wait for them for ever.
+    """
+    # Before the queues by which workers are told to end: those close at 10.
+    finalizer = util.Finalize(owner, _shut_down, (batches,), exitpriority=100)
+    # At the end of a program torch may give up its workers before multiprocessing calls its finalizers: this comes
+    # before both. In a child of multiprocessing there are the finalizers only.
+    atexit.register(finalizer)
+
+    def end() -> None:
+        atexit.unregister(finalizer)
+        finalizer()
+
+    return end
+
+
+def _shut_down(batches: Any) -> None:
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -1,14 +1,21 @@
 """Batches of images, decoded and cropped by worker processes: a function of the data, the seed and the position."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
-from stacey_dist.data.images.batches import IGNORED_LABEL, EvaluationBatches, TrainingBatches, data_loader
+from stacey_dist.data.images.batches import (
+    IGNORED_LABEL,
+    EvaluationBatches,
+    TrainingBatches,
+    data_loader,
+    ending,
+    start,
+)
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
@@ -88,6 +95,7 @@ class ImageLoader:
             TrainingBatches(images, transform, sampler, seed), self._schedule, workers, prefetch, pin_memory
         )
         self._batches: Iterator[Any] = iter(())
+        self._end: Callable[[], None] | None = None
         # The update whose first batch comes next; None where that is not known.
         self._coming: int | None = None
         self._broken: set[int] = set()
@@ -109,7 +117,9 @@ class ImageLoader:
         if position != self._coming:
             self._coming = None
             self._schedule.start = position
-            self._batches = iter(self._loader)
+            self._batches = start(self._loader)  # the same workers, if there are any
+            if self._end is None:
+                self._end = ending(self._batches, self)
         for number in range(len(self._parts)):
             batch = _batch(next(self._batches), self._images, self._broken)
             last = number == len(self._parts) - 1
@@ -120,8 +130,10 @@ class ImageLoader:
         """End the workers. The loader can be used again, which starts others."""
         self._coming = None
         self._batches = iter(())
-        iterator, self._loader._iterator = self._loader._iterator, None
-        _end(iterator)
+        self._loader._iterator = None
+        if self._end is not None:
+            self._end()
+            self._end = None
 
 
 def evaluation_batches(
@@ -157,10 +169,11 @@ def evaluation_batches(
         OSError: a file has gone.
     """
     places = -(-len(images) // num_processes)
-    schedule = [(start, min(batch_size, places - start)) for start in range(0, places, batch_size)]
+    schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]
     task = EvaluationBatches(images, transform, process_index, num_processes)
     loader = data_loader(task, schedule, workers, prefetch, pin_memory)
-    batches: Any = iter(loader)
+    batches = start(loader)
+    end = ending(batches)
     named = set() if broken is None else broken
     counted = 0
     try:
@@ -169,8 +182,7 @@ def evaluation_batches(
             counted += int((batch.labels != IGNORED_LABEL).sum())
             yield batch
     finally:
-        loader._iterator = None
-        _end(batches)
+        end()
     if not counted and process_index < len(images):
         raise SettingsError(f"data: none of the images for evaluation can be read; one is {images.name(process_index)}")
 
@@ -189,11 +201,6 @@ class _Schedule:
             for offset, count in self._parts:
                 yield update + offset, count
             update += self._global_batch_size
-
-
-def _end(iterator: Any) -> None:
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
 
 
 def _batch(answer: Any, images: ImageSet, named: set[int]) -> ImageBatch:

@@ -100,7 +100,7 @@ def test_persistent_ids_extensions_and_other_codecs_are_refused(tmp_path: Path) 
     for content in (
         b"Pgo\n.",
         b"\x80\x02\x82\x01.",
-        b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+        b"c_codecs\nencode\n(Vx\nVutf-16\ntR.",
         b"",
         b"junk",
         pickle.dumps([1]),
