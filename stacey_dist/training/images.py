@@ -114,6 +114,8 @@ class ImageClassification:
             prefetch=settings.data.prefetch,
             pin_memory=accelerator.device.type == "cuda",
         )
+        self._broken: set[int] = set()
+        """Held-out images that cannot be read and were named."""
         self._loader = ImageLoader(
             data.train,
             data.transform,
@@ -150,6 +152,7 @@ class ImageClassification:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             batch_size=self.run.micro_batch_size,
+            broken=self._broken,
             **self._workers,
         )
         totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1, top-5
@@ -190,8 +193,8 @@ def _forward_flops(model: nn.Module, image_size: int) -> int:
     """Floating-point operations of one image's forward pass."""
     described: Any = model
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        type(described)(described.config)(pixel_values=torch.zeros(1, 3, image_size, image_size))
-    return counter.get_total_flops()
+        type(described)(described.config)(pixel_values=torch.zeros(2, 3, image_size, image_size))
+    return counter.get_total_flops() // 2  # a batch norm refuses a single image that has shrunk to a pixel
 
 
 def _workers(data: ImageDataConfig, device: torch.device) -> int:

@@ -127,7 +127,7 @@ def cached(
     if cache not in ("decoded", "resized"):
         raise SettingsError(f"data.cache must be none, decoded or resized, got {cache!r}")
     if cache == "resized" and (resize_to is None or resize_to < 1):
-        raise SettingsError(f"data.cache_resize_to must be at least 1 for data.cache resized, got {resize_to}")
+        raise SettingsError(f"data.cache_resize must be at least 1 for data.cache resized, got {resize_to}")
     shorter = resize_to if cache == "resized" else None
     # Decoded pixels are the images themselves; resized ones are other images.
     identity = images.identity if shorter is None else _hash([images.identity, "resized", shorter])

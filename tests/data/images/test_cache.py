@@ -202,8 +202,8 @@ def test_damage_is_found(tmp_path: Path, damage: Any, reason: str) -> None:
     ("cache", "resize_to", "message"),
     [
         ("big", None, "data.cache must be none, decoded or resized, got 'big'"),
-        ("resized", None, "data.cache_resize_to must be at least 1 for data.cache resized, got None"),
-        ("resized", 0, "data.cache_resize_to must be at least 1"),
+        ("resized", None, "data.cache_resize must be at least 1 for data.cache resized, got None"),
+        ("resized", 0, "data.cache_resize must be at least 1"),
     ],
 )
 def test_bad_settings(tmp_path: Path, cache: Any, resize_to: int | None, message: str) -> None:
