@@ -101,19 +101,21 @@ def measure(engine, precision, tied, directory):
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    config = config_of(engine, precision, tied, dist.get_world_size(), directory)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    config = config_of(engine, precision, tied, processes, directory)
     run = start(config)
     model = llm.build_model(run, SimpleNamespace(vocab_size=VOCABULARY, end_token_id=0))
     optimizer = build_optimizer(model, config.optimizer, 0, by_owner=requested_engine() == ZERO_REDUNDANCY)
     made = build_engine(run, model, optimizer)
     tokens = torch.arange(8).reshape(1, 8)
-    with Collectives() as collectives:
-        for last in (False, True):
-            with made.micro_batch(last):
-                logits = made.model(input_ids=tokens).logits
-                made.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / 4)
-        found = parts(made)
-        made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+    for _ in range(2 if "zero3" in engine else 1):  # ZeRO-3 learns in the first what it may leave gathered
+        with Collectives() as collectives:
+            for last in (False, True):
+                with made.micro_batch(last):
+                    logits = made.model(input_ids=tokens).logits
+                    made.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / 4)
+            found = parts(made)
+            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
     state = base_optimizer(made.optimizer).state.values()
     for name in ("z", "m"):
         found[name] = storage_bytes(values[name] for values in state)
@@ -121,7 +123,7 @@ def measure(engine, precision, tied, directory):
     ranges, _ = take(made.model, made.optimizer)
     found["checkpoint"] = sum(part.values.numel() * part.values.element_size() for part in ranges.values())
     if engine == "ddp":
-        sizes = made.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+        sizes = made.model._get_ddp_logging_data()["bucket_sizes"]
         found["buckets"] = sum(int(size) for size in sizes.split(", "))
     return found
 
@@ -155,16 +157,18 @@ def parts(made):
 
 
 def measure_all(rank, cases, directory):
-    """`measure` for each (engine, precision, tied), in one group of processes; on every rank, for rank 0."""
+    """`measure` for each (engine, precision, tied), one after another in one group of processes; for each rank."""
     found = {}
     before = dict(os.environ)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     for engine, precision, tied in cases:
-        launch_as(engine, precision, dist.get_world_size())
+        launch_as(engine, precision, processes)
         found[engine, precision, tied] = measure(engine, precision, tied, directory)
         os.environ.clear()
         os.environ.update(before)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    everyone = [found] * processes
+    if processes > 1:
+        dist.all_gather_object(everyone, found)
     return everyone
 
 
@@ -174,11 +178,12 @@ def launch_as(engine, precision, processes):
     os.environ.update(launch_environment(name, processes), ACCELERATE_MIXED_PRECISION=precision)
 
 
-def simulate(rank, processes, engine, config, vocabulary, *, update):
-    """Elements and bytes of state that `rank` of so many simulated processes has, on the launcher's engine.
+def simulate(rank, processes, cases):
+    """For each case, elements and bytes of state that `rank` of so many processes has, on the launcher's engine.
 
-    The other ranks are not there: torch's fake process group lets collectives return at once. Without `update` the
-    model is on the meta device, of any size.
+    The other ranks are not there: torch's fake process group lets collectives return at once. It is joined once in a
+    process. A case is (engine, configuration, vocabulary, whether to make an update); without an update the model is on
+    the meta device, of any size.
     """
     from accelerate.state import AcceleratorState, GradientState
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -188,35 +193,31 @@ def simulate(rank, processes, engine, config, vocabulary, *, update):
     from stacey_dist.training.engine import Requests, build_engine, start_accelerator
     from stacey_dist.training.optimizers import build_optimizer
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    before = dict(os.environ)
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
-    launch_as(engine, "bf16", processes)
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
-    accelerator = start_accelerator(config)
-    run = SimpleNamespace(
-        config=config, accelerator=accelerator, say=lambda text: None, process_batch_size=2, micro_batch_size=1
-    )  # fmt: skip
-    with torch.device("cpu" if update else "meta"):
-        model = llm.build_model(run, SimpleNamespace(vocab_size=vocabulary, end_token_id=0))
-    optimizer = build_optimizer(model, config.optimizer, 0)
-    if update:
-        made = build_engine(run, model, optimizer)
-        tokens = torch.arange(8).reshape(1, 8)
-        with made.micro_batch(True):
-            made.backward(made.model(input_ids=tokens).logits.float().logsumexp(-1).sum())
-        made.finish_update(torch.tensor(1.0), Requests(), 1.0)
-        found = (elements(fragments(made.model, made.optimizer)), state_bytes(made.optimizer))
-    else:
-        model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
-        found = (elements(fragments(model, optimizer, accelerator)), None)
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
+    before, found = dict(os.environ), []
+    for engine, config, vocabulary, update in cases:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        launch_as(engine, "bf16", processes)
+        accelerator = start_accelerator(config)
+        run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
+        run.process_batch_size, run.micro_batch_size = 2, 1
+        with torch.device("cpu" if update else "meta"):
+            model = llm.build_model(run, SimpleNamespace(vocab_size=vocabulary, end_token_id=0))
+        optimizer = build_optimizer(model, config.optimizer, 0)
+        if update:
+            made = build_engine(run, model, optimizer)
+            tokens = torch.arange(8).reshape(1, 8)
+            with made.micro_batch(True):
+                made.backward(made.model(input_ids=tokens).logits.float().logsumexp(-1).sum())
+            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+            model, optimizer = made.model, made.optimizer
+        else:  # Accelerate would put it on the device
+            model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
+        count = sum(part.stop - part.start for part in fragments(model, optimizer, accelerator))
+        found.append((count, state_bytes(optimizer)))
+        os.environ.clear()
+        os.environ.update(before)
     return found
-
-
-def elements(parts):
-    return sum(part.stop - part.start for part in parts)

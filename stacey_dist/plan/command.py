@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _links(gpu: Gpu) -> str:
-    return f"{gpu.name} {gpu.intra / GB:g} GB/s in a node, {gpu.inter / GB:g} between nodes, {gpu.host / GB:g} to the host"
+    return (
+        f"{gpu.name} {gpu.intra / GB:g} GB/s in a node, {gpu.inter / GB:g} between nodes, {gpu.host / GB:g} to the host"
+    )
 
 
 def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
@@ -148,7 +150,12 @@ def _engine(options: argparse.Namespace, ranks: int) -> str:
 def _gpu(options: argparse.Namespace) -> Gpu:
     gpu = find_gpu(options.gpu)
     changes: dict[str, Any] = {}
-    for option, field in {"memory_gb": "memory", "intra_gbs": "intra", "inter_gbs": "inter", "host_gbs": "host"}.items():
+    for option, field in {
+        "memory_gb": "memory",
+        "intra_gbs": "intra",
+        "inter_gbs": "inter",
+        "host_gbs": "host",
+    }.items():
         value = getattr(options, option)
         if value is not None:
             if value <= 0:

@@ -118,6 +118,7 @@ def zero2(setup: Setup, rank: int) -> Held:
             if start < (rank + 1) * size and stop > rank * size:
                 gradients += parameter.elements
             start = stop
+        gradients += min(size, max(0, (rank + 1) * size - start))  # the padding, which has gradients too
     compute = setup.compute
     buffers = {"gradient bucket": BUCKET * compute}
     if setup.accumulation > 1:

@@ -39,7 +39,9 @@ class Gpu:
     host: float
 
 
-def _gpu(name: str, model: str, memory: float, float32: float, own: float, intra: float, inter: float, host: float) -> Gpu:
+def _gpu(
+    name: str, model: str, memory: float, float32: float, own: float, intra: float, inter: float, host: float
+) -> Gpu:
     flops = peak_flops(model)
     assert flops is not None
     return Gpu(name, memory * GB, flops, float32 * 1e12, own * GB, intra * GB, inter * GB, host * GB)

@@ -103,8 +103,7 @@ def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
     name = {"single": "gpu"}.get(best.engine, best.engine)
     lines += [
         "",
-        "the first one: "
-        f"accelerate launch --config_file configs/accelerate/{name}.yaml … train_llm.py --config … \\",
+        f"the first one: accelerate launch --config_file configs/accelerate/{name}.yaml … train_llm.py --config … \\",
         f"  --train.global_batch_size {train.global_batch_size} --train.micro_batch_size {best.micro_batch} "
         f"--train.gradient_checkpointing {checkpointing}",
         "",
