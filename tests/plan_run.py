@@ -53,26 +53,27 @@ def config_of(engine, precision, tied, processes, directory):
     return config
 
 
+COLLECTIVES = {
+    "allreduce_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "broadcast_": "broadcast",
+}
+
+
 class Collectives(TorchDispatchMode):
     """Bytes of the whole tensors of each kind of collective."""
-
-    KINDS = {
-        "allreduce_": "all-reduce",
-        "_allgather_base_": "all-gather",
-        "_reduce_scatter_base_": "reduce-scatter",
-        "broadcast_": "broadcast",
-    }
 
     def __init__(self):
         super().__init__()
         self.bytes = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.namespace == "c10d" and function._opname in self.KINDS:
+        if function.namespace == "c10d" and function._opname in COLLECTIVES:
             tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
             size = max(t.numel() * t.element_size() for t in tensors)
             if size > 128:  # the loss, flags, norms; DDP's shapes of buckets
-                kind = self.KINDS[function._opname]
+                kind = COLLECTIVES[function._opname]
                 self.bytes[kind] = self.bytes.get(kind, 0) + size
         return function(*arguments, **(keywords or {}))
 

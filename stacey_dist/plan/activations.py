@@ -24,23 +24,24 @@ class Activations:
 
     Attributes:
         saved: kept from the forward pass for the backward pass, when the loss is known, its softmax included.
-        loss: besides `saved`, what the backward pass of the loss has at once.
-        recomputed: with gradient checkpointing, what a layer keeps while its backward pass runs.
-        backward: gradients inside a layer's backward pass (an estimate: the feed-forward block's three, and two of
-            the residual stream's size in float32).
-        softmax: the part of `saved` that is gone when the first layer's backward pass begins.
+        in_forward: towards the end of the forward pass, where autocast still has a copy of every matrix.
+        in_loss: in the backward pass of the loss: `saved`, and two gradients of the size of the softmax.
+        in_head: in the backward pass of the output matrix, with its gradient before that is added up.
+        in_layer: in the last layer's backward pass; with gradient checkpointing, after it was computed again.
+        in_embedding: in the backward pass of the input embedding; of a tied model, which has the output's gradient too.
     """
 
     saved: int
-    loss: int
-    recomputed: int
-    backward: int
-    softmax: int
+    in_forward: int
+    in_loss: int
+    in_head: int
+    in_layer: int
+    in_embedding: int
 
     @property
     def peak(self) -> int:
-        """The most that is there at once, in the loss or in a layer's backward pass."""
-        return max(self.saved + self.loss, self.saved - self.softmax + self.recomputed + self.backward)
+        """The most that is there at once."""
+        return max(self.in_forward, self.in_loss, self.in_head, self.in_layer, self.in_embedding)
 
 
 def activations(
@@ -65,14 +66,31 @@ def activations(
     # Inputs and labels, the last norm and its output, the softmax, and the sum that divides the loss.
     rest = tokens * (2 * INDEX + norm + size * hidden) + softmax + FLOAT
     # Autocast's copies of the matrices, without those of layers that are computed again.
-    matrices = model.vocabulary * hidden if checkpointing else model.matrix_elements
-    cast = matrices * size if arithmetic == "autocast" else 0
+    autocast = size if arithmetic == "autocast" else 0
+    head, matrices = model.vocabulary * hidden * autocast, model.matrix_elements * autocast
+    # With checkpointing, rotations are kept too: they are an argument of every layer.
+    saved = layers + rest + (head if checkpointing else matrices) + rotations
+    before_loss = saved - softmax
+    # A matrix's gradient, and under autocast that of its copy; the embedding is not cast.
+    gradient = stream + autocast
+    elements = model.vocabulary * hidden
+    embedding, logits = elements * stream, tokens * size * model.vocabulary
+    # When a layer's backward pass begins, that of the head is over. It begins with the feed-forward block: the gradient
+    # of its product and of a matrix, then those of the product's factors; and of its output.
+    wide = size * model.intermediate * tokens
+    last_norm = tokens * (norm + size * hidden)
+    in_layer = before_loss - last_norm - head + tokens * stream * hidden
+    in_layer += max(2 * wide, wide + gradient * model.intermediate * hidden) + (embedding if model.tied else 0)
+    if checkpointing:  # what a layer begins with is kept already, unless the norm casts it
+        in_layer += layer - (tokens * FLOAT * hidden if stream == FLOAT else 0) + (matrices - head) // model.layers
+    # The forward pass ends with the logits; before, with the feed-forward block of a layer that keeps nothing.
+    in_forward = before_loss + (matrices - head if checkpointing else 0)
+    in_forward += max(logits, 3 * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
     return Activations(
-        # With checkpointing, rotations are kept too: they are an argument of every layer.
-        saved=layers + rest + cast + rotations,
-        # Two gradients of the size of the logits beside the softmax: of the loss, and of the softmax's input.
-        loss=2 * softmax,
-        recomputed=layer if checkpointing else 0,
-        backward=tokens * (3 * size * model.intermediate + 2 * FLOAT * hidden),
-        softmax=softmax,
+        saved=saved,
+        in_forward=in_forward,
+        in_loss=saved + 2 * softmax,
+        in_head=before_loss + max(logits + (autocast or stream) * elements, gradient * elements),
+        in_layer=in_layer,
+        in_embedding=tokens * 2 * INDEX + rotations + embedding * (3 if model.tied else 1),
     )

@@ -48,8 +48,10 @@ def plan(arguments: list[str]) -> str:
     _check_names(parser, others)
     config = _config(options, others)
     gpu = _gpu(options)
-    if options.nodes < 1 or options.gpus_per_node < 1:
-        raise SettingsError(f"--nodes, --gpus-per-node: {options.nodes}, {options.gpus_per_node}; both must be >= 1")
+    for name in ("nodes", "gpus_per_node", "vocab_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not allowed; it must be >= 1")
     efficiency = _efficiency(options.efficiency)
     if not 0 <= options.margin < 1:
         raise SettingsError(f"--margin: {options.margin} is not allowed; it must be within [0, 1)")

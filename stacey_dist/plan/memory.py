@@ -11,7 +11,8 @@ from stacey_dist.plan.model import Llama
 from stacey_dist.training.config import LLMConfig, OptimizerConfig
 
 Precision = Literal["no", "bf16", "fp16"]
-WITHOUT_AUTOCAST = ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp")
+DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
+WITHOUT_AUTOCAST = (*DEEPSPEED, "fsdp2", "hsdp")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
         if self.engine == "hsdp" and self.nodes < 2:
             raise SettingsError("--engine: hsdp keeps replicas on several nodes; --nodes 1 is fsdp2")
         low = self.config.model.dtype != "float32"
-        if low and (self.precision != "no" or self.engine.startswith("zero") and self.engine != "zero_redundancy"):
+        if low and (self.precision != "no" or self.engine in DEEPSPEED):
             raise SettingsError(
                 "model.dtype: bfloat16 is planned without mixed precision (--mixed-precision no) and without DeepSpeed"
             )

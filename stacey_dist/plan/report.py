@@ -69,7 +69,7 @@ def table(jobs: list[Job], gpu: Gpu, speeds: list[Speed], room: float, efficienc
         _communication(speed, first, gpu),
         _time(jobs, speeds, efficiency),
         _checkpoint(jobs, gpu),
-        NOT_MEASURED + " docs/plan.md has the formulas.",
+        NOT_MEASURED + "\ndocs/plan.md has the formulas and what is assumed.",
     ]
     return "\n\n".join(blocks)
 
@@ -83,20 +83,21 @@ def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
         )
     train = job.config.train
     lines = [
-        f"{count(job.model.elements)} parameters, {train.global_batch_size:,} sequences of "
-        f"{job.config.data.sequence_length:,} tokens an update, on {machines(job, gpu)}, {size(room)} each, "
+        f"LLaMA of {count(job.model.elements)} parameters on {machines(job, gpu)}, {size(room)} of each, "
         f"{precision_name(job)}, {job.config.optimizer.name}",
+        f"an update: {train.global_batch_size:,} sequences of {job.config.data.sequence_length:,} tokens",
         "",
         f"  {'engine':<16}{'micro-batch':>11}{'accumulated':>13}{'checkpointing':>15}{'peak GiB':>10}"
-        f"{'tokens/s':>23}{'MFU':>15}",
+        f"{'host GiB':>10}{'tokens/s':>22}{'MFU':>13}",
     ]
     for proposal in found:
         planned, timed = proposal.job, proposal.speed
         lines.append(
             f"  {planned.engine:<16}{planned.micro_batch:>11}{planned.accumulation:>13}"
             f"{'on' if planned.config.train.gradient_checkpointing else 'off':>15}{planned.peak / GIB:>10.1f}"
-            f"{span(timed.tokens / timed.slow, timed.tokens / timed.fast):>23}"
-            f"{span(100 * timed.mfu(timed.slow), 100 * timed.mfu(timed.fast)) + ' %':>15}"
+            f"{_gib(sum(planned.held.host.values()) * planned.gpus_per_node):>10}"
+            f"{span(timed.tokens / timed.slow, timed.tokens / timed.fast):>22}"
+            f"{span(100 * timed.mfu(timed.slow), 100 * timed.mfu(timed.fast)) + ' %':>13}"
         )
     best = found[0].job
     checkpointing = str(best.config.train.gradient_checkpointing).lower()
@@ -116,7 +117,8 @@ def _heading(job: Job, gpu: Gpu) -> str:
     train, length = job.config.train, job.config.data.sequence_length
     tokens = train.global_batch_size * length
     return (
-        f"LLaMA of {count(job.model.elements)} parameters on {machines(job, gpu)}: {job.engine}, {precision_name(job)}\n"
+        f"LLaMA of {count(job.model.elements)} parameters on {machines(job, gpu)}: "
+        f"{job.engine}, {precision_name(job)}\n"
         f"an update: {train.global_batch_size:,} sequences of {length:,} tokens ({count(tokens)}); on a GPU "
         f"{job.accumulation} micro-batch{'es' if job.accumulation > 1 else ''} of {job.micro_batch}, "
         f"gradient checkpointing {'on' if train.gradient_checkpointing else 'off'}"
@@ -134,8 +136,8 @@ def _memory(jobs: list[Job], gpu: Gpu, room: float) -> str:
 
     add("", [job.held.device for job in jobs])
     add(" (while a batch is computed)", [job.held.buffers for job in jobs])
-    rows["activations"] = [job.activations.saved for job in jobs]
-    rows["gradients of activations"] = [job.activations.peak - job.activations.saved for job in jobs]
+    rows["activations, kept for the backward pass"] = [job.activations.saved for job in jobs]
+    rows["activations, for a moment"] = [job.activations.peak - job.activations.saved for job in jobs]
     first = jobs[0]
     title = f"memory of the fullest GPU (rank {first.rank}), GiB"
     lines = [_row(title, [job.config.optimizer.name for job in jobs])]
