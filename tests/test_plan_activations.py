@@ -14,7 +14,7 @@ from stacey_dist.plan.model import Llama
 # Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.
 SHAPES = {
     "wide vocabulary": (3, 32, Llama(1001, 64, 172, 2, 4, 4, False)),
-    "wide layers": (2, 64, Llama(61, 64, 176, 3, 8, 2, False)),
+    "wide layers": (2, 64, Llama(61, 64, 176, 6, 8, 2, False)),
     "tied": (1, 16, Llama(1013, 36, 53, 2, 6, 3, True)),
 }
 

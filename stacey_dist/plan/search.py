@@ -32,8 +32,7 @@ def search(job: Job, gpu: Gpu, memory: float, efficiency: tuple[float, float]) -
         except SettingsError:  # single on several GPUs, hsdp on one node, a dtype that DeepSpeed does not take
             continue
         for checkpointing in (False, True):
-            largest = candidate.with_batch(1, checkpointing=checkpointing).largest_micro_batch(memory)
-            jobs = [candidate.with_batch(m, checkpointing=checkpointing) for m in divisors if m <= largest]
+            jobs = [candidate.with_batch(micro, checkpointing=checkpointing) for micro in divisors]
             fitting = [Proposal(j, speed(j, gpu, efficiency)) for j in jobs if j.peak <= memory]
             if fitting:
                 found.append(min(fitting, key=lambda p: (round(p.speed.slow, 9), -p.job.micro_batch)))

@@ -137,7 +137,7 @@ def transfers(job: Job, gpu: Gpu) -> list[Transfer]:
             small = sum(-(-p.elements // job.ranks) for p in model.parameters if p.elements <= PERSISTENT)
             small_bytes = small * job.ranks * compute
             found = [
-                everywhere(f"weights, 2 x {_times(times)}", "all-gather", (padded - small_bytes) * 2 * times),
+                everywhere(f"weights, {_times(2 * times)}", "all-gather", (padded - small_bytes) * 2 * times),
                 everywhere("small weights, once", "all-gather", small_bytes),
                 everywhere(f"gradients, {_times(times)}", "reduce-scatter", padded * times),
             ]
@@ -149,7 +149,9 @@ def transfers(job: Job, gpu: Gpu) -> list[Transfer]:
             rows = _fsdp_bytes(job)
             group, wide = (job.gpus_per_node, gpu.intra) if job.engine == "hsdp" else (job.ranks, _bandwidth(job, gpu))
             found = [
-                over(f"weights, 2 x {_times(times)} (tail 1 x)", "all-gather", rows[0] * times, group, wide),
+                over(
+                    f"weights, {_times(2 * times)} (tail {_times(times)})", "all-gather", rows[0] * times, group, wide
+                ),
                 over(f"gradients, {_times(times)}", "reduce-scatter", rows[1] * times, group, wide),
             ]
             if job.engine == "hsdp":
@@ -212,4 +214,4 @@ def _optimizer_bytes(job: Job) -> int:
 
 
 def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} x"
+    return "once" if count == 1 else f"{count} times"
