@@ -1,6 +1,7 @@
 """`stacey-dist plan`: its tables, its errors, its search, and the configurations that it is for."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +198,15 @@ def test_a_mistyped_setting_is_answered_with_the_nearest(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--train.micro_batch", "4"])
     assert "did you mean --train.micro_batch_size?" in capsys.readouterr().err
+
+
+def test_the_examples_of_the_documentation_are_what_is_printed(capsys, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parents[1])
+    examples = re.findall(r"```\n\$ stacey-dist (plan .*)\n([^`]*)```", Path("docs/plan.md").read_text())
+    assert len(examples) == 3
+    for command, printed in examples:
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == printed
 
 
 def test_help_says_what_was_not_measured(capsys):
