@@ -46,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     from_bench.add_argument("--json", type=Path, help="a file for the figures")
     from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json"])
     groups.add_parser("info", help="versions, devices, and which kernel runs").set_defaults(run=info, arguments=[])
+    groups.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:  # takes every setting of the launcher, and so has a parser of its own
+        from stacey_dist.plan.command import main as plan
+
+        return plan(arguments[1:])
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))

@@ -1,0 +1,96 @@
+"""What the forward pass of `LlamaForCausalLM` keeps for the backward pass, and what both need for a moment, in bytes.
+
+The formulas follow transformers' modeling_llama line by line, with torch's `scaled_dot_product_attention` (which
+keeps queries, keys, values, output and a logarithm a head, and no matrix of scores). They equal to the byte what
+torch's autograd keeps on CPUs (`tests/test_plan_activations.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stacey_dist.plan.model import Llama
+
+FLOAT = 4
+INDEX = 8  # bytes of a token's number
+
+# "float32"; "low", where weights and activations are bfloat16 or float16 (DeepSpeed, FSDP2); "autocast", where the
+# residual stream is float32 and every matrix is cast for its product (one process, DDP).
+Arithmetic = Literal["float32", "low", "autocast"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one rank.
+
+    Attributes:
+        saved: kept from the forward pass for the backward pass, when the loss is known, its softmax included.
+        in_forward: towards the end of the forward pass, where autocast still has a copy of every matrix.
+        in_loss: in the backward pass of the loss: `saved`, and two gradients of the size of the softmax.
+        in_head: in the backward pass of the output matrix, with its gradient before that is added up.
+        in_layer: in the last layer's backward pass; with gradient checkpointing, after it was computed again.
+        in_embedding: in the backward pass of the input embedding; of a tied model, which has the output's gradient too.
+    """
+
+    saved: int
+    in_forward: int
+    in_loss: int
+    in_head: int
+    in_layer: int
+    in_embedding: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once."""
+        return max(self.in_forward, self.in_loss, self.in_head, self.in_layer, self.in_embedding)
+
+
+def activations(
+    model: Llama, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: bool
+) -> Activations:
+    """Of a micro-batch of `sequences` sequences of `length` tokens."""
+    tokens, hidden = sequences * length, model.hidden
+    size = FLOAT if arithmetic == "float32" else 2
+    stream = 2 if arithmetic == "low" else FLOAT  # an element of the residual stream
+    # The norm's input in float32, its reciprocal root, and the normalized value; what it gives is counted below.
+    norm = FLOAT * hidden + FLOAT + stream * hidden
+    keys = model.key_value_heads * model.head_size
+    # Autocast casts the input of a product anew for each that reads it: queries, keys and values; gate and up.
+    copies = (3, 2) if arithmetic == "autocast" else (1, 1)
+    attention = size * (copies[0] * hidden + 2 * hidden + 2 * keys) + FLOAT * model.heads
+    feed_forward = size * (copies[1] * hidden + 4 * model.intermediate)
+    layer = tokens * (2 * norm + attention + feed_forward)
+    # Rotations are computed once, for a batch of one.
+    rotations = 2 * length * model.head_size * (2 if arithmetic == "low" else FLOAT)
+    layers = model.layers * (tokens * stream * hidden if checkpointing else layer)
+    softmax = tokens * model.vocabulary * FLOAT
+    # Inputs and labels, the last norm and its output, the softmax, and the sum that divides the loss.
+    rest = tokens * (2 * INDEX + norm + size * hidden) + softmax + FLOAT
+    # Autocast's copies of the matrices, without those of layers that are computed again.
+    autocast = size if arithmetic == "autocast" else 0
+    head, matrices = model.vocabulary * hidden * autocast, model.matrix_elements * autocast
+    # With checkpointing, rotations are kept too: they are an argument of every layer.
+    saved = layers + rest + (head if checkpointing else matrices) + rotations
+    before_loss = saved - softmax
+    # A matrix's gradient, and under autocast that of its copy; the embedding is not cast.
+    gradient = stream + autocast
+    elements = model.vocabulary * hidden
+    embedding, logits = elements * stream, tokens * size * model.vocabulary
+    # When a layer's backward pass begins, that of the head is over. It begins with the feed-forward block: the gradient
+    # of its product and of a matrix, then those of the product's factors; and of its output.
+    wide = size * model.intermediate * tokens
+    last_norm = tokens * (norm + size * hidden)
+    in_layer = before_loss - last_norm - head + tokens * stream * hidden
+    in_layer += max(2 * wide, wide + gradient * model.intermediate * hidden) + (embedding if model.tied else 0)
+    if checkpointing:  # what a layer begins with is kept already, unless the norm casts it
+        in_layer += layer - (tokens * FLOAT * hidden if stream == FLOAT else 0) + (matrices - head) // model.layers
+    # The forward pass ends with the logits; before, with the feed-forward block of a layer that keeps nothing.
+    in_forward = before_loss + (matrices - head if checkpointing else 0)
+    in_forward += max(logits, 3 * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
+    return Activations(
+        saved=saved,
+        in_forward=in_forward,
+        in_loss=saved + 2 * softmax,
+        in_head=before_loss + max(logits + (autocast or stream) * elements, gradient * elements),
+        in_layer=in_layer,
+        in_embedding=tokens * 2 * INDEX + rotations + embedding * (3 if model.tied else 1),
+    )

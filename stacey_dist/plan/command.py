@@ -1,0 +1,176 @@
+"""`stacey-dist plan`: its options, and what they make of a configuration."""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.plan.engines import ENGINES
+from stacey_dist.plan.hardware import GB, GPUS, Gpu, find_gpu
+from stacey_dist.plan.memory import Job
+from stacey_dist.plan.model import llama
+from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
+from stacey_dist.plan.search import search
+from stacey_dist.plan.speed import speed
+from stacey_dist.training.command_line import parse
+from stacey_dist.training.config import LLMConfig, validate
+
+# Options that are short for a setting of the configuration.
+SHORT = {
+    "--mixed-precision": "train.mixed_precision",
+    "--micro-batch-size": "train.micro_batch_size",
+    "--global-batch-size": "train.global_batch_size",
+    "--sequence-length": "data.sequence_length",
+    "--optimizer": "optimizer.name",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Print the plan; returns the exit status, 2 for settings that are not allowed."""
+    try:
+        print(plan(arguments))
+    except SettingsError as error:
+        print(f"stacey-dist plan: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(arguments: list[str]) -> str:
+    """What `stacey-dist plan` prints for these arguments.
+
+    Raises SettingsError for options and settings that are not known, not allowed, or do not go together.
+    """
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    _check_names(parser, others)
+    config = _config(options, others)
+    gpu = _gpu(options)
+    for name in ("nodes", "gpus_per_node", "vocab_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not allowed; it must be >= 1")
+    efficiency = _efficiency(options.efficiency)
+    if not 0 <= options.margin < 1:
+        raise SettingsError(f"--margin: {options.margin} is not allowed; it must be within [0, 1)")
+    room = gpu.memory * (1 - options.margin)
+    ranks = options.nodes * options.gpus_per_node
+    engine = _engine(options, ranks)
+    job = Job(config, llama(config, options.vocab_size), engine, options.nodes, options.gpus_per_node)
+    if options.search:
+        found = search(job, gpu, room, efficiency)
+        if options.json:
+            plans = [as_dict(p.job, gpu, p.speed, room) for p in found]
+            return json.dumps({"proposals": plans, "not_measured": NOT_MEASURED}, indent=1)
+        return proposals(found, gpu, room, job)
+    jobs = [job] if config.optimizer.name == "adamw" or config.model.dtype != "float32" else [job, job.with_adamw()]
+    speeds = [speed(each, gpu, efficiency) for each in jobs]
+    if options.json:
+        plans = [as_dict(j, gpu, s, room) for j, s in zip(jobs, speeds, strict=True)]
+        return json.dumps({"plans": plans, "not_measured": NOT_MEASURED}, indent=1)
+    return table(jobs, gpu, speeds, room, efficiency)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stacey-dist plan",
+        allow_abbrev=False,
+        description="How much memory and time a training run takes on an engine, before it is started. Any setting of "
+        "train_llm.py is an option too, as in --optimizer.state_dtype float32.",
+        epilog=f"{NOT_MEASURED} A peak is an estimate: keep a --margin. Defaults for links, per GPU, are its maker's "
+        f"figures: {'; '.join(_links(gpu) for gpu in GPUS.values())}. See docs/plan.md.",
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="a configuration of train_llm.py, as in configs/llm (its defaults)")
+    add("--engine", metavar="NAME", help=f"one of {', '.join(ENGINES)} (fsdp2, or single on one GPU)")
+    add("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (h100-80gb)")
+    add("--nodes", type=int, default=1, metavar="N", help="machines (1)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in each (8)")
+    add("--offload", action="store_true", help="with zero3: weights, states and the update in host memory")
+    add("--search", action="store_true", help="propose engine, micro-batch and accumulation")
+    add("--json", action="store_true", help="print JSON, in bytes and seconds")
+    for option, setting in SHORT.items():
+        add(option, metavar="VALUE", help=f"short for --{setting}")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="or not, whatever the file says")
+    add("--vocab-size", type=int, metavar="N", help="needed for a tokenizer that the plan does not know")
+    add("--memory-gb", type=float, metavar="GB", help="of a GPU, in 10^9 bytes")
+    add("--intra-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to others in its node, one direction")
+    add("--inter-gbs", type=float, metavar="GB/S", help="a GPU's share of its node's bandwidth to other nodes")
+    add("--host-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to host memory")
+    add("--efficiency", default="0.4,0.6", metavar="LOW,HIGH", help="assumed share of peak in arithmetic (0.4,0.6)")
+    add("--margin", type=float, default=0.1, metavar="SHARE", help="of the memory that is to stay free (0.1)")
+    return parser
+
+
+def _links(gpu: Gpu) -> str:
+    return (
+        f"{gpu.name} {gpu.intra / GB:g} GB/s in a node, {gpu.inter / GB:g} between nodes, {gpu.host / GB:g} to the host"
+    )
+
+
+def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
+    """Options without a dot are of this command; those with one are the configuration's, which checks them."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in others:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and "." not in name and name not in ("--seed", "--run_dir"):
+            close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.5)
+            raise SettingsError(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
+    arguments = ["--config", options.config] if options.config else []
+    for option, setting in SHORT.items():
+        value = getattr(options, option[2:].replace("-", "_"))
+        if value is not None:
+            arguments += [f"--{setting}", value]
+    if options.gradient_checkpointing is not None:
+        arguments += ["--train.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
+    config = parse(LLMConfig, arguments + others)
+    validate(config)
+    return config
+
+
+def _engine(options: argparse.Namespace, ranks: int) -> str:
+    name = options.engine or ("single" if ranks == 1 else "fsdp2")
+    if name not in ENGINES:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), ENGINES, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise SettingsError(f"--engine: {name} is not known; {hint}there are {', '.join(ENGINES)}")
+    if options.offload and name not in ("zero3", "zero3_offload"):
+        raise SettingsError(f"--offload: it goes with --engine zero3, not {name}")
+    return "zero3_offload" if options.offload else name
+
+
+def _gpu(options: argparse.Namespace) -> Gpu:
+    gpu = find_gpu(options.gpu)
+    changes: dict[str, Any] = {}
+    for option, field in {
+        "memory_gb": "memory",
+        "intra_gbs": "intra",
+        "inter_gbs": "inter",
+        "host_gbs": "host",
+    }.items():
+        value = getattr(options, option)
+        if value is not None:
+            if value <= 0:
+                raise SettingsError(f"--{option.replace('_', '-')}: {value} is not allowed; it must be > 0")
+            changes[field] = value * GB
+    return replace(gpu, **changes)
+
+
+def _efficiency(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0 < low <= high <= 1:
+        raise SettingsError(f"--efficiency: {text} is not allowed; it must be LOW,HIGH with 0 < LOW <= HIGH <= 1")
+    return low, high

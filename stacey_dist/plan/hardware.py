@@ -1,0 +1,71 @@
+"""GPUs and the links between them, as their makers state them. Nothing here was measured; every figure is an option.
+
+Bandwidths are of one direction, in bytes a second.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.metrics import peak_flops
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in a node.
+
+    Attributes:
+        name: what `--gpu` calls it.
+        memory: bytes, the name's figure in 10^9. Cards have a little more, which the CUDA context and NCCL take.
+        flops: dense bfloat16 operations a second, the figure by which `train_llm.py` gives its MFU.
+        float32_flops: operations a second in float32 without tensor cores, as torch computes by default.
+        memory_bandwidth: bytes a second to and from its own memory.
+        intra: to the other GPUs of the node (NVLink; PCIe where there is none).
+        inter: to other nodes, a GPU's share of the node's network cards: one of 400 Gbit/s for each GPU beside
+            Hopper and Blackwell, 200 beside Ampere, and for PCIe cards 25 (an assumption: they come in all kinds
+            of nodes).
+        host: to and from host memory (PCIe, 16 lanes).
+    """
+
+    name: str
+    memory: float
+    flops: float
+    float32_flops: float
+    memory_bandwidth: float
+    intra: float
+    inter: float
+    host: float
+
+
+def _gpu(
+    name: str, model: str, memory: float, float32: float, own: float, intra: float, inter: float, host: float
+) -> Gpu:
+    flops = peak_flops(model)
+    assert flops is not None
+    return Gpu(name, memory * GB, flops, float32 * 1e12, own * GB, intra * GB, inter * GB, host * GB)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        #              the makers' model    GB  TFLOP/s   GB/s: own  intra  inter  host
+        _gpu("a100-40gb", "A100", 40, 19.5, 1555, 300, 25, 32),
+        _gpu("a100-80gb", "A100", 80, 19.5, 2039, 300, 25, 32),
+        _gpu("h100-80gb", "H100", 80, 67, 3350, 450, 50, 64),
+        _gpu("h200-141gb", "H200", 141, 67, 4800, 450, 50, 64),
+        _gpu("b200-180gb", "B200", 180, 80, 8000, 900, 50, 64),
+        _gpu("l40s-48gb", "L40S", 48, 91.6, 864, 32, 3.125, 32),
+        _gpu("rtx4090-24gb", "RTX 4090", 24, 82.6, 1008, 32, 3.125, 32),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of this name. Raises SettingsError, with the nearest name, for another one."""
+    if name not in GPUS:
+        close = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise SettingsError(f"--gpu: {name} is not known; {hint}there are {', '.join(GPUS)}")
+    return GPUS[name]

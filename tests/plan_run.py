@@ -1,0 +1,224 @@
+"""A tiny update on the launcher's own engines, and the bytes of the tensors that it leaves on each process."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ACCELERATE = Path(__file__).parents[1] / "configs/accelerate"
+# Nothing divides: an odd vocabulary, 3 key-value heads; one matrix is larger than ZeRO-3 leaves whole.
+SHAPE = dict(
+    hidden_size=108, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
+)  # fmt: skip
+VOCABULARY = 1013
+
+
+def launch_environment(name, processes):
+    """The variables that `accelerate launch` sets for a configuration of configs/accelerate."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    options = ["--config_file", str(ACCELERATE / f"{name}.yaml"), "--num_processes", str(processes)]
+    options += ["--num_machines", "1", "--main_process_port", "0"]
+    if name == "hsdp":
+        options += ["--parallelism_config_dp_shard_size", str(processes // 2)]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "train_llm.py"]))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ""
+        changed = prepare_deepspeed_cmd_env(parsed)[1]
+    else:
+        changed = prepare_multi_gpu_env(parsed)
+    if name.endswith("zero_redundancy"):
+        changed["ROLE_NAME"] = "zero_redundancy"  # which torchrun sets
+    of_the_process = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {key: value for key, value in changed.items() if key not in of_the_process}
+
+
+def config_of(engine, precision, tied, processes, directory):
+    from stacey_dist.training.config import LLMConfig
+
+    config = LLMConfig(run_dir=str(directory))
+    for key, value in SHAPE.items():
+        setattr(config.model, key, value)
+    config.model.tie_word_embeddings = tied
+    config.train.mixed_precision = precision
+    config.train.global_batch_size, config.train.micro_batch_size = 2 * processes, 1
+    config.train.cpu_threads = 1
+    config.data.sequence_length = 8
+    return config
+
+
+COLLECTIVES = {
+    "allreduce_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "broadcast_": "broadcast",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of the whole tensors of each kind of collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d" and function._opname in COLLECTIVES:
+            tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            if size > 128:  # the loss, flags, norms; DDP's shapes of buckets
+                kind = COLLECTIVES[function._opname]
+                self.bytes[kind] = self.bytes.get(kind, 0) + size
+        return function(*arguments, **(keywords or {}))
+
+
+def storage_bytes(tensors):
+    """Of the distinct storages of local tensors."""
+    storages = {}
+    for tensor in tensors:
+        local = getattr(tensor, "_local_tensor", tensor)
+        storage = local.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
+def measure(engine, precision, tied, directory):
+    """Bytes of weights, gradients, masters and states on this process, by the names of the plan; communication."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from stacey_dist.checkpoint.snapshot import take
+    from stacey_dist.sharding import base_optimizer
+    from stacey_dist.training import llm
+    from stacey_dist.training.engine import ZERO_REDUNDANCY, Requests, build_engine, requested_engine
+    from stacey_dist.training.optimizers import build_optimizer
+    from stacey_dist.training.run import start
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    config = config_of(engine, precision, tied, processes, directory)
+    run = start(config)
+    model = llm.build_model(run, SimpleNamespace(vocab_size=VOCABULARY, end_token_id=0))
+    optimizer = build_optimizer(model, config.optimizer, 0, by_owner=requested_engine() == ZERO_REDUNDANCY)
+    made = build_engine(run, model, optimizer)
+    tokens = torch.arange(8).reshape(1, 8)
+    for _ in range(2 if "zero3" in engine else 1):  # ZeRO-3 learns in the first what it may leave gathered
+        with Collectives() as collectives:
+            for last in (False, True):
+                with made.micro_batch(last):
+                    logits = made.model(input_ids=tokens).logits
+                    made.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / 4)
+            found = parts(made)
+            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+    state = base_optimizer(made.optimizer).state.values()
+    for name in ("z", "m"):
+        found[name] = storage_bytes(values[name] for values in state)
+    found["collectives"] = collectives.bytes
+    ranges, _ = take(made.model, made.optimizer)
+    found["checkpoint"] = sum(part.values.numel() * part.values.element_size() for part in ranges.values())
+    if engine == "ddp":
+        sizes = made.model._get_ddp_logging_data()["bucket_sizes"]
+        found["buckets"] = sum(int(size) for size in sizes.split(", "))
+    return found
+
+
+def parts(made):
+    """Weights, gradients and masters after a backward pass."""
+    zero = getattr(made.model, "optimizer", None)
+    parameters = list(made.model.parameters())
+    if hasattr(zero, "fp16_partitioned_groups_flat"):
+        buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+        return {
+            "weights": storage_bytes(zero.fp16_partitioned_groups_flat),
+            "gradients": storage_bytes([zero.grad_partitions_flat_buffer]),
+            "masters": storage_bytes(zero.fp32_partitioned_groups_flat),
+            "float32 gradients": storage_bytes(f.grad for f in zero.fp32_partitioned_groups_flat if f.grad is not None),
+            "gradient bucket": storage_bytes(buckets),
+            "small weights": storage_bytes(p for p in parameters if p.ds_persist),
+            "persistent": sum(p.ds_numel for p in parameters if p.ds_persist),
+        }
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        return {
+            "weights": storage_bytes(zero.bit16_groups_flat),
+            "gradients": storage_bytes(g for group in zero.averaged_gradients.values() for g in group),
+            "masters": storage_bytes(zero.single_partition_of_fp32_groups),
+        }
+    return {
+        "weights": storage_bytes(parameters),
+        "gradients": storage_bytes(p.grad for p in parameters),
+        "masters": 0,
+    }
+
+
+def measure_all(rank, cases, directory):
+    """`measure` for each (engine, precision, tied), one after another in one group of processes; for each rank."""
+    found = {}
+    before = dict(os.environ)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    for engine, precision, tied in cases:
+        launch_as(engine, precision, processes)
+        found[engine, precision, tied] = measure(engine, precision, tied, directory)
+        os.environ.clear()
+        os.environ.update(before)
+    everyone = [found] * processes
+    if processes > 1:
+        dist.all_gather_object(everyone, found)
+    return everyone
+
+
+def launch_as(engine, precision, processes):
+    """Put into the environment what `accelerate launch` would."""
+    name = engine if engine in ("hsdp", "zero3_offload") else "cpu" if engine == "single" else f"cpu_{engine}"
+    os.environ.update(launch_environment(name, processes), ACCELERATE_MIXED_PRECISION=precision)
+
+
+def simulate(rank, processes, cases):
+    """For each case, elements and bytes of state that `rank` of so many processes has, on the launcher's engine.
+
+    The other ranks are not there: torch's fake process group lets collectives return at once. It is joined once in a
+    process. A case is (engine, configuration, vocabulary, whether to make an update); without an update the model is on
+    the meta device, of any size.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from stacey_dist.sharding import fragments, state_bytes
+    from stacey_dist.training import llm
+    from stacey_dist.training.engine import Requests, build_engine, start_accelerator
+    from stacey_dist.training.optimizers import build_optimizer
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
+    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    before, found = dict(os.environ), []
+    for engine, config, vocabulary, update in cases:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        launch_as(engine, "bf16", processes)
+        accelerator = start_accelerator(config)
+        run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
+        run.process_batch_size, run.micro_batch_size = 2, 1
+        with torch.device("cpu" if update else "meta"):
+            model = llm.build_model(run, SimpleNamespace(vocab_size=vocabulary, end_token_id=0))
+        optimizer = build_optimizer(model, config.optimizer, 0)
+        if update:
+            made = build_engine(run, model, optimizer)
+            tokens = torch.arange(8).reshape(1, 8)
+            with made.micro_batch(True):
+                made.backward(made.model(input_ids=tokens).logits.float().logsumexp(-1).sum())
+            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+            model, optimizer = made.model, made.optimizer
+        else:  # Accelerate would put it on the device
+            model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
+        count = sum(part.stop - part.start for part in fragments(model, optimizer, accelerator))
+        found.append((count, state_bytes(optimizer)))
+        os.environ.clear()
+        os.environ.update(before)
+    return found

@@ -1,0 +1,149 @@
+"""The plan's bytes are those of live tensors, on every engine: of real processes, and of ranks of 256 and 1 024."""
+
+import functools
+import logging
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from stacey_dist.plan import Job, checkpoint_bytes, llama
+from stacey_dist.plan.engines import BUCKET, ENGINES
+from stacey_dist.plan.hardware import find_gpu
+from stacey_dist.plan.speed import transfers
+from stacey_dist.training.command_line import parse
+from stacey_dist.training.config import LLMConfig
+from tests.plan_run import VOCABULARY, config_of, measure_all, simulate
+from tests.sharding.processes import spawn
+from tests.training.forked import server
+
+pytestmark = pytest.mark.slow
+
+DISTRIBUTED = [name for name in ENGINES if name not in ("single", "hsdp")]  # hsdp takes 4
+CASES = {  # (engine, precision, tied): the others are in between
+    1: [("single", precision, tied) for precision in ("no", "bf16") for tied in (True, False)],
+    2: [(engine, *rest) for engine in DISTRIBUTED for rest in (("no", True), ("bf16", False))],
+    4: [(engine, "bf16", True) for engine in [*DISTRIBUTED, "hsdp"]]
+    + [(engine, "no", False) for engine in ("zero2", "fsdp2", "hsdp")],
+}
+
+
+@functools.cache
+def measured(processes, directory):
+    if processes > 1:
+        return spawn(measure_all, processes, CASES[processes], directory)
+    found = alone(measure_all, 0, CASES[processes], directory).get()
+    assert isinstance(found, list), found
+    return found
+
+
+def job_of(engine, precision, tied, processes):
+    config = config_of(engine, precision, tied, processes, "unused")
+    nodes = 2 if engine == "hsdp" else 1
+    return Job(config, llama(config, VOCABULARY), engine, nodes, processes // nodes)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "engine", "precision", "tied"),
+    [(processes, *case) for processes, cases in CASES.items() for case in cases],
+)
+def test_every_byte_that_rests_is_planned(directory, processes, engine, precision, tied):
+    job = job_of(engine, precision, tied, processes)
+    by_collective = {}
+    for transfer in transfers(job, find_gpu("h100-80gb")):
+        size = by_collective.get(transfer.collective, 0) + transfer.tensor_bytes
+        by_collective[transfer.collective] = size
+    by_collective.pop("copy", None)
+    for rank, all_found in enumerate(measured(processes, directory)):
+        found, held = dict(all_found[engine, precision, tied]), ENGINES[engine](job.setup, rank)
+        planned = held.host or held.device
+        assert found["weights"] == planned["weights"]
+        assert found["gradients"] + found.get("float32 gradients", 0) == planned["gradients"]
+        assert [found[name] for name in ("masters", "z", "m")] == [planned[name] for name in ("masters", "z", "m")]
+        for name in ("gradient bucket", "small weights"):
+            if name in found:
+                assert found[name] == held.buffers[name]
+        if "buckets" in found:
+            assert found["buckets"] == held.buffers["gradient buckets"]
+        gathered = found["collectives"].pop("all-gather", 0)
+        if engine.startswith("zero3"):  # keeps what fits into MAX_LIVE from forward to backward; here, everything
+            assert 0 < gathered <= by_collective["all-gather"]
+        else:
+            assert gathered == by_collective.get("all-gather", 0)
+        rest = {kind: size for kind, size in by_collective.items() if kind != "all-gather"}
+        assert found["collectives"] == rest
+    whole, _ = checkpoint_bytes(job)
+    written = [found[engine, precision, tied]["checkpoint"] for found in measured(processes, directory)]
+    assert sum(written) == whole
+
+
+SIMULATED = [(rank, processes) for processes in (256, 1024) for rank in (0, processes - 1)]
+ENGINES_OF_MANY = {256: ("fsdp2",), 1024: ("fsdp2", "hsdp", "zero2")}
+
+
+def large():
+    config = parse(LLMConfig, ["--config", str(Path(__file__).parents[1] / "configs/llm/llama_70b.yaml")])
+    config.train.global_batch_size = 1024
+    return config
+
+
+def alone(function, *arguments):
+    """Start a function in a process of its own, without a process group; its result can be waited for."""
+    results = server().SimpleQueue()
+    process = server().Process(target=_alone, args=(results, function, arguments), daemon=True)
+    process.start()
+    return results
+
+
+def _alone(results, function, arguments):
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    try:
+        results.put(function(*arguments))
+    except BaseException:
+        results.put(traceback.format_exc())
+        raise
+
+
+@functools.cache
+def simulated():
+    def cases(processes):
+        small = [
+            (engine, config_of(engine, "bf16", False, processes, "unused")) for engine in ENGINES_OF_MANY[processes]
+        ]
+        return [*((*case, VOCABULARY, True) for case in small), ("fsdp2", large(), 32_000, False)]
+
+    started = {(rank, processes): alone(simulate, rank, processes, cases(processes)) for rank, processes in SIMULATED}
+    return {key: results.get() for key, results in started.items()}
+
+
+@pytest.mark.parametrize(("rank", "processes"), SIMULATED)
+def test_ranks_of_many_own_what_is_planned(rank, processes):
+    found = simulated()[rank, processes]
+    assert isinstance(found, list), found
+    *small, (count_70b, _) = found
+    for engine, (count, state) in zip(ENGINES_OF_MANY[processes], small, strict=True):
+        held = ENGINES[engine](job_of(engine, "bf16", False, processes).setup, rank)
+        assert state == held.device["z"] + held.device["m"]
+        padding = 2 * 2 * processes if engine == "zero2" else 0  # of each group, to 2 elements a rank
+        assert count <= state // 4 <= count + padding
+    config = large()
+    job = Job(config, llama(config), "fsdp2", processes // 8, 8)
+    assert 2 * count_70b == ENGINES["fsdp2"](job.setup, rank).device["z"]
+
+
+def test_the_bucket_is_deepspeeds_default():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from stacey_dist.plan import engines
+
+    defaults = DeepSpeedZeroConfig()
+    ours = (BUCKET, engines.SUB_GROUP, engines.PERSISTENT, engines.MAX_LIVE)
+    theirs = defaults.reduce_bucket_size, defaults.sub_group_size, defaults.param_persistence_threshold
+    assert ours == (*theirs, defaults.max_live_parameters)
