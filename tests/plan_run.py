@@ -40,7 +40,7 @@ def launch_environment(name, processes):
 
 
 def config_of(engine, precision, tied, processes, directory):
-    from stacey_dist.training.config import LLMConfig
+    from stacey_dist.training.llm_config import LLMConfig
 
     config = LLMConfig(run_dir=str(directory))
     for key, value in SHAPE.items():

@@ -14,8 +14,8 @@ from stacey_dist.plan.engines import ENGINES
 from stacey_dist.plan.hardware import GPUS, find_gpu
 from stacey_dist.plan.model import VOCABULARIES
 from stacey_dist.training.command_line import parse
-from stacey_dist.training.config import LLMConfig, validate
 from stacey_dist.training.llm import LanguageModeling, build_model
+from stacey_dist.training.llm_config import LLMConfig, validate
 
 CONFIGS = Path(__file__).parents[1] / "configs/llm"
 SIZES = {  # as the papers and model cards have them; 100M and 1B as GaLore

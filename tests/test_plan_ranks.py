@@ -13,7 +13,7 @@ from stacey_dist.plan.engines import BUCKET, ENGINES
 from stacey_dist.plan.hardware import find_gpu
 from stacey_dist.plan.speed import transfers
 from stacey_dist.training.command_line import parse
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.llm_config import LLMConfig
 from tests.plan_run import VOCABULARY, config_of, measure_all, simulate
 from tests.sharding.processes import spawn
 from tests.training.forked import server

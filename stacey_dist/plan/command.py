@@ -16,7 +16,7 @@ from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.plan.search import search
 from stacey_dist.plan.speed import speed
 from stacey_dist.training.command_line import parse
-from stacey_dist.training.config import LLMConfig, validate
+from stacey_dist.training.llm_config import LLMConfig, validate
 
 # Options that are short for a setting of the configuration.
 SHORT = {

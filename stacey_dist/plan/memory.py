@@ -8,7 +8,8 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.plan.activations import Activations, Arithmetic, activations
 from stacey_dist.plan.engines import Held, Setup, fullest
 from stacey_dist.plan.model import Llama
-from stacey_dist.training.config import LLMConfig, OptimizerConfig
+from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.training.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")

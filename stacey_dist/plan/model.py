@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.llm_config import LLMConfig
 
 # Sizes of vocabularies by the tokenizer's name on the hub, so that a plan needs no download.
 VOCABULARIES = {"t5-base": 32_100, "hf-internal-testing/llama-tokenizer": 32_000}

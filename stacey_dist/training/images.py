@@ -174,8 +174,12 @@ class ImageClassification:
         return figures["eval_top1"]
 
     def close(self) -> None:
-        """End the processes that decode images."""
+        """End the processes that decode images, and say how many could not be read."""
         self._loader.close()
+        broken = {"training": self._loader.broken, "held-out": len(self._broken)}
+        for kind, count in broken.items():
+            if count:
+                self.run.say(f"{count} broken image{'s' if count > 1 else ''} of the {kind} data on this process")
 
     def _logits(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         dtype = next(model.parameters()).dtype  # DeepSpeed has cast the weights and leaves the input to us

@@ -163,7 +163,6 @@ def checkpoint(run_dir, step):
 # Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
 # m with them; a p near 2 does not magnify that, and float32 states do not round.
 SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
-SMOOTH_IMAGES = (*SMOOTH, "--optimizer.lr", "0.5")
 
 
 def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):

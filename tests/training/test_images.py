@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -21,13 +22,14 @@ from stacey_dist.models import CifarResNet
 from tests.training.forked import ACCELERATE, ROOT, Forked, environment
 from tests.training.helpers import (
     CLASSES,
-    SMOOTH_IMAGES,
+    SMOOTH,
     assert_equal_checkpoints,
     checkpoint,
     launch,
     rows,
     training_rows,
     write_image_config,
+    write_images,
 )
 
 pytestmark = pytest.mark.slow
@@ -52,7 +54,10 @@ def on(config, tmp_path_factory):
     def run(engine, processes, *arguments):
         directory = tmp_path_factory.mktemp(engine) / "run"
         how = dict(processes=processes, engine=None if processes == 1 else engine)
-        output = launch("--config", config, "--run_dir", directory, *SMOOTH_IMAGES, *arguments, program=PROGRAM, **how)
+        output = launch(
+            "--config", config, "--run_dir", directory, *SMOOTH, "--checkpoint.every_steps", 5,
+            "--checkpoint.keep_last", 9, *arguments, program=PROGRAM, **how,
+        )  # fmt: skip
         return directory, output
 
     return run
@@ -65,25 +70,23 @@ def test_an_engine_trains_as_one_process(on, engine):
     run, output = on(engine, 2)
     alone, _ = on("cpu", 1)
     assert "16 images an update" in output
-    ours, reference = training_rows(run), training_rows(alone)
-    assert reference[-1]["loss"] < reference[0]["loss"] - 0.3
+    # The same micro-batches, so the same batch statistics, and float32 sums in another order. Batch norms of a few
+    # pixels magnify that a thousandfold in seven updates; one process with two threads strays from itself as far.
+    ours, reference = training_rows(run)[:4], training_rows(alone)[:4]
     for a, b in zip(ours, reference, strict=True):
-        # The same micro-batches, so the same batch statistics; float32 sums in another order, over 20 updates.
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["epoch"] == b["epoch"]
-    mine, theirs = checkpoint(run, 20), checkpoint(alone, 20)
-    assert mine.keys() == theirs.keys()
+    mine, theirs, ddp = (checkpoint(directory, 5) for directory in (run, alone, on("cpu_ddp", 2)[0]))
     assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
-    # The statistics are of the first process's share: of the first two micro-batches of each update's four.
+    # The statistics are of the first process's share: two of each update's four micro-batches.
     statistics = [name for name in mine if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) == 2 * 20
     for name in statistics:
         assert mine[name].dtype == torch.float32
-        assert not torch.equal(mine[name], theirs[name])
-        ddp = checkpoint(on("cpu_ddp", 2)[0], 20)
-        torch.testing.assert_close(mine[name], ddp[name], rtol=2e-3, atol=2e-4)
-    counts = [value for name, value in mine.items() if name.endswith("num_batches_tracked")]
-    assert {int(count) for count in counts} == {2 * 20}
+        assert not torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine[name], ddp[name], rtol=1e-3, atol=1e-4)
+    assert {int(value) for name, value in mine.items() if name.endswith("num_batches_tracked")} == {2 * 5}
 
 
 @pytest.mark.parametrize("engine", ["cpu_zero3", "cpu_fsdp2"])
@@ -92,7 +95,7 @@ def test_a_resumed_run_has_the_same_weights_and_statistics(config, on, tmp_path,
     (tmp_path / "checkpoints").mkdir()
     (whole / "checkpoints" / "step_00000010").rename(tmp_path / "checkpoints" / "step_00000010")
     output = launch(
-        "--config", config, "--run_dir", tmp_path, *SMOOTH_IMAGES, "--data.workers", 2, program=PROGRAM, processes=2,
+        "--config", config, "--run_dir", tmp_path, *SMOOTH, "--data.workers", 2, program=PROGRAM, processes=2,
         engine=engine,
     )  # fmt: skip
     assert "after 10 updates" in output
@@ -144,7 +147,7 @@ def test_mixed_precision(on, engine, processes, precision):
     assert f"mixed precision {precision}" in output
     losses = [row["loss"] for row in training_rows(run)]
     full = [row["loss"] for row in training_rows(on("cpu", 1)[0])]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.1
     assert losses != full
     np.testing.assert_allclose(losses[:5], full[:5], atol=0.1)
     saved = checkpoint(run, 20)
@@ -193,8 +196,6 @@ def test_workers_survive_the_signal_that_everyone_gets(config, tmp_path):
 
 
 def test_broken_images_are_named_once_and_counted_out(config, tmp_path):
-    import shutil
-
     shutil.copytree(config.parent / "images", tmp_path / "images")
     broken = [tmp_path / "images" / split / CLASSES[0] / f"{CLASSES[0]}_3.JPEG" for split in ("train", "val")]
     for path in broken:
@@ -204,7 +205,8 @@ def test_broken_images_are_named_once_and_counted_out(config, tmp_path):
         "--train.epochs", 1.5, program=PROGRAM,
     )  # fmt: skip
     assert output.count("left out a broken image") == 2
-    assert all(output.count(f"{path.parent.name}/{path.name}") == 1 for path in broken)
+    assert all(output.count(str(path)) == 1 for path in broken)
+    assert "1 broken image of the training data" in output
     top1 = evaluations(tmp_path / "run")[-1]["eval_top1"] * (HELD_OUT - 1)
     assert top1 == pytest.approx(round(top1))
     # 150 images, one and a half times, by 16.
@@ -233,8 +235,6 @@ def test_bad_settings_are_one_line(config, tmp_path, arguments, message):
 def test_other_images_are_another_run(config, on, tmp_path):
     run, _ = on("cpu", 1)
     changed = write_image_config(tmp_path, train={"max_steps": 30})
-    from tests.training.helpers import write_images
-
     write_images(tmp_path / "fewer", training=49)
     output = launch(
         "--config",
@@ -243,17 +243,15 @@ def test_other_images_are_another_run(config, on, tmp_path):
         tmp_path / "fewer",
         "--run_dir",
         run,
-        *SMOOTH_IMAGES,
+        *SMOOTH,
         program=PROGRAM,
         expect=2,
     )
     assert "data: the training or held-out data are not those it was trained on" in output
-    output = launch(
-        "--config", changed, "--data.crop", "none", "--run_dir", run, *SMOOTH_IMAGES, program=PROGRAM, expect=2
-    )
+    output = launch("--config", changed, "--data.crop", "none", "--run_dir", run, *SMOOTH, program=PROGRAM, expect=2)
     assert "data.crop: random_resized there, none now" in output
     # The same images elsewhere.
-    output = launch("--config", changed, "--run_dir", run, *SMOOTH_IMAGES, program=PROGRAM)
+    output = launch("--config", changed, "--run_dir", run, *SMOOTH, program=PROGRAM)
     assert "after 20 updates" in output
 
 
@@ -296,7 +294,7 @@ def test_imagenet_form_is_exported_for_transformers(tmp_path):
 def test_quickstart(tmp_path):
     """`accelerate launch train_imagenet.py` in an empty directory."""
     result = subprocess.run(
-        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "300"],
+        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "200"],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -306,7 +304,7 @@ def test_quickstart(tmp_path):
     )
     assert result.returncode == 0, result.stdout[-5000:]
     run = tmp_path / "runs" / "digits"
-    assert evaluations(run)[-1]["eval_top1"] > 0.94  # measured: .97
+    assert evaluations(run)[-1]["eval_top1"] > 0.92  # measured: .95
     assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
     assert "  data " in result.stdout
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):
