@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat, rendezvous
 from stacey_dist.training.config import LLMConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def start_accelerator(config: LLMConfig) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Accelerate drops a timeout that equals its own default for NCCL, and gloo's is another.
     patience = timedelta(seconds=config.train.collective_timeout_seconds, milliseconds=1)
-    joining: dict[str, Any] = {"timeout": patience}
+    joining: dict[str, Any] = {"timeout": patience, "init_method": rendezvous.ATTEMPT}
     if requested == "fsdp2" and on_cpu:
         # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU

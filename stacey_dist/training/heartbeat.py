@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from stacey_dist.training import rendezvous
+
 EXIT_STATUS = 75
 _AGAIN = "all processes stop; started again, the run goes on from its newest checkpoint"
 # Added to a counter: as a word in its place, it could not be read as one that may not be there yet.
@@ -41,16 +43,15 @@ class Heartbeat:
         processes: how many there are.
         timeout: seconds of silence after which a process is taken for dead.
         address: the host and port of the store that all processes reach.
-        attempt: differs between launches on one store.
     """
 
-    def __init__(self, rank: int, processes: int, timeout: float, address: tuple[str, int], attempt: str = "0") -> None:
+    def __init__(self, rank: int, processes: int, timeout: float, address: tuple[str, int]) -> None:
         self.rank, self.processes, self.timeout = rank, processes, timeout
         self.interval = min(1.0, timeout / 10)
         self.host = socket.gethostname()
         # A connection of its own: an operation that waits would hold up all others.
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-        self.store = PrefixStore(f"stacey_dist/heartbeat/{attempt}", store)
+        self.store = PrefixStore(f"stacey_dist/heartbeat_{rendezvous.attempt()}", store)
         # Nothing is sent over this one. Where it ends, the store has gone; its own client would print a C++ stack.
         self._line = socket.create_connection(address, timeout=60)
         self._watched = list(range(processes)) if rank == 0 else [0]
@@ -211,9 +212,7 @@ def start(timeout: float | None) -> None:
     global _running
     if timeout is not None and dist.is_initialized() and dist.get_world_size() > 1:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # The launcher's store outlives its processes.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _running = Heartbeat(dist.get_rank(), dist.get_world_size(), timeout, address, attempt)
+        _running = Heartbeat(dist.get_rank(), dist.get_world_size(), timeout, address)
 
 
 def stop() -> None:
