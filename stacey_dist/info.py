@@ -1,4 +1,4 @@
-"""What is installed here, what runs, and what installs the rest: `stacey-dist info`, which a report of a problem needs."""
+"""What is installed here, what runs, and what installs the rest: `stacey-dist info`, for a report of a problem."""
 
 import importlib.metadata
 import os
