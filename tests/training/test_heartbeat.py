@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -107,10 +108,12 @@ def test_the_first_process_may_end_first():
 
 def pause_all(started):
     time.sleep(1)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for process in started:
-            os.kill(process.pid, number)
-        time.sleep(2 * TIMEOUT if number == signal.SIGSTOP else 0)
+    first, *others = started  # the first process, which watches, is the last to stop and the first to wake
+    for process in [*others, None, first]:
+        time.sleep(0.15) if process is None else os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(2 * TIMEOUT)
+    for process in [first, None, *others]:
+        time.sleep(0.05) if process is None else os.kill(process.pid, signal.SIGCONT)
 
 
 def waits(rank, own):
@@ -141,6 +144,8 @@ def lost(rank, own):
     if rank == 1:
         time.sleep(0.2)
         os._exit(10 if own.report(ValueError("this is wrong")) else 11)
+    # The launcher stops those that are left on the host.
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     os._exit(10 if own.report(error) else 11)
 
