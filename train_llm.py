@@ -4,7 +4,7 @@
 def main() -> None:
     """Read the settings, build the parts, train, export."""
     from stacey_dist.training.command_line import parse
-    from stacey_dist.training.config import LLMConfig, validate
+    from stacey_dist.training.llm_config import LLMConfig, validate
 
     config = parse(LLMConfig)
 
@@ -27,7 +27,7 @@ def main() -> None:
         checkpoint = train(run, task, engine)
         exported = llm.export(run, data, checkpoint)
         run.say(f"\nsample: {llm.sample(run, engine, data)}\n")
-        run.report(exported)
+        run.report(f"model and tokenizer for transformers: {exported}")
         engine.close()
 
 

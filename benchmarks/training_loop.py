@@ -13,6 +13,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import nn
 
 from stacey_dist.bench import machine
 from stacey_dist.training import llm
-from stacey_dist.training.config import LLMConfig
 from stacey_dist.training.engine import build_engine
+from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer
 from stacey_dist.training.run import start
@@ -52,12 +53,12 @@ class InTurns(llm.LanguageModeling):
     def __init__(self, run: Any, data: llm.TextData, model: Any, bare: BareLoop, steps: int) -> None:
         super().__init__(run, data, model)
         self.bare = bare
-        self.batches = [super(InTurns, self).micro_batches(step * self.batch_size)[0] for step in range(steps)]
+        self.batches = [next(super(InTurns, self).micro_batches(step * self.batch_size)) for step in range(steps)]
         self.launcher_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self.since = 0.0
 
-    def micro_batches(self, position: int) -> list[llm.TokenBatch]:
+    def micro_batches(self, position: int) -> Iterator[llm.TokenBatch]:
         begin = time.perf_counter()
         if position:
             self.launcher_seconds.append(begin - self.since)

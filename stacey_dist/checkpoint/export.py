@@ -9,9 +9,9 @@ from stacey_dist.checkpoint.read import read_tensors, tensors
 
 
 def describe_model(model: Any) -> dict[str, Any] | None:
-    """What `export_model` has to know, for a checkpoint's `extra["model"]`; None if transformers did not make it."""
+    """What `export_model` has to know, for a checkpoint's `extra["model"]`; None if it is of neither library."""
     for model_class in type(model).__mro__:  # `fully_shard` puts a class of its own in front
-        if model_class.__module__.startswith("transformers.models."):
+        if model_class.__module__.startswith(("transformers.models.", "stacey_dist.models.")):
             return {"class": model_class.__name__, "config": model.config.to_dict()}
     return None
 
@@ -27,16 +27,19 @@ def export_model(path: Path, directory: Path) -> None:
     import torch
     import transformers
 
+    from stacey_dist import models
+
     manifest = read_manifest(path)
     described = manifest["extra"].get("model")
     if described is None:
         raise DamagedCheckpointError(f'{path}: its extra has no "model", as describe_model gives it')
-    found = getattr(transformers, described["class"], None)
+    found = getattr(transformers, described["class"], None) or getattr(models, described["class"], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise DamagedCheckpointError(f"{path}: {described['class']} is not a model of transformers")
+        raise DamagedCheckpointError(f"{path}: {described['class']} is not a model of transformers or stacey_dist")
     model_class: Any = found
     config = model_class.config_class.from_dict(described["config"])
-    config.use_cache = True
+    if hasattr(config, "use_cache"):
+        config.use_cache = True
     # The class itself: `from_config` would partition the model among the processes of a ZeRO-3 run.
     with torch.device("meta"):
         shell = model_class(config)

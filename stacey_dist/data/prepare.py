@@ -1,16 +1,14 @@
 """Tokenize a source once, into parts that are memory-mapped by every later run."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, PROGRESS, PartWriter, token_dtype, write_json
 from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.source import Source
@@ -68,7 +66,7 @@ def prepare(
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"data.cache_dir: {directory} cannot be made: {error.strerror}") from error
-        with _locked(directory / "lock", announce=progress):
+        with locked(directory / "lock", announce=progress):
             if not (directory / INDEX).exists():
                 _Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
     return directory
@@ -77,19 +75,6 @@ def prepare(
 def _fingerprint(source: Source, tokenizer: Tokenizer, max_tokens: int | None, validation_every: int) -> str:
     identity = [FORMAT_VERSION, source.identity, tokenizer.fingerprint, max_tokens, validation_every]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def _locked(path: Path, announce: bool) -> Iterator[None]:
-    """Hold a lock that the system gives back when the process ends, however it ends."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if announce:
-                print(f"waiting for another process that prepares {path.parent}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Preparation:

@@ -59,7 +59,7 @@ class GlobalSampler:
         # One dimension at least: numpy warns of wraparound in scalars, and here it is wanted.
         flat = positions.astype(np.uint64).reshape(-1)
         size = np.uint64(self.size)
-        keys = _mix(flat // size + _mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+        keys = mix(flat // size + mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
         samples = self._permute(flat % size, keys)
         while (outside := np.flatnonzero(samples >= size)).size:
             samples[outside] = self._permute(samples[outside], keys[outside])
@@ -75,13 +75,16 @@ class GlobalSampler:
         high, low = values >> self._low_bits, values & self._low_mask
         for number in range(0, _ROUNDS, 2):
             # Each half in turn is changed by a function of the other: undone by the same steps backwards.
-            high = (high ^ _mix(_mix(keys + np.uint64(number)) + low)) & self._high_mask
-            low = (low ^ _mix(_mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+            high = (high ^ mix(mix(keys + np.uint64(number)) + low)) & self._high_mask
+            low = (low ^ mix(mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
         return (high << self._low_bits) | low
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash 64-bit integers: a golden-ratio step, so that 0 is not fixed, and murmur3's finalizer."""
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash 64-bit integers, an array of at least one dimension: other integers that look random, one to one.
+
+    A golden-ratio step, so that 0 is not fixed, and murmur3's finalizer.
+    """
     values = values + _GOLDEN
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)

@@ -1,12 +1,12 @@
-"""Every setting of the launchers, with its meaning, its default and its check.
+"""The settings that both launchers share, with their meaning, their defaults and their checks.
 
-The defaults are the quickstart: `train_llm.py` without arguments. The sections that both launchers share come
-first.
+What only one of them has is in `llm_config.py` and `image_config.py`. The defaults here are the quickstart of
+`train_llm.py`.
 """
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from stacey_dist.errors import SettingsError
 
@@ -63,10 +63,12 @@ class TrainConfig:
 
     max_steps: int = 600
     """Updates of the whole run."""
+    epochs: float | None = None
+    """Passes over the training data, in place of max_steps, which then follows."""
     global_batch_size: int = 16
-    """Sequences of one update, over all processes."""
+    """Samples (sequences, images) of one update, over all processes."""
     micro_batch_size: int | None = None
-    """Sequences of one forward pass on one process; the accumulation follows. None: no accumulation."""
+    """Samples of one forward pass on one process; the accumulation follows. None: no accumulation."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 is off."""
     log_every_steps: int = 10
@@ -99,6 +101,8 @@ class CheckpointConfig:
     """Minutes after which there is another checkpoint, whatever every_steps says."""
     keep_last: int = 2
     """How many checkpoints are kept, the newest."""
+    keep_best: bool = False
+    """Save after every evaluation that is the best so far, and keep the best."""
     keep_every: int | None = None
     """Checkpoints whose number of updates is a multiple of this are kept too, for good."""
     asynchronous: bool = True
@@ -124,123 +128,44 @@ class TrackingConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The LLaMA to build (transformers' LlamaForCausalLM)."""
-
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    intermediate_size: int = 344
-    """Width inside each feed-forward block."""
-    num_hidden_layers: int = 4
-    """Number of layers."""
-    num_attention_heads: int = 4
-    """Number of attention heads."""
-    num_key_value_heads: int | None = None
-    """Number of key-value heads. None: one for each attention head."""
-    max_position_embeddings: int | None = None
-    """Longest sequence the model is declared for. None: data.sequence_length."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    tie_word_embeddings: bool = False
-    """Share the input and output embeddings."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights. bfloat16 has no float32 master: for stacey and lp_descent, which round stochastically."""
-
-
-@dataclass
-class DataConfig:
-    """What to train on. Without files or dataset: the documentation of Python's standard library."""
-
-    files: list[str] = field(default_factory=list)
-    """Files or patterns: JSON lines (.json, .jsonl, also .gz) as C4 has them, .parquet, .txt."""
-    validation_files: list[str] = field(default_factory=list)
-    """Files or patterns to evaluate on. Empty: documents held out of the training data."""
-    dataset: str | None = None
-    """A dataset on the Hugging Face hub, as in allenai/c4."""
-    dataset_config: str | None = None
-    """The dataset's configuration, as in en."""
-    dataset_split: str = "train"
-    """The split to train on."""
-    dataset_validation_split: str | None = "validation"
-    """The split to evaluate on. null: documents held out of the training data."""
-    streaming: bool = True
-    """Read the hub's dataset while it arrives, instead of downloading all of it first."""
-    text_column: str = "text"
-    """The column or key that holds a document's text."""
-    sequence_length: int = 128
-    """Tokens of one training sequence."""
-    max_tokens: int | None = None
-    """Training tokens to prepare at most. None: all."""
-    validation_every: int = 50
-    """Without a validation set, one document in this many is held out."""
-    cache_dir: str | None = None
-    """Where tokenized data is kept, for all runs. None: run_dir/data."""
-
-
-@dataclass
-class TokenizerConfig:
-    """The tokenizer: a sentencepiece model, a hub tokenizer, or one trained on the data."""
-
-    name: str | None = None
-    """A tokenizer on the Hugging Face hub, or a directory that AutoTokenizer loads."""
-    file: str | None = None
-    """A sentencepiece .model file."""
-    vocab_size: int = 2048
-    """Without name and file, a sentencepiece BPE model of this size is trained on the data."""
-
-
-@dataclass
-class LLMConfig:
-    """Pretrain a LLaMA with STACEY."""
+class RunConfig:
+    """What a run of either launcher is set by; a subclass adds its model and its data."""
 
     run_dir: str = "runs/quickstart"
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    samples: ClassVar[str] = "samples"
+    """What a sample is, as in "sequences"."""
+    changes_to_allow: ClassVar[tuple[str, ...]] = ()
+    """What makes it another run, and is refused on resuming unless `checkpoint.allow_changes` names it. The data
+    themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype of the weights before the engine casts them."""
+        return "float32"
+
 
 DATA_CHANGE = "data"
-# What makes it another run, and is refused on resuming unless allowed. The data themselves, and the tokenizer, are
-# compared by content: their files may have moved.
-CHANGES_TO_ALLOW = (
-    "seed",
-    *(f"model.{name.name}" for name in fields(ModelConfig) if name.name != "max_position_embeddings"),
-    DATA_CHANGE,
-    "data.sequence_length",
-    "train.global_batch_size",
-    "optimizer.variant",
-)
+SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")
+"""What makes it another run for every launcher."""
 
 
-def validate(config: LLMConfig) -> None:
-    """Raise SettingsError for a value that is out of range, whatever it is combined with."""
-    positive = {
-        "model": (
-            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "max_position_embeddings rope_theta initializer_range"
-        ),
-        "data": "sequence_length max_tokens",
-        "tokenizer": "vocab_size",
-        "train": (
-            "max_steps global_batch_size micro_batch_size log_every_steps eval_every_steps cpu_threads "
-            "max_skipped_steps heartbeat_timeout_seconds collective_timeout_seconds"
-        ),
-        "checkpoint": "every_steps every_minutes keep_last keep_every",
-    }
-    for section, names in positive.items():
-        for name in names.split():
-            value = getattr(getattr(config, section), name)
-            check(value is None or value > 0, f"{section}.{name}", value, "it must be > 0")
+def validate_shared(config: RunConfig) -> None:
+    """Raise SettingsError for a value of the shared settings that is out of range, whatever it is combined with."""
+    check_positive(
+        config,
+        train="max_steps epochs global_batch_size micro_batch_size log_every_steps eval_every_steps cpu_threads "
+        "max_skipped_steps heartbeat_timeout_seconds collective_timeout_seconds",
+        checkpoint="every_steps every_minutes keep_last keep_every",
+    )
     not_negative = {
         "optimizer": "lr weight_decay eps alpha",
         "schedule": "warmup_steps min_lr_ratio",
@@ -252,17 +177,13 @@ def validate(config: LLMConfig) -> None:
             check(0 <= value < math.inf, f"{section}.{name}", value, "it must be a finite number >= 0")
     check(config.seed >= 0, "seed", config.seed, "it must be >= 0")
     check(config.run_dir.strip() != "", "run_dir", config.run_dir, "it must name a directory")
-    _validate_model(config)
     _validate_optimizer(config.optimizer)
-    _validate_checkpoint(config.checkpoint)
-    schedule, train, data = config.schedule, config.train, config.data
+    _validate_checkpoint(config.checkpoint, config.changes_to_allow)
+    schedule, train = config.schedule, config.train
     check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
-    check(
-        schedule.warmup_steps <= train.max_steps,
-        "schedule.warmup_steps",
-        schedule.warmup_steps,
-        f"it must be at most train.max_steps = {train.max_steps}",
-    )
+    check(train.epochs is None or train.epochs < math.inf, "train.epochs", train.epochs, "it must be finite")
+    if train.epochs is None:
+        check_warmup(config)
     micro = train.micro_batch_size
     check(
         micro is None or train.global_batch_size % micro == 0,
@@ -270,71 +191,24 @@ def validate(config: LLMConfig) -> None:
         micro,
         f"it must divide train.global_batch_size = {train.global_batch_size}",
     )
-    check(data.validation_every >= 2, "data.validation_every", data.validation_every, "it must be >= 2")
+
+
+def check_warmup(config: RunConfig) -> None:
+    """Raise SettingsError if the run is over before the warm-up is."""
     check(
-        not (data.files and data.dataset),
-        "data.dataset",
-        data.dataset,
-        "give either data.files or data.dataset, not both (--data.dataset null)",
-    )
-    check(
-        bool(data.files) or not data.validation_files,
-        "data.validation_files",
-        data.validation_files,
-        "it goes with data.files",
-    )
-    tokenizer = config.tokenizer
-    check(
-        not (tokenizer.name and tokenizer.file),
-        "tokenizer.file",
-        tokenizer.file,
-        "give either tokenizer.name or tokenizer.file, not both",
+        config.schedule.warmup_steps <= config.train.max_steps,
+        "schedule.warmup_steps",
+        config.schedule.warmup_steps,
+        f"it must be at most train.max_steps = {config.train.max_steps}",
     )
 
 
-def _validate_model(config: LLMConfig) -> None:
-    model = config.model
-    heads, hidden = model.num_attention_heads, model.hidden_size
-    check(
-        hidden % heads == 0,
-        "model.num_attention_heads",
-        heads,
-        f"it must divide model.hidden_size = {hidden}",
-    )
-    check(
-        hidden // heads % 2 == 0,
-        "model.num_attention_heads",
-        heads,
-        f"model.hidden_size / model.num_attention_heads = {hidden // heads} must be even, for rotary embeddings",
-    )
-    groups = model.num_key_value_heads
-    check(
-        groups is None or heads % groups == 0,
-        "model.num_key_value_heads",
-        groups,
-        f"it must divide model.num_attention_heads = {heads}",
-    )
-    longest, length = model.max_position_embeddings, config.data.sequence_length
-    check(
-        longest is None or longest >= length,
-        "model.max_position_embeddings",
-        longest,
-        f"it must be at least data.sequence_length = {length}",
-    )
-    name = config.optimizer.name
-    check(
-        model.dtype == "float32" or name in ("stacey", "lp_descent"),
-        "model.dtype",
-        model.dtype,
-        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
-        "use float32 with train.mixed_precision bf16, or stacey",
-    )
-    check(
-        model.dtype == "float32" or config.train.mixed_precision != "fp16",
-        "train.mixed_precision",
-        "fp16",
-        f"it needs model.dtype float32, not {model.dtype}",
-    )
+def check_positive(config: RunConfig, **sections: str) -> None:
+    """Raise SettingsError unless the named settings of each section are above zero, or None."""
+    for section, names in sections.items():
+        for name in names.split():
+            value = getattr(getattr(config, section), name)
+            check(value is None or value > 0, f"{section}.{name}", value, "it must be > 0")
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
@@ -363,10 +237,10 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     check(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "it must be within [0, 1)")
 
 
-def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
-    names = ", ".join(CHANGES_TO_ALLOW)
+def _validate_checkpoint(checkpoint: CheckpointConfig, allowed: tuple[str, ...]) -> None:
+    names = ", ".join(allowed)
     for name in checkpoint.allow_changes:
-        check(name in CHANGES_TO_ALLOW, "checkpoint.allow_changes", name, f"it may name {names}")
+        check(name in allowed, "checkpoint.allow_changes", name, f"it may name {names}")
     source = checkpoint.resume_from
     check(
         source is None or checkpoint.resume != "never",

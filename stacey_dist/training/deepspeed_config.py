@@ -30,10 +30,10 @@ def complete(run: "Run") -> None:
             f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3, "
             "and configs/accelerate/ddp.yaml shards nothing"
         )
-    if run.config.model.dtype != "float32":
+    if run.config.weights_dtype != "float32":
         raise SettingsError(
-            f"model.dtype: {run.config.model.dtype} is not allowed with DeepSpeed, which keeps float32 master weights; "
-            "use float32, with train.mixed_precision bf16"
+            f"model.dtype: {run.config.weights_dtype} is not allowed with DeepSpeed, which keeps float32 master "
+            "weights; use float32, with train.mixed_precision bf16"
         )
     if config.get("fp16", {}).get("enabled"):
         from deepspeed.accelerator import get_accelerator

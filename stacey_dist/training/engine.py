@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import deepspeed_config, heartbeat, rendezvous
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.config import RunConfig
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
@@ -52,7 +53,7 @@ def requested_engine() -> str:
     return ZERO_REDUNDANCY if os.environ.get("ROLE_NAME") == ZERO_REDUNDANCY else "ddp"
 
 
-def start_accelerator(config: LLMConfig) -> Accelerator:
+def start_accelerator(config: RunConfig) -> Accelerator:
     """Join the processes on the engine that the launch asked for.
 
     Raises SettingsError if Accelerate brings up another engine or another number of processes.
@@ -71,10 +72,12 @@ def start_accelerator(config: LLMConfig) -> Accelerator:
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
+    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
+    handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
-        kwargs_handlers=[InitProcessGroupKwargs(**joining)],
+        kwargs_handlers=handlers,
         log_with=list(config.tracking.trackers) or None,
         project_dir=config.run_dir,
     )
@@ -149,6 +152,15 @@ class Engine:
         placement = None if self.name == "fsdp2" else [True, False]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
 
+    def share_buffers(self) -> None:
+        """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
+
+        Engines leave each process with its own, of its own share of the batches, if nobody does.
+        """
+        if self.accelerator.num_processes > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def set_learning_rate(self, lr: float) -> None:
         """Set every group's learning rate for the next update."""
         for group in self.optimizer.param_groups:
@@ -179,17 +191,32 @@ class Engine:
             requests: what this process asks for.
             max_grad_norm: the norm to clip to; 0 is off.
         """
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
-        assert norm is not None
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        base = base_optimizer(self.optimizer)
+        clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
+        norm = self._gradient_norm() if clips_itself else self._clip(max_grad_norm or math.inf)
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
+        elif clips_itself and 0 < max_grad_norm < grad_norm:
+            vars(base)["grad_scale"] = torch.full((), grad_norm / max_grad_norm, device=loss.device)
         if applied or self.accelerator.scaler is not None:
             self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
+        vars(base).pop("grad_scale", None)
         self.optimizer.zero_grad()
         return Update(loss_value, grad_norm, applied, agreed)
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm of all gradients, without the loss scale; they stay as they are."""
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients, without the loss scale, to this norm; returns the norm that they had."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        assert norm is not None
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
         """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
@@ -241,7 +268,12 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         deepspeed_config.complete(self.run)
+        exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
+        for module, name, buffer in exact:
+            if buffer is not None:
+                module._buffers[name] = buffer.to(self.accelerator.device)
 
     @property
     def _zero(self) -> Any:

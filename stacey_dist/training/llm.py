@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import TokenStream
-from stacey_dist.training.config import DataConfig, LLMConfig
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.run import Run
 
 IGNORED_LABEL = -100
@@ -38,7 +38,7 @@ class TextData:
     tokenizer: Tokenizer | None
 
 
-def prepare_data(run: Run) -> TextData:
+def prepare_data(run: Run[LLMConfig]) -> TextData:
     """Tokenize the configured text, or find it in the cache, and open it.
 
     Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
@@ -96,7 +96,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     return tokenizer
 
 
-def build_model(run: Run, data: TextData) -> LlamaForCausalLM:
+def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
     """The LLaMA of the configuration, with the same initial weights on every process."""
     model = run.config.model
     torch.manual_seed(run.config.seed)
@@ -140,9 +140,10 @@ class LanguageModeling:
 
     unit = "tokens"
 
-    def __init__(self, run: Run, data: TextData, model: LlamaForCausalLM) -> None:
+    def __init__(self, run: Run[LLMConfig], data: TextData, model: LlamaForCausalLM) -> None:
         self.run, self.data = run, data
         self.batch_size = run.config.train.global_batch_size
+        self.samples_per_epoch = len(data.train)
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
         self.data_identity = hashlib.sha256((data.train.identity + data.validation.identity).encode()).hexdigest()
         self._samples: tuple[int, list[int]] = (-1, [])
@@ -165,14 +166,15 @@ class LanguageModeling:
         """Tokens predicted in the update: fewer than batch x length where the last, partial window is in it."""
         return sum(self.data.train.label_count(i) for i in self.samples(position))
 
-    def micro_batches(self, position: int) -> list[TokenBatch]:
+    def micro_batches(self, position: int) -> Iterator[TokenBatch]:
         """This process's share of the update's windows, in order."""
         labels = self.units(position)
         share = self.run.process_batch_size
         first = self.run.accelerator.process_index * share
         mine = self.samples(position)[first : first + share]
         size = self.run.micro_batch_size
-        return [self._batch(self.data.train, mine[i : i + size], labels) for i in range(0, len(mine), size)]
+        for start in range(0, len(mine), size):
+            yield self._batch(self.data.train, mine[start : start + size], labels)
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """The micro-batch's summed cross-entropy over the number of tokens in the whole update."""
@@ -193,6 +195,10 @@ class LanguageModeling:
         loss = float(total) / stream.total_labels
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
+    def score(self, figures: dict[str, float]) -> float:
+        """How good such figures are: higher is better."""
+        return -figures["eval_loss"]
+
     def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         logits = model(input_ids=batch.inputs).logits
         return F.cross_entropy(
@@ -211,7 +217,7 @@ class LanguageModeling:
         return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
-def export(run: Run, data: TextData, checkpoint: Path) -> Path:
+def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
     """Write the model of a checkpoint and its tokenizer as `transformers` loads them; returns the directory.
 
     The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
@@ -227,7 +233,7 @@ def export(run: Run, data: TextData, checkpoint: Path) -> Path:
     return directory
 
 
-def sample(run: Run, engine: Engine, data: TextData) -> str:
+def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
     """A held-out beginning and how the trained model continues it, as text; empty except on the main process.
 
     All processes call it together: sharded weights are gathered by all.

@@ -1,7 +1,7 @@
 """The training loop: from the first update to the last, through evaluations, checkpoints and interruptions."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,10 @@ class Task(Protocol):
     batch_size: int
     """Samples of one update, over all processes."""
 
-    def micro_batches(self, position: int) -> Sequence[Any]:
+    samples_per_epoch: int
+    """Samples of the training data."""
+
+    def micro_batches(self, position: int) -> Iterable[Any]:
         """This process's micro-batches of the update whose first sample is at this global position.
 
         A function of the settings and the position.
@@ -50,6 +53,10 @@ class Task(Protocol):
         """Held-out figures, the same on every process."""
         ...
 
+    def score(self, figures: dict[str, float]) -> float:
+        """How good such figures are: higher is better."""
+        ...
+
 
 def train(run: Run, task: Task, engine: Engine) -> Path:
     """Train the engine's model in place to `train.max_steps` updates, going on from the run's newest checkpoint.
@@ -61,6 +68,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
     config, accelerator = run.config, run.accelerator
+    run.settle_length(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
     last = config.train.max_steps
     if progress.step >= last:
@@ -68,6 +76,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
         return checkpoint_path(run, progress.step)
     run.write_config()
     metrics = Metrics(run, task.unit, task.flops_per_unit, progress.step)
+    micro_batches = run.process_batch_size // run.micro_batch_size
     skipped_in_a_row = 0
     engine.model.train()
     with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
@@ -75,8 +84,9 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             lr = config.optimizer.lr * _lr_share(run, progress.step)
             engine.set_learning_rate(lr)
             loss = torch.zeros((), device=accelerator.device)
-            for batch, last_of_update in _mark_last(task.micro_batches(progress.position)):
-                with engine.micro_batch(last_of_update):
+            batches = metrics.timed(task.micro_batches(progress.position))
+            for number, batch in enumerate(batches, start=1):
+                with engine.micro_batch(last=number == micro_batches):
                     share = task.loss(engine.model, batch)
                     engine.backward(share)
                 loss += share.detach()
@@ -94,19 +104,23 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                     "lower optimizer.lr, or look at the data"
                 )
             saver.report()
-            metrics.step(progress, units, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
+            epoch = progress.position / task.samples_per_epoch
+            metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
             metrics.pause()
             ending = update.requests.stop or progress.step == last
             evaluating = progress.step == last or progress.step % config.train.eval_every_steps == 0
+            improved = False
             if evaluating:
-                metrics.evaluation(progress.step, _evaluate(task, engine))
+                figures = _evaluate(task, engine)
+                metrics.evaluation(progress.step, figures)
+                improved = progress.improves(task.score(figures))
             if evaluating or ending:
                 metrics.plot()
             if ending:
                 metrics.say(f"saved {saver.save_surely(progress)}")
             elif update.requests.save_surely:
                 saver.save_surely(progress)
-            elif update.requests.save or saver.is_due(progress.step):
+            elif update.requests.save or saver.is_due(progress.step) or (improved and config.checkpoint.keep_best):
                 saver.save(progress)
             if update.requests.stop:
                 number = int(stop.received or 15)
@@ -130,13 +144,9 @@ def _lr_share(run: Run, step: int) -> float:
 
 
 def _evaluate(task: Task, engine: Engine) -> dict[str, float]:
+    engine.share_buffers()
     engine.model.eval()
     with torch.no_grad():
         figures = task.evaluate(engine.module)
     engine.model.train()
     return figures
-
-
-def _mark_last(batches: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
-    for index, batch in enumerate(batches):
-        yield batch, index == len(batches) - 1

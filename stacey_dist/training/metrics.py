@@ -7,14 +7,17 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
+
+T = TypeVar("T")
 
 # Dense bf16 tensor throughput in FLOP/s, as the makers state it (without sparsity).
 _PEAK_FLOPS = {
@@ -69,6 +72,7 @@ class Metrics:
         self.live = sys.stdout.isatty()
         self._unwritten: list[str] = []
         self._units = 0
+        self._waited = 0.0
         self._busy = 0.0
         self._since = time.perf_counter()
         self._total_busy = 0.0
@@ -89,7 +93,18 @@ class Metrics:
         """Start the clock again."""
         self._since = time.perf_counter()
 
-    def step(self, progress: Progress, units: int, *, loss: float, lr: float, grad_norm: float) -> None:
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, with the time that the process waits for them counted."""
+        batches = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, progress: Progress, units: int, *, epoch: float, loss: float, lr: float, grad_norm: float) -> None:
         """Count a finished update; print and write it where the settings say so."""
         step = progress.step
         self._units += units
@@ -104,6 +119,7 @@ class Metrics:
         speed = self._units / busy
         row: dict[str, Any] = {
             "step": step,
+            "epoch": round(epoch, 4),
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -111,6 +127,7 @@ class Metrics:
         }
         if self.peak is not None:
             row["mfu"] = round(speed * self.flops_per_unit / self.peak, 4)
+        row["data_wait"] = round(min(self._waited / busy, 1.0), 4)
         row["memory_gb"] = round(memory_in_use(self.run.accelerator.device) / 2**30, 3)
         row["skipped_steps"] = progress.skipped_steps
         done = step - self.start_step
@@ -120,7 +137,7 @@ class Metrics:
         if due:
             self.write(row)
             self._total_busy += busy
-            self._units, self._busy, self._since = 0, 0.0, now
+            self._units, self._waited, self._busy, self._since = 0, 0.0, 0.0, now
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Write and print the figures of an evaluation after update `step`."""
@@ -129,7 +146,7 @@ class Metrics:
         self.say(f"step {step}/{self.max_steps}  {shown}")
 
     def plot(self) -> None:
-        """Draw training and evaluation loss over the updates into run_dir/loss.png."""
+        """Draw the losses, and the accuracy if there is one, over the updates into run_dir/loss.png."""
         if not self.main:
             return
         try:
@@ -141,25 +158,27 @@ class Metrics:
         from matplotlib.figure import Figure
 
         rows = read_rows(self.path)
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
+        accuracy = [(row["step"], 100 * row["eval_top1"]) for row in rows if row.get("eval_top1") is not None]
+        figure = Figure(figsize=(8, 7.5 if accuracy else 4.5), layout="constrained")
+        panels = figure.subplots(2 if accuracy else 1, sharex=True, squeeze=False)[:, 0]
+        axes = panels[0]
         train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
         held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
         if train:
             axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training loss")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
-            axes.annotate(
-                f"{held_out[-1][1]:.3f}",
-                held_out[-1],
-                xytext=(0, -8),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-            )
-        axes.set(xlabel="update", ylabel="cross-entropy, nats per token", title=self.run.directory.name)
-        axes.margins(y=0.1)
-        axes.grid(alpha=0.3)
+            _annotate_last(axes, held_out, "{:.3f}")
+        unit = self.unit.removesuffix("s")
+        axes.set(ylabel=f"cross-entropy, nats per {unit}", title=self.run.directory.name)
+        if accuracy:
+            panels[1].plot(*zip(*accuracy, strict=True), color="tab:orange", marker="o")
+            _annotate_last(panels[1], accuracy, "{:.2f} %")
+            panels[1].set(ylabel="held-out top-1 accuracy, %")
+        panels[-1].set(xlabel="update")
+        for panel in panels:
+            panel.margins(y=0.1)
+            panel.grid(alpha=0.3)
         if train or held_out:
             axes.legend()
         figure.savefig(self.path.with_name("loss.png"), dpi=120)
@@ -198,6 +217,7 @@ class Metrics:
     def _print(self, row: dict[str, Any], seconds_left: float, due: bool) -> None:
         parts = [
             f"step {row['step']}/{self.max_steps}",
+            f"epoch {row['epoch']:.2f}",
             f"loss {row['loss']:.4f}",
             f"lr {row['lr']:.2e}",
             f"grad norm {row['grad_norm']:.3f}",
@@ -205,7 +225,7 @@ class Metrics:
         ]
         if "mfu" in row:
             parts.append(f"mfu {row['mfu']:.1%}")
-        parts += [f"{row['memory_gb']:.1f} GB", f"ETA {duration(seconds_left)}"]
+        parts += [f"data {row['data_wait']:.0%}", f"{row['memory_gb']:.1f} GB", f"ETA {duration(seconds_left)}"]
         if row["skipped_steps"]:
             parts.append(f"{row['skipped_steps']} skipped")
         line = "  ".join(parts)
@@ -213,6 +233,11 @@ class Metrics:
             print(f"\r\x1b[K{line}", end="\n" if due else "", flush=True)
         else:
             print(line, flush=True)
+
+
+def _annotate_last(axes: Any, points: list[tuple[int, float]], form: str) -> None:
+    text = form.format(points[-1][1])
+    axes.annotate(text, points[-1], xytext=(0, -8), textcoords="offset points", ha="center", va="top")
 
 
 def _init_trackers(run: Run) -> None:

@@ -8,7 +8,7 @@ from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.checkpoint.read import verify_together
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
-from stacey_dist.training.config import CHANGES_TO_ALLOW, DATA_CHANGE
+from stacey_dist.training.config import DATA_CHANGE
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
@@ -33,10 +33,12 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         run.fail(f"run_dir: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
+    own = run.directory in chosen.parents
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
-    if run.directory in chosen.parents:  # a run that another one branches off goes on to have its own trackers
+    if own:  # a run that another one branches off goes on to have its own trackers, and its own best
         run.tracker_ids = extra.get("trackers", {})
+        progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
     run.say(f"resumed from {chosen} after {progress.step} updates")
     return progress
 
@@ -108,10 +110,10 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
     refused = [
         text
         for name, text in changed.items()
-        if name in _NEVER_CHANGED or (name in CHANGES_TO_ALLOW and name not in allowed)
+        if name in _NEVER_CHANGED or (name in run.config.changes_to_allow and name not in allowed)
     ]
     if data_identity != extra["data_identity"] and DATA_CHANGE not in allowed:
-        refused += [f"{DATA_CHANGE}: the tokens or the tokenizer are not those it was trained on"]
+        refused += [f"{DATA_CHANGE}: the training or held-out data are not those it was trained on"]
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:
         raise SettingsError(

@@ -1,12 +1,13 @@
 """A run: its processes, its directory, and what they agree on before the first step."""
 
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -17,13 +18,14 @@ from accelerate.utils import set_seed
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import heartbeat
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import LLMConfig, check
+from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.engine import engine_description, start_accelerator
 
 T = TypeVar("T")
+C = TypeVar("C", bound=RunConfig)
 
 
-class Run:
+class Run(Generic[C]):
     """One training run as seen by one of its processes.
 
     Args:
@@ -34,7 +36,7 @@ class Run:
         SettingsError: the global batch does not divide over the processes, or run_dir cannot be written.
     """
 
-    def __init__(self, config: LLMConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: C, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
@@ -65,6 +67,16 @@ class Run:
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
 
+    def settle_length(self, samples_per_epoch: int) -> None:
+        """Let `train.max_steps` follow from `train.epochs`, where that is given.
+
+        Raises SettingsError if the run is over before the warm-up is.
+        """
+        train = self.config.train
+        if train.epochs is not None:
+            train.max_steps = math.ceil(train.epochs * samples_per_epoch / train.global_batch_size)
+            check_warmup(self.config)
+
     def write_config(self) -> None:
         """Write config.yaml, once it is sure that the settings are this run's."""
         if self.accelerator.is_main_process:
@@ -83,15 +95,20 @@ class Run:
             raise SettingsError(message)
         sys.exit(2)
 
-    def report(self, exported: Path) -> None:
-        """Say where everything is, and the command to go on."""
-        longer = 2 * self.config.train.max_steps
+    def report(self, exported: str) -> None:
+        """Say where everything is, `exported` too, and the command to go on."""
+        train = self.config.train
+        longer = (
+            f"--train.max_steps {2 * train.max_steps}"
+            if train.epochs is None
+            else f"--train.epochs {2 * train.epochs:g}"
+        )
         launch = "accelerate launch" + (" --config_file FILE" if self.accelerator.num_processes > 1 else "")
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
-            f"model and tokenizer for transformers: {exported}\n"
+            f"{exported}\n"
             f"to go on: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
-            f"--train.max_steps {longer}"
+            f"{longer}"
         )
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -131,7 +148,7 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
         outcome["error"] = error
 
 
-def start(config: LLMConfig) -> Run:
+def start(config: C) -> Run[C]:
     """Bring up the processes and the run directory for a checked configuration."""
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(config)
@@ -144,12 +161,12 @@ def start(config: LLMConfig) -> Run:
     set_seed(config.seed)
     run = Run(config, accelerator)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
-    arithmetic = config.model.dtype if mixed == "no" else f"mixed precision {mixed}"
+    arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
         f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
         f"{engine_description(accelerator)}, "
         f"{arithmetic}, "
-        f"{config.train.global_batch_size} sequences an update"
+        f"{config.train.global_batch_size} {config.samples} an update"
     )
     return run
 

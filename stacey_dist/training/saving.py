@@ -1,5 +1,6 @@
 """When a run saves, what it keeps, and what a failed save means."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,17 @@ class Progress:
     """Samples that all processes together have trained on: the next one is the sample at this global position."""
     skipped_steps: int = 0
     """Updates that changed nothing, for a loss or gradient that was not finite."""
+    best_step: int | None = None
+    """After which update the evaluation was best."""
+    best_score: float | None = None
+    """How good it was: higher is better."""
+
+    def improves(self, score: float) -> bool:
+        """Whether an evaluation is the best so far; if it is, it is noted."""
+        better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
+        if better:
+            self.best_step, self.best_score = self.step, score
+        return better
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
@@ -104,12 +116,13 @@ class Saver:
             "trackers": self.run.tracker_ids,
         }
         path = checkpoint_path(self.run, progress.step)
-        self._background.save(path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path))
+        best = progress.best_step if self.settings.keep_best else None
+        self._background.save(path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path, best))
         return path
 
-    def _retain(self, saved: Path) -> None:
+    def _retain(self, saved: Path, best: int | None) -> None:
         if self.run.accelerator.is_main_process:
             try:
-                retain(saved, self.settings.keep_last, self.settings.keep_every)
+                retain(saved, self.settings.keep_last, self.settings.keep_every, best)
             except OSError as error:
                 print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)

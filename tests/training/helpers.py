@@ -1,4 +1,4 @@
-"""Small launches of train_llm.py, as a user makes them."""
+"""Small launches of train_llm.py and train_imagenet.py, as a user makes them."""
 
 import json
 import random
@@ -6,10 +6,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from stacey_dist.checkpoint import read_tensors
 from tests.training.forked import Forked, command, environment
@@ -53,8 +55,41 @@ def write_config(directory, **changes):
     return path
 
 
+TINY_IMAGES = {
+    "data": {"image_size": 12, "crop": "random_resized", "min_scale": 0.5, "eval_resize": 14, "mean": [0.5] * 3},
+    "model": {"depth": 18, "width": 4},
+    "train": {**TINY["train"], "max_steps": 20, "eval_every_steps": 10, "global_batch_size": 16, "micro_batch_size": 4},
+    "schedule": {"warmup_steps": 3},
+    "checkpoint": {"every_steps": 10, "keep_best": False, "keep_last": 2},
+}
+CLASSES = ("n01440764", "n01443537", "n01484850")
+
+
+def write_images(directory, training=50, validation=11):
+    """An ImageNet tree of three classes, told apart by a colour, with one size and another; all JPEGs."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        for split, count in (("train", training), ("val", validation + label)):
+            (directory / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (rng.integers(12, 30), rng.integers(12, 30), 3), dtype=np.uint8)
+                pixels[..., label] += 100
+                Image.fromarray(pixels).save(directory / split / name / f"{name}_{i}.JPEG", quality=95)
+
+
+def write_image_config(directory, **changes):
+    """tiny.yaml in `directory`, with its images; `changes` are sections to update."""
+    if not (directory / "images").exists():
+        write_images(directory / "images")
+    config = {section: {**values, **changes.pop(section, {})} for section, values in TINY_IMAGES.items()} | changes
+    config["data"].setdefault("path", str(directory / "images"))
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def launch(*arguments, processes=1, expect=0, through_accelerate=False, **how):
-    """Run train_llm.py to its end; returns what it printed. `how` is for `Forked` or `command`.
+    """Run a launcher to its end; returns what it printed. `how` is for `Forked` or `command`.
 
     The processes are forked from a server that has the imports done, which saves ten seconds a launch, in the
     environment that `accelerate launch` gives them; or it is that launcher itself.
@@ -128,6 +163,7 @@ def checkpoint(run_dir, step):
 # Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
 # m with them; a p near 2 does not magnify that, and float32 states do not round.
 SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
+SMOOTH_IMAGES = (*SMOOTH, "--optimizer.lr", "0.5")
 
 
 def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):

@@ -1,23 +1,34 @@
-"""train_llm.py, with its samples recorded and accidents on the way, as the environment asks for.
+"""A launcher, with its samples recorded and accidents on the way, as the environment asks for.
 
-RECORD=FILE appends the ids of each update's samples to FILE.RANK. ACCIDENT="EVENT RANK COUNT SIGNAL" sends the signal
-to process RANK as it comes to EVENT for the COUNTth time; several are separated by semicolons.
+LAUNCHER=train_imagenet is the other launcher; train_llm is meant otherwise.
+
+RECORD=FILE appends the position of each update and checksums of its samples to FILE.RANK.
+ACCIDENT="EVENT RANK COUNT SIGNAL" sends the signal to process RANK as it comes to EVENT for the COUNTth time; several
+are separated by semicolons.
 """
 
 import json
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import train_imagenet
 import train_llm
 from stacey_dist.checkpoint import write
-from stacey_dist.training import engine, llm, loop, saving
+from stacey_dist.training import engine, images, llm, loop, saving
+
+LAUNCHERS = {
+    "train_llm": (train_llm, llm.LanguageModeling),
+    "train_imagenet": (train_imagenet, images.ImageClassification),
+}
+launcher, task = LAUNCHERS[os.environ.get("LAUNCHER", "train_llm")]
 
 EVENTS = {
-    "forward": (llm.LanguageModeling, "loss"),
+    "forward": (task, "loss"),
     "backward": (engine.Engine, "backward"),
     "update": (engine.Engine, "finish_update"),
     "save": (saving.Saver, "save"),
@@ -44,19 +55,28 @@ def main():
         event, at, count, number = one.rsplit(" ", 3)
         if at == rank:
             arrange(event, int(count), int(number))
-    train_llm.main()
+    launcher.main()
 
 
 def record_samples(path):
-    original = llm.LanguageModeling._batch
+    original = task.micro_batches
 
-    def batch(self, stream, windows, update_labels):
-        if stream is self.data.train:
+    def micro_batches(self, position):
+        for batch in original(self, position):
             with path.open("a") as file:
-                file.write(json.dumps([self._samples[0], list(windows)]) + "\n")
-        return original(self, stream, windows, update_labels)
+                file.write(json.dumps([position, samples_of(batch)]) + "\n")
+            yield batch
 
-    llm.LanguageModeling._batch = batch
+    task.micro_batches = micro_batches
+
+
+def samples_of(batch):
+    """What tells each sample of a batch from others: all of its content."""
+    columns = (batch.pixels, batch.labels) if task is images.ImageClassification else (batch.inputs, batch.labels)
+    return [
+        zlib.crc32(x.contiguous().numpy().tobytes(), zlib.crc32(y.numpy().tobytes()))
+        for x, y in zip(*columns, strict=True)
+    ]
 
 
 def arrange(event, count, number):

@@ -12,7 +12,9 @@ import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.resnet.modeling_resnet  # noqa: F401
 
+import stacey_dist.training.images
 import stacey_dist.training.llm
 import stacey_dist.training.loop  # noqa: F401

@@ -8,7 +8,7 @@ import pytest
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import deepspeed_config
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.llm_config import LLMConfig
 from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,

@@ -74,15 +74,15 @@ def beat(scenario, rank, processes, port, output, timeout):
     scenario(rank, heartbeat.Heartbeat(rank, processes, timeout, ("127.0.0.1", port)))
 
 
-def beat_together(scenario, processes=3, disturb=lambda started: None, timeout=TIMEOUT):
+def beat_together(scenario, processes=3, disturb=lambda started, stores: None, timeout=TIMEOUT):
     """Exit statuses, and what was printed."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))]
     with tempfile.NamedTemporaryFile("r") as output:
-        arguments = (processes, store.port, output.name, timeout)
+        arguments = (processes, stores[0].port, output.name, timeout)
         started = [server().Process(target=beat, args=(scenario, rank, *arguments)) for rank in range(processes)]
         for process in started:
             process.start()
-        disturb(started)
+        disturb(started, stores)
         for process in started:
             process.join(20)
         return [process.exitcode for process in started], output.read()
@@ -102,11 +102,18 @@ def first_ends_first(rank, own):
     own.stop()
 
 
-def test_the_first_process_may_end_first():
-    assert beat_together(first_ends_first) == ([0, 0, 0], "")
+def end_the_store_after_the_first_process(started, stores):
+    while int(stores[0].get("stacey_dist/heartbeat_0/beat/0")) < heartbeat._GOODBYE:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    stores.clear()
 
 
-def pause_all(started):
+def test_the_first_process_may_end_first_and_take_the_store_along():
+    assert beat_together(first_ends_first, disturb=end_the_store_after_the_first_process) == ([0, 0, 0], "")
+
+
+def pause_all(started, stores):
     time.sleep(1)
     first, *others = started  # the first process, which watches, is the last to stop and the first to wake
     for process in [*others, None, first]:

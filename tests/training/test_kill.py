@@ -10,33 +10,45 @@ import pytest
 from stacey_dist.checkpoint import find_checkpoints
 from stacey_dist.checkpoint.compare import differences
 from tests.training.forked import Forked
-from tests.training.helpers import training_rows, write_config
+from tests.training.helpers import training_rows, write_config, write_image_config
 
 pytestmark = pytest.mark.slow
 
 PROGRAM = "tests/training/instrumented.py"
+ENGINES = ("cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_fsdp2")
 EVERYWHERE = ("time", "forward", "backward", "update", "save", "before writing", "written")
 ON_RANK_0 = ("before the manifest", "manifest", "rename", "renamed", "retention", "deletion")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("kill"))
+def configs(tmp_path_factory):
+    write = {"train_llm": write_config, "train_imagenet": write_image_config}
+    return {launcher: write[launcher](tmp_path_factory.mktemp("kill")) for launcher in write}
 
 
 def curve(run_dir):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in training_rows(run_dir)]
 
 
-@pytest.mark.parametrize("engine", ["cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"])
-@pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.exhaustive)])
-def test_a_run_that_is_killed_again_and_again(config, tmp_path, engine, kills):
+@pytest.mark.parametrize(
+    ("launcher", "engine", "kills"),
+    [
+        *(("train_llm", engine, 8) for engine in ENGINES),
+        *(("train_imagenet", engine, 4) for engine in ("cpu_ddp", "cpu_zero3")),
+        *(
+            pytest.param(launcher, engine, 40, marks=pytest.mark.exhaustive)
+            for launcher in ("train_llm", "train_imagenet")
+            for engine in ENGINES
+        ),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again(configs, tmp_path, launcher, engine, kills):
     steps = 8 * kills
     arguments = (
-        "--config", config, "--train.max_steps", steps, "--train.eval_every_steps", steps // 2,
+        "--config", configs[launcher], "--train.max_steps", steps, "--train.eval_every_steps", steps // 2,
         "--train.micro_batch_size", 2, "--checkpoint.every_steps", 2,
     )  # fmt: skip
-    how = dict(program=PROGRAM, processes=2, engine=engine)
+    how = dict(program=PROGRAM, processes=2, engine=engine, LAUNCHER=launcher)
     output, status = Forked(*arguments, "--run_dir", tmp_path / "whole", **how).wait()
     assert status == 0, output[-3000:]
 

@@ -116,7 +116,7 @@ def test_other_data_are_refused_and_moved_data_are_not(uninterrupted, tmp_path):
     with (tmp_path / "text.txt").open("a") as file:
         file.write("and one more document.\n")
     output = launch(*arguments[:-1], 44, expect=2)
-    assert "the tokens or the tokenizer are not those it was trained on" in output
+    assert "the training or held-out data are not those it was trained on" in output
 
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):

@@ -1,4 +1,4 @@
-"""train_llm.py goes on from any engine on any other: the same samples, and the losses of the run that stayed."""
+"""Both launchers go on from any engine on any other: the same samples, and the losses of the run that stayed."""
 
 import functools
 import itertools
@@ -8,41 +8,48 @@ import shutil
 import pytest
 
 from tests.training.forked import Forked
-from tests.training.helpers import SMOOTH, training_rows, write_config
+from tests.training.helpers import SMOOTH, training_rows, write_config, write_image_config
 
 pytestmark = pytest.mark.slow
 ENGINES = ["cpu", "cpu_ddp", "cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"]
-HALF, END, BATCH = 10, 20, 12
+HALF, END, BATCH = 10, 20, 24  # 1 to 4 processes have an even share: batch norms see the same two images
 BEFORE = dict(zip(ENGINES, (1, 2, 3, 4, 3, 2, 4), strict=True))
 AFTER = dict(zip(ENGINES, (1, 4, 2, 3, 4, 3, 2), strict=True))
 RING = list(zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True))
-PAIRS = [
-    pytest.param(*pair, marks=() if pair in RING else pytest.mark.exhaustive)
+IN_CI = [
+    *(("train_llm", *pair) for pair in RING),
+    ("train_imagenet", "cpu_zero3", "cpu_fsdp2"),
+    ("train_imagenet", "cpu_fsdp2", "cpu"),
+]
+CASES = [
+    pytest.param(launcher, *pair, marks=() if (launcher, *pair) in IN_CI else pytest.mark.exhaustive)
+    for launcher in ("train_llm", "train_imagenet")
     for pair in itertools.permutations(ENGINES, 2)
 ]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return write_config(
-        tmp_path_factory.mktemp("move"),
+def configs(tmp_path_factory):
+    settings = dict(
         train={"max_steps": END, "global_batch_size": BATCH, "eval_every_steps": END},
         checkpoint={"every_steps": HALF},
     )
+    write = {"train_llm": write_config, "train_imagenet": write_image_config}
+    return {launcher: write[launcher](tmp_path_factory.mktemp("move"), **settings) for launcher in write}
 
 
-def run(config, directory, engine, processes):
+def run(configs, launcher, directory, engine, processes):
     output, status = Forked(
-        "--config", config, "--run_dir", directory, *SMOOTH,
+        "--config", configs[launcher], "--run_dir", directory, *SMOOTH,
         program="tests/training/instrumented.py", processes=processes, RECORD=directory.with_name("samples"),
-        engine=None if processes == 1 else engine,
+        engine=None if processes == 1 else engine, LAUNCHER=launcher,
     ).wait()  # fmt: skip
     assert status == 0, output
     return output
 
 
 def samples(directory, processes):
-    """The ids of each update's samples, in the order of the processes that had them, by position."""
+    """Checksums of each update's samples, in the order of the processes that had them, by position."""
     found = {}
     for rank in range(processes):
         for line in (directory / f"samples.{rank}").read_text().splitlines():
@@ -52,25 +59,25 @@ def samples(directory, processes):
 
 
 @pytest.fixture(scope="module")
-def stayed(config, tmp_path_factory):
+def stayed(configs, tmp_path_factory):
     """The directory of a run of 20 updates on one engine."""
 
     @functools.cache
-    def run_on(engine):
+    def run_on(launcher, engine):
         directory = tmp_path_factory.mktemp(engine)
-        run(config, directory / "run", engine, BEFORE[engine])
+        run(configs, launcher, directory / "run", engine, BEFORE[engine])
         return directory
 
     return run_on
 
 
-@pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_a_run_goes_on_elsewhere(stayed, config, tmp_path, before, after):
-    whole = stayed(before)
+@pytest.mark.parametrize(("launcher", "before", "after"), CASES)
+def test_a_run_goes_on_elsewhere(stayed, configs, tmp_path, launcher, before, after):
+    whole = stayed(launcher, before)
     moved = tmp_path / "run" / "checkpoints"
     moved.mkdir(parents=True)
     shutil.copytree(whole / "run/checkpoints" / f"step_{HALF:08d}", moved / f"step_{HALF:08d}")
-    output = run(config, tmp_path / "run", after, AFTER[after])
+    output = run(configs, launcher, tmp_path / "run", after, AFTER[after])
     assert f"after {HALF} updates" in output
     expected = samples(whole, BEFORE[before])
     assert list(expected) == list(range(0, END * BATCH, BATCH))

@@ -11,8 +11,9 @@ import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.training import metrics, signals
-from stacey_dist.training.config import LLMConfig, OptimizerConfig
+from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.llm import LanguageModeling
+from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import parameter_groups, schedule
 
 

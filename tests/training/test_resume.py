@@ -12,7 +12,7 @@ from stacey_dist import Stacey
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import LLMConfig
+from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
@@ -143,7 +143,7 @@ CHANGES = [
     ({"model__rope_theta": 5e4}, "model.rope_theta", "model.rope_theta: 10000.0 there, 50000.0 now"),
     ({"train__global_batch_size": 32}, "train.global_batch_size", "train.global_batch_size: 16 there, 32 now"),
     ({"optimizer__variant": "pp"}, "optimizer.variant", "optimizer.variant: p2 there, pp now"),
-    ({"data": "other data"}, "data", "data: the tokens or the tokenizer are not those it was trained on"),
+    ({"data": "other data"}, "data", "data: the training or held-out data are not those it was trained on"),
     ({"data__sequence_length": 64}, "data.sequence_length", "data.sequence_length: 128 there, 64 now"),
 ]
 

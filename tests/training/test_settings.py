@@ -9,7 +9,7 @@ import yaml
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
-from stacey_dist.training.config import LLMConfig, validate
+from stacey_dist.training.llm_config import LLMConfig, validate
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
 

@@ -1,0 +1,41 @@
+"""Images for training: folders, parquet, CIFAR, embedded digits; decoding, random crops, caches, batches.
+
+Importing this package loads torch, and not transformers.
+"""
+
+from stacey_dist.data.images.arrow import ArrowImages, hub_images, parquet_images
+from stacey_dist.data.images.augment import Crop, Transform
+from stacey_dist.data.images.batches import IGNORED_LABEL
+from stacey_dist.data.images.cache import Cache, CachedImages, cached
+from stacey_dist.data.images.cifar import cifar_images
+from stacey_dist.data.images.decode import BrokenImageError, decode, read_pixels
+from stacey_dist.data.images.embedded import embedded_images
+from stacey_dist.data.images.folder import FolderImages, folder_images
+from stacey_dist.data.images.image_set import ArrayImages, ImageSet
+from stacey_dist.data.images.loader import ImageBatch, ImageLoader, evaluation_batches
+from stacey_dist.data.images.open import open_images
+
+__all__ = [
+    "IGNORED_LABEL",
+    "ArrayImages",
+    "ArrowImages",
+    "BrokenImageError",
+    "Cache",
+    "CachedImages",
+    "Crop",
+    "FolderImages",
+    "ImageBatch",
+    "ImageLoader",
+    "ImageSet",
+    "Transform",
+    "cached",
+    "cifar_images",
+    "decode",
+    "embedded_images",
+    "evaluation_batches",
+    "folder_images",
+    "hub_images",
+    "open_images",
+    "parquet_images",
+    "read_pixels",
+]

@@ -1,0 +1,25 @@
+"""One process at a time makes what many processes on a machine ask for."""
+
+import contextlib
+import fcntl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(path: Path, announce: bool) -> Iterator[None]:
+    """Hold a lock file that the system gives back when the process ends, however it ends.
+
+    Args:
+        path: the lock file, made where it is not there; its directory is named in the message.
+        announce: say on stderr when another process holds it and this one waits.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if announce:
+                print(f"waiting for another process that prepares {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

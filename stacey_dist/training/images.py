@@ -1,0 +1,232 @@
+"""Image classification as a task of the training loop: data, model, loss, evaluation, export."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stacey_dist.checkpoint.export import export_model
+from stacey_dist.data.images import (
+    ImageBatch,
+    ImageLoader,
+    ImageSet,
+    Transform,
+    cached,
+    evaluation_batches,
+    open_images,
+)
+from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.errors import SettingsError
+from stacey_dist.models import build_resnet
+from stacey_dist.training.config import check
+from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
+from stacey_dist.training.run import Run
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A run's images, the same on every process, and what becomes of them on their way into the network."""
+
+    train: ImageSet
+    validation: ImageSet
+    transform: Transform
+
+
+def prepare_data(run: Run[ImageConfig]) -> ImageData:
+    """Find the configured images, and put them into the cache if one is asked for.
+
+    Raises SettingsError for a path or data set that holds no images in a form that is known.
+    """
+    data = run.config.data
+    cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
+
+    def work() -> tuple[ImageSet, ImageSet]:
+        found = open_images(
+            data.path,
+            data.dataset,
+            data.dataset_config,
+            data.dataset_split,
+            data.dataset_validation_split,
+            data.image_column,
+            data.label_column,
+            str(cache),
+        )
+        train, validation = (cached(images, data.cache, cache, data.cache_resize) for images in found)
+        return train, validation
+
+    train, validation = run.on_main(work)
+    transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
+    run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
+    return ImageData(train, validation, transform)
+
+
+def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
+    """The ResNet of the configuration, with the same initial weights on every process."""
+    model = run.config.model
+    torch.manual_seed(run.config.seed)
+    resnet = build_resnet(
+        model.depth,
+        data.train.classes,
+        stem=model.stem,
+        width=model.width,
+        zero_init_residual=model.zero_init_residual,
+    )
+    if model.sync_batch_norm:
+        device = run.accelerator.device.type
+        check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
+        resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
+    if run.config.train.compile:
+        resnet.compile()
+    count = sum(p.numel() for p in resnet.parameters())
+    optimizer = run.config.optimizer
+    run.say(f"model: ResNet-{model.depth} with {count:,} parameters; {optimizer.name}, lr {optimizer.lr:g}")
+    return resnet
+
+
+class ImageClassification:
+    """Classification of images: the `Task` of `train_imagenet.py`."""
+
+    unit = "images"
+
+    def __init__(self, run: Run[ImageConfig], data: ImageData, model: nn.Module) -> None:
+        self.run, self.data = run, data
+        settings, accelerator = run.config, run.accelerator
+        self.batch_size = settings.train.global_batch_size
+        self.samples_per_epoch = len(data.train)
+        self.data_identity = f"{data.train.identity} {data.validation.identity}"
+        self.flops_per_unit = 3.0 * _forward_flops(model, settings.data.image_size)
+        # Pixels arrive as bytes, a quarter of the traffic, and become (pixel / 255 - mean) / std on the device.
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=accelerator.device).view(1, 3, 1, 1)
+            for values in (settings.data.mean, settings.data.std)
+        )
+        self._workers = dict(
+            workers=_workers(settings.data, accelerator.device),
+            prefetch=settings.data.prefetch,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self._loader = ImageLoader(
+            data.train,
+            data.transform,
+            sampler=GlobalSampler(len(data.train), settings.seed),
+            seed=settings.seed,
+            global_batch_size=self.batch_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            micro_batch_size=run.micro_batch_size,
+            **self._workers,
+        )
+
+    def micro_batches(self, position: int) -> Iterator[ImageBatch]:
+        """This process's share of the update's images, in order."""
+        for batch in self._loader.micro_batches(position):
+            yield self._on_device(batch)
+
+    def units(self, position: int) -> int:
+        """Images of the update."""
+        return self.batch_size
+
+    def loss(self, model: nn.Module, batch: ImageBatch) -> Tensor:
+        """The micro-batch's summed cross-entropy over the number of images in the whole update."""
+        smoothing = self.run.config.train.label_smoothing
+        logits = self._logits(model, batch)
+        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) / self.batch_size
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss without smoothing, and the shares of right first and first five guesses, each image counted once."""
+        accelerator = self.run.accelerator
+        batches = evaluation_batches(
+            self.data.validation,
+            self.data.transform,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            batch_size=self.run.micro_batch_size,
+            **self._workers,
+        )
+        totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1, top-5
+        for batch in map(self._on_device, batches):
+            logits, labels = self._logits(model, batch), batch.labels
+            guesses = logits.topk(min(5, logits.shape[1])).indices
+            right = guesses == labels[:, None]  # nowhere for an image that does not count
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+            totals += torch.stack([(labels >= 0).sum(), loss, right[:, 0].sum(), right.sum()])
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(totals)
+        images, loss, top1, top5 = totals.tolist()
+        if images == 0:
+            raise SettingsError("data.path: no image of the validation set can be read")
+        return {"eval_loss": loss / images, "eval_top1": top1 / images, "eval_top5": top5 / images}
+
+    def score(self, figures: dict[str, float]) -> float:
+        """How good such figures are: higher is better."""
+        return figures["eval_top1"]
+
+    def close(self) -> None:
+        """End the processes that decode images."""
+        self._loader.close()
+
+    def _logits(self, model: nn.Module, batch: ImageBatch) -> Tensor:
+        dtype = next(model.parameters()).dtype  # DeepSpeed has cast the weights and leaves the input to us
+        pixels = ((batch.pixels - self._mean) / self._std).to(dtype)
+        logits: Tensor = model(pixel_values=pixels).logits
+        return logits.float()
+
+    def _on_device(self, batch: ImageBatch) -> ImageBatch:
+        device = self.run.accelerator.device
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.pixels, batch.labels))
+        return ImageBatch(pixels, labels)
+
+
+def _forward_flops(model: nn.Module, image_size: int) -> int:
+    """Floating-point operations of one image's forward pass."""
+    described: Any = model
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        type(described)(described.config)(pixel_values=torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops()
+
+
+def _workers(data: ImageDataConfig, device: torch.device) -> int:
+    if data.workers is not None:
+        return data.workers
+    if device.type == "cpu":
+        return 0  # the network has the cores
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
+    """Write the model of a checkpoint as `transformers` loads it; returns the directory.
+
+    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
+    """
+    directory = run.directory / "model"
+    data = run.config.data
+
+    def work() -> None:
+        export_model(checkpoint, directory)
+        # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
+        processor = {
+            "image_processor_type": "ConvNextImageProcessor",
+            "do_resize": data.eval_resize is not None,
+            "size": {"shortest_edge": data.image_size},
+            "crop_pct": data.image_size / (data.eval_resize or data.image_size),
+            "resample": 2,  # bilinear
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(data.mean),
+            "image_std": list(data.std),
+        }
+        (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+    run.on_main(work)
+    return directory

@@ -1,0 +1,140 @@
+"""Images in memory and in folders: read as they lie, refused with a reason."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stacey_dist.data.images import (
+    ArrayImages,
+    folder_images,
+    open_images,
+    read_pixels,
+)
+from stacey_dist.data.images.image_set import sampled
+from stacey_dist.errors import SettingsError
+from tests.data.images.helpers import encoded, image_tree, numbered, picture, same
+
+
+def test_arrays() -> None:
+    images = same(numbered(300))
+    assert images.read(257)[0, 0].tolist() == [1, 1, 0]  # type: ignore[index]
+    assert images.name(4) == "image 4"
+    changed = numbered(300)
+    changed.pixels[299, 7, 7, 2] = 1
+    others = [changed, numbered(299), ArrayImages(numbered(300).pixels, images.labels[::-1], images.classes)]
+    assert len({images.identity, *(other.identity for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(2, int), "shape"),
+        (np.zeros((2, 8, 8, 3)), np.zeros(2, int), "float64"),
+        (np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, int), "2 images need as many labels"),
+        (np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 3]), "from 0 to 2, got 0 to 3"),
+    ],
+)
+def test_bad_arrays(pixels: Any, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArrayImages(pixels, labels, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("split", ["val", "validation", "test"])
+def test_folder(tmp_path: Path, split: str) -> None:
+    image_tree(tmp_path, ("train", split))
+    (tmp_path / "train/n01/x.PNG").write_bytes(encoded(picture(seed=99), "PNG"))
+    for name in ("notes.txt", ".hidden.jpg"):
+        (tmp_path / "train/n01" / name).write_text("no image")
+    (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "train/list.csv").touch()
+    train, validation = open_images(str(tmp_path))
+    assert train.classes == validation.classes == ["n01", "n02"]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert train.labels.dtype == np.int64
+    names = ["n01/n01_0.JPEG", "n01/n01_1.JPEG", "n01/x.PNG", "n02/n02_0.JPEG", "n02/n02_1.JPEG"]
+    assert [train.name(i) for i in range(5)] == [str(tmp_path / "train" / name) for name in names]
+    assert train.read(4) == (tmp_path / "train/n02/n02_1.JPEG").read_bytes()
+    assert np.array_equal(read_pixels(train, 2), picture(seed=99))
+    same(train)
+    assert len(validation) == 4
+
+
+def test_folder_names_of_any_kind(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("Köter [1]", "a b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for file in (b"b\xff.jpg", "ü x.Jpg".encode()):
+                Path(os.fsdecode(bytes(tmp_path / split / name) + b"/" + file)).write_bytes(encoded(picture()))
+    train, _ = open_images(str(tmp_path))
+    assert train.classes == ["Köter [1]", "a b"]
+    assert all(train.read(i) for i in range(4))
+    assert train.name(1).endswith("ü x.Jpg")
+
+
+def test_folder_identity(tmp_path: Path) -> None:
+    first = folder_images(image_tree(tmp_path / "one"))[0].identity
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    assert folder_images(tmp_path / "two")[0].identity == first
+    file = tmp_path / "two/train/n02/n02_1.JPEG"
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + b"\0\xff\xd9")  # of the same length
+    assert folder_images(tmp_path / "two")[0].identity != first
+    file.write_bytes(content)
+    assert folder_images(tmp_path / "two")[0].identity == first
+    file.rename(file.with_name("other.JPEG"))
+    assert folder_images(tmp_path / "two")[0].identity != first
+
+
+def test_identity_of_many_files_knows_sizes(tmp_path: Path) -> None:
+    train, _ = folder_images(image_tree(tmp_path, per_class=200))
+    unread = (set(range(400)) - set(sampled(400))).pop()
+    file = Path(train.name(unread))
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0")
+    assert folder_images(tmp_path)[0].identity != train.identity
+    file.write_bytes(content)
+    assert folder_images(tmp_path)[0].identity == train.identity
+
+
+def test_folder_keeps_no_string_an_image(tmp_path: Path) -> None:
+    train, _ = folder_images(image_tree(tmp_path, per_class=50))
+    assert len(pickle.dumps(train)) < 4000
+
+
+def remove(path: str) -> Any:
+    return lambda root: shutil.rmtree(root / path)
+
+
+def empty(path: str) -> Any:
+    return lambda root: [file.unlink() for file in (root / path).iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("val/n02"), r"data\.path: .*/val has no folder for class 'n02'"),
+        (remove("train/n01"), r"data\.path: .*/val has a folder 'n01', which is none of the training classes"),
+        (empty("train/n02"), r"data\.path: .*/train/n02 has no images; their names end in \.jpeg"),
+        (empty("val/n01"), r"data\.path: .*/val/n01 has no images"),
+        (remove("val"), r"data\.path: .* has train and none of val, validation, test beside it"),
+        (lambda root: [shutil.rmtree(f) for f in (root / "train").iterdir()], r"train has no class folders"),
+        (lambda root: (root / "train/n01/a.jpg").symlink_to("gone"), r"n01/a\.jpg cannot be read: No such file"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, change: Any, message: str) -> None:
+    image_tree(tmp_path)
+    change(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        open_images(str(tmp_path))
+
+
+def test_file_that_goes_is_an_error_of_its_own(tmp_path: Path) -> None:
+    train, _ = folder_images(image_tree(tmp_path))
+    os.unlink(train.name(0))
+    with pytest.raises(FileNotFoundError, match="n01_0"):
+        train.read(0)

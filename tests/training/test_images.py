@@ -1,0 +1,313 @@
+"""train_imagenet.py: exact evaluation, every engine, precisions, the best checkpoint, signals, what it exports."""
+
+import functools
+import io
+import json
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from stacey_dist.checkpoint.export import export_model
+from stacey_dist.models import CifarResNet
+from tests.training.forked import ACCELERATE, ROOT, Forked, environment
+from tests.training.helpers import (
+    CLASSES,
+    SMOOTH_IMAGES,
+    assert_equal_checkpoints,
+    checkpoint,
+    launch,
+    rows,
+    training_rows,
+    write_image_config,
+)
+
+pytestmark = pytest.mark.slow
+PROGRAM = "train_imagenet.py"
+HELD_OUT = 11 + 12 + 13  # write_images' validation images, by class; no number of processes from 5 on divides it
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_image_config(tmp_path_factory.mktemp("images"))
+
+
+def evaluations(run):
+    return [row for row in rows(run) if "eval_top1" in row]
+
+
+@pytest.fixture(scope="module")
+def on(config, tmp_path_factory):
+    """The run directory of 20 updates on an engine."""
+
+    @functools.cache
+    def run(engine, processes, *arguments):
+        directory = tmp_path_factory.mktemp(engine) / "run"
+        how = dict(processes=processes, engine=None if processes == 1 else engine)
+        output = launch("--config", config, "--run_dir", directory, *SMOOTH_IMAGES, *arguments, program=PROGRAM, **how)
+        return directory, output
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "engine", ["cpu_ddp", "cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"]
+)
+def test_an_engine_trains_as_one_process(on, engine):
+    run, output = on(engine, 2)
+    alone, _ = on("cpu", 1)
+    assert "16 images an update" in output
+    ours, reference = training_rows(run), training_rows(alone)
+    assert reference[-1]["loss"] < reference[0]["loss"] - 0.3
+    for a, b in zip(ours, reference, strict=True):
+        # The same micro-batches, so the same batch statistics; float32 sums in another order, over 20 updates.
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a["epoch"] == b["epoch"]
+    mine, theirs = checkpoint(run, 20), checkpoint(alone, 20)
+    assert mine.keys() == theirs.keys()
+    assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    # The statistics are of the first process's share: of the first two micro-batches of each update's four.
+    statistics = [name for name in mine if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) == 2 * 20
+    for name in statistics:
+        assert mine[name].dtype == torch.float32
+        assert not torch.equal(mine[name], theirs[name])
+        ddp = checkpoint(on("cpu_ddp", 2)[0], 20)
+        torch.testing.assert_close(mine[name], ddp[name], rtol=2e-3, atol=2e-4)
+    counts = [value for name, value in mine.items() if name.endswith("num_batches_tracked")]
+    assert {int(count) for count in counts} == {2 * 20}
+
+
+@pytest.mark.parametrize("engine", ["cpu_zero3", "cpu_fsdp2"])
+def test_a_resumed_run_has_the_same_weights_and_statistics(config, on, tmp_path, engine):
+    whole, _ = on(engine, 2)
+    (tmp_path / "checkpoints").mkdir()
+    (whole / "checkpoints" / "step_00000010").rename(tmp_path / "checkpoints" / "step_00000010")
+    output = launch(
+        "--config", config, "--run_dir", tmp_path, *SMOOTH_IMAGES, "--data.workers", 2, program=PROGRAM, processes=2,
+        engine=engine,
+    )  # fmt: skip
+    assert "after 10 updates" in output
+    assert_equal_checkpoints(tmp_path, whole, 20)
+    assert evaluations(tmp_path)[-1] == evaluations(whole)[-1]
+
+
+def evaluate_by_hand(model, directory):
+    """(loss, top-1, top-5) over the validation images, through Pillow, one at a time."""
+    figures = []
+    for label, name in enumerate(CLASSES):
+        for path in sorted((directory / "images" / "val" / name).iterdir()):
+            image = Image.open(path).convert("RGB")
+            width, height = image.size
+            size = (14, int(14 * height / width)) if width < height else (int(14 * width / height), 14)
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            width, height = image.size
+            left, top = round((width - 12) / 2), round((height - 12) / 2)
+            pixels = torch.tensor(np.array(image.crop((left, top, left + 12, top + 12))), dtype=torch.float64)
+            x = ((pixels / 255 - 0.5) / 0.3081).permute(2, 0, 1)[None]
+            logits = model(pixel_values=x).logits[0]
+            order = logits.argsort(descending=True).tolist()
+            figures.append([-logits.log_softmax(-1)[label].item(), order[0] == label, label in order[:5]])
+    assert len(figures) == HELD_OUT
+    return np.mean(figures, axis=0)
+
+
+@pytest.mark.parametrize(("processes", "arguments"), [(1, ()), (2, ()), (4, ("--train.micro_batch_size", "2"))])
+def test_each_held_out_image_counts_once(config, on, tmp_path, processes, arguments):
+    run, _ = on("cpu_ddp", processes, *arguments)
+    export_model(run / "checkpoints" / "step_00000020", tmp_path)
+    with torch.no_grad():
+        model = CifarResNet.from_pretrained(tmp_path).double().eval()
+        loss, top1, top5 = evaluate_by_hand(model, config.parent)
+    reported = evaluations(run)[-1]
+    # Pillow's and torch's resizing differ by a grey level here and there.
+    assert reported["eval_loss"] == pytest.approx(loss, rel=0.01)
+    assert abs(reported["eval_top1"] - top1) * HELD_OUT < 1.5
+    assert reported["eval_top1"] * HELD_OUT == pytest.approx(round(reported["eval_top1"] * HELD_OUT))
+    assert reported["eval_top5"] == top5 == 1.0  # three classes
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "precision"),
+    [("cpu", 1, "bf16"), ("cpu", 1, "fp16"), ("cpu_zero3", 2, "bf16"), ("cpu_fsdp2", 2, "bf16")],
+)
+def test_mixed_precision(on, engine, processes, precision):
+    run, output = on(engine, processes, "--train.mixed_precision", precision)
+    assert f"mixed precision {precision}" in output
+    losses = [row["loss"] for row in training_rows(run)]
+    full = [row["loss"] for row in training_rows(on("cpu", 1)[0])]
+    assert losses[-1] < losses[0] - 0.3
+    assert losses != full
+    np.testing.assert_allclose(losses[:5], full[:5], atol=0.1)
+    saved = checkpoint(run, 20)
+    assert {t.dtype for n, t in saved.items() if n.startswith("model/") and not n.endswith("tracked")} == {
+        torch.float32
+    }
+    means = [t for n, t in saved.items() if n.endswith("running_mean")]
+    assert not all(torch.equal(t, t.bfloat16().float()) for t in means), "the statistics were rounded to bfloat16"
+
+
+def test_the_best_and_the_last_checkpoint_stay(config, tmp_path):
+    # A learning rate that first learns and then destroys: the best evaluation is not the last.
+    run = tmp_path / "run"
+    launch(
+        "--config", config, "--run_dir", run, "--train.eval_every_steps", 2, "--checkpoint.every_steps", 5,
+        "--checkpoint.keep_best", "true", "--checkpoint.keep_last", 1, "--optimizer.lr", "0.3",
+        "--schedule.name", "constant", "--schedule.warmup_steps", 20, program=PROGRAM,
+    )  # fmt: skip
+    figures = {row["step"]: row["eval_top1"] for row in evaluations(run)}
+    best = max(figures, key=lambda step: (figures[step], -step))
+    assert best < 20, figures
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step_{best:08d}", "step_00000020"}
+
+
+def test_workers_survive_the_signal_that_everyone_gets(config, tmp_path):
+    # As Slurm and a terminal do it: the training process and its workers all get the signal.
+    run = tmp_path / "run"
+    group = Forked(
+        "--config", config, "--run_dir", run, "--train.max_steps", 4000, "--data.workers", 2, program=PROGRAM
+    )
+    while group.alive() and not training_rows(run):
+        time.sleep(0.01)
+    everyone = psutil.Process(group.processes[0].pid).children(recursive=True)
+    workers = [process for process in everyone if process.is_running()]
+    assert len(workers) >= 2
+    for process in workers:
+        process.send_signal(signal.SIGTERM)
+    group.send(signal.SIGTERM)
+    output, status = group.wait()
+    assert status == 128 + signal.SIGTERM, output
+    assert "SIGTERM: finishing this step, then saving" in output
+    assert "Traceback" not in output
+    assert "the same command goes on from here" in output
+    _, left = psutil.wait_procs(workers, timeout=15)
+    assert not left
+
+
+def test_broken_images_are_named_once_and_counted_out(config, tmp_path):
+    import shutil
+
+    shutil.copytree(config.parent / "images", tmp_path / "images")
+    broken = [tmp_path / "images" / split / CLASSES[0] / f"{CLASSES[0]}_3.JPEG" for split in ("train", "val")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    output = launch(
+        "--config", config, "--data.path", tmp_path / "images", "--run_dir", tmp_path / "run",
+        "--train.epochs", 1.5, program=PROGRAM,
+    )  # fmt: skip
+    assert output.count("left out a broken image") == 2
+    assert all(output.count(f"{path.parent.name}/{path.name}") == 1 for path in broken)
+    top1 = evaluations(tmp_path / "run")[-1]["eval_top1"] * (HELD_OUT - 1)
+    assert top1 == pytest.approx(round(top1))
+    # 150 images, one and a half times, by 16.
+    assert training_rows(tmp_path / "run")[-1]["step"] == 15
+    assert "--train.epochs 3" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", "/nowhere"], "data.path: /nowhere"),
+        (["--model.sync_batch_norm", "true"], "model.sync_batch_norm: True is not allowed; torch synchronizes"),
+        (["--train.gradient_checkpointing", "true"], "train.gradient_checkpointing: True is not allowed"),
+        (["--data.eval_resize", "5"], "data.eval_resize: 5 is not allowed; it must be at least data.image_size = 12"),
+        (["--data.std", "1,0,1"], "data.std: [1.0, 0.0, 1.0] is not allowed"),
+        (["--train.epochs", "0.01"], "schedule.warmup_steps: 3 is not allowed; it must be at most train.max_steps = 1"),
+        (["--optimizer.name", "adagrad"], "it must be one of stacey"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_line(config, tmp_path, arguments, message):
+    output = launch("--config", config, "--run_dir", tmp_path / "run", *arguments, program=PROGRAM, expect=2)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_other_images_are_another_run(config, on, tmp_path):
+    run, _ = on("cpu", 1)
+    changed = write_image_config(tmp_path, train={"max_steps": 30})
+    from tests.training.helpers import write_images
+
+    write_images(tmp_path / "fewer", training=49)
+    output = launch(
+        "--config",
+        changed,
+        "--data.path",
+        tmp_path / "fewer",
+        "--run_dir",
+        run,
+        *SMOOTH_IMAGES,
+        program=PROGRAM,
+        expect=2,
+    )
+    assert "data: the training or held-out data are not those it was trained on" in output
+    output = launch(
+        "--config", changed, "--data.crop", "none", "--run_dir", run, *SMOOTH_IMAGES, program=PROGRAM, expect=2
+    )
+    assert "data.crop: random_resized there, none now" in output
+    # The same images elsewhere.
+    output = launch("--config", changed, "--run_dir", run, *SMOOTH_IMAGES, program=PROGRAM)
+    assert "after 20 updates" in output
+
+
+def test_imagenet_form_is_exported_for_transformers(tmp_path):
+    # The hub's parquet, a ResNet with ImageNet's stem, and transformers' own loading and preprocessing.
+    rng = np.random.default_rng(0)
+    directory = tmp_path / "data"
+    directory.mkdir()
+    images = [rng.integers(0, 255, (40, 52, 3), dtype=np.uint8) for _ in range(12)]
+    for split, chosen in (("train", images), ("validation", images[:7])):
+        encoded = []
+        for pixels in chosen:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            encoded.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"image": encoded, "label": pa.array([i % 3 for i in range(len(chosen))], pa.int64())})
+        names = {"image": {"_type": "Image"}, "label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": names}})})
+        pa.parquet.write_table(table, directory / f"{split}-00000-of-00001.parquet")
+    config = write_image_config(
+        tmp_path,
+        data={"path": str(directory), "image_size": 32, "eval_resize": 36, "std": [0.25] * 3},
+        model={"depth": 50, "stem": "imagenet", "width": 4, "zero_init_residual": True},
+        train={"max_steps": 3, "label_smoothing": 0.1},
+    )
+    output = launch("--config", config, "--run_dir", tmp_path / "run", program=PROGRAM)
+    exported = tmp_path / "run" / "model"
+    assert f"model for transformers: {exported}" in output
+    model = AutoModelForImageClassification.from_pretrained(exported).eval()
+    assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    processor = AutoImageProcessor.from_pretrained(exported)
+    with torch.no_grad():
+        inputs = processor([Image.fromarray(pixels) for pixels in images[:7]], return_tensors="pt")
+        assert inputs["pixel_values"].shape == (7, 3, 32, 32)
+        logits = model(**inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([i % 3 for i in range(7)])).item()
+    assert evaluations(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(loss, rel=0.02)  # Pillow's resizing
+
+
+def test_quickstart(tmp_path):
+    """`accelerate launch train_imagenet.py` in an empty directory."""
+    result = subprocess.run(
+        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "300"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=580,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    run = tmp_path / "runs" / "digits"
+    assert evaluations(run)[-1]["eval_top1"] > 0.94  # measured: .97
+    assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
+    assert "  data " in result.stdout
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):
+        assert (run / name).is_file(), name
