@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "stacey_dist").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
 # They read other makers' pickles, with a list of harmless classes.
 IMPORTERS = ROOT / "stacey_dist" / "checkpoint" / "importers"
+READ_PICKLES = {IMPORTERS / "foreign.py", IMPORTERS / "accelerate.py", ROOT / "stacey_dist/data/images/cifar.py"}
 RUNS_CODE = {
     "eval",
     "exec",
@@ -39,7 +40,8 @@ def calls(path):
 def test_no_code_is_loaded_from_data_or_checkpoints(path):
     for name, keywords, line in calls(path):
         where = f"{path}:{line}: {name}"
-        if IMPORTERS not in path.parents:
+        assert not name.startswith(("pickle.load", "pickle.Unpickler")), where  # those of its subclasses are let in
+        if path not in READ_PICKLES:
             assert name not in RUNS_CODE, where
             assert name not in ("torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load"), where
         if name == "torch.load":

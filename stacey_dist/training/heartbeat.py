@@ -78,7 +78,7 @@ class Heartbeat:
                 self.store.add(f"beat/{self.rank}", _GOODBYE)
                 # The store may live in process 0: it leaves last, if the others do not take long.
                 for _ in range(50 if self.rank == 0 else 0):
-                    if all(counter >= _GOODBYE for counter in self._read()):
+                    if self._gone() or all(counter >= _GOODBYE for counter in self._read()):
                         break
                     time.sleep(0.1)
         self._line.close()
