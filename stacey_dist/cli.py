@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     from_bench.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
     from_bench.add_argument("--json", type=Path, help="a file for the figures")
     from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json"])
-    groups.add_parser("info", help="versions, devices, and which kernel runs").set_defaults(run=info, arguments=[])
+    groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
+        run=info, arguments=[]
+    )
     groups.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["plan"]:  # takes every setting of the launcher, and so has a parser of its own

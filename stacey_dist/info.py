@@ -1,7 +1,10 @@
-"""What is installed here and which kernel runs, as a report of a problem needs it: `stacey-dist info`."""
+"""What is installed here, what runs, and what installs the rest: `stacey-dist info`, for a report of a problem."""
 
 import importlib.metadata
+import os
 import platform
+import shutil
+import subprocess
 
 import torch
 
@@ -12,22 +15,30 @@ PACKAGES = (
     *("stacey_dist", "torch", "accelerate", "deepspeed", "transformers", "datasets"),
     *("sentencepiece", "safetensors", "triton", "wandb"),
 )
+INSTALL = {
+    "deepspeed": "pip install 'stacey_dist[deepspeed]'",
+    "triton": "pip install triton",
+    "compiler": "apt-get install g++, or the like; then install stacey_dist again",
+}
+# Settings that change how processes find each other. Nothing else of the environment is shown.
+_ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_ELASTIC_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def lines() -> list[str]:
     """The report, line by line."""
-    found = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{package} is not installed")
+    found = [f"Python {platform.python_version()} on {platform.platform()}"]
+    found += [f"{package} {_version(package) or 'is not installed'}" for package in PACKAGES]
     capability = torch.backends.cpu.get_cpu_capability()
-    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found.append(f"GPUs: {', '.join(devices) if devices else 'none that torch sees'}")
+    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {len(_cores())} cores for this process")
+    found += _gpus()
+    found.append(f"compiler: {_compiler() or 'none; ' + INSTALL['compiler']}")
     found += [f"kernel on {device}: {kernel(device)}" for device in ("cpu", "cuda")]
-    return found
+    found.append(
+        f"processes talk over: {', '.join(_backends()) or 'nothing: this torch was built without distributed'}"
+    )
+    found += [f"engine {name}: {state}" for name, state in engines().items()]
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)]
+    return [*found, f"environment: {' '.join(settings) or 'nothing set'}"]
 
 
 def kernel(device_type: str) -> str:
@@ -35,7 +46,62 @@ def kernel(device_type: str) -> str:
     try:
         name = kernels.find(device_type).name
     except NoKernelError as error:
-        return f"none, the plain rule runs: {error}"
+        needs_triton = device_type == "cuda" and _version("triton") is None
+        return f"none, the plain rule runs: {error}" + (f"; {INSTALL['triton']}" if needs_triton else "")
     if device_type == "cpu":
         return f"{name}, since torch takes this processor for {torch.backends.cpu.get_cpu_capability()}"
     return name if torch.cuda.is_available() else f"{name}, but torch sees no GPU"
+
+
+def engines() -> dict[str, str]:
+    """Whether each engine can be had here, and what installs it where not."""
+    joined = "yes" if _backends() else "no: this torch was built without distributed"
+    lacking = "" if _version("deepspeed") else f"no: {INSTALL['deepspeed']}"
+    return {
+        "one process": "yes",
+        "DDP, ZeroRedundancyOptimizer": joined,
+        "FSDP2, HSDP": joined,
+        "DeepSpeed ZeRO-1, 2, 3": lacking or joined,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        return [f"GPUs: none that torch sees (it was built with {built})"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory = f"{card.total_memory / 2**30:.0f} GiB"
+        found.append(f"GPU {index}: {card.name}, {memory}, sm_{card.major}{card.minor}, CUDA {torch.version.cuda}")
+    return found
+
+
+def _backends() -> list[str]:
+    """The ways for processes to talk that this torch has."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return []
+    nccl = [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if dist.is_nccl_available() else []
+    return nccl + (["gloo"] if dist.is_gloo_available() else [])
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that an installation would take: Triton and DeepSpeed need one too, when they run."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            told = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+            return (told.stdout.splitlines() or [name])[0]
+    return None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stacey_dist import bench
+from stacey_dist import bench, info
 from stacey_dist.cli import BENCH_CASES, main
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
@@ -64,3 +64,26 @@ def test_info_names_versions_and_the_kernel_or_what_it_lacks(capsys, monkeypatch
     monkeypatch.setattr(kernels, "find", missing)
     main(["info"])
     assert "kernel on cpu: none, the plain rule runs: no compiler was there" in capsys.readouterr().out
+
+
+def test_info_says_what_is_missing_and_what_installs_it(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-mine")
+    main(["info"])
+    whole = capsys.readouterr().out
+    assert "engine DeepSpeed ZeRO-1, 2, 3: yes" in whole
+    assert "engine FSDP2, HSDP: yes" in whole
+    assert "gloo" in whole
+    assert "NCCL_SOCKET_IFNAME=eth7" in whole
+    assert "secret-of-mine" not in whole
+
+    def missing(package):
+        raise info.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(info.importlib.metadata, "version", missing)
+    monkeypatch.setattr(info.shutil, "which", lambda name: None)
+    main(["info"])
+    bare = capsys.readouterr().out
+    assert "deepspeed is not installed" in bare
+    assert "engine DeepSpeed ZeRO-1, 2, 3: no: pip install 'stacey_dist[deepspeed]'" in bare
+    assert "compiler: none; apt-get install g++" in bare

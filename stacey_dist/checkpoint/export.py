@@ -1,5 +1,6 @@
 """From a checkpoint to a model that `transformers` loads."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,5 @@ def export_model(path: Path, directory: Path) -> None:
         shell = model_class(config)
     weights = read_tensors(path, [name for name in tensors(manifest) if name.startswith("model/")])
     shell.save_pretrained(directory, state_dict={name.removeprefix("model/"): t for name, t in weights.items()})
+    for file in directory.glob("*.safetensors"):  # safetensors makes them for their owner alone, whatever the umask
+        shutil.copymode(directory / "config.json", file)

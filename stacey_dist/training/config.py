@@ -85,6 +85,10 @@ class TrainConfig:
     """Threads of a process that trains on the CPU. None: the machine's cores, shared by the processes on it."""
     max_skipped_steps: int = 20
     """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
+    heartbeat_timeout_seconds: float | None = 120.0
+    """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
+    collective_timeout_seconds: float = 600.0
+    """Seconds that processes wait for each other in a collective before they give up."""
 
 
 @dataclass
@@ -159,7 +163,7 @@ def validate_shared(config: RunConfig) -> None:
     check_positive(
         config,
         train="max_steps epochs global_batch_size micro_batch_size log_every_steps eval_every_steps cpu_threads "
-        "max_skipped_steps",
+        "max_skipped_steps heartbeat_timeout_seconds collective_timeout_seconds",
         checkpoint="every_steps every_minutes keep_last keep_every",
     )
     not_negative = {

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from stacey_dist.errors import SettingsError
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.training import deepspeed_config
+from stacey_dist.training import deepspeed_config, heartbeat, rendezvous
 from stacey_dist.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # Accelerate drops a timeout that equals its own default for NCCL, and gloo's is another.
+    patience = timedelta(seconds=config.train.collective_timeout_seconds, milliseconds=1)
+    joining: dict[str, Any] = {"timeout": patience, "init_method": rendezvous.ATTEMPT}
     if requested == "fsdp2" and on_cpu:
         # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+        PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        joining["backend"] = "gloo"
+    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
+    handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
@@ -242,6 +246,7 @@ class Engine:
         In this order: a DDP wrapper that is freed after the process group waits for gloo's thread, with the
         interpreter locked, while that thread may wait for the interpreter.
         """
+        heartbeat.stop()
         del self.model, self.optimizer
         self.accelerator.free_memory()
         gc.collect()

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.training import heartbeat
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.engine import engine_description, start_accelerator
@@ -151,6 +152,7 @@ def start(config: C) -> Run[C]:
     """Bring up the processes and the run directory for a checked configuration."""
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(config)
+    heartbeat.start(config.train.heartbeat_timeout_seconds)
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -179,12 +181,20 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def user_errors(program: str) -> Iterator[None]:
-    """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C."""
+    """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C.
+
+    Of several processes that fail for one reason, one says it.
+    """
     try:
         yield
     except SettingsError as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        if heartbeat.report(error):
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Exception as error:
+        if heartbeat.report(error):
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -1,0 +1,28 @@
+"""Where the processes meet: as torch's env://, but apart from an earlier attempt of the same launch.
+
+Accelerate's launcher keeps one store over `--max_restarts`, and torch puts every attempt's keys into the same place
+(it expects a new store for each). A restarted process would find the addresses of processes that are dead, and take
+them for its peers'.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+ATTEMPT = "attempt://"
+
+
+def attempt() -> str:
+    """Which start of the same launch this is: "0", "1" after a restart, and so on."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _meet(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
+    for store, rank, processes in rendezvous(f"env:{url.partition(':')[2]}", **options):
+        yield PrefixStore(f"stacey_dist/attempt_{attempt()}", store), rank, processes
+
+
+register_rendezvous_handler(ATTEMPT.partition(":")[0], _meet)
