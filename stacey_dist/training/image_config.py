@@ -64,7 +64,7 @@ class ImageDataConfig:
     mean: tuple[float, float, float] = (0.1307, 0.1307, 0.1307)
     """Subtracted from red, green and blue, which go from 0 to 1."""
     std: tuple[float, float, float] = (0.3081, 0.3081, 0.3081)
-    """Divides them then."""
+    """Divides red, green and blue after that."""
     workers: int | None = None
     """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
     prefetch: int = 4
