@@ -49,6 +49,7 @@ def config_of(engine, precision, tied, processes, directory):
     config.train.mixed_precision = precision
     config.train.global_batch_size, config.train.micro_batch_size = 2 * processes, 1
     config.train.cpu_threads = 1
+    config.train.heartbeat_timeout_seconds = None  # the processes meet at a file, and no store
     config.data.sequence_length = 8
     return config
 
