@@ -15,6 +15,27 @@ BENCH_CASES = ("flat", "llama_100m", "tiny")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a damaged or different checkpoint, 2 for bad usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:  # takes every setting of the launcher, and so has a parser of its own
+        from stacey_dist.plan.command import main as plan
+
+        return plan(arguments[1:])
+    parsed = make_parser().parse_args(arguments)
+    try:
+        return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))
+    except ForeignCheckpointError as error:
+        print(f"stacey-dist: {error}", file=sys.stderr)
+        return 1
+    except DamagedCheckpointError as error:
+        print(f"stacey-dist: damaged: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"stacey-dist: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command but `plan`, of which it knows the name alone."""
     parser = argparse.ArgumentParser(prog="stacey-dist", description="Tools for runs of stacey_dist.")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoint = groups.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
@@ -49,23 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         run=info, arguments=[]
     )
     groups.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["plan"]:  # takes every setting of the launcher, and so has a parser of its own
-        from stacey_dist.plan.command import main as plan
-
-        return plan(arguments[1:])
-    parsed = parser.parse_args(arguments)
-    try:
-        return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))
-    except ForeignCheckpointError as error:
-        print(f"stacey-dist: {error}", file=sys.stderr)
-        return 1
-    except DamagedCheckpointError as error:
-        print(f"stacey-dist: damaged: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"stacey-dist: {error}", file=sys.stderr)
-        return 1
+    return parser
 
 
 def list_checkpoints(directory: Path) -> int:

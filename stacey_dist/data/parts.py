@@ -46,7 +46,7 @@ class PartWriter:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
         dtype: of the stored ids.
-        state: what :meth:`state` returned before, to go on from there: what was written after it is cut off.
+        state: what `state` returned before, to go on from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.

@@ -31,7 +31,7 @@ class Source:
 
 
 def files_source(files: Sequence[str], validation_files: Sequence[str], text_column: str) -> Source:
-    """Return the documents of local files; see :func:`~stacey_dist.data.text.read_documents` for the formats.
+    """Return the documents of local files; see `read_documents` for the formats.
 
     Args:
         files: paths and glob patterns.

@@ -42,7 +42,7 @@ def expand_files(setting: str, patterns: Sequence[str]) -> list[str]:
 
     Raises:
         SettingsError: there are no patterns, one matches nothing, or a match is a directory, empty, or of a
-            format other than the seven that :func:`read_documents` reads.
+            format other than the seven that `read_documents` reads.
     """
     if not patterns:
         raise SettingsError(f"{setting}: no files were given")

@@ -27,7 +27,7 @@ class TokenStream:
     It can be pickled, for loader processes, which map the files anew.
 
     Args:
-        directory: what :func:`~stacey_dist.data.prepare.prepare` returned.
+        directory: what `prepare` returned.
         split: ``train`` or ``validation``.
         sequence_length: L, at least 1.
 

@@ -12,7 +12,7 @@ from stacey_dist.optim.rule import lp_descent_update
 
 
 class LpDescent(ElementwiseOptimizer):
-    r"""Stochastic :math:`\ell_p` descent: :math:`\theta' = \theta - \eta\, s_\varepsilon(g) - \eta\lambda\theta`.
+    """Stochastic lp descent: theta' = theta - lr s(g) - lr weight_decay theta.
 
     p = 2 is SGD, p = infinity is signSGD. Algorithm 1 of the paper, with decoupled weight decay.
 
@@ -28,7 +28,7 @@ class LpDescent(ElementwiseOptimizer):
 
     Raises:
         ValueError: a setting is out of range, or a parameter is complex or an integer.
-        RuntimeError: sparse gradients (in :meth:`step`).
+        RuntimeError: sparse gradients (in `step`).
     """
 
     def __init__(

@@ -23,16 +23,16 @@ from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
 
 
 class Stacey(ElementwiseOptimizer):
-    r"""STACEY(p,2), STACEY(p,p) and STACEY(2,p): algorithms 2, 3 and 4 of the paper.
+    """STACEY(p,2), STACEY(p,p) and STACEY(2,p): algorithms 2, 3 and 4 of the paper.
 
-    With :math:`s_\varepsilon(x) = x / (|x|^{(p-2)/(p-1)} + \varepsilon)`, each coordinate takes
+    Each coordinate takes
 
-    .. math::
-        c &= \beta_1 m + (1 - \beta_1) g \\
-        y &= \theta - \eta\, s_\varepsilon(c) \qquad (\theta - \eta\, c \text{ for } (2,p)) \\
-        z' &= z - \alpha c \qquad (\text{a mirror step in } \|\cdot\|_p \text{ for } (p,p), (2,p)) \\
-        \theta' &= \tau z' + (1 - \tau) y - \eta \lambda \theta \\
-        m' &= \beta_2 m + (1 - \beta_2) g
+        s(x)   = x / (|x|^((p-2)/(p-1)) + eps)
+        c      = beta1 m + (1 - beta1) g
+        y      = theta - lr s(c)                 (theta - lr c for (2,p))
+        z'     = z - alpha c                     (a mirror step in the p-norm for (p,p) and (2,p))
+        theta' = tau z' + (1 - tau) y - lr weight_decay theta
+        m'     = beta2 m + (1 - beta2) g
 
     An element's new value depends on that element alone, bit for bit, so any engine may shard the parameters.
 
@@ -57,7 +57,7 @@ class Stacey(ElementwiseOptimizer):
         seed: an integer, part of the hash that makes the random bits of stochastic rounding.
         fused: None picks the fastest implementation, True demands a kernel, False takes the plain rule. All give the
             same bits.
-        capturable: keep step counts on the GPU, and wait for nothing that is there, so that :meth:`step` can be
+        capturable: keep step counts on the GPU, and wait for nothing that is there, so that `step` can be
             captured in a CUDA graph; ``lr`` is to be a tensor on the GPU if it is to change. Demands the kernel.
 
     State of a parameter: ``step`` (float32 scalar, on the CPU unless ``capturable``), ``z`` and ``m`` (shaped as the
@@ -66,7 +66,7 @@ class Stacey(ElementwiseOptimizer):
     Raises:
         ValueError: a setting is out of range, or a parameter is complex or an integer.
         RuntimeError: ``fused=True`` or ``capturable=True`` where there is no kernel; sparse gradients (in
-            :meth:`step`).
+            `step`).
     """
 
     state_names = ("z", "m")

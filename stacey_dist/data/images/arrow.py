@@ -135,8 +135,8 @@ def hub_images(
         config: its configuration; None for the only one.
         split: to train on.
         validation_split: to evaluate on.
-        image_column: see :func:`parquet_images`.
-        label_column: see :func:`parquet_images`.
+        image_column: see `parquet_images`.
+        label_column: see `parquet_images`.
         cache_dir: where Arrow files are kept; None for the cache of ``datasets``.
 
     Raises:
