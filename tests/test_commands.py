@@ -139,6 +139,8 @@ def check_marker(marker, block):
             source = existing(path).read_text()
             assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{path} has no {name}"
             text += source
+            for module in re.findall(r"^from (tests\.\S+) import", source, re.MULTILINE):
+                text += existing(f"{module.replace('.', '/')}.py").read_text()
         for program in filter(None, map(program_of, commands(block))):
             assert re.search(rf"\b{re.escape(program)}\b", text), f"{value} do not mention {program}"
     elif kind == "tests":
@@ -195,6 +197,16 @@ def status(arguments):
 def test_no_block_is_overlooked():
     text = "".join(page.read_text() for page in PAGES)
     assert len(CASES) == len(re.findall(r"^ *(?:```|~~~) ?(?:bash|sh|shell|console)\b", text, re.MULTILINE)) > 8
+
+
+def test_quoted_code_is_the_code():
+    text = "".join(page.read_text() for page in PAGES)
+    quotes = re.findall(r"^<!-- from: (\S+) -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(quotes) >= 6
+    for path, quote in quotes:
+        lines = existing(path).read_text().splitlines()
+        for line in quote.splitlines():
+            assert line in lines, line
 
 
 INFO = "tests/test_tools.py::test_info_names_versions_and_the_kernel_or_what_it_lacks"
