@@ -294,7 +294,7 @@ def test_imagenet_form_is_exported_for_transformers(tmp_path):
 def test_quickstart(tmp_path):
     """`accelerate launch train_imagenet.py` in an empty directory."""
     result = subprocess.run(
-        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "200"],
+        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "150"],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -304,7 +304,7 @@ def test_quickstart(tmp_path):
     )
     assert result.returncode == 0, result.stdout[-5000:]
     run = tmp_path / "runs" / "digits"
-    assert evaluations(run)[-1]["eval_top1"] > 0.92  # measured: .95
+    assert evaluations(run)[-1]["eval_top1"] > 0.85  # measured: .93
     assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
     assert "  data " in result.stdout
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):

@@ -27,8 +27,8 @@ def train(run_dir, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_digits_are_learned(tmp_path, name):
-    # 211 updates. Measured: p2 .94, pp .96, 2p .94, sgd .94; guessing: .10.
-    assert train(tmp_path / "run", *OPTIMIZERS[name].split(), "--train.epochs", 3, "--model.width", 8) > 0.85
+    # 141 updates. Guessing: 0.10.
+    assert train(tmp_path / "run", *OPTIMIZERS[name].split(), "--train.epochs", 2, "--model.width", 8) > 0.7
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The README's first command: the default run learns, and what it exports is what it trained."""
+"""The README's first command, half as long: the default run learns, and what it exports is what it trained."""
 
 import math
 import subprocess
@@ -13,16 +13,16 @@ from tests.training.helpers import rows
 
 pytestmark = pytest.mark.slow
 
-# Measured: 4.64. The text differs between Python versions, hence the room.
-HELD_OUT_LOSS_BOUND = 4.9
+# Measured: 5.35 (4.61 after all 600 updates). The text differs between Python versions, hence the room.
+HELD_OUT_LOSS_BOUND = 5.6
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """`accelerate launch train_llm.py` in an empty directory: (run directory, what it printed)."""
+    """`accelerate launch train_llm.py` for 300 updates in an empty directory: (run directory, what it printed)."""
     directory = tmp_path_factory.mktemp("quickstart")
     result = subprocess.run(
-        [str(ACCELERATE), "launch", str(ROOT / "train_llm.py")],
+        [str(ACCELERATE), "launch", str(ROOT / "train_llm.py"), "--train.max_steps", "300"],
         cwd=directory,
         env=environment(),
         stdout=subprocess.PIPE,
