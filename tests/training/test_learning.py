@@ -50,7 +50,7 @@ def test_cifar10_is_learned(cifar10, tmp_path, name):
     top1 = train(
         tmp_path / "run", *OPTIMIZERS[name].split(), "--data.path", cifar10,
         "--data.image_size", 32, "--data.flip", "true", "--data.cache", "decoded", "--data.cache_dir", cifar10,
-        "--train.epochs", 8, "--train.global_batch_size", 128, "--train.eval_every_steps", 79,
+        "--train.epochs", 5, "--train.global_batch_size", 128, "--train.eval_every_steps", 79,
     )  # fmt: skip
     print(f"{name}: {top1:.4f}")
-    assert top1 > 0.4  # guessing: 0.10
+    assert top1 > 0.45  # guessing: 0.10; measured: p2 .53, pp .59, 2p .57, sgd .58
