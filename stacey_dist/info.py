@@ -29,7 +29,7 @@ def lines() -> list[str]:
     found = [f"Python {platform.python_version()} on {platform.platform()}"]
     found += [f"{package} {_version(package) or 'is not installed'}" for package in PACKAGES]
     capability = torch.backends.cpu.get_cpu_capability()
-    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {len(_cores())} cores for this process")
+    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {cores()} cores for this process")
     found += _gpus()
     found.append(f"compiler: {_compiler() or 'none; ' + INSTALL['compiler']}")
     found += [f"kernel on {device}: {kernel(device)}" for device in ("cpu", "cuda")]
@@ -72,8 +72,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def cores() -> int:
+    """The cores that this process may run on, where the system says which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.metrics import flops_per_token
 
 # Sizes of vocabularies by the tokenizer's name on the hub, so that a plan needs no download.
 VOCABULARIES = {"t5-base": 32_100, "hf-internal-testing/llama-tokenizer": 32_000}
@@ -100,13 +101,9 @@ class Llama:
         return layers + self.vocabulary * self.hidden
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of forward and backward on a token, as `train_llm.py` counts them for its MFU.
-
-        6 a parameter without the input embedding; and attention, 12 * layers * width * context (scores and weighted
-        sums, not halved for the causal mask).
-        """
+        """Floating-point operations of forward and backward on a token, as `train_llm.py` counts them for its MFU."""
         weights = self.elements - (0 if self.tied else self.embedding.elements)
-        return 6.0 * weights + 12.0 * self.layers * self.hidden * length
+        return flops_per_token(weights, self.layers, self.hidden, length)
 
 
 def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:

@@ -193,7 +193,13 @@ class Engine:
         """
         base = base_optimizer(self.optimizer)
         clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
-        norm = self._gradient_norm() if clips_itself else self._clip(max_grad_norm or math.inf)
+        if clips_itself:
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
+            assert norm is not None
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
@@ -205,18 +211,6 @@ class Engine:
         vars(base).pop("grad_scale", None)
         self.optimizer.zero_grad()
         return Update(loss_value, grad_norm, applied, agreed)
-
-    def _gradient_norm(self) -> Tensor:
-        """The norm of all gradients, without the loss scale; they stay as they are."""
-        self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _clip(self, max_norm: float) -> Tensor:
-        """Clip the gradients, without the loss scale, to this norm; returns the norm that they had."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        assert norm is not None
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
         """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.

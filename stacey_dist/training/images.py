@@ -1,7 +1,6 @@
 """Image classification as a task of the training loop: data, model, loss, evaluation, export."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.images import (
+    IGNORED_LABEL,
     ImageBatch,
     ImageLoader,
     ImageSet,
@@ -27,9 +27,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.models import build_resnet
 from stacey_dist.training.config import check
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
-from stacey_dist.training.run import Run
-
-IGNORED_LABEL = -100
+from stacey_dist.training.run import Run, cores_per_process
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,7 @@ def _workers(data: ImageDataConfig, device: torch.device) -> int:
         return data.workers
     if device.type == "cpu":
         return 0  # the network has the cores
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return cores_per_process()
 
 
 def export(run: Run[ImageConfig], checkpoint: Path) -> Path:

@@ -19,12 +19,11 @@ from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
-from stacey_dist.data.tokens import TokenStream
+from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
+from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,12 @@ class LanguageModeling:
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
         self.data_identity = hashlib.sha256((data.train.identity + data.validation.identity).encode()).hexdigest()
         self._samples: tuple[int, list[int]] = (-1, [])
-        # 6 a weight for forward and backward, without the input embedding, which is a look-up; and attention:
-        # 12 * layers * width * context, for scores and weighted sums.
         shape = run.config.model
         weights = sum(p.numel() for p in model.parameters())
         if not shape.tie_word_embeddings:
             weights -= model.get_input_embeddings().weight.numel()
         context = run.config.data.sequence_length
-        self.flops_per_unit = 6.0 * weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * context
+        self.flops_per_unit = flops_per_token(weights, shape.num_hidden_layers, shape.hidden_size, context)
 
     def samples(self, position: int) -> Sequence[int]:
         """The windows that all processes together train on in the update at `position`, in order."""

@@ -49,6 +49,15 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def flops_per_token(weights: int, layers: int, hidden_size: int, context: int) -> float:
+    """Floating-point operations of a transformer's forward and backward pass on one token, as the MFU counts them.
+
+    6 for each of `weights`, which leave out an input embedding that is only a look-up; and attention, 12 * layers *
+    width * context: scores and weighted sums, not halved for the causal mask.
+    """
+    return 6.0 * weights + 12.0 * layers * hidden_size * context
+
+
 class Metrics:
     """Writes a run's figures. Only the main process writes; every process may call.
 

@@ -33,10 +33,9 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         run.fail(f"run_dir: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
-    own = run.directory in chosen.parents
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
-    if own:  # a run that another one branches off goes on to have its own trackers, and its own best
+    if run.directory in chosen.parents:  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
     run.say(f"resumed from {chosen} after {progress.step} updates")

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.info import cores
 from stacey_dist.training import heartbeat
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
@@ -155,9 +156,7 @@ def start(config: C) -> Run[C]:
     heartbeat.start(config.train.heartbeat_timeout_seconds)
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local_processes))
+        torch.set_num_threads(config.train.cpu_threads or cores_per_process())
     set_seed(config.seed)
     run = Run(config, accelerator)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
@@ -169,6 +168,11 @@ def start(config: C) -> Run[C]:
         f"{config.train.global_batch_size} {config.samples} an update"
     )
     return run
+
+
+def cores_per_process() -> int:
+    """This process's share of the machine's cores, which the launch's processes on it divide."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_name(device: torch.device) -> str:

@@ -193,16 +193,9 @@ def _image_column(features: Any, wanted: str | None, place: str) -> str:
         binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
         return isinstance(feature, datasets.Image) or binary or (isinstance(feature, dict) and stored <= set(feature))
 
-    if wanted is not None:
-        if wanted not in features or not holds_images(features[wanted]):
-            raise SettingsError(_no_column("data.image_column", wanted, "images", features, place))
-        return wanted
     declared = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    named = [name for name in IMAGE_COLUMNS if name in features and holds_images(features[name])]
-    found = named or declared
-    if len(found) != 1 and not named:
-        raise SettingsError(_no_column("data.image_column", None, "images", features, place))
-    return found[0]
+    fitting = [name for name, feature in features.items() if holds_images(feature)]
+    return _column("data.image_column", "images", wanted, IMAGE_COLUMNS, declared, fitting, features, place)
 
 
 def _label_column(features: Any, wanted: str | None, place: str) -> str:
@@ -211,16 +204,30 @@ def _label_column(features: Any, wanted: str | None, place: str) -> str:
     def holds_labels(feature: Any) -> bool:
         return isinstance(feature, datasets.ClassLabel) or "int" in str(getattr(feature, "dtype", ""))
 
-    if wanted is not None:
-        if wanted not in features or not holds_labels(features[wanted]):
-            raise SettingsError(_no_column("data.label_column", wanted, "integer labels", features, place))
-        return wanted
     declared = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in LABEL_COLUMNS if name in features and holds_labels(features[name])]
-    found = named or declared
-    if len(found) != 1 and not named:
-        raise SettingsError(_no_column("data.label_column", None, "integer labels", features, place))
-    return found[0]
+    fitting = [name for name, feature in features.items() if holds_labels(feature)]
+    return _column("data.label_column", "integer labels", wanted, LABEL_COLUMNS, declared, fitting, features, place)
+
+
+def _column(
+    setting: str,
+    kind: str,
+    wanted: str | None,
+    usual: Sequence[str],
+    declared: list[str],
+    fitting: list[str],
+    features: Any,
+    place: str,
+) -> str:
+    """The column that is asked for, else one of a usual name, else the only one that is declared to be such."""
+    if wanted is not None:
+        if wanted not in fitting:
+            raise SettingsError(_no_column(setting, wanted, kind, features, place))
+        return wanted
+    named = [name for name in usual if name in fitting]
+    if not named and len(declared) != 1:
+        raise SettingsError(_no_column(setting, None, kind, features, place))
+    return (named or declared)[0]
 
 
 def _no_column(setting: str, wanted: str | None, kind: str, features: Any, place: str) -> str:

@@ -14,9 +14,8 @@ from stacey_dist.data.images.augment import Transform
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.data.tokens import IGNORED_LABEL
 from stacey_dist.errors import SettingsError
-
-IGNORED_LABEL = -100
 
 _MOST_BROKEN = 1000
 """So many broken images one after another: it is not they that are broken."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
 from stacey_dist.data.images.batches import (
-    IGNORED_LABEL,
     EvaluationBatches,
     TrainingBatches,
     data_loader,
@@ -18,6 +17,7 @@ from stacey_dist.data.images.batches import (
 )
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.data.tokens import IGNORED_LABEL
 from stacey_dist.errors import SettingsError
 
 
