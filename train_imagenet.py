@@ -13,7 +13,8 @@ def main() -> None:
     with user_errors("train_imagenet.py"):
         validate(config)
         from stacey_dist.training import images
-        from stacey_dist.training.engine import ZERO_REDUNDANCY, build_engine, requested_engine
+        from stacey_dist.training.engine import build_engine
+        from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.loop import train
         from stacey_dist.training.optimizers import build_optimizer
 

@@ -31,7 +31,7 @@ from stacey_dist import Stacey
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
 from stacey_dist.sharding import fragments
-from stacey_dist.training.engine import engine_description, start_accelerator
+from stacey_dist.training.launch import engine_description, start_accelerator
 from stacey_dist.training.llm_config import LLMConfig
 
 

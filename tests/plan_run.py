@@ -97,7 +97,8 @@ def measure(engine, precision, tied, directory):
     from stacey_dist.checkpoint.snapshot import take
     from stacey_dist.sharding import base_optimizer
     from stacey_dist.training import llm
-    from stacey_dist.training.engine import ZERO_REDUNDANCY, Requests, build_engine, requested_engine
+    from stacey_dist.training.engine import Requests, build_engine
+    from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.optimizers import build_optimizer
     from stacey_dist.training.run import start
 
@@ -192,7 +193,8 @@ def simulate(rank, processes, cases):
 
     from stacey_dist.sharding import fragments, state_bytes
     from stacey_dist.training import llm
-    from stacey_dist.training.engine import Requests, build_engine, start_accelerator
+    from stacey_dist.training.engine import Requests, build_engine
+    from stacey_dist.training.launch import start_accelerator
     from stacey_dist.training.optimizers import build_optimizer
 
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE="1")

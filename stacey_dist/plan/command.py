@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, unknown
 from stacey_dist.plan.engines import ENGINES
 from stacey_dist.plan.hardware import GB, GPUS, Gpu, find_gpu
 from stacey_dist.plan.memory import Job
@@ -141,9 +141,7 @@ def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
 def _engine(options: argparse.Namespace, ranks: int) -> str:
     name = options.engine or ("single" if ranks == 1 else "fsdp2")
     if name not in ENGINES:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), ENGINES, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise SettingsError(f"--engine: {name} is not known; {hint}there are {', '.join(ENGINES)}")
+        raise unknown("--engine", name, ENGINES, spelled=name.lower().replace("-", "_"), cutoff=0.4)
     if options.offload and name not in ("zero3", "zero3_offload"):
         raise SettingsError(f"--offload: it goes with --engine zero3, not {name}")
     return "zero3_offload" if options.offload else name

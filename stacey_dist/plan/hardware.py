@@ -3,10 +3,9 @@
 Bandwidths are of one direction, in bytes a second.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import unknown
 from stacey_dist.training.metrics import peak_flops
 
 GB = 10**9
@@ -65,7 +64,5 @@ GPUS = {
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name. Raises SettingsError, with the nearest name, for another one."""
     if name not in GPUS:
-        close = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise SettingsError(f"--gpu: {name} is not known; {hint}there are {', '.join(GPUS)}")
+        raise unknown("--gpu", name, GPUS, spelled=name.lower(), cutoff=0.3)
     return GPUS[name]

@@ -1,106 +1,28 @@
 """How one update is made on the engine that `accelerate launch` was told to use.
 
-The training loop is the same everywhere; what differs is how a process joins (`start_accelerator`), who sums,
-clips and applies gradients (`Engine`), and where the loss scale lives.
+The training loop is the same everywhere; what differs is who sums, clips and applies gradients, and where the loss
+scale lives.
 """
 
 import gc
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from stacey_dist.errors import SettingsError
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.training import deepspeed_config, heartbeat, rendezvous
-from stacey_dist.training.config import RunConfig
+from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training.launch import requested_engine
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
-
-ZERO_REDUNDANCY = "zero_redundancy"
-_SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY)
-
-
-def requested_engine() -> str:
-    """The engine that the launch asked for: single, ddp, zero_redundancy, deepspeed or fsdp2.
-
-    Accelerate's configuration files know no ZeroRedundancyOptimizer; ours name it in torchrun's `role`, which the
-    processes find in ROLE_NAME.
-
-    Raises SettingsError for FSDP's first version.
-    """
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return "deepspeed"
-    if _flag("ACCELERATE_USE_FSDP"):
-        version = os.environ.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise SettingsError(f"fsdp_version: {version} is not allowed in Accelerate's fsdp_config; it must be 2")
-        return "fsdp2"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return "single"
-    return ZERO_REDUNDANCY if os.environ.get("ROLE_NAME") == ZERO_REDUNDANCY else "ddp"
-
-
-def start_accelerator(config: RunConfig) -> Accelerator:
-    """Join the processes on the engine that the launch asked for.
-
-    Raises SettingsError if Accelerate brings up another engine or another number of processes.
-    """
-    requested = requested_engine()
-    # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
-    device = torch.accelerator.current_accelerator(check_available=True)
-    on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Accelerate drops a timeout that equals its own default for NCCL, and gloo's is another.
-    patience = timedelta(seconds=config.train.collective_timeout_seconds, milliseconds=1)
-    joining: dict[str, Any] = {"timeout": patience, "init_method": rendezvous.ATTEMPT}
-    if requested == "fsdp2" and on_cpu:
-        # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
-        PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
-    if requested == "deepspeed" and on_cpu:
-        joining["backend"] = "gloo"
-    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
-    handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
-        kwargs_handlers=handlers,
-        log_with=list(config.tracking.trackers) or None,
-        project_dir=config.run_dir,
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:
-        # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-    _check_engine(requested, accelerator)
-    return accelerator
-
-
-def _check_engine(requested: str, accelerator: Accelerator) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    hint = "look at the --config_file of `accelerate launch`"
-    if accelerator.num_processes != launched:
-        raise SettingsError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; {hint}"
-        )
-    kind = accelerator.distributed_type
-    expected = {"deepspeed": DistributedType.DEEPSPEED, "fsdp2": DistributedType.FSDP}.get(requested)
-    others = [DistributedType.DEEPSPEED, DistributedType.FSDP] + [DistributedType.NO] * (launched > 1)
-    if kind in others if expected is None else kind != expected:
-        raise SettingsError(f"{requested} was asked for, but Accelerate came up with {kind.value}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -319,18 +241,6 @@ def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:
     return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)
 
 
-def engine_description(accelerator: Accelerator) -> str:
-    """How the processes share the work, for people: " with ZeRO-2", " with FSDP2", "" for one process."""
-    name = requested_engine()
-    if name == "deepspeed":
-        stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
-        return f" with DeepSpeed ZeRO-{stage}"
-    parallelism = accelerator.parallelism_config
-    fsdp = "HSDP" if parallelism is not None and parallelism.dp_replicate_size > 1 else "FSDP2"
-    names = {"fsdp2": fsdp, "ddp": "DDP", ZERO_REDUNDANCY: "DDP and ZeroRedundancyOptimizer"}
-    return f" with {names[name]}" if name in names else ""
-
-
 @contextmanager
 def _without_step(optimizer: Optimizer) -> Iterator[None]:
     """While entered, the optimizer's step does nothing."""
@@ -339,7 +249,3 @@ def _without_step(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         del optimizer.step  # the class's own again
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -20,7 +20,7 @@ from stacey_dist.info import cores
 from stacey_dist.training import heartbeat
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
-from stacey_dist.training.engine import engine_description, start_accelerator
+from stacey_dist.training.launch import engine_description, start_accelerator
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)

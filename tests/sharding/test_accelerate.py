@@ -18,7 +18,7 @@ from stacey_dist.checkpoint.importers.accelerate import _assigned
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
-from stacey_dist.training import engine
+from stacey_dist.training import launch
 from tests.test_docs import tiny_llama
 from tests.training.forked import Forked
 
@@ -182,13 +182,13 @@ def came_up(kind, processes=2):
 def test_an_engine_that_did_not_come_up_is_an_error(monkeypatch, requested, kind):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=f"{requested} was asked for, but Accelerate came up with {kind.value}"):
-        engine._check_engine(requested, came_up(kind))
+        launch._check_engine(requested, came_up(kind))
 
 
 def test_processes_that_did_not_join_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="2 processes were launched, but Accelerate joined 1"):
-        engine._check_engine("ddp", came_up(DistributedType.NO, processes=1))
+        launch._check_engine("ddp", came_up(DistributedType.NO, processes=1))
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_the_launch_names_the_engine(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert engine.requested_engine() == expected
+    assert launch.requested_engine() == expected
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(SettingsError, match="fsdp_version: 1 is not allowed"):
-        engine.requested_engine()
+        launch.requested_engine()
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])

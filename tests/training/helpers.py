@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from stacey_dist.checkpoint import read_tensors
-from tests.training.forked import Forked, command, environment
+from tests.training.forked import ACCELERATE, ROOT, Forked, command, environment
 
 TINY = {
     "data": {"sequence_length": 32, "validation_every": 4},
@@ -109,6 +109,21 @@ def launch(*arguments, processes=1, expect=0, through_accelerate=False, **how):
         output, status = Forked(*arguments, processes=processes, engine=engine, **how).wait()
     assert status == expect or (through_accelerate and status != 0 and expect), output[-5000:]
     return output
+
+
+def launch_as_typed(directory, program, *options):
+    """Run `accelerate launch PROGRAM` with nothing else said, in a directory; returns what it printed."""
+    result = subprocess.run(
+        [str(ACCELERATE), "launch", str(ROOT / program), *options],
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=580,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    return result.stdout
 
 
 def launch_and_signal(number, step, run_dir, *arguments):

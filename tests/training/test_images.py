@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -19,13 +18,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from stacey_dist.checkpoint.export import export_model
 from stacey_dist.models import CifarResNet
-from tests.training.forked import ACCELERATE, ROOT, Forked, environment
+from tests.training.forked import Forked
 from tests.training.helpers import (
     CLASSES,
     SMOOTH,
     assert_equal_checkpoints,
     checkpoint,
     launch,
+    launch_as_typed,
     rows,
     training_rows,
     write_image_config,
@@ -293,19 +293,10 @@ def test_imagenet_form_is_exported_for_transformers(tmp_path):
 
 def test_quickstart(tmp_path):
     """`accelerate launch train_imagenet.py` in an empty directory."""
-    result = subprocess.run(
-        [str(ACCELERATE), "launch", str(ROOT / PROGRAM), "--train.max_steps", "150"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=580,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
+    output = launch_as_typed(tmp_path, PROGRAM, "--train.max_steps", "150")
     run = tmp_path / "runs" / "digits"
     assert evaluations(run)[-1]["eval_top1"] > 0.85  # measured: .93
     assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
-    assert "  data " in result.stdout
+    assert "  data " in output
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):
         assert (run / name).is_file(), name

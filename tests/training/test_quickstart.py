@@ -1,15 +1,13 @@
 """The README's first command, half as long: the default run learns, and what it exports is what it trained."""
 
 import math
-import subprocess
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stacey_dist.data.source import embedded_source
-from tests.training.forked import ACCELERATE, ROOT, environment
-from tests.training.helpers import rows
+from tests.training.helpers import launch_as_typed, rows
 
 pytestmark = pytest.mark.slow
 
@@ -21,17 +19,8 @@ HELD_OUT_LOSS_BOUND = 5.6
 def quickstart(tmp_path_factory):
     """`accelerate launch train_llm.py` for 300 updates in an empty directory: (run directory, what it printed)."""
     directory = tmp_path_factory.mktemp("quickstart")
-    result = subprocess.run(
-        [str(ACCELERATE), "launch", str(ROOT / "train_llm.py"), "--train.max_steps", "300"],
-        cwd=directory,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=580,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return directory / "runs" / "quickstart", result.stdout
+    output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "300")
+    return directory / "runs" / "quickstart", output
 
 
 def test_it_learns_and_says_where_everything_is(quickstart):
