@@ -23,10 +23,15 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace a file as `replace_file` does, with a value as JSON."""
+    replace_file(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
     """Replace a file so that at any instant, a loss of power included, the whole old or new one is there."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

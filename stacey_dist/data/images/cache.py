@@ -20,7 +20,7 @@ from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet, sampled
 from stacey_dist.data.lock import locked
-from stacey_dist.data.parts import write_json
+from stacey_dist.data.parts import replace_file, write_json
 from stacey_dist.errors import SettingsError
 
 Cache = Literal["none", "decoded", "resized"]
@@ -220,12 +220,10 @@ def _write_part(directory: Path, part: int, pictures: Iterator[NDArray[np.uint8]
                 file.write(np.ascontiguousarray(pixels).data)
                 offset += pixels.size
             bar.update()
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, directory / _part_name(part))
-    with open(temporary, "wb") as file:
-        file.write(np.array(entries, dtype=_ENTRY).tobytes())
-        _sync(file)
-    os.replace(temporary, directory / _index_name(part))
+    replace_file(directory / _index_name(part), np.array(entries, dtype=_ENTRY).tobytes())
 
 
 def _check_space(directory: Path, pictures: list[NDArray[np.uint8] | None], count: int) -> None:
@@ -237,11 +235,6 @@ def _check_space(directory: Path, pictures: list[NDArray[np.uint8] | None], coun
             f"data.cache: {directory} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
             "set another data.cache_dir, or data.cache: none"
         )
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _map(path: Path, size: int) -> NDArray[np.uint8]:

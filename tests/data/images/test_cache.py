@@ -168,7 +168,7 @@ def test_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SettingsError, match=r"^data\.cache: the disk of .* is full; set data\.cache: none$"):
         make(Photos(), tmp_path)
 
