@@ -52,7 +52,8 @@ class Heartbeat:
         # A connection of its own: an operation that waits would hold up all others.
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
         self.store = PrefixStore(f"stacey_dist/heartbeat_{rendezvous.attempt()}", store)
-        # Nothing is sent over this one. Where it ends, the store has gone; its own client would print a C++ stack.
+        # Nothing is sent over this one. Where it ends, the store has gone; its own client would print a C++ stack
+        # (as it does, once, where the store dies in the middle of an answer).
         self._line = socket.create_connection(address, timeout=60)
         self._watched = list(range(processes)) if rank == 0 else [0]
         self._counters: dict[int, int] = {}

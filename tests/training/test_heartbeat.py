@@ -60,7 +60,8 @@ def test_training_ends_with_the_name_of_a_process_that_is_lost(config, tmp_path,
     output = Path(group.output.name).read_text()
     assert survivor.exitcode == heartbeat.EXIT_STATUS, output
     assert "Traceback" not in output
-    assert "frame #" not in output
+    # A store that dies in the middle of an answer, which is rare, makes its client print one stack of C++.
+    assert output.count("frame #0") <= (rank == 0 and number == signal.SIGKILL)
     if (rank, number) != (0, signal.SIGSTOP):  # there the store hangs too, and the host's first process says it
         (line,) = named(output)
         assert line.startswith(f"rank {rank} on {HOST}")
