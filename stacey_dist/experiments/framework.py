@@ -5,6 +5,7 @@ that JSON holds exactly. A finished part stands in `parts/` and is not computed 
 as they were read back, so that an experiment that was killed on the way ends with the same bytes as one that was not.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError
@@ -119,11 +121,18 @@ def reproduce(experiment: Experiment, scale: str | None, seeds: int | None, dire
     _claim(directory, settings)
     outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory))
     for name, figure in outcome.figures.items():
-        temporary = directory / f"{name}.tmp.png"
-        figure.savefig(temporary, dpi=90)
-        os.replace(temporary, directory / f"{name}.png")
+        _draw(figure, directory / f"{name}.png")
     write(directory / "table.md", outcome.table)
     write(directory / "results.json", dump({"settings": settings, **outcome.results}))
+
+
+def _draw(figure: Figure, file: Path) -> None:
+    """Write a PNG of 128 colours, a third of the size that it has with all."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    temporary = file.with_name(file.name + ".tmp")
+    Image.open(drawn).convert("RGB").quantize(128).save(temporary, format="PNG", optimize=True)
+    os.replace(temporary, file)
 
 
 def _claim(directory: Path, settings: dict[str, Any]) -> None:
@@ -141,8 +150,8 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def dump(value: Any) -> str:
-    """JSON, which holds Python's floats exactly."""
-    return json.dumps(value, indent=1) + "\n"
+    """JSON, which holds Python's floats exactly, but no NaN and no infinity: ValueError."""
+    return json.dumps(value, allow_nan=False) + "\n"
 
 
 def write(file: Path, text: str) -> None:

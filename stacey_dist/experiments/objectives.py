@@ -69,8 +69,8 @@ def separable(dimension: int = 8) -> Objective:
     weights = torch.logspace(0, -2, dimension, base=2.0, dtype=torch.float64)
 
     def smoothness(p: float) -> float:
-        # |f(y) - f(x) - <nabla f(x), y - x>| <= 1/2 sum_i L_i (y_i - x_i)^2 with L_i = 2 w_i, and by Hoelder's inequality
-        # sum_i L_i d_i^2 <= ||L||_{p/(p-2)} ||d||_p^2        (appendix B of the paper)
+        # |f(y) - f(x) - <nabla f(x), y - x>| <= 1/2 sum_i L_i (y_i - x_i)^2 with L_i = 2 w_i, and by Hoelder's
+        # inequality   sum_i L_i d_i^2 <= ||L||_{p/(p-2)} ||d||_p^2        (appendix B of the paper)
         order = math.inf if p == 2.0 else 1.0 if p == math.inf else p / (p - 2.0)
         return norm(LARGEST_CURVATURE * weights, order)
 

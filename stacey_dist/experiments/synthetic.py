@@ -26,30 +26,37 @@ from torch.optim import Optimizer
 from stacey_dist.experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale
 from stacey_dist.experiments.synthetic_report import figure, table
 from stacey_dist.optim import Stacey
+from stacey_dist.optim.rule import Variant
 
 MU = (2.0, 0.0)
 DISTRIBUTIONS = (8, 4, 2)
 LR = 1e-3
 ALPHA = 1e-2
-STACEY_SETTINGS: dict[str, Any] = dict(lr=LR, tau=1e-3, betas=(0.9, 0.99), eps=1e-8, state_dtype=torch.float32)
+TAU = 1e-3
+STACEY_SETTINGS: dict[str, Any] = dict(lr=LR, betas=(0.9, 0.99), eps=1e-8, state_dtype=torch.float32)
 TRAJECTORY_START = (-1.0, 1.0)
-SHOWN_EVERY = 10  # iterations between the points that are kept of a curve
+SHOWN_EVERY = 20  # iterations between the points that are kept of a curve
 NEAR = 0.1  # "has arrived": the distance to mu
+FAR = 100.0  # "has diverged": starts are a few units from mu
 
 OPTIMIZERS = ("STACEY(p,2)", "STACEY(p,p)", "AdamW", "Lion")
-VARIANTS = {"STACEY(p,2)": "p2", "STACEY(p,p)": "pp"}
-SWEEP = [(p, alpha) for p in (2.0, 3.0, 8.0) for alpha in (1e-3, 1e-2, 1e-1)]
+VARIANTS: dict[str, Variant] = {"STACEY(p,2)": "p2", "STACEY(p,p)": "pp"}
+# Of STACEY: name, p, alpha, tau. Without acceleration, tau = 0, the variants are one, and alpha is without effect.
+SWEEP = [
+    *((name, p, alpha, TAU) for name in VARIANTS for p in (2, 4, 8) for alpha in (1e-4, 1e-3, 1e-2, 1e-1)),
+    *(("STACEY(p,2)", p, 0.0, 0.0) for p in (2, 4, 8)),
+]
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
 
-def make_optimizer(name: str, p: float, alpha: float = ALPHA) -> MakeOptimizer:
-    """What makes the optimizer of that name in `OPTIMIZERS`; p and alpha are STACEY's."""
+def make_optimizer(name: str, p: int, alpha: float = ALPHA, tau: float = TAU) -> MakeOptimizer:
+    """What makes the optimizer of that name in `OPTIMIZERS`; p, alpha and tau are STACEY's."""
     if name == "AdamW":
         return partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
     if name == "Lion":
         return partial(Lion, lr=LR, weight_decay=0.0)
-    return partial(Stacey, p=p, alpha=alpha, variant=VARIANTS[name], **STACEY_SETTINGS)
+    return partial(Stacey, p=p, variant=VARIANTS[name], alpha=alpha, tau=tau, **STACEY_SETTINGS)
 
 
 def gradient(x: Tensor, p: int) -> Tensor:
@@ -82,22 +89,36 @@ def measure(p: int, make: MakeOptimizer, seeds: int, iterations: int, advance: A
     rows = torch.cat([starts(seeds), torch.tensor([TRAJECTORY_START])])
     path = descend(rows, p, make, iterations, advance)
     distance = (path[:, :-1].double() - torch.tensor(MU, dtype=torch.float64)).norm(dim=-1)  # (iterations + 1, seeds)
-    shown = distance[::SHOWN_EVERY]
+    trajectory = path[::SHOWN_EVERY, -1]
+    return summary(distance) | {"trajectory": trajectory[trajectory.isfinite().all(dim=-1)].tolist()}
+
+
+def summary(distance: Tensor) -> dict[str, Any]:
+    """What is kept of the distances to mu, shape (iterations + 1, seeds).
+
+    Means and spreads are of the starts that never were beyond `FAR`, and None if there is none; shares are of all.
+    """
+    iterations, seeds = len(distance) - 1, distance.shape[1]
+    stays = (distance <= FAR).all(dim=0)  # NaN is not
+    kept = distance[:, stays]
+    if kept.shape[1] == 0:
+        return dict(diverged=1.0, arrived=0.0, arrival_median=None, mean=None)
+    shown = kept[::SHOWN_EVERY]
     low, high = shown.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64), dim=1)
-    # A start arrives at the iteration from which on it stays near: one past the last that is not.
+    # A start arrives at the iteration from which on it stays near: one past the last at which it is not.
     iteration = torch.arange(1, iterations + 2)[:, None]
-    arrival = ((distance >= NEAR) * iteration).amax(dim=0)
+    arrival = (~(distance < NEAR) * iteration).amax(dim=0)
     arrived = float((arrival <= iterations).double().mean())
-    late = distance[-(iterations // 10) - 1 :]
+    late = kept[-(iterations // 10) - 1 :]
     return {
+        "diverged": float(seeds - kept.shape[1]) / seeds,
+        "arrived": arrived,
+        "arrival_median": float(arrival.double().median()) if arrived > 0.5 else None,
         "mean": shown.mean(dim=1).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
-        "trajectory": path[::SHOWN_EVERY, -1].tolist(),
-        "final_mean": float(distance[-1].mean()),
-        "final_deviation": float(distance[-1].std()),
-        "arrived": arrived,
-        "arrival_median": float(arrival.double().median()) if arrived > 0.5 else None,
+        "final_mean": float(kept[-1].mean()),
+        "final_deviation": float(kept[-1].std(unbiased=False)),
         # How the distance changes at the end of the run, where it should stand still or fall.
         "fluctuation": float((late.amax(dim=0) - late.amin(dim=0)).mean()),
         "steps_away": float((late[1:] > late[:-1]).double().mean()),
@@ -108,15 +129,13 @@ def run(reproduction: Reproduction) -> Outcome:
     """The four optimizers on the three distributions, then STACEY with other p and alpha."""
     iterations = reproduction.scale.settings["iterations"]
 
-    def part(p: int, name: str, q: float, alpha: float) -> Part:
-        slug = f"{VARIANTS[name]}-p{q:g}-alpha{alpha:g}" if name in VARIANTS else name.lower()
-        make = make_optimizer(name, q, alpha)
+    def part(p: int, name: str, q: int, alpha: float, tau: float) -> Part:
+        slug = f"{VARIANTS[name]}-p{q}-alpha{alpha:g}-tau{tau:g}" if name in VARIANTS else name.lower()
+        make = make_optimizer(name, q, alpha, tau)
         return Part(f"N{p}-{slug}", iterations, partial(measure, p, make, reproduction.seeds, iterations))
 
-    compared = {(p, name): part(p, name, p, ALPHA) for p in DISTRIBUTIONS for name in OPTIMIZERS}
-    sweep = {
-        (name, q, alpha, p): part(p, name, q, alpha) for name in VARIANTS for q, alpha in SWEEP for p in DISTRIBUTIONS
-    }
+    compared = {(p, name): part(p, name, p, ALPHA, TAU) for p in DISTRIBUTIONS for name in OPTIMIZERS}
+    sweep = {(*settings, p): part(p, *settings) for settings in SWEEP for p in DISTRIBUTIONS}
     parts = {part.name: part for part in (*compared.values(), *sweep.values())}  # some are in both
     values = reproduction.compute(list(parts.values()))
     found = {key: values[part.name] for key, part in compared.items()}

@@ -17,34 +17,42 @@ STYLES: dict[str, dict[str, Any]] = {
 Found = Mapping[tuple[int, str], dict[str, Any]]
 """What was measured, by p of the distribution and name of the optimizer."""
 
-Swept = Mapping[tuple[str, float, float, int], dict[str, Any]]
-"""The same, by variant, p of the optimizer, alpha and p of the distribution."""
+Swept = Mapping[tuple[str, int, float, float, int], dict[str, Any]]
+"""The same, by variant, p of the optimizer, alpha, tau and p of the distribution."""
 
 
 def figure(found: Found, seeds: int, mu: Sequence[float], shown_every: int, near: float) -> Figure:
     """Trajectories from one start above; below, the mean distance over all starts, with its spread."""
     distributions = list(dict.fromkeys(p for p, _ in found))
-    drawn = Figure(figsize=(13, 7.6), layout="constrained")
+    drawn = Figure(figsize=(12.5, 7.4), layout="constrained")
     panels = drawn.subplots(2, len(distributions), squeeze=False)
     for above, below, p in zip(panels[0], panels[1], distributions, strict=True):
         _level_sets(above, p, mu)
         for name, style in STYLES.items():
             values = found[p, name]
             above.plot(*zip(*values["trajectory"], strict=True), label=name, linewidth=1.8, **style)
+            if values["mean"] is None:
+                continue
+            color = style["color"]
             iterations = np.arange(len(values["mean"])) * shown_every
             below.plot(iterations, values["mean"], linewidth=1.8, **style)
-            below.fill_between(iterations, values["low"], values["high"], color=style["color"], alpha=0.15, linewidth=0)
+            below.fill_between(iterations, values["low"], values["high"], color=color, alpha=0.15, linewidth=0)
         above.plot(*values["trajectory"][0], "o", color="black", linestyle="", label="start")
         above.plot(*mu, "*", color="black", linestyle="", markersize=12, label="µ")
-        above.set(title=f"$N_{p}$", xlabel="$x_1$", ylabel="$x_2$", xlim=(-1.4, 3.6), ylim=(-1.5, 1.7), aspect="equal")
+        title = f"$N_{p}$" + (" (the two STACEY are one at p = 2)" if p == 2 else "")
+        above.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-1.4, 3.6), ylim=(-1.5, 1.7), aspect="equal")
         below.axhline(near, color="black", linewidth=0.7, alpha=0.5)
         below.set(yscale="log", ylim=(1e-5, 10), xlim=(0, iterations[-1]), xlabel="iteration")
         below.set_ylabel("distance to µ, Euclidean")
         below.grid(alpha=0.3)
+        gone = [f"{name}: {found[p, name]['diverged']:.0%}" for name in STYLES if found[p, name]["diverged"] > 0]
+        if gone:
+            below.text(0.03, 0.05, "diverged\n" + "\n".join(gone), transform=below.transAxes, fontsize=9)
     drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES) + 2)
     drawn.suptitle(
-        f"Descent of the negative log-density of $N_p(µ)$, learning rate 1e-3. Above: from one start; grey: level sets.\n"
-        f"Below: mean over {seeds} starts from a standard Gaussian; bands: 10th to 90th percentile; thin line: {near:g}",
+        "Descent of the negative log-density of $N_p(µ)$, learning rate 1e-3. Above: from one start; grey: level sets.\n"
+        f"Below: mean over those of {seeds} starts from a standard Gaussian that did not diverge; bands: 10th to 90th "
+        f"percentile; thin line: {near:g}",
         fontsize=11,
     )
     return drawn
@@ -60,39 +68,47 @@ def table(found: Found, swept: Swept, seeds: int, iterations: int, near: float) 
     """The comparison, and what other settings of STACEY would have given, in Markdown."""
     early, middle = iterations // 5, 2 * iterations // 5
     lines = [
-        f"Distance to µ over {seeds} starts: means after {early:,}, {middle:,} and {iterations:,} iterations (± standard",
-        f"deviation over starts); the iteration from which on it stays under {near:g} (median over starts; – if half or",
-        f"more never do) and the share of starts that do; and over the last {iterations // 10:,} iterations, highest minus",
-        "lowest distance (mean over starts) and the share of steps that lead away from µ.",
+        f"Distance to µ from {seeds} starts: the share of starts that diverged (were ever more than 100 from µ, or",
+        f"not finite); of the others the mean after {early:,}, {middle:,} and {iterations:,} iterations (± standard",
+        f"deviation over starts); the share of all that at the end stays under {near:g}, and the iteration from which",
+        f"on (median over starts; – if half or more never do); over the last {iterations // 10:,} iterations the highest",
+        "minus the lowest distance (mean over starts) and the share of steps that lead away from µ.",
         "",
-        f"| distribution | optimizer | {early:,} | {middle:,} | {iterations:,} "
-        f"| under {near:g} from | share | high − low | steps away |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| | optimizer | diverged | {early:,} | {middle:,} | {iterations:,} | < {near:g} | from | high − low | away |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (p, name), values in found.items():
-        mean, last = values["mean"], len(values["mean"]) - 1
-        lines.append(
-            f"| N{p} | {name} | {mean[last // 5]:.3g} | {mean[2 * last // 5]:.3g} "
-            f"| {values['final_mean']:.3g} ± {values['final_deviation']:.2g} | {arrival(values)} | {values['arrived']:.0%} "
-            f"| {values['fluctuation']:.2g} | {values['steps_away']:.0%} |"
-        )
+        arrived = f"{values['arrived']:.0%} | {arrival(values)}"
+        cells = f"| N{p} | {name} | {values['diverged']:.0%} "
+        if (mean := values["mean"]) is None:
+            lines.append(f"{cells}| – | – | – | {arrived} | – | – |")
+            continue
+        last = len(mean) - 1
+        final = f"{values['final_mean']:.3g} ± {values['final_deviation']:.2g}"
+        late = f"{values['fluctuation']:.2g} | {values['steps_away']:.0%}"
+        lines.append(f"{cells}| {mean[last // 5]:.3g} | {mean[2 * last // 5]:.3g} | {final} | {arrived} | {late} |")
     distributions = list(dict.fromkeys(p for p, _ in found))
-    heads = [f"N{p}" for p in distributions]
+    heads = " | ".join(f"N{p}" for p in distributions)
     lines += [
         "",
-        f"STACEY with other p and α: mean distance after {iterations:,} iterations (in brackets, the median iteration from",
-        f"which on it stays under {near:g}).",
+        f"STACEY with other p, α and τ: the mean distance after {iterations:,} iterations of the starts that did not",
+        f"diverge; in brackets the share of all that at the end stays under {near:g}, and of those that diverged.",
         "",
-        f"| optimizer | p | α | {' | '.join(heads)} |",
-        "|---" * (3 + len(heads)) + "|",
+        f"| optimizer | p | α | τ | {heads} |",
+        "|---" * (4 + len(distributions)) + "|",
     ]
-    for name, q, alpha in dict.fromkeys(key[:3] for key in swept):
-        cells = [swept[name, q, alpha, p] for p in distributions]
-        shown = (f"{values['final_mean']:.3g} ({arrival(values)})" for values in cells)
-        lines.append(f"| {name} | {q:g} | {alpha:g} | {' | '.join(shown)} |")
+    for name, q, alpha, tau in dict.fromkeys(key[:4] for key in swept):
+        cells = " | ".join(_cell(swept[name, q, alpha, tau, p]) for p in distributions)
+        lines.append(f"| {name} | {q} | {alpha:g} | {tau:g} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def arrival(values: dict[str, Any]) -> str:
     """The median iteration of arrival, if more than half arrive."""
     return "–" if values["arrival_median"] is None else f"{values['arrival_median']:,.0f}"
+
+
+def _cell(values: dict[str, Any]) -> str:
+    diverged = f", {values['diverged']:.0%} diverged" if values["diverged"] else ""
+    mean = "–" if values["mean"] is None else f"{values['final_mean']:.2g}"
+    return f"{mean} ({values['arrived']:.0%}{diverged})"
