@@ -50,9 +50,9 @@ def figure(found: Found, seeds: int, mu: Sequence[float], shown_every: int, near
             below.text(0.03, 0.05, "diverged\n" + "\n".join(gone), transform=below.transAxes, fontsize=9)
     drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES) + 2)
     drawn.suptitle(
-        "Descent of the negative log-density of $N_p(µ)$, learning rate 1e-3. Above: from one start; grey: level sets.\n"
-        f"Below: mean over those of {seeds} starts from a standard Gaussian that did not diverge; bands: 10th to 90th "
-        f"percentile; thin line: {near:g}",
+        "Descent of the negative log-density of $N_p(µ)$, learning rate 1e-3. Above: one start; grey: level sets.\n"
+        f"Below: mean over those of {seeds} starts from a standard Gaussian that did not diverge; bands: 10th to "
+        f"90th percentile; thin line: {near:g}",
         fontsize=11,
     )
     return drawn
@@ -71,8 +71,10 @@ def table(found: Found, swept: Swept, seeds: int, iterations: int, near: float) 
         f"Distance to µ from {seeds} starts: the share of starts that diverged (were ever more than 100 from µ, or",
         f"not finite); of the others the mean after {early:,}, {middle:,} and {iterations:,} iterations (± standard",
         f"deviation over starts); the share of all that at the end stays under {near:g}, and the iteration from which",
-        f"on (median over starts; – if half or more never do); over the last {iterations // 10:,} iterations the highest",
-        "minus the lowest distance (mean over starts) and the share of steps that lead away from µ.",
+        "on (median over starts; – if half or more never do); over the last "
+        f"{iterations // 10:,} iterations, of those that",
+        "did not diverge, the highest minus the lowest distance (mean over starts) and the share of steps that lead",
+        "away from µ.",
         "",
         f"| | optimizer | diverged | {early:,} | {middle:,} | {iterations:,} | < {near:g} | from | high − low | away |",
         "|---|---|---|---|---|---|---|---|---|---|",
