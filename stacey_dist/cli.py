@@ -9,6 +9,7 @@ from typing import Any
 
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest, verify
+from stacey_dist.errors import SettingsError
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
 
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DamagedCheckpointError as error:
         print(f"stacey-dist: damaged: {error}", file=sys.stderr)
         return 1
+    except SettingsError as error:
+        print(f"stacey-dist: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"stacey-dist: {error}", file=sys.stderr)
         return 1
@@ -66,6 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     from_bench.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
     from_bench.add_argument("--json", type=Path, help="a file for the figures")
     from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json"])
+    again = groups.add_parser("reproduce", help="run an experiment of the paper again; `reproduce list` names them")
+    again.add_argument("name", metavar="NAME", help="an experiment, or list")
+    again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
+    again.add_argument("--seeds", type=int, help="repeats, with seeds 0, 1, ...; the scale's own if not given")
+    again.add_argument("--out", type=Path, metavar="DIR", help="where results go, and are kept if killed (runs/NAME)")
+    again.set_defaults(run=reproduce, arguments=["name", "scale", "seeds", "out"])
     groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
         run=info, arguments=[]
     )
@@ -169,6 +179,21 @@ def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_
     from stacey_dist.bench import bench
 
     return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file)
+
+
+def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None) -> int:
+    """An experiment of the paper, or their list."""
+    from stacey_dist.experiments import framework, registry
+
+    if name == "list":
+        print("\n".join(registry.lines()))
+        return 0
+    experiment = registry.find(name)
+    directory = Path("runs") / name if out is None else out
+    framework.reproduce(experiment, scale, seeds, directory)
+    print((directory / "table.md").read_text(), end="")
+    print(f"\nresults.json, table.md and figures: {directory}")
+    return 0
 
 
 def _shell(path: Path) -> Any:

@@ -1,0 +1,1 @@
+"""The paper's experiments, run again: `stacey-dist reproduce NAME`."""

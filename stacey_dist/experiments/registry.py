@@ -1,0 +1,26 @@
+"""The experiments by their names."""
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments import synthetic, theorem
+from stacey_dist.experiments.framework import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (synthetic.EXPERIMENT, theorem.EXPERIMENT)
+}
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name; SettingsError if there is none."""
+    if name not in EXPERIMENTS:
+        raise SettingsError(f"reproduce {name}: it must be list or one of {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+def lines() -> list[str]:
+    """What there is to reproduce, and at which scales; the first is what is run if none is asked for."""
+    shown = []
+    for experiment in EXPERIMENTS.values():
+        shown.append(f"{experiment.name}: {experiment.description}")
+        for name, scale in experiment.scales.items():
+            shown.append(f"  --scale {name}: {scale.description}; --seeds {scale.seeds}")
+    return shown

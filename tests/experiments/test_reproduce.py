@@ -1,0 +1,141 @@
+"""`stacey-dist reproduce`: files, settings, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stacey_dist.cli import main
+from stacey_dist.experiments import framework, registry
+from stacey_dist.experiments.framework import Part, Reproduction, Scale
+
+TOY = {
+    "synthetic": Scale("a toy", 3, {"iterations": 40}),
+    "theorem": Scale("a toy", 3, {"largest_power": 6}),
+}
+FILES = ("results.json", "table.md")
+
+
+@pytest.fixture(autouse=True)
+def toys():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, experiment in registry.EXPERIMENTS.items():
+            patch.setitem(experiment.scales, "toy", TOY[name])
+        yield
+
+
+def contents(directory):
+    return {name: (directory / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_end_to_end(name, tmp_path, capsys):
+    assert main(["reproduce", name, "--scale", "toy", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert (tmp_path / "table.md").read_text() in printed.out
+    assert "100%" in printed.err  # the bar
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["settings"]["scale"], results["settings"]["seeds"]) == ("toy", 3)
+    assert results["parts"].keys() == {file.stem for file in (tmp_path / "parts").iterdir()}
+    with Image.open(tmp_path / f"{name}.png") as figure:
+        assert figure.width > 1000
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert all(len(row.split("|")) >= 7 for row in rows)
+    assert not list(tmp_path.rglob("*.tmp*"))
+    expected = {"synthetic": 2 + 12 + 2 + 27, "theorem": 2 + 10}
+    assert len(rows) == expected[name]
+
+
+KILLED = """
+import os, signal, sys
+from stacey_dist.cli import main
+from stacey_dist.experiments import framework, registry
+from tests.experiments.test_reproduce import TOY
+
+name, out, parts = sys.argv[1], sys.argv[2], int(sys.argv[3])
+registry.EXPERIMENTS[name].scales["toy"] = TOY[name]
+replace = os.replace
+
+def dies(source, target):
+    if "parts" in str(target) and len(os.listdir(os.path.dirname(target))) > parts:
+        os.kill(os.getpid(), signal.SIGKILL)  # the part is computed, and lies beside its name
+    replace(source, target)
+
+os.replace = dies
+main(["reproduce", name, "--scale", "toy", "--out", out])
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["reproduce", "theorem", "--scale", "toy", "--out"]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, "theorem", str(killed), "4"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    finished = sorted((killed / "parts").glob("*.json"))
+    assert len(finished) == 4
+    assert not (killed / "table.md").exists()
+    times = [file.stat().st_mtime_ns for file in finished]
+    computed = []
+    compute = framework.dump
+    monkeypatch.setattr(framework, "dump", lambda value: computed.append(value) or compute(value))
+    assert main([*arguments, str(killed)]) == 0
+    assert len(computed) == 6 + 1  # what was left, and results.json
+    assert [file.stat().st_mtime_ns for file in finished] == times
+    assert main([*arguments, str(whole)]) == 0
+    assert contents(killed) == contents(whole)
+    assert (killed / "theorem.png").read_bytes() == (whole / "theorem.png").read_bytes()
+
+
+def test_a_finished_part_is_read_not_computed(tmp_path):
+    def never(advance):
+        raise AssertionError
+
+    reproduction = Reproduction(TOY["theorem"], 3, tmp_path)
+    value = {"third": 1 / 3, "list": [0.1, 1e-300]}
+    assert reproduction.compute([Part("a", 1, lambda advance: value)]) == {"a": value}
+    assert reproduction.compute([Part("a", 1, never)]) == {"a": value}
+    with pytest.raises(ValueError, match="not JSON compliant"):  # rather than a file that other programs cannot read
+        reproduction.compute([Part("b", 1, lambda advance: float("nan"))])
+    assert not (tmp_path / "parts" / "b.json").exists()
+
+
+def test_list(capsys):
+    assert main(["reproduce", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert "synthetic: " in printed
+    assert "theorem: " in printed
+    assert "--scale paper" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["other"], "reproduce other: it must be list or one of synthetic, theorem"),
+        (["theorem", "--scale", "paper"], "--scale paper: it must be one of cpu, toy for theorem"),
+        (["theorem", "--scale", "toy", "--seeds", "1"], "--seeds 1: it must be at least 2"),
+        (
+            ["theorem", "--scale", "toy", "--seeds", "4"],
+            "it must be another directory, for this one holds a run with seeds 3",
+        ),
+    ],
+)
+def test_bad_settings(arguments, message, tmp_path, capsys):
+    framework._claim(
+        tmp_path,
+        {"experiment": "theorem", "scale": "toy", "seeds": 3},
+    )
+    assert main(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
