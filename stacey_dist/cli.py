@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"stacey-dist: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stacey-dist: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,7 +78,16 @@ def make_parser() -> argparse.ArgumentParser:
     again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
     again.add_argument("--seeds", type=int, help="repeats, with seeds 0, 1, ...; the scale's own if not given")
     again.add_argument("--out", type=Path, metavar="DIR", help="where results go, and are kept if killed (runs/NAME)")
-    again.set_defaults(run=reproduce, arguments=["name", "scale", "seeds", "out"])
+    again.add_argument("--workers", type=int, default=1, help="parts that are computed at a time (1)")
+    again.add_argument("--data", help="what to train on in place of the experiment's own data, where it trains")
+    again.set_defaults(run=reproduce, arguments=["name", "scale", "seeds", "out", "workers", "data"])
+    search = groups.add_parser("tune", help="search settings as a W&B sweep file states them, with Optuna")
+    search.add_argument("sweep", metavar="SWEEP", type=Path, help="the file, as configs/sweeps has them")
+    search.add_argument("--trials", type=int, default=20, help="runs in all; given more later, it goes on (20)")
+    search.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
+    search.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    search.add_argument("--out", type=Path, metavar="DIR", help="where runs are, and are kept if killed (runs/SWEEP)")
+    search.set_defaults(run=tune, arguments=["sweep", "trials", "workers", "seed", "out"])
     groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
         run=info, arguments=[]
     )
@@ -181,7 +193,7 @@ def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_
     return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file)
 
 
-def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None) -> int:
+def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None, workers: int, data: str | None) -> int:
     """An experiment of the paper, or their list."""
     from stacey_dist.experiments import framework, registry
 
@@ -190,9 +202,18 @@ def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None)
         return 0
     experiment = registry.find(name)
     directory = Path("runs") / name if out is None else out
-    framework.reproduce(experiment, scale, seeds, directory)
+    framework.reproduce(experiment, directory, scale=scale, seeds=seeds, workers=workers, data=data)
     print((directory / "table.md").read_text(), end="")
     print(f"\nresults.json, table.md and figures: {directory}")
+    return 0
+
+
+def tune(sweep: Path, trials: int, workers: int, seed: int, out: Path | None) -> int:
+    """The best settings of a sweep."""
+    from stacey_dist.experiments import tuning
+
+    directory = Path("runs") / f"tune-{sweep.stem}" if out is None else out
+    tuning.search(sweep, directory, trials=trials, workers=workers, seed=seed)
     return 0
 
 

@@ -11,6 +11,10 @@ class SettingsError(ValueError):
     """
 
 
+class DivergedError(SettingsError):
+    """Too many losses or gradients in a row were not finite."""
+
+
 def unknown(setting: str, value: str, known: Collection[str], *, spelled: str, cutoff: float) -> SettingsError:
     """The error for a value that is none of `known`: it says all of them, and first the one nearest to `spelled`.
 

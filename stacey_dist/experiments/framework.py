@@ -1,15 +1,17 @@
 """What the experiments share: parts that are kept once finished, a progress bar, and the files of the result.
 
-An experiment is cut into parts. A part is a function of its name, the scale and the number of seeds, and gives values
-that JSON holds exactly. A finished part stands in `parts/` and is not computed again; the result is made from the parts
-as they were read back, so that an experiment that was killed on the way ends with the same bytes as one that was not.
+An experiment is cut into parts. A part is a function of its name, the scale and the options, and gives values that
+JSON holds exactly. A finished part stands in `parts/` and is not computed again; the result is made from the parts as
+they were read back, so that an experiment that was killed on the way ends with the same bytes as one that was not.
 """
 
 import io
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +69,44 @@ class Reproduction:
         scale: the scale it is run at.
         seeds: the number of repeats; repeat i has the seed i.
         directory: where its files are.
+        workers: parts that are computed at a time.
+        data: a directory or file to train on, in place of the experiment's own data.
+        stop: once set, parts that train save and end.
     """
 
     scale: Scale
     seeds: int
     directory: Path
+    workers: int = 1
+    data: str | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def compute(self, parts: Sequence[Part]) -> dict[str, Any]:
         """The values of all parts by their names; those that are finished already are read, the others computed."""
         files = {part.name: self.directory / "parts" / f"{part.name}.json" for part in parts}
-        finished = sum(part.updates for part in parts if files[part.name].exists())
+        left = [part for part in parts if not files[part.name].exists()]
         total = sum(part.updates for part in parts)
+        finished = total - sum(part.updates for part in left)
+        bar_lock = threading.Lock()
         with tqdm(total=total, initial=finished, unit=" updates", unit_scale=True, mininterval=1.0) as bar:
-            for part in parts:
-                if not files[part.name].exists():
-                    bar.set_description(part.name)
-                    write(files[part.name], dump(part.compute(bar.update)))
+
+            def advance(updates: int) -> None:
+                with bar_lock:
+                    bar.update(updates)
+
+            def compute(part: Part) -> None:
+                if not self.stop.is_set():
+                    bar.set_description(part.name, refresh=False)
+                    write(files[part.name], dump(part.compute(advance)))
+
+            with ThreadPoolExecutor(self.workers) as pool:
+                futures = [pool.submit(compute, part) for part in left]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    self.stop.set()  # what runs saves and ends, what waits does not begin
+                    raise
         return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
@@ -101,14 +125,26 @@ class Experiment:
     description: str
     scales: Mapping[str, Scale]
     run: Callable[[Reproduction], Outcome]
+    trains: bool = False
+    """Whether it trains, on data that the user may name and in processes of its own."""
 
 
-def reproduce(experiment: Experiment, scale: str | None, seeds: int | None, directory: Path) -> None:
+def reproduce(
+    experiment: Experiment,
+    directory: Path,
+    *,
+    scale: str | None = None,
+    seeds: int | None = None,
+    workers: int = 1,
+    data: str | None = None,
+) -> None:
     """Run an experiment, or what is left of it, and write results.json, table.md and its figures into `directory`.
 
+    `workers` is how many parts are computed at a time; all else is as in `Reproduction`. None is the scale's own.
+
     Raises:
-        SettingsError: the experiment has no such scale, there are fewer than 2 seeds, or the directory holds a run of
-            another experiment, scale, number of seeds or version.
+        SettingsError: the experiment has no such scale or takes no data, there are fewer than 2 seeds or no workers,
+            or the directory holds a run of another experiment, scale, number of seeds, data or version.
     """
     scale = next(iter(experiment.scales)) if scale is None else scale
     if scale not in experiment.scales:
@@ -116,10 +152,14 @@ def reproduce(experiment: Experiment, scale: str | None, seeds: int | None, dire
     seeds = experiment.scales[scale].seeds if seeds is None else seeds
     if seeds < 2:
         raise SettingsError(f"--seeds {seeds}: it must be at least 2, for there to be a spread")
+    if workers < 1:
+        raise SettingsError(f"--workers {workers}: it must be at least 1")
+    if data is not None and not experiment.trains:
+        raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     versions = {"stacey_dist": __version__, "torch": torch.__version__}
-    settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "versions": versions}
-    _claim(directory, settings)
-    outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory))
+    settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "data": data, "versions": versions}
+    claim(directory, settings)
+    outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
     for name, figure in outcome.figures.items():
         _draw(figure, directory / f"{name}.png")
     write(directory / "table.md", outcome.table)
@@ -135,7 +175,7 @@ def _draw(figure: Figure, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def _claim(directory: Path, settings: dict[str, Any]) -> None:
+def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Mark a directory with the settings; refuse one that is marked with others: its parts would be mixed with ours."""
     file = directory / "settings.json"
     if not file.exists():

@@ -43,6 +43,8 @@ class OptimizerConfig:
     """stacey: the dtype of z and m."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """stacey: how bfloat16 states and weights are rounded."""
+    bias_correction: bool = False
+    """stacey: m is a weighted mean of the gradients so far, as in Adam, not one that begins at 0 as in the paper."""
 
 
 @dataclass
@@ -55,6 +57,12 @@ class ScheduleConfig:
     """Updates of linear warm-up; the first update already has lr / warmup_steps."""
     min_lr_ratio: float = 0.1
     """The floor of the decay, as a share of the peak."""
+    alpha: Literal["constant", "lr"] = "constant"
+    """stacey: alpha stays as it is, as in the paper; or it is multiplied by the learning rate's share of its peak."""
+    tau: Literal["constant", "lr"] = "constant"
+    """stacey: the same of tau."""
+    final_p: float | None = None
+    """stacey, lp_descent: p at the end, 1/(p - 1) changing evenly over the run. None: p stays, as in the paper."""
 
 
 @dataclass
@@ -178,6 +186,8 @@ def validate_shared(config: RunConfig) -> None:
     check(config.seed >= 0, "seed", config.seed, "it must be >= 0")
     check(config.run_dir.strip() != "", "run_dir", config.run_dir, "it must name a directory")
     _validate_optimizer(config.optimizer)
+    if config.schedule.final_p is not None:
+        _validate_p(config.optimizer, "schedule.final_p", config.schedule.final_p)
     _validate_checkpoint(config.checkpoint, config.changes_to_allow)
     schedule, train = config.schedule, config.train
     check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
@@ -212,20 +222,7 @@ def check_positive(config: RunConfig, **sections: str) -> None:
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
-    p, variant = optimizer.p, optimizer.variant
-    check(p >= 2, "optimizer.p", p, "it must be a number >= 2, or inf")
-    check(
-        p != math.inf or variant == "p2" or optimizer.name != "stacey",
-        "optimizer.p",
-        p,
-        f"it must be finite for optimizer.variant = {variant}",
-    )
-    check(
-        p <= 1000 or variant == "p2" or optimizer.name != "stacey",
-        "optimizer.p",
-        p,
-        f"it must be at most 1000 for optimizer.variant = {variant}",
-    )
+    _validate_p(optimizer, "optimizer.p", optimizer.p)
     check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
     check(0 <= optimizer.tau <= 1, "optimizer.tau", optimizer.tau, "it must be within [0, 1]")
     check(
@@ -235,6 +232,14 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         "each must be within [0, 1)",
     )
     check(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "it must be within [0, 1)")
+
+
+def _validate_p(optimizer: OptimizerConfig, setting: str, p: float) -> None:
+    mirrors = optimizer.name == "stacey" and optimizer.variant != "p2"
+    check(p >= 2, setting, p, "it must be a number >= 2, or inf")
+    for_variant = f"for optimizer.variant = {optimizer.variant}"
+    check(p != math.inf or not mirrors, setting, p, f"it must be finite {for_variant}")
+    check(p <= 1000 or not mirrors, setting, p, f"it must be at most 1000 {for_variant}")
 
 
 def _validate_checkpoint(checkpoint: CheckpointConfig, allowed: tuple[str, ...]) -> None:

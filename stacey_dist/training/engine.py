@@ -83,13 +83,14 @@ class Engine:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Set every group's learning rate for the next update."""
+    def set_group_settings(self, settings: dict[str, Any]) -> None:
+        """Set every parameter group's learning rate, or what else is given, for the next update."""
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            for name, value in settings.items():
+                if isinstance(group[name], Tensor):
+                    group[name].fill_(value)
+                else:
+                    group[name] = value
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

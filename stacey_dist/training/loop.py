@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stacey_dist.errors import DivergedError
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
-from stacey_dist.training.optimizers import schedule
+from stacey_dist.training.optimizers import scheduled
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Saver, checkpoint_path
@@ -81,8 +82,8 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     engine.model.train()
     with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
         while progress.step < last:
-            lr = config.optimizer.lr * _lr_share(run, progress.step)
-            engine.set_learning_rate(lr)
+            settings = scheduled(config, progress.step)
+            engine.set_group_settings(settings)
             loss = torch.zeros((), device=accelerator.device)
             batches = metrics.timed(task.micro_batches(progress.position))
             for number, batch in enumerate(batches, start=1):
@@ -101,11 +102,12 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                 run.fail(
                     f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {progress.step} had "
                     f"a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
-                    "lower optimizer.lr, or look at the data"
+                    "lower optimizer.lr, or look at the data",
+                    DivergedError,
                 )
             saver.report()
             epoch = progress.position / task.samples_per_epoch
-            metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
+            metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=settings["lr"], grad_norm=update.grad_norm)
             metrics.pause()
             ending = update.requests.stop or progress.step == last
             evaluating = progress.step == last or progress.step % config.train.eval_every_steps == 0
@@ -130,17 +132,6 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             metrics.go_on()
     run.say(engine.state_report())
     return checkpoint_path(run, last)
-
-
-def _lr_share(run: Run, step: int) -> float:
-    config = run.config
-    return schedule(
-        step,
-        config.schedule.name,
-        warmup_steps=config.schedule.warmup_steps,
-        max_steps=config.train.max_steps,
-        min_lr_ratio=config.schedule.min_lr_ratio,
-    )
 
 
 def _evaluate(task: Task, engine: Engine) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stacey_dist.optim import LpDescent, Stacey
-from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -57,20 +57,54 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
             return Lion, dict(settings, betas=config.betas)
 
 
-def schedule(step: int, name: str, *, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
-    """The learning rate of update number `step` (from 0), as a share of the peak.
+def scheduled(config: RunConfig, step: int) -> dict[str, Any]:
+    """The settings of all parameter groups that update number `step` (from 0) has, of those that change over a run.
 
     A pure function of the update's number: nothing to save, and nothing that a number of processes could step
-    too often.
+    too often. All but the learning rate are constant in the paper, and unless the settings say otherwise.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    match name:
+    optimizer, schedule = config.optimizer, config.schedule
+    max_steps = config.train.max_steps
+    share = lr_share(step, schedule, max_steps)
+    settings: dict[str, Any] = {"lr": optimizer.lr * share}
+    if optimizer.name == "stacey":
+        if schedule.alpha == "lr":
+            settings["alpha"] = optimizer.alpha * share
+        if schedule.tau == "lr":
+            settings["tau"] = optimizer.tau * share
+        if optimizer.bias_correction:
+            settings["betas"] = corrected_betas(optimizer.betas, step)
+    if optimizer.name in ("stacey", "lp_descent") and schedule.final_p is not None:
+        # 1/(p - 1), the power that s takes of a gradient, from 1/(p_0 - 1) to 1/(p_T - 1) on a straight line
+        first, last = 1.0 / (optimizer.p - 1.0), 1.0 / (schedule.final_p - 1.0)
+        power = first + (last - first) * min(1.0, step / max(1, max_steps - 1))
+        settings["p"] = math.inf if power == 0.0 else 1.0 + 1.0 / power
+    return settings
+
+
+def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float]:
+    """The betas with which m and c of update number `step` (from 0) are weighted means of the gradients so far.
+
+    With W_t = 1 - beta2^t, the sum of weights in a moving average of t gradients that began at 0,
+
+        m_t / W_t = b2 m_(t-1) / W_(t-1) + (1 - b2) g_t,     b2 = beta2 W_(t-1) / W_t
+        c_t / (...) = b1 m_(t-1) / W_(t-1) + (1 - b1) g_t,   b1 = beta1 W_(t-1) / (beta1 W_(t-1) + 1 - beta1).
+    """
+    beta1, beta2 = betas
+    weight, next_weight = 1.0 - beta2**step, 1.0 - beta2 ** (step + 1)
+    return beta1 * weight / (beta1 * weight + 1.0 - beta1), beta2 * weight / next_weight
+
+
+def lr_share(step: int, schedule: ScheduleConfig, max_steps: int) -> float:
+    """The learning rate of update number `step` (from 0), as a share of the peak."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, max_steps - schedule.warmup_steps))
+    match schedule.name:
         case "cosine":
             decay = 0.5 * (1.0 + math.cos(math.pi * progress))
         case "linear":
             decay = 1.0 - progress
         case _:
             return 1.0
-    return min_lr_ratio + (1.0 - min_lr_ratio) * decay
+    return schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * decay

@@ -90,10 +90,10 @@ class Run(Generic[C]):
         if self.accelerator.is_main_process:
             print(message, flush=True)
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(self, message: str, error: type[SettingsError] = SettingsError) -> NoReturn:
         """End the run with a SettingsError that one process says. All processes call it together."""
         if self.accelerator.is_main_process:
-            raise SettingsError(message)
+            raise error(message)
         sys.exit(2)
 
     def report(self, exported: str) -> None:

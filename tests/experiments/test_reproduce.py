@@ -131,7 +131,7 @@ def test_list(capsys):
     ],
 )
 def test_bad_settings(arguments, message, tmp_path, capsys):
-    framework._claim(
+    framework.claim(
         tmp_path,
         {"experiment": "theorem", "scale": "toy", "seeds": 3},
     )

@@ -11,10 +11,10 @@ import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.training import metrics, signals
-from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.optimizers import parameter_groups, schedule
+from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
 
 
 class FakeStream:
@@ -84,18 +84,55 @@ def test_losses_of_an_update_are_divided_by_all_its_labels():
     assert total == pytest.approx(math.log(37), rel=1e-6)  # float32 sums of 29 terms
 
 
-def test_schedule():
-    shape = dict(warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
-    assert [schedule(s, "cosine", **shape) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
-    assert schedule(60, "cosine", **shape) == pytest.approx(0.55)
-    assert schedule(60, "linear", **shape) == pytest.approx(0.55)
-    assert schedule(35, "cosine", **shape) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert schedule(35, "linear", **shape) == pytest.approx(0.775)
-    assert schedule(60, "constant", **shape) == 1.0
-    for name in ("cosine", "linear"):
-        assert schedule(110, name, **shape) == pytest.approx(0.1)
-        assert schedule(500, name, **shape) == pytest.approx(0.1)
-    assert schedule(0, "cosine", warmup_steps=0, max_steps=1, min_lr_ratio=0.0) == 1.0
+def test_the_learning_rate_over_the_run():
+    shape = dict(warmup_steps=10, min_lr_ratio=0.1)
+    cosine, linear, constant = (ScheduleConfig(name, **shape) for name in ("cosine", "linear", "constant"))
+    assert [lr_share(s, cosine, 110) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert lr_share(60, cosine, 110) == pytest.approx(0.55)
+    assert lr_share(60, linear, 110) == pytest.approx(0.55)
+    assert lr_share(35, cosine, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert lr_share(35, linear, 110) == pytest.approx(0.775)
+    assert lr_share(60, constant, 110) == 1.0
+    for schedule in (cosine, linear):
+        assert lr_share(110, schedule, 110) == pytest.approx(0.1)
+        assert lr_share(500, schedule, 110) == pytest.approx(0.1)
+    assert lr_share(0, ScheduleConfig("cosine", warmup_steps=0, min_lr_ratio=0.0), 1) == 1.0
+
+
+def test_as_in_the_paper_the_learning_rate_alone_is_scheduled():
+    for name in ("stacey", "lp_descent", "adamw"):
+        config = RunConfig(optimizer=OptimizerConfig(name=name, lr=2.0))
+        assert scheduled(config, 9) == {"lr": pytest.approx(1.0)}
+
+
+def test_what_else_can_be_scheduled():
+    optimizer = OptimizerConfig(lr=0.1, alpha=2.0, tau=0.04, p=2.0, betas=(0.9, 0.99), bias_correction=True)
+    schedule = ScheduleConfig("linear", warmup_steps=0, min_lr_ratio=0.5, alpha="lr", tau="lr", final_p=math.inf)
+    config = RunConfig(optimizer=optimizer, schedule=schedule, train=TrainConfig(max_steps=101))
+    first, middle, last = (scheduled(config, step) for step in (0, 50, 100))
+    share = 1 - 0.5 * 50 / 101
+    assert first == {"lr": 0.1, "alpha": 2.0, "tau": 0.04, "p": 2.0, "betas": (0.0, 0.0)}
+    for name, peak in (("lr", 0.1), ("alpha", 2.0), ("tau", 0.04)):
+        assert middle[name] == pytest.approx(peak * share)
+    assert middle["p"] == pytest.approx(3.0)  # 1/(p - 1) = 1/2, halfway from 1 to 0
+    assert last["p"] == math.inf
+    optimizer.name = "lp_descent"  # which has p alone
+    assert scheduled(config, 50).keys() == {"lr", "p"}
+    optimizer.name = "adamw"
+    assert scheduled(config, 50).keys() == {"lr"}
+
+
+def test_corrected_betas_make_weighted_means():
+    gradients = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beta1, beta2 = 0.8, 0.95
+    m, raw = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for step, g in enumerate(gradients):
+        b1, b2 = corrected_betas((beta1, beta2), step)
+        c, raw_c = b1 * m + (1 - b1) * g, beta1 * raw + (1 - beta1) * g
+        weight = beta1 * (1 - beta2**step) + 1 - beta1  # of all gradients in raw_c
+        torch.testing.assert_close(c, raw_c / weight)
+        m, raw = b2 * m + (1 - b2) * g, beta2 * raw + (1 - beta2) * g
+        torch.testing.assert_close(m, raw / (1 - beta2 ** (step + 1)))  # as Adam has it
 
 
 def test_norms_and_biases_are_not_decayed_unless_asked():

@@ -1,0 +1,173 @@
+"""A fair comparison of optimizers: each is tuned with as many runs, then the best settings are run with new seeds.
+
+The ranges stand in configs/sweeps/TASK/OPTIMIZER.yaml, which `wandb sweep` and `stacey-dist tune` read too. Tuning runs
+have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is judged by the luck it was chosen for.
+Then p is varied, all else as it was found. At the scale of the paper nothing is tuned: its settings are in configs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments.comparison_report import curves, curves_by_p, report, search
+from stacey_dist.experiments.framework import Advance, Outcome, Part, Reproduction
+from stacey_dist.experiments.sweep import Sweep, read_sweep
+from stacey_dist.experiments.trial import Interrupted, Program, Trial
+from stacey_dist.experiments.tuning import Tuner
+from stacey_dist.info import cores
+
+PAPER_OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "stacey_p2", "stacey_pp", "stacey_2p")
+_RUN = 1000  # what the progress bar counts a training run as, whatever its length
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a scale makes of a comparison.
+
+    Args:
+        optimizers: who is compared, in the order of the table: each has a sweep, or a configuration file.
+        sweeps: the directory under configs/ with a sweep for each optimizer; None where nothing is tuned.
+        trials: runs to tune an optimizer with.
+        configs: the pattern of a configuration file under configs/ for each optimizer, where nothing is tuned; its
+            braces stand for the optimizer, or STACEY's variant.
+        overrides: settings that win over all others.
+        without_data: further ones, where the user names no data.
+        vary_p: what p is set to, by variant, in further runs with the first seed.
+    """
+
+    optimizers: tuple[str, ...]
+    sweeps: str | None = None
+    trials: int = 0
+    configs: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    without_data: Mapping[str, Any] = field(default_factory=dict)
+    vary_p: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how it is judged.
+
+    Args:
+        program: the launcher.
+        metric: a held-out figure, as in metrics.jsonl.
+        data: the launcher's option that takes the user's data.
+    """
+
+    program: Program
+    metric: str
+    data: str
+
+
+def compare(task: Task, reproduction: Reproduction) -> Outcome:
+    """Tune, run with new seeds, vary p, and report; the scale's settings hold a `Size` by the name of "size"."""
+    size: Size = reproduction.scale.settings["size"]
+    overrides = {**size.overrides, "data.cache_dir": str(reproduction.directory / "data")}
+    if reproduction.data is None:
+        overrides |= size.without_data
+    else:
+        overrides[task.data] = [reproduction.data] if task.data == "data.files" else reproduction.data
+    chosen, searched = _settings(task, size, reproduction, overrides)
+    first, *_ = seeds = range(1, reproduction.seeds + 1)
+
+    def part(name: str, seed: int, label: str = "", **changed: Any) -> Part:
+        config, settings = chosen[name]
+        own = {**settings, **overrides, "seed": seed, **changed}
+        return training(reproduction, task.program, config, own, f"{name}{label}-seed{seed}")
+
+    runs = {(name, seed): part(name, seed) for name in size.optimizers for seed in seeds}
+    varied = {
+        (name, p): part(name, first, f"-p{p:g}", **{"optimizer.p": p})
+        for name, values in size.vary_p.items()
+        for p in values
+    }
+    values = reproduction.compute([*runs.values(), *varied.values()])
+    found = {key: values[part.name] for key, part in runs.items()}
+    by_p = {key: values[part.name] for key, part in varied.items()}
+    settings = {name: own for name, (_, own) in chosen.items()}
+    results = report(found, task.metric, settings, searched, by_p)
+    figures = {"curves": curves(found, task.metric)}
+    if searched:
+        figures["search"] = search(searched, task.metric)
+    if by_p:
+        figures["p"] = curves_by_p(by_p, task.metric)
+    return Outcome(results.values, results.table, figures)
+
+
+Chosen = dict[str, tuple[Path, dict[str, Any]]]
+"""The configuration file and the settings on top of it, by optimizer."""
+
+
+def _settings(
+    task: Task, size: Size, reproduction: Reproduction, overrides: dict[str, Any]
+) -> tuple[Chosen, dict[str, list[dict[str, Any]]]]:
+    """What each optimizer is run with, and the trials that told so."""
+    if size.sweeps is None:
+        return {
+            name: (configs() / size.configs.format(name.removeprefix("stacey_")), {}) for name in size.optimizers
+        }, {}
+    sweeps = {name: read_sweep(configs() / size.sweeps / f"{name}.yaml") for name in size.optimizers}
+    for name, sweep in sweeps.items():
+        if (sweep.program, sweep.metric) != (task.program, task.metric):
+            raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
+    parts = [_tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
+    searched = dict(zip(sweeps, reproduction.compute(parts).values(), strict=True))
+    best = {name: {**sweep.fixed, **searched[name][0]["settings"]} for name, sweep in sweeps.items()}
+    return {name: (sweep.config, best[name]) for name, sweep in sweeps.items()}, searched
+
+
+def training(reproduction: Reproduction, program: Program, config: Path, settings: dict[str, Any], name: str) -> Part:
+    """A training run as a part; its value is a `trial.Result` as a dictionary."""
+    trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads(reproduction.workers))
+    return Part(name, _RUN, partial(_train, reproduction, trial))
+
+
+def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
+    told = 0
+
+    def tell(row: dict[str, Any]) -> bool:
+        nonlocal told
+        before, told = told, round(_RUN * row["step"] / trial.length())
+        advance(told - before)
+        return False
+
+    result = trial.run(tell, reproduction.stop)
+    if result is None:
+        raise Interrupted
+    advance(_RUN - told)
+    return asdict(result)
+
+
+def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, overrides: dict[str, Any]) -> Part:
+    def compute(advance: Advance) -> list[dict[str, Any]]:
+        tuner = Tuner(
+            sweep,
+            reproduction.directory / "tuning" / name,
+            trials=trials,
+            overrides={"seed": 0, **overrides},
+            threads=threads(reproduction.workers),
+            stop=reproduction.stop,
+            advance=lambda share: advance(round(_RUN * share)),
+        )
+        return tuner.run()
+
+    return Part(f"tune-{name}", _RUN * trials, compute)
+
+
+def threads(workers: int) -> int:
+    """Threads of one of so many training runs at a time."""
+    return max(1, cores() // workers)
+
+
+def configs() -> Path:
+    """The directory of configurations: of the checkout that this package lies in, or where the program was started.
+
+    Raises SettingsError if there is none.
+    """
+    for directory in (Path(__file__).parents[2], Path.cwd()):
+        if (directory / "configs" / "sweeps").is_dir():
+            return directory / "configs"
+    raise SettingsError("configs: it is not here; start the program in a checkout of the repository")

@@ -1,0 +1,118 @@
+"""W&B's sweep files, which Optuna searches here: one file states the ranges for both.
+
+Of W&B's format this reads `program` and `--config` in `command` (what is trained), `metric`, and `parameters` with
+
+    value: V                                                one value
+    values: [V, ...]                                        a choice
+    min: A, max: B                                          between them; whole numbers if both are
+    min: A, max: B, distribution: log_uniform_values        the same, even in the logarithm
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments.trial import Program
+
+_DISTRIBUTIONS = ("constant", "categorical", "uniform", "int_uniform", "log_uniform_values")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
+Space = Mapping[str, Range | list[Any]]
+"""What is searched, by the names of the launcher's options: a range or a choice."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A search, as its file states it.
+
+    Args:
+        program: the launcher.
+        config: the YAML file of the runs.
+        metric: a held-out figure, as in metrics.jsonl.
+        maximize: whether more of it is better.
+        fixed: settings that every run has.
+        space: settings that are searched.
+    """
+
+    program: Program
+    config: Path
+    metric: str
+    maximize: bool
+    fixed: Mapping[str, Any]
+    space: Space
+
+
+def read_sweep(file: Path) -> Sweep:
+    """Read a sweep file; the configuration that its command names is found from the file's checkout or from here.
+
+    Raises:
+        SettingsError: the file cannot be read, or asks for what this does not know.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file}: cannot be read: {error}") from error
+    try:
+        program, command, metric = content["program"], list(content["command"]), content["metric"]
+        name, goal, parameters = metric["name"], metric.get("goal", "minimize"), content["parameters"]
+        config = command[command.index("--config") + 1]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        wanted = "program, a command with --config FILE, metric with a name, and parameters"
+        raise SettingsError(f"{file}: it must hold {wanted}, as W&B's sweep files do ({error!r})") from error
+    if program not in get_args(Program):
+        raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(get_args(Program))}")
+    if goal not in ("minimize", "maximize"):
+        raise SettingsError(f"{file}: metric.goal: {goal} is not allowed; it must be minimize or maximize")
+    fixed: dict[str, Any] = {}
+    space: dict[str, Range | list[Any]] = {}
+    for setting, description in parameters.items():
+        if isinstance(description, dict) and description.keys() == {"value"}:
+            fixed[setting] = description["value"]
+        else:
+            space[setting] = _searched(f"{file}: {setting}", description)
+    return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
+
+
+def _searched(where: str, description: Any) -> Range | list[Any]:
+    known = {"value", "values", "min", "max", "distribution"}
+    if not isinstance(description, dict) or not description.keys() <= known:
+        raise SettingsError(f"{where}: {description} is not allowed; it may have {', '.join(sorted(known))}")
+    distribution = description.get("distribution")
+    if distribution is not None and distribution not in _DISTRIBUTIONS:
+        raise SettingsError(
+            f"{where}: distribution: {distribution} is not known; there are {', '.join(_DISTRIBUTIONS)}"
+        )
+    if values := description.get("values"):
+        return list(values)
+    low: Any = description.get("min")
+    high: Any = description.get("max")
+    # YAML reads 1e-4 as text: it wants 1.0e-4.
+    if any(type(bound) not in (int, float) for bound in (low, high)) or low >= high:
+        raise SettingsError(f"{where}: min {low!r}, max {high!r} are not allowed; they must be numbers, min below max")
+    log = distribution == "log_uniform_values"
+    if log and low <= 0:
+        raise SettingsError(f"{where}: min {low} is not allowed; it must be above 0 for log_uniform_values")
+    whole = isinstance(low, int) and isinstance(high, int) and distribution in (None, "int_uniform")
+    return Range(low, high, log, whole)
+
+
+def _find(file: Path, config: str) -> Path:
+    """A path in a command is relative to the checkout, as for `wandb agent`, which is started there."""
+    for directory in (Path.cwd(), *file.resolve().parents):
+        if (directory / config).is_file():
+            return directory / config
+    raise SettingsError(f"{file}: command: --config {config} is neither here nor in a directory above the file")

@@ -1,0 +1,179 @@
+"""One training run of an experiment: the launchers' own loop, in a process of its own.
+
+The processes are forked from a server that has the imports done: a run of a minute should not spend a tenth of it on
+imports. A run leaves what every run leaves (config.yaml, metrics.jsonl, loss.png), what it printed in output.txt, and
+result.json once it is complete. Killed, it goes on from its checkpoint; complete, it is read.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stacey_dist.errors import SettingsError
+
+Program = Literal["train_llm.py", "train_imagenet.py"]
+
+OnEvaluation = Callable[[dict[str, Any]], bool]
+"""Told the row of metrics.jsonl of an evaluation; returns whether the run is to end there."""
+
+_POLL_SECONDS = 0.1
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_OWN = {
+    "checkpoint.every_steps": None,  # those by the clock are enough to go on from
+    "checkpoint.every_minutes": 5,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": False,
+}
+
+
+class TrialError(RuntimeError):
+    """A training run ended with an error that is not its settings'."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was told to stop, and can go on later."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a complete training run."""
+
+    evaluations: list[dict[str, Any]]
+    """The rows of metrics.jsonl that hold held-out figures, in order of their `step`."""
+    diverged: bool
+    """It was given up, because losses or gradients were not finite."""
+    seconds_per_update: float
+    """Median over its progress rows."""
+    state_bytes_per_parameter: float
+    """Of the optimizer's state tensors."""
+
+    def final(self, metric: str) -> float:
+        """The last value of a held-out figure; infinity if the run diverged."""
+        value = None if self.diverged else self.evaluations[-1][metric]
+        return math.inf if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training run.
+
+    Args:
+        program: the launcher whose run it is.
+        config: its YAML file.
+        settings: what differs from the file, by the names of the launcher's options, as in "optimizer.lr".
+        directory: its run_dir.
+        threads: of the CPU, for it.
+    """
+
+    program: Program
+    config: Path
+    settings: Mapping[str, Any]
+    directory: Path
+    threads: int = 1
+
+    def run(self, on_evaluation: OnEvaluation | None = None, stop: threading.Event | None = None) -> Result | None:
+        """Train, or go on, or read what is there if it is complete. None if it was ended on the way.
+
+        Args:
+            on_evaluation: called for every evaluation, those of before included.
+            stop: once set, the run saves and ends, and can go on later.
+
+        Raises:
+            SettingsError: the launcher refused the settings; with its own words.
+            TrialError: the process ended with another error; with the end of its output.
+        """
+        complete = self.directory / "result.json"
+        if not complete.exists():
+            if not self._train(on_evaluation, stop):
+                return None
+        elif on_evaluation is not None:
+            for row in evaluations(self.directory):
+                on_evaluation(row)
+        return Result(**json.loads(complete.read_text()))
+
+    def arguments(self) -> list[str]:
+        """The options of the launcher."""
+        own = {"run_dir": str(self.directory), "train.cpu_threads": self.threads, **_OWN}
+        return ["--config", str(self.config), *(f"--{k}={_as_option(v)}" for k, v in {**self.settings, **own}.items())]
+
+    def length(self) -> int:
+        """Updates of the whole run, which is known once it has begun to train."""
+        return int(yaml.safe_load((self.directory / "config.yaml").read_text())["train"]["max_steps"])
+
+    def _train(self, on_evaluation: OnEvaluation | None, stop: threading.Event | None) -> bool:
+        """Whether the run is complete."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        output = self.directory / "output.txt"
+        process = _server().Process(target=_train, args=(self.program, self.arguments(), str(self.directory)))
+        process.start()
+        seen = 0
+        try:
+            alive = True
+            while alive:
+                process.join(_POLL_SECONDS)
+                alive = process.is_alive()
+                if stop is not None and stop.is_set():
+                    return False
+                rows = evaluations(self.directory) if on_evaluation is not None else []
+                new, seen = rows[seen:], len(rows)
+                if on_evaluation is not None and any(on_evaluation(row) for row in new):
+                    _end(process, signal.SIGKILL)
+                    return False
+        finally:
+            _end(process, signal.SIGTERM)
+        said = output.read_text().strip().splitlines() or [""]
+        if process.exitcode in _STOPPED:
+            raise Interrupted
+        if process.exitcode == 2:
+            raise SettingsError(f"{self.directory.name}: {said[-1]}")
+        if process.exitcode != 0:
+            raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
+        return True
+
+
+def evaluations(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that hold held-out figures, so far."""
+    file = directory / "metrics.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
+            rows.append(json.loads(line))
+    return [row for row in rows if "eval_loss" in row]
+
+
+def _end(process: ForkServerProcess, number: signal.Signals) -> None:
+    if process.is_alive():
+        os.kill(process.pid or 0, number)
+    process.join()
+
+
+def _as_option(value: Any) -> str:
+    """A value as YAML, which the launchers' options are read as."""
+    if isinstance(value, float):
+        return ".inf" if value == math.inf else repr(value)
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stacey_dist.experiments.trial_process"])
+    return context
+
+
+def _train(program: Program, arguments: list[str], directory: str) -> None:
+    from stacey_dist.experiments.trial_process import train_and_report
+
+    train_and_report(program, arguments, Path(directory))

@@ -1,0 +1,79 @@
+"""The process of a trial: what `accelerate launch` of the launcher would do, without the export.
+
+Imported by the server that trials are forked from, and by nobody else: it takes seconds.
+"""
+
+import os
+import shutil
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import accelerate.accelerator  # noqa: F401
+import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.resnet.modeling_resnet  # noqa: F401
+
+from stacey_dist.errors import DivergedError
+from stacey_dist.experiments.framework import dump, write
+from stacey_dist.experiments.trial import Program, Result, evaluations
+from stacey_dist.sharding import state_bytes
+from stacey_dist.training import image_config, images, llm, llm_config
+from stacey_dist.training.command_line import parse
+from stacey_dist.training.engine import build_engine
+from stacey_dist.training.loop import Task, train
+from stacey_dist.training.metrics import read_rows
+from stacey_dist.training.optimizers import build_optimizer
+from stacey_dist.training.run import Run, start, user_errors
+
+
+def train_and_report(program: Program, arguments: list[str], directory: Path) -> None:
+    """Train as the launcher does, and write result.json; what is printed goes to output.txt."""
+    descriptor = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [program]
+    with user_errors(program):
+        result = _train_llm(arguments) if program == "train_llm.py" else _train_imagenet(arguments)
+        write(directory / "result.json", dump(asdict(result)))
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _train_llm(arguments: list[str]) -> Result:
+    config = parse(llm_config.LLMConfig, arguments)
+    llm_config.validate(config)
+    run = start(config)
+    data = llm.prepare_data(run)
+    model = llm.build_model(run, data)
+    return _train(run, llm.LanguageModeling(run, data, model), model)
+
+
+def _train_imagenet(arguments: list[str]) -> Result:
+    config = parse(image_config.ImageConfig, arguments)
+    image_config.validate(config)
+    run = start(config)
+    data = images.prepare_data(run)
+    model = images.build_model(run, data)
+    return _train(run, images.ImageClassification(run, data, model), model)
+
+
+def _train(run: Run[Any], task: Task, model: Any) -> Result:
+    optimizer = build_optimizer(model, run.config.optimizer, run.config.seed)
+    engine = build_engine(run, model, optimizer)
+    diverged = False
+    try:
+        train(run, task, engine)
+    except DivergedError as error:
+        run.say(str(error))
+        diverged = True
+    rows = [row for row in read_rows(run.directory / "metrics.jsonl") if "loss" in row]
+    speed = statistics.median(row[f"{task.unit}_per_second"] for row in rows)
+    return Result(
+        evaluations=evaluations(run.directory),
+        diverged=diverged,
+        seconds_per_update=task.units(0) / speed,
+        state_bytes_per_parameter=state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
+    )

@@ -1,0 +1,218 @@
+"""The search for an optimizer's settings, with Optuna: resumable, with pruning, in parallel.
+
+Sampling is Optuna's multivariate TPE; runs that are worse than the median of the others at the same evaluation are
+ended early. What is suggested is a function of the study's seed, the trial's number and the trials finished before,
+so one worker that is killed goes on to the same result; with several workers it depends on who is faster.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from tqdm import tqdm
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments.framework import claim, dump, write
+from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
+from stacey_dist.experiments.trial import Interrupted, Trial
+from stacey_dist.info import cores
+
+if TYPE_CHECKING:
+    import optuna
+
+_SHOWN = 5
+_STARTUP_SHARE = 1 / 3  # of the trials are drawn at random, before TPE takes over
+_FIRST_PRUNED = 3  # the evaluation before which no run is ended
+
+
+class Tuner:
+    """A search in a directory of its own.
+
+    Args:
+        sweep: what is searched, and how it is judged.
+        directory: holds Optuna's journal and a directory for each run.
+        trials: how many runs in all, those ended early included.
+        seed: of the suggestions.
+        overrides: settings of every run that win over the sweep's.
+        workers: runs at a time.
+        threads: of the CPU, for each of them.
+        stop: once set, runs save and end.
+        advance: told how much is done, in runs.
+
+    Raises:
+        SettingsError: optuna is not installed.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        directory: Path,
+        *,
+        trials: int,
+        seed: int = 0,
+        overrides: dict[str, Any] | None = None,
+        workers: int = 1,
+        threads: int = 1,
+        stop: threading.Event | None = None,
+        advance: Callable[[float], object] = lambda share: None,
+    ) -> None:
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError as error:
+            raise SettingsError("optuna is not installed; pip install 'stacey_dist[tune]'") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna, self.sweep, self.directory, self.trials, self.seed = optuna, sweep, directory, trials, seed
+        self.overrides, self.workers, self.threads = overrides or {}, workers, threads
+        self.stop, self.advance = stop or threading.Event(), advance
+        directory.mkdir(parents=True, exist_ok=True)
+        self.study = optuna.create_study(
+            study_name="study",
+            storage=JournalStorage(JournalFileBackend(str(directory / "journal.log"))),
+            direction="maximize" if sweep.maximize else "minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=_FIRST_PRUNED),
+            load_if_exists=True,
+        )
+        self._lock = threading.Lock()
+        unfinished = [trial for trial in self.study.trials if not trial.state.is_finished()]
+        self._left = [optuna.trial.Trial(self.study, trial._trial_id) for trial in unfinished]
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make the trials that are not made yet; returns all of them, best first: number, state, value, settings.
+
+        `state` is "complete", "pruned" (ended early, with its last value) or "diverged" (without one).
+
+        Raises:
+            Interrupted: `stop` was set.
+            SettingsError: the launcher refused the settings, or no run was completed.
+        """
+        self.advance(float(sum(trial.state.is_finished() for trial in self.study.trials)))
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self._work) for _ in range(self.workers)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self.stop.set()
+                raise
+        found = [self._row(trial) for trial in self.study.trials]
+        if all(row["state"] != "complete" for row in found):
+            raise SettingsError(f"{self.directory}: none of {self.trials} runs was completed; look at the ranges")
+        sign = -1 if self.sweep.maximize else 1
+        order = ["complete", "pruned", "diverged"]
+        return sorted(found, key=lambda row: (order.index(row["state"]), sign * (row["value"] or 0.0), row["number"]))
+
+    def _work(self) -> None:
+        while not self.stop.is_set():
+            with self._lock:
+                trial = self._next()
+            if trial is None:
+                return
+            self._try(trial)
+        raise Interrupted
+
+    def _next(self) -> "optuna.trial.Trial | None":
+        if self._left:
+            return self._left.pop(0)
+        number = len(self.study.trials)
+        if number >= self.trials:
+            return None
+        startup = max(1, round(_STARTUP_SHARE * self.trials))
+        self.study.sampler = self.optuna.samplers.TPESampler(
+            n_startup_trials=startup, multivariate=True, seed=1000 * self.seed + number
+        )
+        trial = self.study.ask()
+        for name, values in self.sweep.space.items():
+            if not isinstance(values, Range):
+                trial.suggest_categorical(name, values)
+            elif values.whole:
+                trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
+            else:
+                trial.suggest_float(name, values.low, values.high, log=values.log)
+        return trial
+
+    def _try(self, trial: "optuna.trial.Trial") -> None:
+        settings = {**self.sweep.fixed, **trial.params, **self.overrides}
+        run = Trial(self.sweep.program, self.sweep.config, settings, self._run_directory(trial.number), self.threads)
+        seen: list[float] = []
+        share = 0.0
+
+        def judge(row: dict[str, Any]) -> bool:
+            nonlocal share
+            before, share = share, row["step"] / run.length()
+            self.advance(share - before)
+            value = row[self.sweep.metric]
+            if value is None:
+                return False
+            seen.append(value)
+            with self._lock:
+                trial.report(value, step=len(seen))
+                return trial.should_prune()
+
+        result = run.run(judge, self.stop)
+        state = self.optuna.trial.TrialState
+        with self._lock:
+            if result is None and self.stop.is_set():
+                raise Interrupted
+            if result is None or result.diverged:
+                with suppress(KeyError):
+                    trial.set_user_attr("diverged", result is not None)
+                self.study.tell(trial, state=state.PRUNED)
+            else:
+                self.study.tell(trial, result.final(self.sweep.metric))
+        self.advance(1.0 - share)
+
+    def _run_directory(self, number: int) -> Path:
+        return self.directory / f"trial-{number:03}"
+
+    def _row(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+        diverged = trial.user_attrs.get("diverged", False)
+        state = "diverged" if diverged else trial.state.name.lower()
+        return {
+            "number": trial.number,
+            "state": state,
+            "value": None if diverged else trial.value,
+            **{"settings": trial.params},
+        }
+
+
+def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int) -> None:
+    """Search as a sweep file says, or go on; print the best, and leave trials.json and best.yaml in `directory`.
+
+    Raises:
+        SettingsError: the file, the counts, or a directory that holds another search.
+    """
+    for name, count in (("trials", trials), ("workers", workers)):
+        if count < 1:
+            raise SettingsError(f"--{name} {count}: it must be at least 1")
+    sweep = read_sweep(file)
+    claim(directory, {"sweep": file.read_text(), "seed": seed})
+    with tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
+        tuner = Tuner(
+            sweep,
+            directory,
+            trials=trials,
+            seed=seed,
+            overrides={"data.cache_dir": str(directory / "data")},
+            workers=workers,
+            threads=max(1, cores() // workers),
+            advance=bar.update,
+        )
+        found = tuner.run()
+    write(directory / "trials.json", dump(found))
+    best: dict[str, Any] = {}
+    for name, value in {**sweep.fixed, **found[0]["settings"]}.items():
+        section, _, setting = name.rpartition(".")
+        (best.setdefault(section, {}) if section else best)[setting] = value
+    write(directory / "best.yaml", yaml.safe_dump(best, sort_keys=False))
+    for row in found[:_SHOWN]:
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        chosen = row["settings"].items()
+        settings = "  ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in chosen)
+        print(f"{row['state']:9} {sweep.metric} {value}  {settings}")
+    print(f"the best: accelerate launch {sweep.program} --config {sweep.config} --config {directory / 'best.yaml'}")
