@@ -22,7 +22,7 @@ _LARGE = Size(
     without_data={"data.dataset": "uoft-cs/cifar10", "data.dataset_validation_split": "test"},
     vary_p=_VARY_P,
 )
-_PAPER = Size(optimizers=PAPER_OPTIMIZERS, configs="imagenet/cifar10_{}_paper.yaml", vary_p=_VARY_P)
+_PAPER = Size(optimizers=PAPER_OPTIMIZERS, configs="imagenet/cifar10_{}.yaml", vary_p=_VARY_P)
 
 EXPERIMENT = Experiment(
     "cifar",

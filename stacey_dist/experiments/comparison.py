@@ -69,6 +69,7 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
     if reproduction.data is None:
         overrides |= size.without_data
     else:
+        overrides["data.dataset"] = None
         overrides[task.data] = [reproduction.data] if task.data == "data.files" else reproduction.data
     chosen, searched = _settings(task, size, reproduction, overrides)
     first, *_ = seeds = range(1, reproduction.seeds + 1)

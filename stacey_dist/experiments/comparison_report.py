@@ -133,8 +133,8 @@ def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standa
     form = FORMS[metric]
     lines = [
         f"{NAMES[metric]} after the last update, mean over {seeds} seeds with its 95 % interval (Student's t); the",
-        f"share of its updates after which a run is as good as {standard}'s with the same seed in the end (– unless all",
-        f"seeds get there); the time of an update against {standard}'s; bytes of optimizer state a parameter.",
+        f"share of its updates after which a run is as good as {standard}'s with the same seed in the end (– unless",
+        f"all seeds get there); the time of an update against {standard}'s; bytes of optimizer state a parameter.",
         "",
         f"| optimizer | {NAMES[metric]} | as {standard} after | time of an update | state | settings |",
         "|---|---|---|---|---|---|",

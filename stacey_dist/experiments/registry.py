@@ -1,11 +1,11 @@
 """The experiments by their names."""
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments import cifar, imagenet, llm, synthetic, theorem
+from stacey_dist.experiments import ablation, cifar, imagenet, llm, synthetic, theorem
 from stacey_dist.experiments.framework import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (synthetic, theorem, cifar, imagenet, llm)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (synthetic, theorem, cifar, imagenet, llm, ablation)
 }
 
 

@@ -137,7 +137,8 @@ class Trial:
         if process.exitcode in _STOPPED:
             raise Interrupted
         if process.exitcode == 2:
-            raise SettingsError(f"{self.directory.name}: {said[-1]}")
+            reason = next((line for line in reversed(said) if "error:" in line), said[-1])
+            raise SettingsError(f"{self.directory.name}: {reason}")
         if process.exitcode != 0:
             raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
         return True

@@ -139,6 +139,7 @@ class Tuner:
     def _try(self, trial: "optuna.trial.Trial") -> None:
         settings = {**self.sweep.fixed, **trial.params, **self.overrides}
         run = Trial(self.sweep.program, self.sweep.config, settings, self._run_directory(trial.number), self.threads)
+        known = self.study.trials[trial.number].intermediate_values  # of a run that was killed
         seen: list[float] = []
         share = 0.0
 
@@ -151,7 +152,8 @@ class Tuner:
                 return False
             seen.append(value)
             with self._lock:
-                trial.report(value, step=len(seen))
+                if len(seen) not in known:
+                    trial.report(value, step=len(seen))
                 return trial.should_prune()
 
         result = run.run(judge, self.stop)
@@ -201,7 +203,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int)
             overrides={"data.cache_dir": str(directory / "data")},
             workers=workers,
             threads=max(1, cores() // workers),
-            advance=bar.update,
+            advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum
         )
         found = tuner.run()
     write(directory / "trials.json", dump(found))

@@ -24,8 +24,8 @@ FILES = ("results.json", "table.md")
 @pytest.fixture(autouse=True)
 def toys():
     with pytest.MonkeyPatch.context() as patch:
-        for name, experiment in registry.EXPERIMENTS.items():
-            patch.setitem(experiment.scales, "toy", TOY[name])
+        for name, toy in TOY.items():
+            patch.setitem(registry.EXPERIMENTS[name].scales, "toy", toy)
         yield
 
 
@@ -113,15 +113,18 @@ def test_a_finished_part_is_read_not_computed(tmp_path):
 def test_list(capsys):
     assert main(["reproduce", "list"]) == 0
     printed = capsys.readouterr().out
-    assert "synthetic: " in printed
-    assert "theorem: " in printed
+    for name in ("synthetic", "theorem", "cifar", "imagenet", "llm", "ablation"):
+        assert f"\n{name}: " in f"\n{printed}"
     assert "--scale paper" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["other"], "reproduce other: it must be list or one of synthetic, theorem"),
+        (["other"], "reproduce other: it must be list or one of synthetic, theorem, "),
+        (["theorem", "--workers", "0"], "--workers 0: it must be at least 1"),
+        (["theorem", "--data", "DIR"], "--data DIR: theorem takes no data"),
+        (["llm", "--scale", "laptop"], "--scale laptop: it must be one of cpu, gpu, paper for llm"),
         (["theorem", "--scale", "paper"], "--scale paper: it must be one of cpu, toy for theorem"),
         (["theorem", "--scale", "toy", "--seeds", "1"], "--seeds 1: it must be at least 2"),
         (

@@ -1,0 +1,44 @@
+"""Comparisons and searches that take seconds: a tiny LLaMA and a tiny ResNet, with a sweep for each optimizer."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from stacey_dist.experiments.comparison import Size
+from tests.training.helpers import write_config, write_image_config
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"max_steps": 6, "eval_every_steps": 2, "log_every_steps": 2}
+STEPS = SHORT["max_steps"]
+
+
+def write_sweeps(directory):
+    """configs/sweeps and configs/presets in `directory`, as the repository has them, of tiny runs."""
+    for name in ("llm", "images"):
+        (directory / name).mkdir()
+    llm = write_config(directory / "llm", train=SHORT, checkpoint={})
+    images = write_image_config(directory / "images", train=SHORT, checkpoint={})
+    for task, config in (("llm", llm), ("cifar", images)):
+        target = directory / "configs" / "sweeps" / task
+        shutil.copytree(ROOT / "configs" / "sweeps" / task, target)
+        settings = yaml.safe_load(config.read_text())
+        settings["optimizer"] = {"weight_decay": 0.1}
+        (target / "base.yaml").write_text(yaml.safe_dump(settings))
+        for sweep in target.glob("[!b]*.yaml"):
+            text = sweep.read_text()
+            sweep.write_text(text.replace(f"configs/sweeps/{task}/base.yaml", str(target / "base.yaml")))
+    presets = directory / "configs" / "presets"
+    presets.mkdir()
+    for name in ("adamw", "p2"):
+        optimizer = {"name": "adamw"} if name == "adamw" else {"name": "stacey", "variant": name}
+        settings = yaml.safe_load(llm.read_text()) | {"optimizer": optimizer}
+        (presets / f"llama_{name}.yaml").write_text(yaml.safe_dump(settings))
+    return directory / "configs"
+
+
+TUNED = Size(
+    optimizers=("adamw", "stacey_p2"), sweeps="sweeps/llm", trials=3, vary_p={"stacey_p2": (2, 30)}, without_data={}
+)
+IMAGES = Size(optimizers=("adamw", "stacey_2p"), sweeps="sweeps/cifar", trials=2)
+GIVEN = Size(optimizers=("adamw", "stacey_p2"), configs="presets/llama_{}.yaml")

@@ -1,0 +1,250 @@
+"""Comparisons: the report's numbers by hand, and each experiment that trains, end to end at a toy scale."""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from PIL import Image
+
+from stacey_dist.cli import main
+from stacey_dist.experiments import ablation, comparison, registry
+from stacey_dist.experiments.comparison_report import curves, mean_with_interval, report, updates_to_reach
+from stacey_dist.experiments.framework import Scale
+from tests.experiments.tasks import GIVEN, IMAGES, ROOT, TUNED, write_sweeps
+from tests.training.helpers import launch, rows
+
+
+def result(*losses, diverged=False, seconds=1.0, state=8.0):
+    evaluations = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(losses, start=1)]
+    return {
+        "evaluations": evaluations,
+        "diverged": diverged,
+        "seconds_per_update": seconds,
+        "state_bytes_per_parameter": state,
+    }
+
+
+def test_updates_to_reach():
+    losses = result(4.0, 3.0, 2.0, 1.0)["evaluations"]
+    assert updates_to_reach(losses, "eval_loss", 2.5) == 25.0
+    assert updates_to_reach(losses, "eval_loss", 2.0) == 30.0
+    assert updates_to_reach(losses, "eval_loss", 5.0) == 10.0  # at the first evaluation, or before
+    assert updates_to_reach(losses, "eval_loss", 0.5) is None
+    accuracies = [{"step": 10, "eval_top1": 0.2}, {"step": 20, "eval_top1": 0.6}]
+    assert updates_to_reach(accuracies, "eval_top1", 0.5) == pytest.approx(17.5)
+    assert updates_to_reach([{"step": 10, "eval_loss": None}], "eval_loss", 1.0) is None
+
+
+def test_interval():
+    # t with 2 degrees of freedom: 4.303
+    mean, half = mean_with_interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3))
+    assert math.isnan(mean_with_interval([1.0])[1])
+
+
+FOUND = {
+    ("adamw", 1): result(3.0, 2.0, 1.0),
+    ("adamw", 2): result(3.0, 2.0, 1.2),
+    ("lion", 1): result(2.0, 1.0, 0.9, seconds=0.5, state=4.0),
+    ("lion", 2): result(2.0, 1.0, 1.0, seconds=0.7, state=4.0),
+    ("sgd", 1): result(3.0, 3.0, 3.0, state=4.0),
+    ("sgd", 2): result(3.0, None, diverged=True, state=4.0),
+}
+
+
+def test_report():
+    settings = {"adamw": {"optimizer.name": "adamw", "optimizer.lr": 0.00123456}, "lion": {}, "sgd": {}}
+    searched = {"lion": [{"state": state, "value": 1.0, "settings": {}} for state in ("complete", "pruned", "pruned")]}
+    told = report(FOUND, "eval_loss", settings, searched, {("lion", 3.0): result(1.5)})
+    lion, sgd = told.values["optimizers"]["lion"], told.values["optimizers"]["sgd"]
+    assert lion["mean"] == pytest.approx(0.95)
+    # With seed 1 it is at 1.0 after 20 updates of 30, with seed 2 at 1.2 after 18.
+    assert lion["share_of_updates"] == pytest.approx((20 / 30 + 18 / 30) / 2)
+    assert lion["time_per_update"] == pytest.approx(0.6)
+    assert (sgd["mean"], sgd["diverged"], sgd["share_of_updates"]) == (3.0, 1, None)
+    table = [line for line in told.table.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table[1:4]] == ["Lion", "AdamW", "SGD, Nesterov"]
+    assert "| 0.9500 ± 0.6353 | 63% | 0.60 x | 4.0 B |" in table[1]
+    assert "lr 0.00123 |" in table[2]
+    assert "(1 of 2 diverged)" in table[3]
+    assert "Lion 1 / 2 / 0" in told.table
+    assert "| Lion | 1.5000 |" in told.table
+    json.dumps(told.values, allow_nan=False)
+
+
+def test_curves_leave_out_what_diverged():
+    (axes,) = curves(FOUND, "eval_loss").axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn["Lion"] == [2.0, 1.0, 0.95]
+    assert drawn["SGD, Nesterov"] == [3.0, 3.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    return write_sweeps(tmp_path_factory.mktemp("comparison"))
+
+
+CHANGES = (ablation.BASE, "τ = 0", "z begins at 0", "m corrected for its bias")
+TOYS = {
+    "llm": Scale("a toy", 2, {"size": TUNED}),
+    "cifar": Scale("a toy", 2, {"size": IMAGES}),
+    "imagenet": Scale("a toy", 2, {"size": IMAGES}),
+    "ablation": Scale("a toy", 2, {"overrides": {}, "changes": CHANGES}),
+}
+
+
+@pytest.fixture(autouse=True)
+def toys(configs, monkeypatch):
+    monkeypatch.setattr(comparison, "configs", lambda: configs)
+    monkeypatch.setattr(ablation, "configs", lambda: configs)
+    for name, toy in TOYS.items():
+        monkeypatch.setitem(registry.EXPERIMENTS[name].scales, "toy", toy)
+    monkeypatch.setitem(registry.EXPERIMENTS["llm"].scales, "given", Scale("a toy", 2, {"size": GIVEN}))
+
+
+def reproduce(name, out, *options, scale="toy"):
+    assert main(["reproduce", name, "--scale", scale, "--out", str(out), *options]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def without_times(results):
+    """The results, but for what depends on the clock."""
+    if isinstance(results, dict):
+        return {name: without_times(v) for name, v in results.items() if name not in ("time_per_update", "versions")}
+    return [without_times(value) for value in results] if isinstance(results, list) else results
+
+
+FIGURES = {
+    "llm": {"curves", "search", "p"},
+    "cifar": {"curves", "search"},
+    "imagenet": {"curves", "search"},
+    "ablation": {"ablation"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
+def test_end_to_end(name, tmp_path, capsys):
+    results = reproduce(name, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert {file.stem for file in tmp_path.glob("*.png")} == FIGURES[name]
+    for file in tmp_path.glob("*.png"):
+        with Image.open(file) as figure:
+            assert figure.width > 500
+    if name == "ablation":
+        assert results["losses"].keys() == set(CHANGES)
+        base = results["losses"][ablation.BASE]
+        assert all(losses != base for label, losses in results["losses"].items() if label != ablation.BASE)
+        assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(CHANGES)
+        return
+    metric = results["metric"]
+    assert metric == ("eval_loss" if name == "llm" else "eval_top1")
+    for optimizer, found in results["optimizers"].items():
+        states = [trial["state"] for trial in found["tuning"]]
+        assert len(states) == (3 if name == "llm" else 2)
+        # The settings are the best trial's, and the runs are those of the launcher.
+        best = found["tuning"][0]["settings"]
+        assert found["settings"].items() >= best.items()
+        for seed, final in zip((1, 2), found["finals"], strict=True):
+            run = tmp_path / "runs" / f"{optimizer}-seed{seed}"
+            assert rows(run)[-1][metric] == final
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            assert config["seed"] == seed
+            assert config["optimizer"]["lr"] == best["optimizer.lr"]
+        run = tmp_path / "tuning" / optimizer / "trial-000" / "config.yaml"
+        assert yaml.safe_load(run.read_text())["seed"] == 0
+
+
+@pytest.mark.slow
+def test_settings_that_are_given_are_not_tuned(configs, tmp_path):
+    results = reproduce("llm", tmp_path / "out", scale="given")
+    final = results["optimizers"]["stacey_p2"]["finals"][0]
+    launch("--config", configs / "presets" / "llama_p2.yaml", "--seed", 1, "--run_dir", tmp_path / "launched")
+    assert rows(tmp_path / "launched")[-1]["eval_loss"] == final
+    assert not (tmp_path / "out" / "tuning").exists()
+    assert not (tmp_path / "out" / "search.png").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import pytest
+from stacey_dist.cli import program
+from stacey_dist.experiments import comparison, registry
+from tests.experiments.test_comparison import TOYS
+
+configs, out = map(Path, sys.argv[1:])
+comparison.configs = lambda: configs
+registry.EXPERIMENTS["llm"].scales["toy"] = TOYS["llm"]
+sys.argv = ["stacey-dist", "reproduce", "llm", "--scale", "toy", "--out", str(out), "--workers", "2"]
+program()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "file"),
+    [(signal.SIGKILL, "tuning/stacey_p2/trial-001/metrics.jsonl"), (signal.SIGINT, "runs/adamw-seed1/metrics.jsonl")],
+)
+def test_killed_in_the_middle_it_gives_the_same_table(configs, tmp_path, number, file):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(configs), str(killed)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as started:
+        while not (killed / file).exists():
+            assert started.poll() is None, started.stderr.read()
+            time.sleep(0.01)
+        os.killpg(started.pid, number)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == (130 if number == signal.SIGINT else -number), said
+    if number == signal.SIGINT:
+        assert "Traceback" not in said
+        assert said.endswith("stacey-dist: interrupted; the same command goes on\n")
+    assert not (killed / "table.md").exists()
+    assert without_times(reproduce("llm", killed)) == without_times(reproduce("llm", whole))
+
+
+def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
+    """--data takes the place of what the configuration names, for both launchers."""
+    made = []
+    monkeypatch.setattr(comparison, "training", lambda r, program, config, settings, name: made.append(settings))
+    monkeypatch.setattr(comparison, "report", None)
+    for name, setting in (("llm", "data.files"), ("cifar", "data.path")):
+        experiment = registry.EXPERIMENTS[name]
+        monkeypatch.setitem(experiment.scales, "toy", Scale("a toy", 2, {"size": GIVEN}))
+        made.clear()
+        with pytest.raises(AttributeError):  # nothing is trained here
+            main(["reproduce", name, "--scale", "toy", "--out", str(tmp_path / name), "--data", "somewhere"])
+        assert all(settings["data.dataset"] is None for settings in made)
+        assert {str(settings[setting]) for settings in made} == {"['somewhere']" if name == "llm" else "somewhere"}
+
+
+def test_every_scale_finds_its_configurations(monkeypatch):
+    """Those in the repository, that is."""
+    for name in ("llm", "cifar", "imagenet"):
+        for scale_name, scale in registry.EXPERIMENTS[name].scales.items():
+            if scale_name in ("toy", "given"):
+                continue
+            size = scale.settings["size"]
+            for optimizer in size.optimizers:
+                if size.sweeps is not None:
+                    assert (ROOT / "configs" / size.sweeps / f"{optimizer}.yaml").is_file()
+                else:
+                    short = optimizer.removeprefix("stacey_")
+                    config = yaml.safe_load((ROOT / "configs" / size.configs.format(short)).read_text())
+                    assert short in (config["optimizer"]["name"], config["optimizer"].get("variant"))

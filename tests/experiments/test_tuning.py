@@ -1,0 +1,199 @@
+"""The search: the count of runs, pruning, the order of what is found, kills, and the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import ClassVar
+
+import pytest
+import yaml
+
+from stacey_dist.cli import main
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments import tuning
+from stacey_dist.experiments.sweep import read_sweep
+from stacey_dist.experiments.trial import Interrupted, Result
+from stacey_dist.experiments.tuning import Tuner
+from tests.experiments.tasks import ROOT, write_sweeps
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    return write_sweeps(tmp_path_factory.mktemp("tuning"))
+
+
+@pytest.fixture
+def sweep(configs):
+    return read_sweep(configs / "sweeps" / "llm" / "stacey_p2.yaml")
+
+
+class Pretended:
+    """A `Trial` that trains nothing: its loss is a function of its settings."""
+
+    made: ClassVar[list["Pretended"]] = []
+    evaluations = 4
+
+    def __init__(self, program, config, settings, directory, threads):
+        self.settings, self.directory = settings, directory
+        self.made.append(self)
+
+    def length(self):
+        return self.evaluations
+
+    def loss(self):
+        return (self.settings["optimizer.tau"] - 0.05) ** 2
+
+    def run(self, on_evaluation, stop):
+        rows = [{"step": step, "eval_loss": self.loss() + 1 / step} for step in range(1, self.evaluations + 1)]
+        diverged = self.settings["optimizer.p"] == 3
+        for row in rows:
+            if on_evaluation({**row, "eval_loss": None} if diverged else row):
+                return None
+        return Result(rows, diverged, 1.0, 4.0)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(tuning, "Trial", Pretended)
+    monkeypatch.setattr(Pretended, "made", [])
+    return Pretended
+
+
+def test_as_many_runs_as_asked_for_best_first(sweep, tmp_path, pretended):
+    done = []
+    found = Tuner(sweep, tmp_path, trials=20, advance=done.append).run()
+    assert len(found) == len(pretended.made) == 20
+    assert sum(done) == pytest.approx(20)
+    states = [row["state"] for row in found]
+    assert states == sorted(states, key=["complete", "pruned", "diverged"].index)
+    assert {"complete", "pruned", "diverged"} == set(states)
+    complete = [row["value"] for row in found if row["state"] == "complete"]
+    assert complete == sorted(complete)
+    assert all((row["value"] is None) == (row["state"] == "diverged") for row in found)
+    for row in found:
+        assert row["settings"].keys() == {"optimizer.lr", "optimizer.p", "optimizer.alpha", "optimizer.tau"}
+        assert 0.003 <= row["settings"]["optimizer.tau"] <= 0.3
+        assert (row["settings"]["optimizer.p"] == 3) == (row["state"] == "diverged")
+    settings = pretended.made[0].settings
+    assert (settings["optimizer.name"], settings["optimizer.variant"]) == ("stacey", "p2")
+    more = Tuner(sweep, tmp_path, trials=25).run()
+    assert len(pretended.made) == 25  # five more
+    assert [row for row in more if row["number"] < 20] == found
+
+
+def test_it_finds_better_settings_than_chance(sweep, tmp_path, pretended):
+    """TPE's second half is nearer to the minimum than its random start."""
+    found = sorted(Tuner(sweep, tmp_path, trials=30).run(), key=lambda row: row["number"])
+    apart = [abs(row["settings"]["optimizer.tau"] - 0.05) for row in found]
+    assert sorted(apart[20:])[5] < sorted(apart[:10])[5]
+
+
+def test_overrides_win_and_larger_can_be_better(configs, tmp_path, pretended, monkeypatch):
+    sweep = read_sweep(configs / "sweeps" / "cifar" / "stacey_p2.yaml")
+    monkeypatch.setattr(
+        pretended, "run", lambda self, tell, stop: Result([{"step": 1, "eval_top1": self.loss()}], False, 1.0, 4.0)
+    )
+    found = Tuner(sweep, tmp_path, trials=5, overrides={"seed": 3, "optimizer.p": 7}).run()
+    assert all(trial.settings["seed"] == 3 and trial.settings["optimizer.p"] == 7 for trial in pretended.made)
+    assert [row["value"] for row in found] == sorted((row["value"] for row in found), reverse=True)
+
+
+def test_suggestions_are_a_function_of_what_was_found_before(sweep, tmp_path, pretended, monkeypatch):
+    whole = Tuner(sweep, tmp_path / "whole", trials=12).run()
+    run = pretended.run
+
+    def dies(self, on_evaluation, stop):
+        if len(self.made) == 9:
+            on_evaluation({"step": 1, "eval_loss": 3.0})
+            raise SystemExit
+        return run(self, on_evaluation, stop)
+
+    pretended.made.clear()
+    monkeypatch.setattr(pretended, "run", dies)
+    with pytest.raises(SystemExit):
+        Tuner(sweep, tmp_path / "killed", trials=12).run()
+    half_done = pretended.made[-1]
+    monkeypatch.setattr(pretended, "run", run)
+    assert Tuner(sweep, tmp_path / "killed", trials=12).run() == whole
+    assert pretended.made[9].directory == half_done.directory  # it goes on where it was
+    assert pretended.made[9].settings == half_done.settings
+    assert Tuner(sweep, tmp_path / "other", trials=12, seed=1).run() != whole
+
+
+def test_workers_share_the_runs(sweep, tmp_path, pretended, monkeypatch):
+    together = threading.Barrier(2, timeout=20)
+    run = pretended.run
+    monkeypatch.setattr(pretended, "run", lambda self, tell, stop: (together.wait(), run(self, tell, stop))[1])
+    found = Tuner(sweep, tmp_path, trials=8, workers=2).run()
+    assert sorted(row["number"] for row in found) == list(range(8))
+    assert len({trial.directory for trial in pretended.made}) == 8
+
+
+def test_nothing_complete(sweep, tmp_path, pretended):
+    with pytest.raises(SettingsError, match="none of 3 runs was completed; look at the ranges"):
+        Tuner(sweep, tmp_path, trials=3, overrides={"optimizer.p": 3}).run()
+
+
+def test_stopped(sweep, tmp_path, pretended, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(pretended, "run", lambda self, tell, stop: stop.set())
+    with pytest.raises(Interrupted):
+        Tuner(sweep, tmp_path, trials=3, stop=stop).run()
+    assert len(pretended.made) == 1
+
+
+@pytest.mark.slow
+def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
+    file = configs / "sweeps" / "llm" / "stacey_p2.yaml"
+    arguments = ["tune", str(file), "--trials", "4", "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    printed = capsys.readouterr()
+    assert "4.00/4.00" in printed.err or "100%" in printed.err
+    best = yaml.safe_load((tmp_path / "whole" / "best.yaml").read_text())
+    trials = json.loads((tmp_path / "whole" / "trials.json").read_text())
+    assert best["optimizer"]["lr"] == trials[0]["settings"]["optimizer.lr"]
+    assert best["optimizer"]["name"] == "stacey"
+    assert f"{trials[0]['value']:.4f}" in printed.out
+    assert f"--config {tmp_path / 'whole' / 'best.yaml'}" in printed.out
+
+    command = [
+        sys.executable,
+        "-c",
+        "from stacey_dist.cli import program; program()",
+        *arguments,
+        str(tmp_path / "killed"),
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as started:
+        while not (tmp_path / "killed" / "trial-001" / "metrics.jsonl").exists():
+            assert started.poll() is None
+        os.killpg(started.pid, signal.SIGKILL)
+    assert main([*arguments, str(tmp_path / "killed")]) == 0
+    assert json.loads((tmp_path / "killed" / "trials.json").read_text()) == trials
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trials", "0"], "--trials 0: it must be at least 1"),
+        (["--workers", "0"], "--workers 0: it must be at least 1"),
+        (["--seed", "1"], "this one holds a run with seed 0, not 1"),
+    ],
+)
+def test_bad_options(configs, tmp_path, capsys, options, message):
+    file = configs / "sweeps" / "llm" / "lion.yaml"
+    tuning.claim(tmp_path, {"sweep": file.read_text(), "seed": 0})
+    assert main(["tune", str(file), "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_optuna(configs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["tune", str(configs / "sweeps" / "llm" / "lion.yaml"), "--out", str(tmp_path)]) == 2
+    assert "optuna is not installed; pip install 'stacey_dist[tune]'" in capsys.readouterr().err
