@@ -21,6 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from stacey_dist.cli import main, make_parser
 from stacey_dist.errors import SettingsError
+from stacey_dist.experiments.sweep import read_sweep
 from stacey_dist.plan.command import plan
 from stacey_dist.training import image_config, llm_config
 from stacey_dist.training.command_line import parse
@@ -107,6 +108,9 @@ def check(words):
                 existing(value)
         if "accelerate" in rest:
             check(rest[rest.index("accelerate") :])
+    elif program == "wandb":
+        assert rest[0] == "sweep"
+        read_sweep(existing(rest[1]))
     elif program in ("python", "python3") and rest[0] == "-m":
         assert rest[1] in ("venv", "pytest")
     elif program in ("python", "python3"):
