@@ -7,10 +7,10 @@ they were read back, so that an experiment that was killed on the way ends with 
 
 import io
 import json
-import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from stacey_dist.data.lock import locked
+from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
 from stacey_dist.version import __version__
 
@@ -158,35 +160,42 @@ def reproduce(
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     versions = {"stacey_dist": __version__, "torch": torch.__version__}
     settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "data": data, "versions": versions}
-    claim(directory, settings)
-    outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
-    for name, figure in outcome.figures.items():
-        _draw(figure, directory / f"{name}.png")
-    write(directory / "table.md", outcome.table)
-    write(directory / "results.json", dump({"settings": settings, **outcome.results}))
+    with claimed(directory, settings):
+        outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
+        for name, figure in outcome.figures.items():
+            _draw(figure, directory / f"{name}.png")
+        write(directory / "table.md", outcome.table)
+        write(directory / "results.json", dump({"settings": settings, **outcome.results}))
 
 
 def _draw(figure: Figure, file: Path) -> None:
     """Write a PNG of 128 colours, a third of the size that it has with all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    temporary = file.with_name(file.name + ".tmp")
-    Image.open(drawn).convert("RGB").quantize(128).save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, file)
+    reduced = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(128).save(reduced, format="PNG", optimize=True)
+    replace_file(file, reduced.getvalue())
 
 
-def claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Mark a directory with the settings; refuse one that is marked with others: its parts would be mixed with ours."""
-    file = directory / "settings.json"
-    if not file.exists():
-        write(file, dump(settings))
-    there = json.loads(file.read_text())
-    for name, value in settings.items():
-        if there.get(name) != value:
-            raise SettingsError(
-                f"--out {directory}: it must be another directory, for this one holds a run with {name} "
-                f"{there.get(name)}, not {value}"
-            )
+@contextmanager
+def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Work in a directory that is marked with the settings, alone: another process that wants to, waits.
+
+    Raises SettingsError where it is marked with others: what is there would be mixed with what comes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "lock", announce=True):
+        file = directory / "settings.json"
+        if not file.exists():
+            write(file, dump(settings))
+        there = json.loads(file.read_text())
+        for name, value in settings.items():
+            if there.get(name) != value:
+                raise SettingsError(
+                    f"--out {directory}: it must be another directory, for this one holds a run with {name} "
+                    f"{there.get(name)}, not {value}"
+                )
+        yield
 
 
 def dump(value: Any) -> str:
@@ -195,11 +204,6 @@ def dump(value: Any) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file so that it is there in whole or not at all."""
+    """Write a file, which is there in whole or not at all, and its directory."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(temporary, file)
+    replace_file(file, text.encode())

@@ -3,10 +3,13 @@
 Imported by the server that trials are forked from, and by nobody else: it takes seconds.
 """
 
+import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,19 @@ def train_and_report(program: Program, arguments: list[str], directory: Path) ->
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = [program]
+    threading.Thread(target=_end_with_the_experiment, daemon=True).start()
     with user_errors(program):
         result = _train_llm(arguments) if program == "train_llm.py" else _train_imagenet(arguments)
         write(directory / "result.json", dump(asdict(result)))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _end_with_the_experiment() -> None:
+    """Save and end once the process that asked for the run is gone, however it went: its successor goes on."""
+    experiment = multiprocessing.parent_process()
+    if experiment is not None:
+        experiment.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train_llm(arguments: list[str]) -> Result:

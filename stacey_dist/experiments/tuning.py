@@ -5,6 +5,7 @@ ended early. What is suggested is a function of the study's seed, the trial's nu
 so one worker that is killed goes on to the same result; with several workers it depends on who is faster.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.framework import claim, dump, write
+from stacey_dist.experiments.framework import claimed, dump, write
 from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
 from stacey_dist.experiments.trial import Interrupted, Trial
 from stacey_dist.info import cores
@@ -193,8 +194,8 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int)
         if count < 1:
             raise SettingsError(f"--{name} {count}: it must be at least 1")
     sweep = read_sweep(file)
-    claim(directory, {"sweep": file.read_text(), "seed": seed})
-    with tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
+    identity = {"sweep": f"of sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}", "seed": seed}
+    with claimed(directory, identity), tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
         tuner = Tuner(
             sweep,
             directory,

@@ -134,10 +134,11 @@ def test_list(capsys):
     ],
 )
 def test_bad_settings(arguments, message, tmp_path, capsys):
-    framework.claim(
+    with framework.claimed(
         tmp_path,
         {"experiment": "theorem", "scale": "toy", "seeds": 3},
-    )
+    ):
+        pass
     assert main(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -181,12 +181,13 @@ def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
     [
         (["--trials", "0"], "--trials 0: it must be at least 1"),
         (["--workers", "0"], "--workers 0: it must be at least 1"),
-        (["--seed", "1"], "this one holds a run with seed 0, not 1"),
+        ([], "this one holds a run with sweep None, not of sha256"),
     ],
 )
 def test_bad_options(configs, tmp_path, capsys, options, message):
     file = configs / "sweeps" / "llm" / "lion.yaml"
-    tuning.claim(tmp_path, {"sweep": file.read_text(), "seed": 0})
+    with tuning.claimed(tmp_path, {"seed": 0}):
+        pass
     assert main(["tune", str(file), "--out", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
