@@ -22,7 +22,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "states in bfloat16, rounded to nearest": {"optimizer.rounding": "nearest"},
     "β = (0.95, 0.98)": {"optimizer.betas": [0.95, 0.98]},
     "τ constant": {"schedule.tau": "constant"},
-    "τ with lr": {"schedule.tau": "lr"},
     "α with lr": {"schedule.alpha": "lr"},
     "m corrected for its bias": {"optimizer.bias_correction": True},
     "p falls to 3": {"schedule.final_p": 3.0},
@@ -36,7 +35,7 @@ Found = Mapping[str, list[float | None]]
 def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
-    own = {**size["overrides"], "data.cache_dir": str(reproduction.directory / "data")}
+    own = {"schedule.tau": "lr", **size["overrides"], "data.cache_dir": str(reproduction.directory / "data")}
     if reproduction.data is not None:
         own["data.files"] = [reproduction.data]
     changes = {label: CHANGES[label] for label in size["changes"]}

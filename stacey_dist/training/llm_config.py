@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from stacey_dist.training.config import SHARED_CHANGES, RunConfig, check, check_positive, validate_shared
+from stacey_dist.training.config import (
+    SHARED_CHANGES,
+    RunConfig,
+    ScheduleConfig,
+    check,
+    check_positive,
+    validate_shared,
+)
 
 
 @dataclass
@@ -78,6 +85,7 @@ class TokenizerConfig:
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(tau="lr"))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -217,6 +218,21 @@ def test_killed_in_the_middle_it_gives_the_same_table(configs, tmp_path, number,
         assert said.endswith("stacey-dist: interrupted; the same command goes on\n")
     assert not (killed / "table.md").exists()
     assert without_times(reproduce("llm", killed)) == without_times(reproduce("llm", whole))
+
+
+@pytest.mark.slow
+def test_training_ends_with_a_process_that_is_killed_alone(configs, tmp_path):
+    """Else a second start would find its predecessor's runs still writing."""
+    command = [sys.executable, "-c", KILLED, str(configs), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as started:
+        while not list(tmp_path.glob("tuning/*/*/metrics.jsonl")):
+            assert started.poll() is None
+            time.sleep(0.01)
+        others = psutil.Process(started.pid).children(recursive=True)
+        assert len(others) >= 2  # the server and a run
+        started.kill()
+    _, alive = psutil.wait_procs(others, timeout=30)
+    assert not alive
 
 
 def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
