@@ -14,7 +14,7 @@ _SMALL = Size(
     overrides={"model.depth": 50, "model.width": 8},
     without_data=DIGITS,
 )
-_PAPER = Size(optimizers=_OPTIMIZERS, configs="imagenet/resnet50_{}_paper.yaml")
+_PAPER = Size(optimizers=_OPTIMIZERS, configs="imagenet/resnet50_{}.yaml")
 
 EXPERIMENT = Experiment(
     "imagenet",

@@ -30,15 +30,17 @@ def write_sweeps(directory):
             sweep.write_text(text.replace(f"configs/sweeps/{task}/base.yaml", str(target / "base.yaml")))
     presets = directory / "configs" / "presets"
     presets.mkdir()
-    for name in ("adamw", "p2"):
-        optimizer = {"name": "adamw"} if name == "adamw" else {"name": "stacey", "variant": name}
-        settings = yaml.safe_load(llm.read_text()) | {"optimizer": optimizer}
-        (presets / f"llama_{name}.yaml").write_text(yaml.safe_dump(settings))
+    for name, config in (("llama_adamw", llm), ("llama_p2", llm), ("resnet_sgd", images), ("resnet_pp", images)):
+        short = name.split("_")[1]
+        optimizer = {"name": "stacey", "variant": short} if short in ("p2", "pp") else {"name": short}
+        settings = yaml.safe_load(config.read_text()) | {"optimizer": optimizer}
+        (presets / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     return directory / "configs"
 
 
 TUNED = Size(
-    optimizers=("adamw", "stacey_p2"), sweeps="sweeps/llm", trials=3, vary_p={"stacey_p2": (2, 30)}, without_data={}
+    optimizers=("adamw", "stacey_p2"), sweeps="sweeps/llm", trials=2, vary_p={"stacey_p2": (2, 30)}, without_data={}
 )
 IMAGES = Size(optimizers=("adamw", "stacey_2p"), sweeps="sweeps/cifar", trials=2)
+IMAGES_GIVEN = Size(optimizers=("sgd", "stacey_pp"), configs="presets/resnet_{}.yaml")
 GIVEN = Size(optimizers=("adamw", "stacey_p2"), configs="presets/llama_{}.yaml")

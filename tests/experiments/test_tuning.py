@@ -30,6 +30,9 @@ def sweep(configs):
     return read_sweep(configs / "sweeps" / "llm" / "stacey_p2.yaml")
 
 
+DIVERGES = 10
+
+
 class Pretended:
     """A `Trial` that trains nothing: its loss is a function of its settings."""
 
@@ -48,7 +51,7 @@ class Pretended:
 
     def run(self, on_evaluation, stop):
         rows = [{"step": step, "eval_loss": self.loss() + 1 / step} for step in range(1, self.evaluations + 1)]
-        diverged = self.settings["optimizer.p"] == 3
+        diverged = self.settings["optimizer.p"] == DIVERGES
         for row in rows:
             if on_evaluation({**row, "eval_loss": None} if diverged else row):
                 return None
@@ -75,8 +78,8 @@ def test_as_many_runs_as_asked_for_best_first(sweep, tmp_path, pretended):
     assert all((row["value"] is None) == (row["state"] == "diverged") for row in found)
     for row in found:
         assert row["settings"].keys() == {"optimizer.lr", "optimizer.p", "optimizer.alpha", "optimizer.tau"}
-        assert 0.003 <= row["settings"]["optimizer.tau"] <= 0.3
-        assert (row["settings"]["optimizer.p"] == 3) == (row["state"] == "diverged")
+        assert 0.01 <= row["settings"]["optimizer.tau"] <= 0.1
+        assert (row["settings"]["optimizer.p"] == DIVERGES) == (row["state"] == "diverged")
     settings = pretended.made[0].settings
     assert (settings["optimizer.name"], settings["optimizer.variant"]) == ("stacey", "p2")
     more = Tuner(sweep, tmp_path, trials=25).run()
@@ -134,7 +137,7 @@ def test_workers_share_the_runs(sweep, tmp_path, pretended, monkeypatch):
 
 def test_nothing_complete(sweep, tmp_path, pretended):
     with pytest.raises(SettingsError, match="none of 3 runs was completed; look at the ranges"):
-        Tuner(sweep, tmp_path, trials=3, overrides={"optimizer.p": 3}).run()
+        Tuner(sweep, tmp_path, trials=3, overrides={"optimizer.p": DIVERGES}).run()
 
 
 def test_stopped(sweep, tmp_path, pretended, monkeypatch):
@@ -148,10 +151,10 @@ def test_stopped(sweep, tmp_path, pretended, monkeypatch):
 @pytest.mark.slow
 def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
     file = configs / "sweeps" / "llm" / "stacey_p2.yaml"
-    arguments = ["tune", str(file), "--trials", "4", "--out"]
+    arguments = ["tune", str(file), "--trials", "3", "--out"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr()
-    assert "4.00/4.00" in printed.err or "100%" in printed.err
+    assert "100%" in printed.err
     best = yaml.safe_load((tmp_path / "whole" / "best.yaml").read_text())
     trials = json.loads((tmp_path / "whole" / "trials.json").read_text())
     assert best["optimizer"]["lr"] == trials[0]["settings"]["optimizer.lr"]

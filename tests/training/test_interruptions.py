@@ -49,14 +49,14 @@ def last(run_dir):
 @pytest.mark.parametrize(
     ("engine", "event", "rank", "count"),
     [
-        ("cpu_zero2", "update", 1, 5),
+        pytest.param("cpu_zero2", "update", 1, 5, marks=pytest.mark.exhaustive),
         ("cpu_ddp", "update", 0, 5),
         ("cpu_zero2", "forward", 1, 10),  # the second of two micro-batches
-        ("cpu_ddp", "backward", 0, 9),
+        pytest.param("cpu_ddp", "backward", 0, 9, marks=pytest.mark.exhaustive),
         ("cpu_ddp", "save", 1, 2),
         ("cpu_zero2", "written", 1, 2),
         ("cpu_ddp", "rename", 0, 2),
-        ("cpu_zero2", "retention", 0, 2),
+        pytest.param("cpu_zero2", "retention", 0, 2, marks=pytest.mark.exhaustive),
         ("cpu_ddp", "evaluation", 0, 1),
     ],
 )

@@ -33,8 +33,8 @@ def curve(run_dir):
 @pytest.mark.parametrize(
     ("launcher", "engine", "kills"),
     [
-        *(("train_llm", engine, 5) for engine in ENGINES),
-        *(("train_imagenet", engine, 3) for engine in ("cpu_ddp", "cpu_zero3")),
+        *(("train_llm", engine, 4) for engine in ENGINES),
+        *(("train_imagenet", engine, 2) for engine in ("cpu_ddp", "cpu_zero3")),
         *(
             pytest.param(launcher, engine, 40, marks=pytest.mark.exhaustive)
             for launcher in ("train_llm", "train_imagenet")
