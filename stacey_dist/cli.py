@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stacey-dist: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stacey-dist: interrupted; the same command goes on", file=sys.stderr)
+        goes_on = "; the same command goes on" if parsed.run in (reproduce, tune) else ""
+        print(f"stacey-dist: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 

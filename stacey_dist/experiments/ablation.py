@@ -7,8 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stacey_dist.experiments.comparison import configs, training
+from stacey_dist.experiments.comparison import configs, data_settings, training
+from stacey_dist.experiments.comparison_report import final
 from stacey_dist.experiments.framework import Experiment, Outcome, Reproduction, Scale
+from stacey_dist.experiments.llm import TASK
 
 BASE = "as it is"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -35,14 +37,12 @@ Found = Mapping[str, list[float | None]]
 def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
-    own = {"schedule.tau": "lr", **size["overrides"], "data.cache_dir": str(reproduction.directory / "data")}
-    if reproduction.data is not None:
-        own["data.files"] = [reproduction.data]
+    own = {"schedule.tau": "lr", **size["overrides"], **data_settings(TASK, reproduction)}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(
             reproduction,
-            "train_llm.py",
+            TASK.program,
             configs() / "sweeps" / "llm" / "base.yaml",
             {**own, **change, "seed": seed},
             f"{_slug(change)}-seed{seed}",
@@ -51,19 +51,14 @@ def run(reproduction: Reproduction) -> Outcome:
         for seed in range(reproduction.seeds)
     }
     values = reproduction.compute(list(parts.values()))
-    found = {
-        label: [_final(values[parts[label, seed].name]) for seed in range(reproduction.seeds)] for label in changes
-    }
+    seeds = range(reproduction.seeds)
+    found = {label: [final(values[parts[label, seed].name], TASK.metric) for seed in seeds] for label in changes}
     return Outcome({"losses": found}, table(found), {"ablation": figure(found)})
 
 
 def _slug(change: dict[str, Any]) -> str:
     """A file's name for a change."""
     return "-".join(f"{name.split('.')[1]}_{value}" for name, value in change.items()) or "base"
-
-
-def _final(result: dict[str, Any]) -> float | None:
-    return None if result["diverged"] else result["evaluations"][-1]["eval_loss"]
 
 
 def differences(found: Found, label: str) -> list[float]:

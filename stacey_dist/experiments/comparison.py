@@ -5,7 +5,7 @@ have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is
 Then p is varied, all else as it was found. At the scale of the paper nothing is tuned: its settings are in configs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,8 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.comparison_report import curves, curves_by_p, report, search
 from stacey_dist.experiments.framework import Advance, Outcome, Part, Reproduction
 from stacey_dist.experiments.sweep import Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Program, Trial
+from stacey_dist.experiments.trial import Interrupted, Program, Trial, threads_each
 from stacey_dist.experiments.tuning import Tuner
-from stacey_dist.info import cores
 
 PAPER_OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "stacey_p2", "stacey_pp", "stacey_2p")
 _RUN = 1000  # what the progress bar counts a training run as, whatever its length
@@ -65,12 +64,8 @@ class Task:
 def compare(task: Task, reproduction: Reproduction) -> Outcome:
     """Tune, run with new seeds, vary p, and report; the scale's settings hold a `Size` by the name of "size"."""
     size: Size = reproduction.scale.settings["size"]
-    overrides = {**size.overrides, "data.cache_dir": str(reproduction.directory / "data")}
-    if reproduction.data is None:
-        overrides |= size.without_data
-    else:
-        overrides["data.dataset"] = None
-        overrides[task.data] = [reproduction.data] if task.data == "data.files" else reproduction.data
+    own_data = size.without_data if reproduction.data is None else {}
+    overrides = {**size.overrides, **own_data, **data_settings(task, reproduction)}
     chosen, searched = _settings(task, size, reproduction, overrides)
     first, *_ = seeds = range(1, reproduction.seeds + 1)
 
@@ -98,6 +93,15 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
     return Outcome(results.values, results.table, figures)
 
 
+def data_settings(task: Task, reproduction: Reproduction) -> dict[str, Any]:
+    """Where prepared data are kept, for all runs, and what the user names to train on, if anything."""
+    settings: dict[str, Any] = {"data.cache_dir": str(reproduction.directory / "data")}
+    if reproduction.data is not None:
+        settings["data.dataset"] = None
+        settings[task.data] = [reproduction.data] if task.data == "data.files" else reproduction.data
+    return settings
+
+
 Chosen = dict[str, tuple[Path, dict[str, Any]]]
 """The configuration file and the settings on top of it, by optimizer."""
 
@@ -122,24 +126,27 @@ def _settings(
 
 def training(reproduction: Reproduction, program: Program, config: Path, settings: dict[str, Any], name: str) -> Part:
     """A training run as a part; its value is a `trial.Result` as a dictionary."""
-    trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads(reproduction.workers))
+    trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
     return Part(name, _RUN, partial(_train, reproduction, trial))
 
 
 def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
-    told = 0
-
-    def tell(row: dict[str, Any]) -> bool:
-        nonlocal told
-        before, told = told, round(_RUN * row["step"] / trial.length())
-        advance(told - before)
-        return False
-
-    result = trial.run(tell, reproduction.stop)
+    result = trial.run(stop=reproduction.stop, advance=_in_runs(advance))
     if result is None:
         raise Interrupted
-    advance(_RUN - told)
     return asdict(result)
+
+
+def _in_runs(advance: Advance) -> Callable[[float], None]:
+    """Tells the progress bar, which counts in whole numbers, of shares of a run."""
+    done = 0.0
+
+    def tell(share: float) -> None:
+        nonlocal done
+        before, done = done, done + share
+        advance(round(_RUN * done) - round(_RUN * before))
+
+    return tell
 
 
 def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, overrides: dict[str, Any]) -> Part:
@@ -149,18 +156,13 @@ def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, ov
             reproduction.directory / "tuning" / name,
             trials=trials,
             overrides={"seed": 0, **overrides},
-            threads=threads(reproduction.workers),
+            threads=threads_each(reproduction.workers),
             stop=reproduction.stop,
-            advance=lambda share: advance(round(_RUN * share)),
+            advance=_in_runs(advance),
         )
         return tuner.run()
 
     return Part(f"tune-{name}", _RUN * trials, compute)
-
-
-def threads(workers: int) -> int:
-    """Threads of one of so many training runs at a time."""
-    return max(1, cores() // workers)
 
 
 def configs() -> Path:

@@ -17,7 +17,6 @@ LABELS = {
     "adam": "Adam",
     "adamw": "AdamW",
     "lion": "Lion",
-    "lp_descent": "ℓp descent",
     "stacey_p2": "STACEY(p,2)",
     "stacey_pp": "STACEY(p,p)",
     "stacey_2p": "STACEY(2,p)",
@@ -29,7 +28,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "adam": dict(color="#E69F00", linestyle=":"),
     "adamw": dict(color="#E69F00", linestyle="--"),
     "lion": dict(color="#CC3311", linestyle="-."),
-    "lp_descent": dict(color="#56B4E9", linestyle="-."),
     "stacey_p2": dict(color="#0072B2", linestyle="-"),
     "stacey_pp": dict(color="#009E73", linestyle="-"),
     "stacey_2p": dict(color="#CC79A7", linestyle="-"),
@@ -43,11 +41,11 @@ FORMS = {"eval_loss": "{:.4f}", "eval_top1": "{:.2%}"}
 Found = Mapping[tuple[str, int], dict[str, Any]]
 """A `trial.Result`, as a dictionary, by optimizer and seed."""
 
-Searched = Mapping[str, list[dict[str, Any]]]
-"""What `Tuner.run` returned, by optimizer."""
-
 ByP = Mapping[tuple[str, float], dict[str, Any]]
 """The same, by optimizer and p."""
+
+Searched = Mapping[str, list[dict[str, Any]]]
+"""What `Tuner.run` returned, by optimizer."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +88,20 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
     names = list(dict.fromkeys(name for name, _ in found))
     seeds = sorted({seed for _, seed in found})
     standard = REFERENCE if REFERENCE in names else names[0]
-    reference = [_final(found[standard, seed], metric) for seed in seeds]
+    reference = [final(found[standard, seed], metric) for seed in seeds]
     reference_seconds = statistics.fmean(found[standard, seed]["seconds_per_update"] for seed in seeds)
     values: dict[str, Any] = {}
     for name in names:
         runs = [found[name, seed] for seed in seeds]
-        finals = [_final(run, metric) for run in runs]
+        finals = [final(run, metric) for run in runs]
         finite = [value for value in finals if value is not None]
         # Each seed against AdamW with that seed: they have the same batches and initial weights.
         reached = [
             updates_to_reach(run["evaluations"], metric, target) if target is not None and not run["diverged"] else None
             for run, target in zip(runs, reference, strict=True)
         ]
-        last = [run["evaluations"][-1]["step"] for run in runs if run["evaluations"]]
-        shares = [r / n for r, n in zip(reached, last, strict=False) if r is not None]
+        pairs = zip(reached, runs, strict=True)
+        shares = [update / run["evaluations"][-1]["step"] for update, run in pairs if update is not None]
         mean, half = mean_with_interval(finite) if finite else (None, None)
         cost = statistics.fmean(run["seconds_per_update"] for run in runs) / reference_seconds
         values[name] = {
@@ -118,12 +116,13 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
             "settings": settings[name],
             "tuning": searched.get(name, []),
         }
-    ends = {f"{name} p={p:g}": _final(run, metric) for (name, p), run in by_p.items()}
+    ends = {f"{name} p={p:g}": final(run, metric) for (name, p), run in by_p.items()}
     table = _table(values, metric, len(seeds), LABELS[standard]) + _table_by_p(by_p, metric, seeds[0])
     return Report({"metric": metric, "seeds": seeds, "optimizers": values, "by_p": ends}, table)
 
 
-def _final(run: dict[str, Any], metric: str) -> float | None:
+def final(run: dict[str, Any], metric: str) -> float | None:
+    """A held-out figure after the last update, of a `trial.Result` as a dictionary; None if it diverged."""
     return None if run["diverged"] or not run["evaluations"] else run["evaluations"][-1][metric]
 
 
@@ -171,7 +170,7 @@ def _table_by_p(by_p: ByP, metric: str, seed: int) -> str:
         "|---" * (1 + len(norms)) + "|",
     ]
     for name in names:
-        ends = [_final(by_p[name, p], metric) if (name, p) in by_p else None for p in norms]
+        ends = [final(by_p[name, p], metric) if (name, p) in by_p else None for p in norms]
         lines.append(f"| {LABELS[name]} | {' | '.join('–' if e is None else FORMS[metric].format(e) for e in ends)} |")
     return "\n".join(lines) + "\n"
 
@@ -227,7 +226,7 @@ def search(searched: Searched, metric: str) -> Figure:
     shown = []
     for name, trials in searched.items():
         for state, marker, alpha in (("complete", "o", 0.9), ("pruned", "x", 0.6)):
-            kept = [t for t in trials if t["state"] == state and t["value"] is not None]
+            kept = [trial for trial in trials if trial["state"] == state and trial["value"] is not None]
             lrs = [trial["settings"].get("optimizer.lr", math.nan) for trial in kept]
             values = [trial["value"] for trial in kept]
             shown += values if state == "complete" else []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,7 @@ class Reproduction:
                     bar.set_description(part.name, refresh=False)
                     write(files[part.name], dump(part.compute(advance)))
 
-            with ThreadPoolExecutor(self.workers) as pool:
-                futures = [pool.submit(compute, part) for part in left]
-                try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    self.stop.set()  # what runs saves and ends, what waits does not begin
-                    raise
+            together([partial(compute, part) for part in left], self.workers, self.stop)
         return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
@@ -175,6 +169,21 @@ def _draw(figure: Figure, file: Path) -> None:
     reduced = io.BytesIO()
     Image.open(drawn).convert("RGB").quantize(128).save(reduced, format="PNG", optimize=True)
     replace_file(file, reduced.getvalue())
+
+
+def together(jobs: Sequence[Callable[[], object]], workers: int, stop: threading.Event) -> None:
+    """Do jobs in threads, so many at a time.
+
+    An error of one, or Ctrl-C, sets `stop`, and is raised when all have ended.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()  # what runs saves and ends, what waits does not begin
+            raise
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import yaml
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.info import cores
+from stacey_dist.training.rows import read_rows
 
 Program = Literal["train_llm.py", "train_imagenet.py"]
 
@@ -83,25 +85,41 @@ class Trial:
     directory: Path
     threads: int = 1
 
-    def run(self, on_evaluation: OnEvaluation | None = None, stop: threading.Event | None = None) -> Result | None:
+    def run(
+        self,
+        on_evaluation: OnEvaluation = lambda row: False,
+        stop: threading.Event | None = None,
+        advance: Callable[[float], object] = lambda share: None,
+    ) -> Result | None:
         """Train, or go on, or read what is there if it is complete. None if it was ended on the way.
 
         Args:
             on_evaluation: called for every evaluation, those of before included.
             stop: once set, the run saves and ends, and can go on later.
+            advance: told how much of the run is done since it was last told; one that was ended early is done.
 
         Raises:
             SettingsError: the launcher refused the settings; with its own words.
             TrialError: the process ended with another error; with the end of its output.
         """
+        done = 0.0
+
+        def tell(row: dict[str, Any]) -> bool:
+            nonlocal done
+            before, done = done, row["step"] / self.length()
+            advance(done - before)
+            return on_evaluation(row)
+
         complete = self.directory / "result.json"
-        if not complete.exists():
-            if not self._train(on_evaluation, stop):
-                return None
-        elif on_evaluation is not None:
+        finished = complete.exists()
+        if finished:
             for row in evaluations(self.directory):
-                on_evaluation(row)
-        return Result(**json.loads(complete.read_text()))
+                tell(row)
+        else:
+            finished = self._train(tell, stop)
+        if finished or stop is None or not stop.is_set():
+            advance(1.0 - done)
+        return Result(**json.loads(complete.read_text())) if finished else None
 
     def arguments(self) -> list[str]:
         """The options of the launcher."""
@@ -112,23 +130,24 @@ class Trial:
         """Updates of the whole run, which is known once it has begun to train."""
         return int(yaml.safe_load((self.directory / "config.yaml").read_text())["train"]["max_steps"])
 
-    def _train(self, on_evaluation: OnEvaluation | None, stop: threading.Event | None) -> bool:
-        """Whether the run is complete."""
+    def _train(self, on_evaluation: OnEvaluation, stop: threading.Event | None) -> bool:
+        """Train; whether the run is complete, not ended on the way."""
         self.directory.mkdir(parents=True, exist_ok=True)
         output = self.directory / "output.txt"
         process = _server().Process(target=_train, args=(self.program, self.arguments(), str(self.directory)))
         process.start()
-        seen = 0
+        seen, alive = 0, True
         try:
-            alive = True
             while alive:
                 process.join(_POLL_SECONDS)
                 alive = process.is_alive()
                 if stop is not None and stop.is_set():
                     return False
-                rows = evaluations(self.directory) if on_evaluation is not None else []
-                new, seen = rows[seen:], len(rows)
-                if on_evaluation is not None and any(on_evaluation(row) for row in new):
+                new: list[dict[str, Any]] = []
+                with contextlib.suppress(OSError):  # what cannot be read now is read the next time; the run tells why
+                    new = evaluations(self.directory)[seen:]
+                seen += len(new)
+                if any(on_evaluation(row) for row in new):
                     _end(process, signal.SIGKILL)
                     return False
         finally:
@@ -146,12 +165,12 @@ class Trial:
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl that hold held-out figures, so far."""
-    file = directory / "metrics.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
-            rows.append(json.loads(line))
-    return [row for row in rows if "eval_loss" in row]
+    return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
+
+
+def threads_each(workers: int) -> int:
+    """Threads of the CPU for one of so many runs at a time."""
+    return max(1, cores() // workers)
 
 
 def _end(process: ForkServerProcess, number: signal.Signals) -> None:

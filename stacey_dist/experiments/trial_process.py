@@ -28,9 +28,15 @@ from stacey_dist.training import image_config, images, llm, llm_config
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.engine import build_engine
 from stacey_dist.training.loop import Task, train
-from stacey_dist.training.metrics import read_rows
 from stacey_dist.training.optimizers import build_optimizer
-from stacey_dist.training.run import Run, start, user_errors
+from stacey_dist.training.rows import read_rows
+from stacey_dist.training.run import start, user_errors
+
+_LAUNCHERS: dict[Program, tuple[Any, Any, Any, Any]] = {
+    "train_llm.py": (llm_config.LLMConfig, llm_config.validate, llm, llm.LanguageModeling),
+    "train_imagenet.py": (image_config.ImageConfig, image_config.validate, images, images.ImageClassification),
+}
+"""What each builds its run of: its settings, their check, the functions for data and model, the task."""
 
 
 def train_and_report(program: Program, arguments: list[str], directory: Path) -> None:
@@ -41,8 +47,7 @@ def train_and_report(program: Program, arguments: list[str], directory: Path) ->
     sys.argv = [program]
     threading.Thread(target=_end_with_the_experiment, daemon=True).start()
     with user_errors(program):
-        result = _train_llm(arguments) if program == "train_llm.py" else _train_imagenet(arguments)
-        write(directory / "result.json", dump(asdict(result)))
+        write(directory / "result.json", dump(asdict(_train(program, arguments))))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
@@ -54,25 +59,14 @@ def _end_with_the_experiment() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train_llm(arguments: list[str]) -> Result:
-    config = parse(llm_config.LLMConfig, arguments)
-    llm_config.validate(config)
+def _train(program: Program, arguments: list[str]) -> Result:
+    config_class, validate, parts, make_task = _LAUNCHERS[program]
+    config = parse(config_class, arguments)
+    validate(config)
     run = start(config)
-    data = llm.prepare_data(run)
-    model = llm.build_model(run, data)
-    return _train(run, llm.LanguageModeling(run, data, model), model)
-
-
-def _train_imagenet(arguments: list[str]) -> Result:
-    config = parse(image_config.ImageConfig, arguments)
-    image_config.validate(config)
-    run = start(config)
-    data = images.prepare_data(run)
-    model = images.build_model(run, data)
-    return _train(run, images.ImageClassification(run, data, model), model)
-
-
-def _train(run: Run[Any], task: Task, model: Any) -> Result:
+    data = parts.prepare_data(run)
+    model = parts.build_model(run, data)
+    task: Task = make_task(run, data, model)
     optimizer = build_optimizer(model, run.config.optimizer, run.config.seed)
     engine = build_engine(run, model, optimizer)
     diverged = False

@@ -8,8 +8,6 @@ so one worker that is killed goes on to the same result; with several workers it
 import hashlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.framework import claimed, dump, write
+from stacey_dist.experiments.framework import claimed, dump, together, write
 from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Trial
-from stacey_dist.info import cores
+from stacey_dist.experiments.trial import Interrupted, Trial, threads_each
 
 if TYPE_CHECKING:
     import optuna
@@ -93,14 +90,7 @@ class Tuner:
             SettingsError: the launcher refused the settings, or no run was completed.
         """
         self.advance(float(sum(trial.state.is_finished() for trial in self.study.trials)))
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._work) for _ in range(self.workers)]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self.stop.set()
-                raise
+        together([self._work] * self.workers, self.workers, self.stop)
         found = [self._row(trial) for trial in self.study.trials]
         if all(row["state"] != "complete" for row in found):
             raise SettingsError(f"{self.directory}: none of {self.trials} runs was completed; look at the ranges")
@@ -139,15 +129,12 @@ class Tuner:
 
     def _try(self, trial: "optuna.trial.Trial") -> None:
         settings = {**self.sweep.fixed, **trial.params, **self.overrides}
-        run = Trial(self.sweep.program, self.sweep.config, settings, self._run_directory(trial.number), self.threads)
+        directory = self.directory / f"trial-{trial.number:03}"
+        run = Trial(self.sweep.program, self.sweep.config, settings, directory, self.threads)
         known = self.study.trials[trial.number].intermediate_values  # of a run that was killed
         seen: list[float] = []
-        share = 0.0
 
         def judge(row: dict[str, Any]) -> bool:
-            nonlocal share
-            before, share = share, row["step"] / run.length()
-            self.advance(share - before)
             value = row[self.sweep.metric]
             if value is None:
                 return False
@@ -157,31 +144,22 @@ class Tuner:
                     trial.report(value, step=len(seen))
                 return trial.should_prune()
 
-        result = run.run(judge, self.stop)
+        result = run.run(judge, self.stop, self.advance)
         state = self.optuna.trial.TrialState
         with self._lock:
             if result is None and self.stop.is_set():
                 raise Interrupted
             if result is None or result.diverged:
-                with suppress(KeyError):
-                    trial.set_user_attr("diverged", result is not None)
+                trial.set_user_attr("diverged", result is not None)
                 self.study.tell(trial, state=state.PRUNED)
             else:
                 self.study.tell(trial, result.final(self.sweep.metric))
-        self.advance(1.0 - share)
-
-    def _run_directory(self, number: int) -> Path:
-        return self.directory / f"trial-{number:03}"
 
     def _row(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         diverged = trial.user_attrs.get("diverged", False)
         state = "diverged" if diverged else trial.state.name.lower()
-        return {
-            "number": trial.number,
-            "state": state,
-            "value": None if diverged else trial.value,
-            **{"settings": trial.params},
-        }
+        value = None if diverged else trial.value
+        return {"number": trial.number, "state": state, "value": value, "settings": trial.params}
 
 
 def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int) -> None:
@@ -203,7 +181,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int)
             seed=seed,
             overrides={"data.cache_dir": str(directory / "data")},
             workers=workers,
-            threads=max(1, cores() // workers),
+            threads=threads_each(workers),
             advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum
         )
         found = tuner.run()

@@ -8,12 +8,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from stacey_dist.training.command_line import flatten, to_dict
+from stacey_dist.training.rows import read_rows
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
 
@@ -276,18 +276,6 @@ def _logged_in_to_wandb() -> bool:
     import wandb
 
     return bool(wandb.login(prompt=False))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
 
 
 def memory_in_use(device: torch.device) -> int:

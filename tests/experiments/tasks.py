@@ -1,14 +1,13 @@
 """Comparisons and searches that take seconds: a tiny LLaMA and a tiny ResNet, with a sweep for each optimizer."""
 
 import shutil
-from pathlib import Path
 
 import yaml
 
 from stacey_dist.experiments.comparison import Size
+from tests.training.forked import ROOT
 from tests.training.helpers import write_config, write_image_config
 
-ROOT = Path(__file__).parents[2]
 SHORT = {"max_steps": 6, "eval_every_steps": 2, "log_every_steps": 2}
 STEPS = SHORT["max_steps"]
 
@@ -38,9 +37,7 @@ def write_sweeps(directory):
     return directory / "configs"
 
 
-TUNED = Size(
-    optimizers=("adamw", "stacey_p2"), sweeps="sweeps/llm", trials=2, vary_p={"stacey_p2": (2, 30)}, without_data={}
-)
+TUNED = Size(optimizers=("adamw", "stacey_p2"), sweeps="sweeps/llm", trials=2, vary_p={"stacey_p2": (2, 30)})
 IMAGES = Size(optimizers=("adamw", "stacey_2p"), sweeps="sweeps/cifar", trials=2)
 IMAGES_GIVEN = Size(optimizers=("sgd", "stacey_pp"), configs="presets/resnet_{}.yaml")
 GIVEN = Size(optimizers=("adamw", "stacey_p2"), configs="presets/llama_{}.yaml")

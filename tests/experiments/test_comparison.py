@@ -191,7 +191,6 @@ def test_settings_that_are_given_are_not_tuned(configs, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-import pytest
 from stacey_dist.cli import program
 from stacey_dist.experiments import comparison, registry
 from tests.experiments.test_comparison import TOYS
@@ -263,7 +262,7 @@ def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
         assert {str(settings[setting]) for settings in made} == {"['somewhere']" if name == "llm" else "somewhere"}
 
 
-def test_every_scale_finds_its_configurations(monkeypatch):
+def test_every_scale_finds_its_configurations():
     """Those in the repository, that is."""
     for name in ("llm", "cifar", "imagenet"):
         for scale_name, scale in registry.EXPERIMENTS[name].scales.items():

@@ -21,12 +21,13 @@ def config(tmp_path_factory):
 
 def test_it_is_the_launchers_run(config, tmp_path):
     trial = Trial("train_llm.py", config, {"optimizer.lr": 0.01, "optimizer.p": math.inf}, tmp_path / "trial")
-    told = []
-    result = trial.run(lambda row: told.append(row) or False)
+    told, done = [], []
+    result = trial.run(lambda row: told.append(row) or False, advance=done.append)
     launch("--config", config, "--optimizer.lr", 0.01, "--optimizer.p", "inf", "--run_dir", tmp_path / "launched")
     theirs = [row for row in rows(tmp_path / "launched") if "eval_loss" in row]
     assert result.evaluations == told == theirs
     assert [row["step"] for row in told] == [2, 4, 6]
+    assert done == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     assert result.final("eval_loss") == theirs[-1]["eval_loss"]
     assert not result.diverged
     assert result.state_bytes_per_parameter == 4.0  # z and m in bfloat16
@@ -65,7 +66,9 @@ def test_an_error_shows_the_end_of_the_output(config, tmp_path):
 
 def test_ended_early(config, tmp_path):
     trial = Trial("train_llm.py", config, {"train.max_steps": 2000}, tmp_path)
-    assert trial.run(lambda row: row["step"] >= 4) is None
+    done = []
+    assert trial.run(lambda row: row["step"] >= 4, advance=done.append) is None
+    assert sum(done) == pytest.approx(1)
     assert not (tmp_path / "result.json").exists()
 
 

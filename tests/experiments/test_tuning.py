@@ -43,13 +43,11 @@ class Pretended:
         self.settings, self.directory = settings, directory
         self.made.append(self)
 
-    def length(self):
-        return self.evaluations
-
     def loss(self):
         return (self.settings["optimizer.tau"] - 0.05) ** 2
 
-    def run(self, on_evaluation, stop):
+    def run(self, on_evaluation, stop, advance):
+        advance(1.0)
         rows = [{"step": step, "eval_loss": self.loss() + 1 / step} for step in range(1, self.evaluations + 1)]
         diverged = self.settings["optimizer.p"] == DIVERGES
         for row in rows:
@@ -97,7 +95,7 @@ def test_it_finds_better_settings_than_chance(sweep, tmp_path, pretended):
 def test_overrides_win_and_larger_can_be_better(configs, tmp_path, pretended, monkeypatch):
     sweep = read_sweep(configs / "sweeps" / "cifar" / "stacey_p2.yaml")
     monkeypatch.setattr(
-        pretended, "run", lambda self, tell, stop: Result([{"step": 1, "eval_top1": self.loss()}], False, 1.0, 4.0)
+        pretended, "run", lambda self, *told: Result([{"step": 1, "eval_top1": self.loss()}], False, 1.0, 4.0)
     )
     found = Tuner(sweep, tmp_path, trials=5, overrides={"seed": 3, "optimizer.p": 7}).run()
     assert all(trial.settings["seed"] == 3 and trial.settings["optimizer.p"] == 7 for trial in pretended.made)
@@ -108,11 +106,11 @@ def test_suggestions_are_a_function_of_what_was_found_before(sweep, tmp_path, pr
     whole = Tuner(sweep, tmp_path / "whole", trials=12).run()
     run = pretended.run
 
-    def dies(self, on_evaluation, stop):
+    def dies(self, on_evaluation, stop, advance):
         if len(self.made) == 9:
             on_evaluation({"step": 1, "eval_loss": 3.0})
             raise SystemExit
-        return run(self, on_evaluation, stop)
+        return run(self, on_evaluation, stop, advance)
 
     pretended.made.clear()
     monkeypatch.setattr(pretended, "run", dies)
@@ -129,7 +127,7 @@ def test_suggestions_are_a_function_of_what_was_found_before(sweep, tmp_path, pr
 def test_workers_share_the_runs(sweep, tmp_path, pretended, monkeypatch):
     together = threading.Barrier(2, timeout=20)
     run = pretended.run
-    monkeypatch.setattr(pretended, "run", lambda self, tell, stop: (together.wait(), run(self, tell, stop))[1])
+    monkeypatch.setattr(pretended, "run", lambda self, *told: (together.wait(), run(self, *told))[1])
     found = Tuner(sweep, tmp_path, trials=8, workers=2).run()
     assert sorted(row["number"] for row in found) == list(range(8))
     assert len({trial.directory for trial in pretended.made}) == 8
@@ -142,7 +140,7 @@ def test_nothing_complete(sweep, tmp_path, pretended):
 
 def test_stopped(sweep, tmp_path, pretended, monkeypatch):
     stop = threading.Event()
-    monkeypatch.setattr(pretended, "run", lambda self, tell, stop: stop.set())
+    monkeypatch.setattr(pretended, "run", lambda self, tell, stop, advance: stop.set())
     with pytest.raises(Interrupted):
         Tuner(sweep, tmp_path, trials=3, stop=stop).run()
     assert len(pretended.made) == 1
