@@ -120,7 +120,7 @@ class Tuner:
         trial = self.study.ask()
         for name, values in self.sweep.space.items():
             if not isinstance(values, Range):
-                trial.suggest_categorical(name, values)
+                trial.suggest_categorical(name, list(_choices(values)))
             elif values.whole:
                 trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
             else:
@@ -128,7 +128,7 @@ class Tuner:
         return trial
 
     def _try(self, trial: "optuna.trial.Trial") -> None:
-        settings = {**self.sweep.fixed, **trial.params, **self.overrides}
+        settings = {**self.sweep.fixed, **self._settings(trial.params), **self.overrides}
         directory = self.directory / f"trial-{trial.number:03}"
         run = Trial(self.sweep.program, self.sweep.config, settings, directory, self.threads)
         known = self.study.trials[trial.number].intermediate_values  # of a run that was killed
@@ -159,7 +159,18 @@ class Tuner:
         diverged = trial.user_attrs.get("diverged", False)
         state = "diverged" if diverged else trial.state.name.lower()
         value = None if diverged else trial.value
-        return {"number": trial.number, "state": state, "value": value, "settings": trial.params}
+        return {"number": trial.number, "state": state, "value": value, "settings": self._settings(trial.params)}
+
+    def _settings(self, suggested: dict[str, Any]) -> dict[str, Any]:
+        """What Optuna suggested, with the values of choices in place of their labels."""
+        space = self.sweep.space.items()
+        choices = {name: _choices(values) for name, values in space if not isinstance(values, Range)}
+        return {name: choices[name][value] if name in choices else value for name, value in suggested.items()}
+
+
+def _choices(values: list[Any]) -> dict[Any, Any]:
+    """A choice's values by what Optuna knows them as: lists, which it does not take, by their text."""
+    return {str(value) if isinstance(value, list) else value: value for value in values}
 
 
 def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int) -> None:
