@@ -10,7 +10,7 @@ _VARY_P = {"stacey_p2": (2.8, 4, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}
 _SMALL = Size(
     optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
     sweeps="sweeps/llm",
-    trials=10,
+    trials=8,
     vary_p=_VARY_P,
 )
 _LARGE = Size(
@@ -41,7 +41,7 @@ EXPERIMENT = Experiment(
     "llm",
     "figures 4, 5, 11 to 13: LLaMA with every optimizer of the paper",
     {
-        "cpu": Scale("0.9 M parameters, 600 updates, 10 runs to tune each; an hour and a half, two cores", 3, {"size": _SMALL}),
+        "cpu": Scale("0.9 M parameters, 600 updates, 8 runs to tune each; 80 minutes, two cores", 3, {"size": _SMALL}),
         "gpu": Scale("100 M parameters, 5 000 updates, 8 runs to tune each; days on one GPU", 3, {"size": _LARGE}),
         "paper": Scale("the same on C4, the paper's settings, nothing tuned; a day on one GPU", 2, {"size": _PAPER}),
     },

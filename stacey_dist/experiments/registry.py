@@ -1,6 +1,6 @@
 """The experiments by their names."""
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import unknown
 from stacey_dist.experiments import ablation, cifar, imagenet, llm, synthetic, theorem
 from stacey_dist.experiments.framework import Experiment
 
@@ -12,7 +12,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 def find(name: str) -> Experiment:
     """The experiment of that name; SettingsError if there is none."""
     if name not in EXPERIMENTS:
-        raise SettingsError(f"reproduce {name}: it must be list or one of {', '.join(EXPERIMENTS)}")
+        raise unknown("reproduce", name, ["list", *EXPERIMENTS], spelled=name.lower(), cutoff=0.5)
     return EXPERIMENTS[name]
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from stacey_dist.training.config import (
     SHARED_CHANGES,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     check,
@@ -85,6 +86,7 @@ class TokenizerConfig:
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(betas=(0.9, 0.95)))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(tau="lr"))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -121,7 +121,8 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["other"], "reproduce other: it must be list or one of synthetic, theorem, "),
+        (["other"], "reproduce: other is not known; there are list, synthetic, theorem, "),
+        (["theorm"], "reproduce: theorm is not known; did you mean theorem? "),
         (["theorem", "--workers", "0"], "--workers 0: it must be at least 1"),
         (["theorem", "--data", "DIR"], "--data DIR: theorem takes no data"),
         (["llm", "--scale", "laptop"], "--scale laptop: it must be one of cpu, gpu, paper for llm"),
