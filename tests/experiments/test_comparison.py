@@ -233,17 +233,24 @@ def test_killed_in_the_middle_it_gives_the_same_table(configs, undisturbed, tmp_
 
 
 @pytest.mark.slow
-def test_training_ends_with_a_process_that_is_killed_alone(configs, tmp_path):
+def test_training_ends_with_a_process_that_is_killed_alone(tmp_path):
     """Else a second start would find its predecessor's runs still writing."""
-    command = [sys.executable, "-c", KILLED, str(configs), str(tmp_path)]
+    configs, out = write_sweeps(tmp_path), tmp_path / "out"
+    base = configs / "sweeps" / "llm" / "base.yaml"
+    settings = yaml.safe_load(base.read_text())
+    settings["train"]["max_steps"] = 1_000_000  # runs that do not end by themselves
+    base.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-c", KILLED, str(configs), str(out)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as started:
-        while not list(tmp_path.glob("tuning/*/*/metrics.jsonl")):
+        while not list(out.glob("tuning/*/*/metrics.jsonl")):
             assert started.poll() is None
             time.sleep(0.01)
         others = psutil.Process(started.pid).children(recursive=True)
         assert len(others) >= 2  # the server and a run
         started.kill()
     _, alive = psutil.wait_procs(others, timeout=30)
+    for process in alive:
+        process.kill()
     assert not alive
 
 
