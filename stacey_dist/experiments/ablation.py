@@ -16,13 +16,13 @@ BASE = "as it is"
 CHANGES: dict[str, dict[str, Any]] = {
     BASE: {},
     **{f"τ = {tau:g}": {"optimizer.tau": tau} for tau in (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)},
-    **{f"α = {alpha:g}": {"optimizer.alpha": alpha} for alpha in (0.01, 0.1, 0.3, 3.0, 10.0)},
-    **{f"p = {p:g}": {"optimizer.p": p} for p in (2.8, 6.0, 10.0, 100.0, math.inf)},
-    **{f"ε = {eps:g}": {"optimizer.eps": eps} for eps in (0.0, 1e-6, 1e-4)},
+    **{f"α = {alpha:g}": {"optimizer.alpha": alpha} for alpha in (0.01, 0.1, 0.3, 3.0)},
+    **{f"p = {p:g}": {"optimizer.p": p} for p in (2.8, 6.0, 10.0, math.inf)},
+    **{f"ε = {eps:g}": {"optimizer.eps": eps} for eps in (1e-6, 1e-4)},
     "z begins at 0": {"optimizer.z_init": "zeros"},
     "states in float32": {"optimizer.state_dtype": "float32"},
     "states in bfloat16, rounded to nearest": {"optimizer.rounding": "nearest"},
-    "β = (0.95, 0.98)": {"optimizer.betas": [0.95, 0.98]},
+    **{f"β = ({b1}, {b2})": {"optimizer.betas": [b1, b2]} for b1, b2 in ((0.8, 0.9), (0.95, 0.98), (0.9, 0.99))},
     "τ constant": {"schedule.tau": "constant"},
     "α with lr": {"schedule.alpha": "lr"},
     "m corrected for its bias": {"optimizer.bias_correction": True},
@@ -109,7 +109,9 @@ EXPERIMENT = Experiment(
     "what tau, alpha, p, epsilon, z's start, the states' dtype and departures from the paper are worth",
     {
         "cpu": Scale(
-            "0.9 M parameters, 600 updates; an hour on two cores", 2, {"overrides": {}, "changes": tuple(CHANGES)}
+            "0.9 M parameters, 300 updates; half an hour on two cores",
+            2,
+            {"overrides": {"train.max_steps": 300}, "changes": tuple(CHANGES)},
         )
     },
     run,
