@@ -9,7 +9,7 @@ from typing import Any
 
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest, verify
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, TrialError
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"stacey-dist: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, TrialError) as error:
         print(f"stacey-dist: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     again = groups.add_parser("reproduce", help="run an experiment of the paper again; `reproduce list` names them")
     again.add_argument("name", metavar="NAME", help="an experiment, or list")
     again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
-    again.add_argument("--seeds", type=int, help="repeats, with seeds 0, 1, ...; the scale's own if not given")
+    again.add_argument("--seeds", type=int, help="repeats, each with a seed of its own; the scale's own if not given")
     again.add_argument("--out", type=Path, metavar="DIR", help="where results go, and are kept if killed (runs/NAME)")
     again.add_argument("--workers", type=int, default=1, help="parts that are computed at a time (1)")
     again.add_argument("--data", help="what to train on in place of the experiment's own data, where it trains")
@@ -87,8 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--trials", type=int, default=20, help="runs in all; given more later, it goes on (20)")
     search.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
     search.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    search.add_argument("--data", help="what to train on in place of the configuration's data")
     search.add_argument("--out", type=Path, metavar="DIR", help="where runs are, and are kept if killed (runs/SWEEP)")
-    search.set_defaults(run=tune, arguments=["sweep", "trials", "workers", "seed", "out"])
+    search.set_defaults(run=tune, arguments=["sweep", "trials", "workers", "seed", "data", "out"])
     groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
         run=info, arguments=[]
     )
@@ -209,12 +210,12 @@ def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None,
     return 0
 
 
-def tune(sweep: Path, trials: int, workers: int, seed: int, out: Path | None) -> int:
+def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, out: Path | None) -> int:
     """The best settings of a sweep."""
     from stacey_dist.experiments import tuning
 
     directory = Path("runs") / f"tune-{sweep.stem}" if out is None else out
-    tuning.search(sweep, directory, trials=trials, workers=workers, seed=seed)
+    tuning.search(sweep, directory, trials=trials, workers=workers, seed=seed, data=data)
     return 0
 
 

@@ -11,6 +11,10 @@ class SettingsError(ValueError):
     """
 
 
+class TrialError(RuntimeError):
+    """A training run of an experiment ended with an error that is not its settings'. The message has its last words."""
+
+
 class DivergedError(SettingsError):
     """Too many losses or gradients in a row were not finite."""
 

@@ -1,4 +1,7 @@
-"""What each setting of STACEY is worth on the small LLaMA: one at a time is changed from the launcher's defaults."""
+"""What each setting of STACEY is worth on the small LLaMA of the sweeps.
+
+One at a time is changed from the defaults of train_llm.py's optimizer and schedule.
+"""
 
 import math
 import statistics
@@ -7,10 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stacey_dist.experiments.comparison import configs, data_settings, training
+from stacey_dist.experiments.comparison import training
 from stacey_dist.experiments.comparison_report import final
-from stacey_dist.experiments.framework import Experiment, Outcome, Reproduction, Scale
+from stacey_dist.experiments.framework import RUN, Experiment, Outcome, Reproduction, Scale, configs
 from stacey_dist.experiments.llm import TASK
+from stacey_dist.experiments.trial import data_settings
 
 BASE = "as it is"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -37,7 +41,8 @@ Found = Mapping[str, list[float | None]]
 def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
-    own = {"schedule.tau": "lr", **size["overrides"], **data_settings(TASK, reproduction)}
+    data = data_settings(TASK.program, reproduction.directory, reproduction.data)
+    own = {"schedule.tau": "lr", **size["overrides"], **data}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(
@@ -50,7 +55,7 @@ def run(reproduction: Reproduction) -> Outcome:
         for label, change in changes.items()
         for seed in range(reproduction.seeds)
     }
-    values = reproduction.compute(list(parts.values()))
+    values = reproduction.compute(list(parts.values()), RUN)
     seeds = range(reproduction.seeds)
     found = {label: [final(values[parts[label, seed].name], TASK.metric) for seed in seeds] for label in changes}
     return Outcome({"losses": found}, table(found), {"ablation": figure(found)})
@@ -106,7 +111,7 @@ def figure(found: Found) -> Figure:
 
 EXPERIMENT = Experiment(
     "ablation",
-    "what tau, alpha, p, epsilon, z's start, the states' dtype and departures from the paper are worth",
+    "what tau, alpha, p, epsilon, betas, z's start, the states' dtype and departures from the paper are worth",
     {
         "cpu": Scale(
             "0.9 M parameters, 300 updates; half an hour on two cores",
@@ -116,4 +121,5 @@ EXPERIMENT = Experiment(
     },
     run,
     trains=True,
+    files=("sweeps/llm/base.yaml",),
 )

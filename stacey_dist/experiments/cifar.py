@@ -5,8 +5,9 @@ from functools import partial
 from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
 from stacey_dist.experiments.framework import Experiment, Scale
 
-TASK = Task("train_imagenet.py", "eval_top1", "data.path")
+TASK = Task("train_imagenet.py", "eval_top1")
 DIGITS = {
+    "data.path": None,
     "data.image_size": 28,
     "data.flip": False,
     "data.mean": [0.1307, 0.1307, 0.1307],
@@ -26,7 +27,7 @@ _LARGE = Size(
         "train.eval_every_steps": 391,
         "train.mixed_precision": "bf16",
     },
-    without_data={"data.dataset": "uoft-cs/cifar10", "data.dataset_validation_split": "test"},
+    without_data={"data.path": None, "data.dataset": "uoft-cs/cifar10", "data.dataset_validation_split": "test"},
     vary_p=_VARY_P,
 )
 _PAPER = Size(
@@ -50,4 +51,5 @@ EXPERIMENT = Experiment(
     },
     partial(compare, TASK),
     trains=True,
+    files=("sweeps/cifar/*.yaml", "imagenet/cifar10_*.yaml"),
 )

@@ -13,13 +13,12 @@ from typing import Any
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.comparison_report import curves, curves_by_p, report, search
-from stacey_dist.experiments.framework import Advance, Outcome, Part, Reproduction
+from stacey_dist.experiments.framework import RUN, Advance, Outcome, Part, Reproduction, configs
 from stacey_dist.experiments.sweep import Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Program, Trial, threads_each
+from stacey_dist.experiments.trial import Interrupted, Program, Trial, data_settings, threads_each
 from stacey_dist.experiments.tuning import Tuner
 
 PAPER_OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "stacey_p2", "stacey_pp", "stacey_2p")
-_RUN = 1000  # what the progress bar counts a training run as, whatever its length
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,18 @@ class Task:
     Args:
         program: the launcher.
         metric: a held-out figure, as in metrics.jsonl.
-        data: the launcher's option that takes the user's data.
     """
 
     program: Program
     metric: str
-    data: str
 
 
 def compare(task: Task, reproduction: Reproduction) -> Outcome:
     """Tune, run with new seeds, vary p, and report; the scale's settings hold a `Size` by the name of "size"."""
     size: Size = reproduction.scale.settings["size"]
     own_data = size.without_data if reproduction.data is None else {}
-    overrides = {**size.overrides, **own_data, **data_settings(task, reproduction)}
+    given = data_settings(task.program, reproduction.directory, reproduction.data)
+    overrides = {**size.overrides, **own_data, **given}
     chosen, searched = _settings(task, size, reproduction, overrides)
     first, *_ = seeds = range(1, reproduction.seeds + 1)
 
@@ -80,7 +78,7 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
         for name, values in size.vary_p.items()
         for p in values
     }
-    values = reproduction.compute([*runs.values(), *varied.values()])
+    values = reproduction.compute([*runs.values(), *varied.values()], RUN)
     found = {key: values[part.name] for key, part in runs.items()}
     by_p = {key: values[part.name] for key, part in varied.items()}
     settings = {name: own for name, (_, own) in chosen.items()}
@@ -91,15 +89,6 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
     if by_p:
         figures["p"] = curves_by_p(by_p, task.metric)
     return Outcome(results.values, results.table, figures)
-
-
-def data_settings(task: Task, reproduction: Reproduction) -> dict[str, Any]:
-    """Where prepared data are kept, for all runs, and what the user names to train on, if anything."""
-    settings: dict[str, Any] = {"data.cache_dir": str(reproduction.directory / "data")}
-    if reproduction.data is not None:
-        settings["data.dataset"] = None
-        settings[task.data] = [reproduction.data] if task.data == "data.files" else reproduction.data
-    return settings
 
 
 Chosen = dict[str, tuple[Path, dict[str, Any]]]
@@ -119,7 +108,7 @@ def _settings(
         if (sweep.program, sweep.metric) != (task.program, task.metric):
             raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
     parts = [_tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
-    searched = dict(zip(sweeps, reproduction.compute(parts).values(), strict=True))
+    searched = dict(zip(sweeps, reproduction.compute(parts, RUN).values(), strict=True))
     best = {name: {**sweep.fixed, **searched[name][0]["settings"]} for name, sweep in sweeps.items()}
     return {name: (sweep.config, best[name]) for name, sweep in sweeps.items()}, searched
 
@@ -127,7 +116,7 @@ def _settings(
 def training(reproduction: Reproduction, program: Program, config: Path, settings: dict[str, Any], name: str) -> Part:
     """A training run as a part; its value is a `trial.Result` as a dictionary."""
     trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
-    return Part(name, _RUN, partial(_train, reproduction, trial))
+    return Part(name, RUN, partial(_train, reproduction, trial))
 
 
 def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
@@ -144,7 +133,7 @@ def _in_runs(advance: Advance) -> Callable[[float], None]:
     def tell(share: float) -> None:
         nonlocal done
         before, done = done, done + share
-        advance(round(_RUN * done) - round(_RUN * before))
+        advance(round(RUN * done) - round(RUN * before))
 
     return tell
 
@@ -162,15 +151,4 @@ def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, ov
         )
         return tuner.run()
 
-    return Part(f"tune-{name}", _RUN * trials, compute)
-
-
-def configs() -> Path:
-    """The directory of configurations: of the checkout that this package lies in, or where the program was started.
-
-    Raises SettingsError if there is none.
-    """
-    for directory in (Path(__file__).parents[2], Path.cwd()):
-        if (directory / "configs" / "sweeps").is_dir():
-            return directory / "configs"
-    raise SettingsError("configs: it is not here; start the program in a checkout of the repository")
+    return Part(f"tune-{name}", RUN * trials, compute)

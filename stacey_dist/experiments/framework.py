@@ -5,11 +5,12 @@ JSON holds exactly. A finished part stands in `parts/` and is not computed again
 they were read back, so that an experiment that was killed on the way ends with the same bytes as one that was not.
 """
 
+import hashlib
 import io
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,10 @@ from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
 from stacey_dist.version import __version__
 
-# Told how many updates were made since it was last called.
+RUN = 1000
+"""What the progress bar counts a training run as, whatever its length."""
+
+# Told how many updates were made, or thousandths of runs, since it was last called.
 Advance = Callable[[int], object]
 
 
@@ -84,14 +88,18 @@ class Reproduction:
     data: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def compute(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """The values of all parts by their names; those that are finished already are read, the others computed."""
+    def compute(self, parts: Sequence[Part], run: int | None = None) -> dict[str, Any]:
+        """The values of all parts by their names; those that are finished already are read, the others computed.
+
+        The progress bar counts updates, or runs of so many.
+        """
         files = {part.name: self.directory / "parts" / f"{part.name}.json" for part in parts}
         left = [part for part in parts if not files[part.name].exists()]
         total = sum(part.updates for part in parts)
         finished = total - sum(part.updates for part in left)
         bar_lock = threading.Lock()
-        with tqdm(total=total, initial=finished, unit=" updates", unit_scale=True, mininterval=1.0) as bar:
+        counted: Any = {"unit": " runs", "unit_scale": 1 / run} if run else {"unit": " updates", "unit_scale": True}
+        with tqdm(total=total, initial=finished, mininterval=1.0, **counted) as bar:
 
             def advance(updates: int) -> None:
                 with bar_lock:
@@ -123,6 +131,8 @@ class Experiment:
     run: Callable[[Reproduction], Outcome]
     trains: bool = False
     """Whether it trains, on data that the user may name and in processes of its own."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files under configs/ that state its settings."""
 
 
 def reproduce(
@@ -140,7 +150,8 @@ def reproduce(
 
     Raises:
         SettingsError: the experiment has no such scale or takes no data, there are fewer than 2 seeds or no workers,
-            or the directory holds a run of another experiment, scale, number of seeds, data or version.
+            or the directory holds a run of another experiment, scale, number of seeds, data or version, or of other
+            configuration files.
     """
     scale = next(iter(experiment.scales)) if scale is None else scale
     if scale not in experiment.scales:
@@ -154,12 +165,21 @@ def reproduce(
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     versions = {"stacey_dist": __version__, "torch": torch.__version__}
     settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "data": data, "versions": versions}
+    settings["scale's sizes and configuration files"] = f"of sha256 {_digest(experiment, scale)}"
     with claimed(directory, settings):
         outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
         for name, figure in outcome.figures.items():
             _draw(figure, directory / f"{name}.png")
         write(directory / "table.md", outcome.table)
         write(directory / "results.json", dump({"settings": settings, **outcome.results}))
+
+
+def _digest(experiment: Experiment, scale: str) -> str:
+    """Of all that states what is run: finished parts of a run with other settings must not be mixed with new ones."""
+    digest = hashlib.sha256(repr(experiment.scales[scale].settings).encode())
+    for file in sorted({file for pattern in experiment.files for file in configs().glob(pattern)}):
+        digest.update(f"{file.name}\n{file.read_text()}".encode())
+    return digest.hexdigest()[:12]
 
 
 def _draw(figure: Figure, file: Path) -> None:
@@ -179,7 +199,7 @@ def together(jobs: Sequence[Callable[[], object]], workers: int, stop: threading
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
-            for future in futures:
+            for future in as_completed(futures):  # whichever ends first: the others are told at once
                 future.result()
         except BaseException:
             stop.set()  # what runs saves and ends, what waits does not begin
@@ -205,6 +225,17 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
                     f"{there.get(name)}, not {value}"
                 )
         yield
+
+
+def configs() -> Path:
+    """The directory of configurations: of the checkout that this package lies in, or where the program was started.
+
+    Raises SettingsError if there is none.
+    """
+    for directory in (Path(__file__).parents[2], Path.cwd()):
+        if (directory / "configs" / "sweeps").is_dir():
+            return directory / "configs"
+    raise SettingsError("configs: it is not here; start the program in a checkout of the repository")
 
 
 def dump(value: Any) -> str:

@@ -30,4 +30,5 @@ EXPERIMENT = Experiment(
     },
     partial(compare, TASK),
     trains=True,
+    files=("sweeps/cifar/*.yaml", "imagenet/resnet50_*.yaml"),
 )

@@ -5,7 +5,7 @@ from functools import partial
 from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
 from stacey_dist.experiments.framework import Experiment, Scale
 
-TASK = Task("train_llm.py", "eval_loss", "data.files")
+TASK = Task("train_llm.py", "eval_loss")
 _VARY_P = {"stacey_p2": (2.8, 4, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}
 _SMALL = Size(
     optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
@@ -29,6 +29,12 @@ _LARGE = Size(
         "train.eval_every_steps": 250,
         "train.mixed_precision": "bf16",
     },
+    without_data={
+        "data.dataset": "allenai/c4",
+        "data.dataset_config": "en",
+        "data.max_tokens": 82_000_000,  # what 5 000 updates read, once
+        "tokenizer.name": "t5-base",
+    },
     vary_p=_VARY_P,
 )
 _PAPER = Size(
@@ -47,4 +53,5 @@ EXPERIMENT = Experiment(
     },
     partial(compare, TASK),
     trains=True,
+    files=("sweeps/llm/*.yaml", "llm/llama_100m_c4_*_paper.yaml"),
 )

@@ -1,6 +1,7 @@
 """W&B's sweep files, which Optuna searches here: one file states the ranges for both.
 
-Of W&B's format this reads `program` and `--config` in `command` (what is trained), `metric`, and `parameters` with
+Of W&B's format this reads `program`, `command` (the configuration and further options of the launcher), `metric`, and
+`parameters` with
 
     value: V                                                one value
     values: [V, ...]                                        a choice
@@ -16,8 +17,9 @@ from typing import Any, get_args
 import yaml
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.trial import Program
+from stacey_dist.experiments.trial import METRICS, Program
 
+_KEYS = ("program", "method", "metric", "parameters", "command", "name", "description", "project", "entity")
 _DISTRIBUTIONS = ("constant", "categorical", "uniform", "int_uniform", "log_uniform_values")
 
 
@@ -67,24 +69,48 @@ def read_sweep(file: Path) -> Sweep:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from error
     try:
-        program, command, metric = content["program"], list(content["command"]), content["metric"]
-        name, goal, parameters = metric["name"], metric.get("goal", "minimize"), content["parameters"]
+        program, command, metric = content["program"], [str(word) for word in content["command"]], content["metric"]
+        name, goal, parameters = metric["name"], metric.get("goal", "minimize"), dict(content["parameters"])
         config = command[command.index("--config") + 1]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         wanted = "program, a command with --config FILE, metric with a name, and parameters"
         raise SettingsError(f"{file}: it must hold {wanted}, as W&B's sweep files do ({error!r})") from error
     if program not in get_args(Program):
         raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(get_args(Program))}")
+    for key in content.keys() - set(_KEYS):
+        raise SettingsError(f"{file}: {key}: {content[key]} is not known here; there may be {', '.join(_KEYS)}")
+    if (method := content.get("method", "bayes")) != "bayes":
+        raise SettingsError(f"{file}: method: {method} is not allowed; it must be bayes")
+    if name not in METRICS[program]:
+        raise SettingsError(
+            f"{file}: metric.name: {name} is not allowed; it must be {' or '.join(METRICS[program])} for {program}"
+        )
     if goal not in ("minimize", "maximize"):
         raise SettingsError(f"{file}: metric.goal: {goal} is not allowed; it must be minimize or maximize")
-    fixed: dict[str, Any] = {}
+    fixed = _options(file, command)
     space: dict[str, Range | list[Any]] = {}
     for setting, description in parameters.items():
-        if isinstance(description, dict) and description.keys() == {"value"}:
+        if isinstance(description, dict) and "value" in description and description.keys() <= {"value", "distribution"}:
             fixed[setting] = description["value"]
         else:
             space[setting] = _searched(f"{file}: {setting}", description)
     return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
+
+
+def _options(file: Path, command: list[str]) -> dict[str, Any]:
+    """The launcher's options in a command, but for the configuration and W&B's own: settings that every run has."""
+    options: dict[str, Any] = {}
+    words = iter(command[command.index("${program}") + 1 :] if "${program}" in command else [])
+    for word in words:
+        if word == "${args}":
+            continue
+        name, given, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise SettingsError(f"{file}: command: {word} is not known here; after ${{program}} there may be options")
+        value = text if given else next(words, "")
+        if name != "config" and not name.startswith("tracking."):
+            options[name] = yaml.safe_load(value)
+    return options
 
 
 def _searched(where: str, description: Any) -> Range | list[Any]:

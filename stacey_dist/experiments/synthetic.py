@@ -150,6 +150,6 @@ def run(reproduction: Reproduction) -> Outcome:
 EXPERIMENT = Experiment(
     "synthetic",
     "figure 1: STACEY, AdamW and Lion on p-generalised Gaussians in the plane",
-    {"paper": Scale("5 000 iterations from 100 starts, a minute or two on a CPU", 100, {"iterations": 5000})},
+    {"paper": Scale("5 000 iterations from 100 starts, half a minute on a CPU", 100, {"iterations": 5000})},
     run,
 )

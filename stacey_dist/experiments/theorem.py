@@ -114,6 +114,6 @@ def run(reproduction: Reproduction) -> Outcome:
 EXPERIMENT = Experiment(
     "theorem",
     "theorem 1: how the dual norm of the gradient falls with the number of gradients, algorithm 1",
-    {"cpu": Scale("T from 16 to 32 768, N up to a thousand million; two minutes on a CPU", 32, {"largest_power": 15})},
+    {"cpu": Scale("T from 16 to 32 768, N up to a thousand million; a minute on a CPU", 32, {"largest_power": 15})},
     run,
 )

@@ -21,11 +21,17 @@ from typing import Any, Literal
 
 import yaml
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.info import cores
 from stacey_dist.training.rows import read_rows
 
 Program = Literal["train_llm.py", "train_imagenet.py"]
+
+METRICS: dict[Program, tuple[str, ...]] = {
+    "train_llm.py": ("eval_loss", "eval_perplexity"),
+    "train_imagenet.py": ("eval_loss", "eval_top1", "eval_top5"),
+}
+"""The held-out figures of each launcher, as in metrics.jsonl."""
 
 OnEvaluation = Callable[[dict[str, Any]], bool]
 """Told the row of metrics.jsonl of an evaluation; returns whether the run is to end there."""
@@ -38,10 +44,6 @@ _OWN = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": False,
 }
-
-
-class TrialError(RuntimeError):
-    """A training run ended with an error that is not its settings'."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -166,6 +168,15 @@ class Trial:
 def evaluations(directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl that hold held-out figures, so far."""
     return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
+
+
+def data_settings(program: Program, directory: Path, data: str | None) -> dict[str, Any]:
+    """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, if anything."""
+    settings: dict[str, Any] = {"data.cache_dir": str(directory / "data")}
+    if data is not None:
+        settings["data.dataset"] = None
+        settings |= {"data.files": data.split(",")} if program == "train_llm.py" else {"data.path": data}
+    return settings
 
 
 def threads_each(workers: int) -> int:

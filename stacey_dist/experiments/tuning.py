@@ -6,6 +6,7 @@ so one worker that is killed goes on to the same result; with several workers it
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.framework import claimed, dump, together, write
 from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Trial, threads_each
+from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each
 
 if TYPE_CHECKING:
     import optuna
@@ -108,16 +109,14 @@ class Tuner:
         raise Interrupted
 
     def _next(self) -> "optuna.trial.Trial | None":
-        if self._left:
-            return self._left.pop(0)
-        number = len(self.study.trials)
-        if number >= self.trials:
+        if not self._left and len(self.study.trials) >= self.trials:
             return None
+        number = self._left[0].number if self._left else len(self.study.trials)
         startup = max(1, round(_STARTUP_SHARE * self.trials))
         self.study.sampler = self.optuna.samplers.TPESampler(
             n_startup_trials=startup, multivariate=True, seed=1000 * self.seed + number
         )
-        trial = self.study.ask()
+        trial = self._left.pop(0) if self._left else self.study.ask()  # one that was begun has what was suggested
         for name, values in self.sweep.space.items():
             if not isinstance(values, Range):
                 trial.suggest_categorical(name, list(_choices(values)))
@@ -149,11 +148,12 @@ class Tuner:
         with self._lock:
             if result is None and self.stop.is_set():
                 raise Interrupted
-            if result is None or result.diverged:
-                trial.set_user_attr("diverged", result is not None)
+            final = None if result is None else result.final(self.sweep.metric)
+            if final is None or not math.isfinite(final):
+                trial.set_user_attr("diverged", final is not None)
                 self.study.tell(trial, state=state.PRUNED)
             else:
-                self.study.tell(trial, result.final(self.sweep.metric))
+                self.study.tell(trial, final)
 
     def _row(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         diverged = trial.user_attrs.get("diverged", False)
@@ -173,24 +173,29 @@ def _choices(values: list[Any]) -> dict[Any, Any]:
     return {str(value) if isinstance(value, list) else value: value for value in values}
 
 
-def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int) -> None:
+def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int, data: str | None = None) -> None:
     """Search as a sweep file says, or go on; print the best, and leave trials.json and best.yaml in `directory`.
 
     Raises:
-        SettingsError: the file, the counts, or a directory that holds another search.
+        SettingsError: the file, the counts, the data, or a directory that holds another search.
     """
     for name, count in (("trials", trials), ("workers", workers)):
         if count < 1:
             raise SettingsError(f"--{name} {count}: it must be at least 1")
     sweep = read_sweep(file)
-    identity = {"sweep": f"of sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}", "seed": seed}
+    states = {"sweep": file, "configuration": sweep.config}
+    identity: dict[str, Any] = {"seed": seed, "data": data}
+    identity |= {
+        name: f"of sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for name, path in states.items()
+    }
+    given = data_settings(sweep.program, directory, data)
     with claimed(directory, identity), tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
         tuner = Tuner(
             sweep,
             directory,
             trials=trials,
             seed=seed,
-            overrides={"data.cache_dir": str(directory / "data")},
+            overrides=given,
             workers=workers,
             threads=threads_each(workers),
             advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum
@@ -198,7 +203,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int)
         found = tuner.run()
     write(directory / "trials.json", dump(found))
     best: dict[str, Any] = {}
-    for name, value in {**sweep.fixed, **found[0]["settings"]}.items():
+    for name, value in {**sweep.fixed, **found[0]["settings"], **given}.items():
         section, _, setting = name.rpartition(".")
         (best.setdefault(section, {}) if section else best)[setting] = value
     write(directory / "best.yaml", yaml.safe_dump(best, sort_keys=False))

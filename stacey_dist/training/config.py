@@ -1,7 +1,6 @@
 """The settings that both launchers share, with their meaning, their defaults and their checks.
 
-What only one of them has is in `llm_config.py` and `image_config.py`. The defaults here are the quickstart of
-`train_llm.py`.
+What only one of them has is in `llm_config.py` and `image_config.py`, and so are the defaults that differ from these.
 """
 
 import math
@@ -28,7 +27,7 @@ class OptimizerConfig:
     p: float = 30.0
     """stacey, lp_descent: the norm, >= 2. inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
-    """stacey: the dual step size, not scheduled. alpha and tau belong to p: the defaults suit p = 30, not p near 3."""
+    """stacey: the dual step size. alpha and tau belong to p: the defaults suit p = 30, not p near 3."""
     tau: float = 0.03
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -96,7 +95,7 @@ class TrainConfig:
     heartbeat_timeout_seconds: float | None = 120.0
     """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
     collective_timeout_seconds: float = 600.0
-    """Seconds that processes wait for each other in a collective before they give up."""
+    """Seconds (finite) that processes wait for each other in a collective before they give up."""
 
 
 @dataclass
@@ -191,7 +190,6 @@ def validate_shared(config: RunConfig) -> None:
     _validate_checkpoint(config.checkpoint, config.changes_to_allow)
     schedule, train = config.schedule, config.train
     check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
-    check(train.epochs is None or train.epochs < math.inf, "train.epochs", train.epochs, "it must be finite")
     if train.epochs is None:
         check_warmup(config)
     micro = train.micro_batch_size
@@ -214,11 +212,12 @@ def check_warmup(config: RunConfig) -> None:
 
 
 def check_positive(config: RunConfig, **sections: str) -> None:
-    """Raise SettingsError unless the named settings of each section are above zero, or None."""
+    """Raise SettingsError unless the named settings of each section are above zero and finite, or None."""
     for section, names in sections.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
             check(value is None or value > 0, f"{section}.{name}", value, "it must be > 0")
+            check(value is None or value < math.inf, f"{section}.{name}", value, "it must be finite")
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat, loss_scale
 from stacey_dist.training.launch import requested_engine
 
 if TYPE_CHECKING:
@@ -172,12 +172,12 @@ class Engine:
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""
         scaler = self.accelerator.scaler
-        return scaler.state_dict() if scaler is not None else None
+        return loss_scale.of_torch(scaler) if scaler is not None else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Restore what `scaler_state` gave."""
+        """Go on from what `scaler_state` gave, of whichever engine."""
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state)
+            loss_scale.to_torch(state, self.accelerator.scaler)
 
 
 class DeepSpeedEngine(Engine):
@@ -220,21 +220,17 @@ class DeepSpeedEngine(Engine):
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""
         scaler = self._dynamic_scaler
-        return {key: getattr(scaler, key) for key in _SCALER_KEYS} if scaler else None
+        return loss_scale.of_deepspeed(scaler) if scaler else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Restore what `scaler_state` gave."""
+        """Go on from what `scaler_state` gave, of whichever engine."""
         if scaler := self._dynamic_scaler:
-            for key in _SCALER_KEYS:
-                setattr(scaler, key, state[key])
+            loss_scale.to_deepspeed(state, scaler)
 
     @property
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._zero, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
-
-
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:

@@ -30,12 +30,18 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     try:
         manifest = load_checkpoint(chosen, engine.model, engine.optimizer, verified=True)
     except DamagedCheckpointError as error:
-        run.fail(f"run_dir: {error}")
+        run.fail(f"{_setting(run, chosen)}: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
+    own = _setting(run, chosen) == "run_dir"
+    if not own and progress.step >= run.config.train.max_steps:
+        run.fail(
+            f"checkpoint.resume_from: {chosen} has {progress.step} updates already; train.max_steps = "
+            f"{run.config.train.max_steps} is not allowed, it must be more"
+        )
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
-    if run.directory in chosen.parents:  # a run that another one branches off has trackers and a best of its own
+    if own:  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
     run.say(f"resumed from {chosen} after {progress.step} updates")
@@ -72,6 +78,11 @@ def _choose(run: Run, data_identity: str) -> Path | None:
     return Path(source)
 
 
+def _setting(run: Run, path: Path) -> str:
+    """The setting that a checkpoint was found by."""
+    return "run_dir" if run.directory in path.parents else "checkpoint.resume_from"
+
+
 def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
     """Refuse a checkpoint in the run's own directory that the settings do not go on from."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
@@ -94,8 +105,9 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) 
 
 def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
+    setting = _setting(run, path)
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
-        raise SettingsError(f"run_dir: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
+        raise SettingsError(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
     if "config" not in extra:
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
@@ -116,8 +128,8 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:
         raise SettingsError(
-            f"run_dir: {path} is of another run; give another run_dir, or the settings it was made with, or name the "
-            f"changes that you want, except of {' and '.join(_NEVER_CHANGED)}, in checkpoint.allow_changes:\n  "
+            f"{setting}: {path} is of another run; give another {setting}, or the settings it was made with, or name "
+            f"the changes that you want, except of {' and '.join(_NEVER_CHANGED)}, in checkpoint.allow_changes:\n  "
             + "\n  ".join(refused)
         )
     for text in changed.values():

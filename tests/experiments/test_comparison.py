@@ -264,9 +264,9 @@ def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
         monkeypatch.setitem(experiment.scales, "toy", Scale("a toy", 2, {"size": GIVEN}))
         made.clear()
         with pytest.raises(AttributeError):  # nothing is trained here
-            main(["reproduce", name, "--scale", "toy", "--out", str(tmp_path / name), "--data", "somewhere"])
+            main(["reproduce", name, "--scale", "toy", "--out", str(tmp_path / name), "--data", "some,where"])
         assert all(settings["data.dataset"] is None for settings in made)
-        assert {str(settings[setting]) for settings in made} == {"['somewhere']" if name == "llm" else "somewhere"}
+        assert {str(settings[setting]) for settings in made} == {"['some', 'where']" if name == "llm" else "some,where"}
 
 
 def test_every_scale_finds_its_configurations():

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from stacey_dist.cli import main
+from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.experiments import framework, registry
-from stacey_dist.experiments.framework import Part, Reproduction, Scale
+from stacey_dist.experiments.framework import Outcome, Part, Reproduction, Scale
 
 TOY = {
     "synthetic": Scale("a toy", 3, {"iterations": 40}),
@@ -54,6 +58,7 @@ def test_end_to_end(name, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from stacey_dist.cli import main
+from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.experiments import framework, registry
 from tests.experiments.test_reproduce import TOY
 
@@ -110,6 +115,57 @@ def test_a_finished_part_is_read_not_computed(tmp_path):
     assert not (tmp_path / "parts" / "b.json").exists()
 
 
+def test_the_first_error_is_told_at_once():
+    """Not after jobs that were begun before it, which are told to stop."""
+    stop, late = threading.Event(), []
+
+    def long():
+        late.append(stop.wait(timeout=60))
+
+    def bad():
+        raise SettingsError("at once")
+
+    with pytest.raises(SettingsError, match="at once"):
+        framework.together([long, bad], 2, stop)
+    assert late == [True]
+
+
+def test_other_sizes_or_configurations_are_not_mixed(tmp_path, monkeypatch, capsys):
+    """Parts that were finished with what the files said before would stand beside those of now."""
+    configs = tmp_path / "configs"
+    shutil.copytree(framework.configs() / "sweeps" / "llm", configs / "sweeps" / "llm")
+    monkeypatch.setattr(framework, "configs", lambda: configs)
+    ablation = registry.EXPERIMENTS["ablation"]
+    monkeypatch.setattr(registry, "EXPERIMENTS", {"ablation": replace(ablation, run=lambda r: Outcome({}, "", {}))})
+    command = ["reproduce", "ablation", "--out", str(tmp_path / "out")]
+    assert main(command) == main(command) == 0
+    file = configs / "sweeps" / "llm" / "base.yaml"
+    before = file.read_text()
+    file.write_text(before + "# changed\n")
+    assert main(command) == 2
+    assert "holds a run with scale's sizes and configuration files of sha256" in capsys.readouterr().err
+    file.write_text(before)
+    assert main(command) == 0
+    monkeypatch.setitem(ablation.scales, "cpu", replace(ablation.scales["cpu"], settings={"changes": ()}))
+    assert main(command) == 2
+
+
+def test_settings_are_told_apart_by_their_text():
+    """The digest is of it, so it must hold no addresses."""
+    for experiment in registry.EXPERIMENTS.values():
+        assert not any(" at 0x" in repr(scale.settings) for scale in experiment.scales.values())
+        assert all(list(framework.configs().glob(pattern)) for pattern in experiment.files)
+
+
+def test_training_that_fails(tmp_path, monkeypatch, capsys):
+    def fails(*given, **settings):
+        raise TrialError("output.txt: exit status 1\nKilled")
+
+    monkeypatch.setattr(framework, "reproduce", fails)
+    assert main(["reproduce", "ablation", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "stacey-dist: output.txt: exit status 1\nKilled\n"
+
+
 def test_list(capsys):
     assert main(["reproduce", "list"]) == 0
     printed = capsys.readouterr().out
@@ -121,7 +177,7 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["other"], "reproduce: other is not known; there are list, synthetic, theorem, "),
+        (["figure1"], "reproduce: figure1 is not known; there are list, synthetic, theorem, "),
         (["theorm"], "reproduce: theorm is not known; did you mean theorem? "),
         (["theorem", "--workers", "0"], "--workers 0: it must be at least 1"),
         (["theorem", "--data", "DIR"], "--data DIR: theorem takes no data"),

@@ -80,10 +80,20 @@ def test_what_is_read(tmp_path):
         "optimizer.lr": {"min": 0.001, "max": 1, "distribution": "log_uniform_values"},
         "optimizer.tau": {"min": 0, "max": 0.5},
         "train.max_steps": {"min": 3, "max": 9},
+        "seed": {"distribution": "constant", "value": 3},
     }
-    sweep = read_sweep(write(tmp_path, parameters=parameters, metric={"name": "eval_top1", "goal": "maximize"}))
+    command = ["accelerate", "launch", "${program}", "--config", "base.yaml", "--data.path", "a/b"]
+    command += ["--tracking.trackers", "wandb", "--train.epochs=2", "${args}"]
+    file = write(
+        tmp_path,
+        program="train_imagenet.py",
+        command=command,
+        parameters=parameters,
+        metric={"name": "eval_top1", "goal": "maximize"},
+    )
+    sweep = read_sweep(file)
     assert (sweep.config, sweep.metric, sweep.maximize) == (tmp_path / "base.yaml", "eval_top1", True)
-    assert sweep.fixed == {"optimizer.name": "stacey"}
+    assert sweep.fixed == {"optimizer.name": "stacey", "data.path": "a/b", "train.epochs": 2, "seed": 3}
     assert sweep.space == {
         "optimizer.p": [3, 4.5, math.inf],
         "optimizer.lr": Range(0.001, 1, log=True, whole=False),
@@ -98,6 +108,17 @@ def test_what_is_read(tmp_path):
         ({"program": "train.py"}, "program: train.py is not allowed; it must be train_llm.py or train_imagenet.py"),
         ({"command": ["python", "${program}", "${args}"]}, "a command with --config FILE"),
         ({"command": ["python", "--config", "missing.yaml"]}, "--config missing.yaml is neither here nor in a direct"),
+        (
+            {"metric": {"name": "loss"}},
+            "metric.name: loss is not allowed; it must be eval_loss or eval_perplexity for tra",
+        ),
+        (
+            {"parameters": None},
+            "it must hold program, a command with --config FILE, metric with a name, and parameters",
+        ),
+        ({"method": "grid"}, "method: grid is not allowed; it must be bayes"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate: {'type': 'hyperband'} is not known here"),
+        ({"command": ["${program}", "--config", "base.yaml", "again"]}, "command: again is not known here"),
         ({"metric": {"name": "eval_loss", "goal": "less"}}, "metric.goal: less is not allowed"),
         ({"parameters": {"optimizer.lr": {"min": 1.0, "max": 0.1}}}, "they must be numbers, min below max"),
         ({"parameters": {"optimizer.lr": {"min": "1e-4", "max": 0.1}}}, "optimizer.lr: min '1e-4', max 0.1 are not"),

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.trial import Interrupted, Trial, TrialError
+from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.experiments.trial import Interrupted, Trial
 from tests.experiments.tasks import SHORT, STEPS
 from tests.training.helpers import launch, rows, write_config
 

@@ -75,7 +75,7 @@ def test_as_many_runs_as_asked_for_best_first(sweep, tmp_path, pretended):
     assert complete == sorted(complete)
     assert all((row["value"] is None) == (row["state"] == "diverged") for row in found)
     for row in found:
-        assert row["settings"].keys() == {"optimizer.lr", "optimizer.p", "optimizer.alpha", "optimizer.tau"}
+        assert row["settings"].keys() == sweep.space.keys()
         assert 0.01 <= row["settings"]["optimizer.tau"] <= 0.1
         assert (row["settings"]["optimizer.p"] == DIVERGES) == (row["state"] == "diverged")
     settings = pretended.made[0].settings
@@ -122,6 +122,31 @@ def test_suggestions_are_a_function_of_what_was_found_before(sweep, tmp_path, pr
     assert pretended.made[9].directory == half_done.directory  # it goes on where it was
     assert pretended.made[9].settings == half_done.settings
     assert Tuner(sweep, tmp_path / "other", trials=12, seed=1).run() != whole
+
+
+def test_killed_between_suggestions(sweep, tmp_path, pretended):
+    """A trial that was begun and has no settings yet gets those that it would have had."""
+    whole = Tuner(sweep, tmp_path / "whole", trials=6).run()
+    Tuner(sweep, tmp_path / "killed", trials=6).study.ask()
+    assert Tuner(sweep, tmp_path / "killed", trials=6).run() == whole
+    assert all(row["settings"].keys() == sweep.space.keys() for row in whole)
+    assert all(row["settings"]["optimizer.betas"] in sweep.space["optimizer.betas"] for row in whole)
+
+
+def test_a_last_figure_that_is_not_finite(sweep, tmp_path, pretended, monkeypatch):
+    """Too few bad updates before the end for the run to have been given up."""
+    run = pretended.run
+
+    def ends_badly(self, *told):
+        result = run(self, *told)
+        if result is not None and len(self.made) == 1:
+            result.evaluations[-1]["eval_loss"] = None
+        return result
+
+    monkeypatch.setattr(pretended, "run", ends_badly)
+    found = Tuner(sweep, tmp_path, trials=4, overrides={"optimizer.p": 7}).run()
+    assert (found[-1]["number"], found[-1]["state"], found[-1]["value"]) == (0, "diverged", None)
+    json.dumps(found, allow_nan=False)
 
 
 def test_workers_share_the_runs(sweep, tmp_path, pretended, monkeypatch):

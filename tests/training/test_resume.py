@@ -205,6 +205,26 @@ def test_resume_from_does_not_overrule_what_did_not_come_from_there(directory, t
     assert directory.start(checkpoint__resume_from=str(directory.checkpoint(20)))[1] == [20]
 
 
+def test_resume_from_a_finished_run_needs_more_updates(directory, tmp_path):
+    source = str(directory.checkpoint(20))
+    branch = Directory(tmp_path / "branch", steps=())
+    message = "step_00000020 has 20 updates already; train.max_steps = 20 is not allowed, it must be more"
+    with pytest.raises(SettingsError, match=f"checkpoint.resume_from: .*{message}"):
+        branch.start(checkpoint__resume_from=source, train__max_steps=20)
+    assert branch.start(checkpoint__resume_from=source, train__max_steps=21)[1] == [20]
+    assert directory.start(train__max_steps=20)[1] == [20]  # complete itself
+
+
+def test_what_resume_from_names_is_blamed_on_it(directory, tmp_path):
+    branch = Directory(tmp_path / "branch", steps=())
+    source = str(directory.checkpoint(20))
+    with pytest.raises(SettingsError, match=r"^checkpoint.resume_from: .* give another checkpoint.resume_from, or"):
+        branch.start(checkpoint__resume_from=source, seed=5)
+    directory.save(30, outputs=5)
+    with pytest.raises(SettingsError, match=r"^checkpoint.resume_from: .*step_00000030: bias is \(5,\)"):
+        branch.start(checkpoint__resume_from=str(directory.checkpoint(30)))
+
+
 def test_a_damaged_or_foreign_source_is_refused(directory, tmp_path):
     branch = Directory(tmp_path / "branch", steps=())
     remove(directory.checkpoint(10) / "manifest.json")

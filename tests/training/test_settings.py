@@ -161,6 +161,7 @@ OUT_OF_RANGE = [
     ("--schedule.warmup_steps 700", "schedule.warmup_steps: 700 is not allowed; it must be at most train.max_steps"),
     ("--schedule.min_lr_ratio 1.5", "schedule.min_lr_ratio: 1.5"),
     ("--train.max_steps 0", "train.max_steps: 0 is not allowed; it must be > 0"),
+    ("--train.collective_timeout_seconds .inf", "train.collective_timeout_seconds: inf is not allowed; it must be fin"),
     ("--train.global_batch_size 0", "train.global_batch_size: 0"),
     ("--train.micro_batch_size 5", "train.micro_batch_size: 5 is not allowed; it must divide train.global_batch_size"),
     ("--train.max_grad_norm -1", "train.max_grad_norm: -1.0"),
