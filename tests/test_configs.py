@@ -10,7 +10,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from stacey_dist.sharding import base_optimizer, fragments
-from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.llm_config import LLMConfig
 from tests.sharding.processes import outcome, spawn
 from tests.training.helpers import launch, training_rows, write_config
@@ -56,7 +55,7 @@ def test_deepspeed_and_accelerate_configurations_agree(name):
     # The optimizer, schedule and clipping are the launcher's defaults.
     defaults = LLMConfig()
     params = json_config["optimizer"]["params"]
-    settings = asdict(OptimizerConfig())
+    settings = asdict(defaults.optimizer)
     assert {key: settings[key] for key in params} == params | {"betas": tuple(params["betas"])}
     assert json_config["gradient_clipping"] == defaults.train.max_grad_norm
     assert json_config["scheduler"]["params"] == {

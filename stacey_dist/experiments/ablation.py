@@ -26,8 +26,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "z begins at 0": {"optimizer.z_init": "zeros"},
     "states in float32": {"optimizer.state_dtype": "float32"},
     "states in bfloat16, rounded to nearest": {"optimizer.rounding": "nearest"},
-    **{f"β = ({b1}, {b2})": {"optimizer.betas": [b1, b2]} for b1, b2 in ((0.8, 0.9), (0.95, 0.98), (0.9, 0.99))},
-    "τ constant": {"schedule.tau": "constant"},
+    **{f"β = ({b1}, {b2})": {"optimizer.betas": [b1, b2]} for b1, b2 in ((0.9, 0.9), (0.9, 0.95), (0.9, 0.99))},
+    "τ with lr": {"schedule.tau": "lr"},
     "α with lr": {"schedule.alpha": "lr"},
     "m corrected for its bias": {"optimizer.bias_correction": True},
     "p falls to 3": {"schedule.final_p": 3.0},
@@ -42,7 +42,7 @@ def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
     data = data_settings(TASK.program, reproduction.directory, reproduction.data)
-    own = {"schedule.tau": "lr", **size["overrides"], **data}
+    own = {**size["overrides"], **data}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(

@@ -6,7 +6,7 @@ from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS, Size, Task, com
 from stacey_dist.experiments.framework import Experiment, Scale
 
 TASK = Task("train_llm.py", "eval_loss")
-_VARY_P = {"stacey_p2": (2.8, 4, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}
+_VARY_P = {"stacey_p2": (2.8, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}
 _SMALL = Size(
     optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
     sweeps="sweeps/llm",

@@ -7,7 +7,6 @@ from stacey_dist.training.config import (
     SHARED_CHANGES,
     OptimizerConfig,
     RunConfig,
-    ScheduleConfig,
     check,
     check_positive,
     validate_shared,
@@ -86,8 +85,7 @@ class TokenizerConfig:
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(betas=(0.9, 0.95)))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(tau="lr"))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.0006, tau=0.003, betas=(0.8, 0.9)))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
