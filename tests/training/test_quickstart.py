@@ -11,7 +11,7 @@ from tests.training.helpers import launch_as_typed, rows
 
 pytestmark = pytest.mark.slow
 
-# Measured: 5.39 (4.40 after all 600 updates). The text differs between Python versions, hence the room.
+# Measured: 5.46 (4.33 after all 600 updates). The text differs between Python versions, hence the room.
 HELD_OUT_LOSS_BOUND = 5.6
 
 
