@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from stacey_dist.experiments.comparison import training
 from stacey_dist.experiments.comparison_report import final
-from stacey_dist.experiments.framework import RUN, Experiment, Outcome, Reproduction, Scale, configs
+from stacey_dist.experiments.framework import Experiment, Outcome, Reproduction, Scale, configs
 from stacey_dist.experiments.llm import TASK
 from stacey_dist.experiments.trial import data_settings
 
@@ -41,8 +41,8 @@ Found = Mapping[str, list[float | None]]
 def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
-    data = data_settings(TASK.program, reproduction.directory, reproduction.data)
-    own = {**size["overrides"], **data}
+    given = data_settings(TASK.program, reproduction.directory, reproduction.data)
+    own = {**size["overrides"], **given}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(
@@ -55,7 +55,7 @@ def run(reproduction: Reproduction) -> Outcome:
         for label, change in changes.items()
         for seed in range(reproduction.seeds)
     }
-    values = reproduction.compute(list(parts.values()), RUN)
+    values = reproduction.compute(list(parts.values()), in_runs=True)
     seeds = range(reproduction.seeds)
     found = {label: [final(values[parts[label, seed].name], TASK.metric) for seed in seeds] for label in changes}
     return Outcome({"losses": found}, table(found), {"ablation": figure(found)})
@@ -114,7 +114,7 @@ EXPERIMENT = Experiment(
     "what tau, alpha, p, epsilon, betas, z's start, the states' dtype and departures from the paper are worth",
     {
         "cpu": Scale(
-            "0.9 M parameters, 300 updates; half an hour on two cores",
+            "0.9 M parameters, 300 updates; half an hour on two cores, estimated",
             2,
             {"overrides": {"train.max_steps": 300}, "changes": tuple(CHANGES)},
         )

@@ -13,7 +13,8 @@ DIGITS = {
     "data.mean": [0.1307, 0.1307, 0.1307],
     "data.std": [0.3081, 0.3081, 0.3081],
 }
-_VARY_P = dict.fromkeys(("stacey_p2", "stacey_pp", "stacey_2p"), (2, 2.8, 6))
+_VARIANTS = ("stacey_p2", "stacey_pp", "stacey_2p")
+_VARY_P = dict.fromkeys(_VARIANTS, (2, 2.8, 6))
 _TUNED = (*PAPER_OPTIMIZERS, "stacey_p2_tau")
 _SMALL = Size(optimizers=_TUNED, sweeps="sweeps/cifar", trials=8, without_data=DIGITS, vary_p=_VARY_P)
 _LARGE = Size(
@@ -33,7 +34,7 @@ _LARGE = Size(
 _PAPER = Size(
     optimizers=PAPER_OPTIMIZERS,
     configs="imagenet/cifar10_{}.yaml",
-    vary_p=dict.fromkeys(("stacey_p2", "stacey_pp", "stacey_2p"), (2, 2.2, 2.8, 3.5, 6)),
+    vary_p=dict.fromkeys(_VARIANTS, (2, 2.2, 2.8, 3.5, 6)),
 )
 
 EXPERIMENT = Experiment(
@@ -41,7 +42,7 @@ EXPERIMENT = Experiment(
     "tables 1, 3, figures 2, 6, 7: ResNet-18 on CIFAR-10 with every optimizer of the paper",
     {
         "cpu": Scale(
-            "a quarter of the width, 400 updates of 64, 8 runs to tune each; 40 minutes on two cores; "
+            "a quarter of the width, 400 updates of 64, 8 runs to tune each; 40 minutes on two cores, estimated; "
             "digits unless --data names CIFAR",
             3,
             {"size": _SMALL},

@@ -78,7 +78,7 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
         for name, values in size.vary_p.items()
         for p in values
     }
-    values = reproduction.compute([*runs.values(), *varied.values()], RUN)
+    values = reproduction.compute([*runs.values(), *varied.values()], in_runs=True)
     found = {key: values[part.name] for key, part in runs.items()}
     by_p = {key: values[part.name] for key, part in varied.items()}
     settings = {name: own for name, (_, own) in chosen.items()}
@@ -108,7 +108,7 @@ def _settings(
         if (sweep.program, sweep.metric) != (task.program, task.metric):
             raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
     parts = [_tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
-    searched = dict(zip(sweeps, reproduction.compute(parts, RUN).values(), strict=True))
+    searched = dict(zip(sweeps, reproduction.compute(parts, in_runs=True).values(), strict=True))
     best = {name: {**sweep.fixed, **searched[name][0]["settings"]} for name, sweep in sweeps.items()}
     return {name: (sweep.config, best[name]) for name, sweep in sweeps.items()}, searched
 

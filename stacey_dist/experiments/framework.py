@@ -88,17 +88,17 @@ class Reproduction:
     data: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def compute(self, parts: Sequence[Part], run: int | None = None) -> dict[str, Any]:
+    def compute(self, parts: Sequence[Part], *, in_runs: bool = False) -> dict[str, Any]:
         """The values of all parts by their names; those that are finished already are read, the others computed.
 
-        The progress bar counts updates, or runs of so many.
+        The progress bar shows updates, or, where a part is made of them, training runs.
         """
         files = {part.name: self.directory / "parts" / f"{part.name}.json" for part in parts}
         left = [part for part in parts if not files[part.name].exists()]
         total = sum(part.updates for part in parts)
         finished = total - sum(part.updates for part in left)
         bar_lock = threading.Lock()
-        counted: Any = {"unit": " runs", "unit_scale": 1 / run} if run else {"unit": " updates", "unit_scale": True}
+        counted: Any = {"unit": " runs", "unit_scale": 1 / RUN} if in_runs else {"unit": " updates", "unit_scale": True}
         with tqdm(total=total, initial=finished, mininterval=1.0, **counted) as bar:
 
             def advance(updates: int) -> None:
@@ -165,7 +165,7 @@ def reproduce(
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     versions = {"stacey_dist": __version__, "torch": torch.__version__}
     settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "data": data, "versions": versions}
-    settings["scale's sizes and configuration files"] = f"of sha256 {_digest(experiment, scale)}"
+    settings["scale's sizes and configuration files"] = digest(_statement(experiment, scale))
     with claimed(directory, settings):
         outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
         for name, figure in outcome.figures.items():
@@ -174,12 +174,11 @@ def reproduce(
         write(directory / "results.json", dump({"settings": settings, **outcome.results}))
 
 
-def _digest(experiment: Experiment, scale: str) -> str:
-    """Of all that states what is run: finished parts of a run with other settings must not be mixed with new ones."""
-    digest = hashlib.sha256(repr(experiment.scales[scale].settings).encode())
-    for file in sorted({file for pattern in experiment.files for file in configs().glob(pattern)}):
-        digest.update(f"{file.name}\n{file.read_text()}".encode())
-    return digest.hexdigest()[:12]
+def _statement(experiment: Experiment, scale: str) -> bytes:
+    """All that states what is run: finished parts of a run with other settings must not be mixed with new ones."""
+    files = sorted({file for pattern in experiment.files for file in configs().glob(pattern)})
+    texts = [f"{file.name}\n{file.read_text()}" for file in files]
+    return "".join([repr(experiment.scales[scale].settings), *texts]).encode()
 
 
 def _draw(figure: Figure, file: Path) -> None:
@@ -236,6 +235,11 @@ def configs() -> Path:
         if (directory / "configs" / "sweeps").is_dir():
             return directory / "configs"
     raise SettingsError("configs: it is not here; start the program in a checkout of the repository")
+
+
+def digest(content: bytes) -> str:
+    """A name for what is too long to be shown."""
+    return f"of sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def dump(value: Any) -> str:

@@ -87,7 +87,7 @@ def read_sweep(file: Path) -> Sweep:
         )
     if goal not in ("minimize", "maximize"):
         raise SettingsError(f"{file}: metric.goal: {goal} is not allowed; it must be minimize or maximize")
-    fixed = _options(file, command)
+    fixed = _options(file, program, command)
     space: dict[str, Range | list[Any]] = {}
     for setting, description in parameters.items():
         if isinstance(description, dict) and "value" in description and description.keys() <= {"value", "distribution"}:
@@ -97,16 +97,20 @@ def read_sweep(file: Path) -> Sweep:
     return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
 
 
-def _options(file: Path, command: list[str]) -> dict[str, Any]:
+def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
     """The launcher's options in a command, but for the configuration and W&B's own: settings that every run has."""
     options: dict[str, Any] = {}
-    words = iter(command[command.index("${program}") + 1 :] if "${program}" in command else [])
+    # What stands before the launcher is how it is started; it may be named itself, too.
+    first = next(
+        (i + 1 for i, word in enumerate(command) if word in ("${program}", program)), command.index("--config")
+    )
+    words = iter(command[first:])
     for word in words:
         if word == "${args}":
             continue
         name, given, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            raise SettingsError(f"{file}: command: {word} is not known here; after ${{program}} there may be options")
+            raise SettingsError(f"{file}: command: {word} is not known here; after {program} there may be options")
         value = text if given else next(words, "")
         if name != "config" and not name.startswith("tracking."):
             options[name] = yaml.safe_load(value)

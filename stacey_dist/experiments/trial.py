@@ -172,11 +172,15 @@ def evaluations(directory: Path) -> list[dict[str, Any]]:
 
 def data_settings(program: Program, directory: Path, data: str | None) -> dict[str, Any]:
     """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, if anything."""
-    settings: dict[str, Any] = {"data.cache_dir": str(directory / "data")}
-    if data is not None:
-        settings["data.dataset"] = None
-        settings |= {"data.files": data.split(",")} if program == "train_llm.py" else {"data.path": data}
-    return settings
+    return {"data.cache_dir": str(directory / "data"), **users_data(program, data)}
+
+
+def users_data(program: Program, data: str | None) -> dict[str, Any]:
+    """The settings for what the user names to train on; none for None, which is the configuration's own."""
+    if data is None:
+        return {}
+    named = {"data.files": data.split(",")} if program == "train_llm.py" else {"data.path": data}
+    return {"data.dataset": None, **named}
 
 
 def threads_each(workers: int) -> int:

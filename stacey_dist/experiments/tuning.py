@@ -5,7 +5,6 @@ ended early. What is suggested is a function of the study's seed, the trial's nu
 so one worker that is killed goes on to the same result; with several workers it depends on who is faster.
 """
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable
@@ -16,9 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.framework import claimed, dump, together, write
+from stacey_dist.experiments.framework import claimed, digest, dump, together, write
 from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each
+from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
 
 if TYPE_CHECKING:
     import optuna
@@ -183,19 +182,15 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
         if count < 1:
             raise SettingsError(f"--{name} {count}: it must be at least 1")
     sweep = read_sweep(file)
-    states = {"sweep": file, "configuration": sweep.config}
-    identity: dict[str, Any] = {"seed": seed, "data": data}
-    identity |= {
-        name: f"of sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for name, path in states.items()
-    }
-    given = data_settings(sweep.program, directory, data)
+    files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
+    identity = {"seed": seed, "data": data, **files}
     with claimed(directory, identity), tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
         tuner = Tuner(
             sweep,
             directory,
             trials=trials,
             seed=seed,
-            overrides=given,
+            overrides=data_settings(sweep.program, directory, data),
             workers=workers,
             threads=threads_each(workers),
             advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum
@@ -203,7 +198,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
         found = tuner.run()
     write(directory / "trials.json", dump(found))
     best: dict[str, Any] = {}
-    for name, value in {**sweep.fixed, **found[0]["settings"], **given}.items():
+    for name, value in {**sweep.fixed, **found[0]["settings"], **users_data(sweep.program, data)}.items():
         section, _, setting = name.rpartition(".")
         (best.setdefault(section, {}) if section else best)[setting] = value
     write(directory / "best.yaml", yaml.safe_dump(best, sort_keys=False))

@@ -95,7 +95,7 @@ class TrainConfig:
     heartbeat_timeout_seconds: float | None = 120.0
     """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
     collective_timeout_seconds: float = 600.0
-    """Seconds (finite) that processes wait for each other in a collective before they give up."""
+    """Seconds that processes wait for each other in a collective before they give up."""
 
 
 @dataclass

@@ -33,15 +33,9 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         run.fail(f"{_setting(run, chosen)}: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
-    own = _setting(run, chosen) == "run_dir"
-    if not own and progress.step >= run.config.train.max_steps:
-        run.fail(
-            f"checkpoint.resume_from: {chosen} has {progress.step} updates already; train.max_steps = "
-            f"{run.config.train.max_steps} is not allowed, it must be more"
-        )
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
-    if own:  # a run that another one branches off has trackers and a best of its own
+    if _setting(run, chosen) == "run_dir":  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
     run.say(f"resumed from {chosen} after {progress.step} updates")
@@ -74,7 +68,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         extra = verify_together(Path(source))["extra"]
     except DamagedCheckpointError as error:
         run.fail(f"checkpoint.resume_from: {error}")
-    run.on_main(lambda: _compare(run, Path(source), extra, data_identity))
+    run.on_main(lambda: _check_source(run, Path(source), extra, data_identity))
     return Path(source)
 
 
@@ -101,6 +95,17 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) 
                 "checkpoints that are newer"
             )
     _compare(run, path, extra, data_identity)
+
+
+def _check_source(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
+    """Refuse a checkpoint that no run of these settings can branch off from."""
+    _compare(run, path, extra, data_identity)
+    step, last = extra["step"], run.config.train.max_steps
+    if step >= last:
+        raise SettingsError(
+            f"checkpoint.resume_from: {path} has {step} updates already; train.max_steps = {last} is not allowed, it "
+            "must be more"
+        )
 
 
 def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:

@@ -58,7 +58,6 @@ def test_end_to_end(name, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from stacey_dist.cli import main
-from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.experiments import framework, registry
 from tests.experiments.test_reproduce import TOY
 

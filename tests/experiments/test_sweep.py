@@ -119,6 +119,8 @@ def test_what_is_read(tmp_path):
         ({"method": "grid"}, "method: grid is not allowed; it must be bayes"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate: {'type': 'hyperband'} is not known here"),
         ({"command": ["${program}", "--config", "base.yaml", "again"]}, "command: again is not known here"),
+        ({"command": ["train_llm.py", "--config", "base.yaml", "again"]}, "command: again is not known here"),
+        ({"command": ["--config", "base.yaml", "again"]}, "command: again is not known here"),
         ({"metric": {"name": "eval_loss", "goal": "less"}}, "metric.goal: less is not allowed"),
         ({"parameters": {"optimizer.lr": {"min": 1.0, "max": 0.1}}}, "they must be numbers, min below max"),
         ({"parameters": {"optimizer.lr": {"min": "1e-4", "max": 0.1}}}, "optimizer.lr: min '1e-4', max 0.1 are not"),

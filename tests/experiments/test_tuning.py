@@ -183,6 +183,7 @@ def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
     trials = json.loads((tmp_path / "whole" / "trials.json").read_text())
     assert best["optimizer"]["lr"] == trials[0]["settings"]["optimizer.lr"]
     assert best["optimizer"]["name"] == "stacey"
+    assert "data" not in best  # no --data, and the prepared data are the search's own
     assert f"{trials[0]['value']:.4f}" in printed.out
     assert f"--config {tmp_path / 'whole' / 'best.yaml'}" in printed.out
 
