@@ -126,8 +126,9 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                 saver.save(progress)
             if update.requests.stop:
                 number = int(stop.received or 15)
-                engine.close()
+                # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
                 run.say(f"stopped by signal {number} after update {progress.step}; the same command goes on from here")
+                engine.close()
                 sys.exit(128 + number)
             metrics.go_on()
     run.say(engine.state_report())
