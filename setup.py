@@ -24,6 +24,7 @@ SOURCE = "stacey_dist/optim/kernels/cpu.cpp"
 DIGEST = hashlib.sha256((Path(__file__).parent / SOURCE).read_bytes()).hexdigest()
 
 setup(
+    options={"build_ext": {"parallel": len(INSTRUCTION_SETS)}},  # a minute each
     ext_modules=[
         Extension(
             f"stacey_dist.optim.kernels._cpu_{name}",
@@ -35,5 +36,5 @@ setup(
         )
         for name, flags in INSTRUCTION_SETS.items()
         if sys.platform == "linux"
-    ]
+    ],
 )

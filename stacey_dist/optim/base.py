@@ -185,12 +185,15 @@ class ElementwiseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. z and m come back in the group's `state_dtype`.
 
+        Raises ValueError if they have other shapes than the parameters; nothing is loaded then.
+
         torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
         float32 ones, and float32 states of bfloat16 parameters into rounded ones. So it gets to see the step alone.
         """
         loaded: list[dict[str, Any]] = []
 
         def without_tensors(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            self._check_shapes(final)
             loaded.append(final)
             kept = {
                 key: {name: value for name, value in state.items() if name not in self.state_names}
@@ -207,6 +210,14 @@ class ElementwiseOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=False):
+                for name, value in state_dict["state"].get(saved_id, {}).items():
+                    if name in self.state_names and value.shape != param.shape:
+                        shapes = f"{tuple(value.shape)}, and its parameter {tuple(param.shape)}"
+                        raise ValueError(f"state {name} of parameter {saved_id} has the shape {shapes}")
 
     def _restore_states(self, state_dict: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):

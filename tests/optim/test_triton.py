@@ -46,6 +46,10 @@ def test_the_bits_of_the_plain_rule(kernel, variant, p, weight, gradient, state,
         assert ours.step == 7
 
 
+def tables_of(kernel, rows):
+    return kernel._tables[torch.device("cpu"), rows[0].weight.data_ptr()]
+
+
 def test_one_launch_updates_many_tensors_and_later_ones_use_its_tables(kernel):
     rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in (1, 0, 1024, 3000, 7, 1025)]
     ours = [copied(row) for row in rows]
@@ -56,11 +60,50 @@ def test_one_launch_updates_many_tensors_and_later_ones_use_its_tables(kernel):
         kernel(ours, call)
         for row, same in zip(ours, expected, strict=True):
             assert_same_bits(same, row)
-        tables.append(kernel._tables[torch.device("cpu")])
+        tables.append(tables_of(kernel, ours))
         assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in (1, 0, 1024, 3000, 7, 1025)]
     assert tables[0] is tables[1] is tables[2]
-    kernel(ours[1:], call)
-    assert kernel._tables[torch.device("cpu")] is not tables[0]
+    kernel(ours[:-1], call)
+    assert tables_of(kernel, ours) is not tables[0]
+
+
+def test_groups_keep_their_tables_while_tau_follows_a_schedule(kernel, monkeypatch):
+    kernel._tables.clear()
+    groups = [[make_row(n, F32, F32, BF16, step=0.0)] for n in (5, 1030)]
+    tables = []
+    for step, tau in enumerate((0.01, 0.005), start=1):
+        for rows in groups:
+            call = Call(settings_of("p2", 2.8, tau=tau), True, 3, capturable=True, lr=torch.tensor(0.01))
+            expected = plainly(
+                rows[0], dataclasses.replace(call, settings=settings_of("p2", 2.8, tau=tau, lr=0.01)), step
+            )
+            kernel(rows, call)
+            assert_same_bits(expected, rows[0])
+            tables.append(tables_of(kernel, rows))
+    assert tables[0] is tables[2]
+    assert tables[1] is tables[3]
+    strangers = [make_row(8, F32, F32, BF16) for _ in range(100)]
+    monkeypatch.setattr(sys.modules[type(kernel).__module__], "_MOST_TABLES", 64)
+    for row in strangers:
+        kernel([row], call)
+    assert len(kernel._tables) == 64
+
+
+def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
+    """A capture records that they are filled; until a replay they hold nothing."""
+    module = sys.modules[type(kernel).__module__]
+    rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3)
+    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
+    kernel(rows, call)
+    assert ("cpu", rows[0].weight.data_ptr()) not in {(key[0].type, key[1]) for key in kernel._tables}
+    graph = kernel._captured[-1]
+    monkeypatch.setattr(module, "_is_capturing", lambda device: False)
+    kernel(rows, call)
+    eager = tables_of(kernel, rows)
+    assert eager is not graph
+    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
+    kernel(rows, call)
+    assert kernel._captured[-1] is eager  # filled already, and kept for the graph's life
 
 
 def test_what_lies_on_the_device_is_read_there(kernel):

@@ -73,8 +73,14 @@ def find(device_type: str) -> Kernel:
 
 
 def kind(row: Row) -> tuple[torch.device, torch.dtype, torch.dtype, torch.dtype] | None:
-    """What rows of one launch have in common: device, and dtypes of weight, gradient and states. None if `refusal`."""
+    """What rows of one launch have in common: device, and dtypes of weight, gradient and states. None if `refusal`.
+
+    Raises ValueError where a state has another shape or device than its parameter: kernels go by addresses alone.
+    """
     weight, gradient, z, m, _ = row
+    if not (weight.shape == gradient.shape == z.shape == m.shape and weight.device == z.device == m.device):
+        shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in row[:4])
+        raise ValueError(f"a parameter, its gradient, z and m must have one shape and device, and are {shapes}")
     found = (weight.device, weight.dtype, gradient.dtype, z.dtype)
     # In the order of how often it settles the matter: this is done for each parameter in each step.
     alike = found[1:] in _DTYPES_OF_ROWS and type(weight) in PLAIN_TYPES

@@ -9,6 +9,7 @@ scale and overflow) is read on the device, so that a CUDA graph of the launch ca
 """
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
+from stacey_dist.optim.rule import StaceySettings
 
 try:
     import triton
@@ -27,6 +29,7 @@ except ImportError as error:
 
 BLOCK = 1024
 _COLUMNS = 6  # weight, gradient, z, m, step, size
+_MOST_TABLES = 1000
 
 _ONE: Any = tl.constexpr(ONE)
 _ROOT: Any = tl.constexpr(ROOT)
@@ -284,24 +287,29 @@ class _Tables:
     block_numbers: Tensor
     steps: Tensor
     """The step counts of this launch, where those of the rows are in host memory."""
-    doubles: Tensor
-    """1 - tau, tau and lambda in float64."""
     aligned: bool
     """All addresses are multiples of 16 bytes, and all sizes of 8 elements."""
 
 
 class TritonKernel:
-    """One launch for all rows; the tables of the last launch on a device serve again while the pointers stay."""
+    """One launch for all rows; the tables of each parameter group serve again while its pointers stay."""
 
     name = "Triton"
 
     def __init__(self) -> None:
-        self._tables: dict[torch.device, _Tables] = {}
+        # By device and the address of the first weight, which tells groups apart.
+        self._tables: dict[tuple[torch.device, int], _Tables] = {}
         # A captured graph copies its tables from host memory at each replay.
         self._captured: list[Any] = []
 
     def __call__(self, rows: list[Row], call: Call) -> None:
         """See `Kernel`."""
+        device = rows[0].weight.device
+        # Triton launches on the current GPU, which need not be the one that the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._launch(rows, call)
+
+    def _launch(self, rows: list[Row], call: Call) -> None:
         s, first = call.settings, rows[0]
         steps = [row.step for row in rows]
         if call.capturable:
@@ -312,8 +320,8 @@ class TritonKernel:
         tables = self._find_tables(rows, call)
         if not call.capturable:
             tables.steps.copy_(_pinned(torch.stack(steps), tables.steps.device), non_blocking=True)
-        unused = tables.doubles
-        lr = unused if call.lr is None else torch.cat([call.lr.detach().reshape(1).float().double(), tables.doubles])
+        unused = tables.steps
+        lr = unused if call.lr is None else self._rates(call.lr, s, tables.rows.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
         _stacey_step[(len(tables.block_rows),)](
             tables.rows, tables.block_rows, tables.block_numbers, lr, scale,
@@ -330,15 +338,31 @@ class TritonKernel:
         )  # fmt: skip
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
+    def _rates(self, lr: Tensor, s: StaceySettings, device: torch.device) -> Tensor:
+        """On the device, in float64: the learning rate, which must be there, 1 - tau, tau and lambda."""
+        host = _pinned(torch.tensor([1.0 - s.tau, s.tau, s.weight_decay], dtype=torch.float64, device="cpu"), device)
+        if _is_capturing(device):
+            self._captured.append(host)
+        return torch.cat([lr.detach().reshape(1).float().double(), host.to(device, non_blocking=True)])
+
     def _find_tables(self, rows: list[Row], call: Call) -> _Tables:
-        device, s = rows[0].weight.device, call.settings
-        key: list[Any] = [call.seed, call.capturable, s.tau, s.weight_decay]
+        device = rows[0].weight.device
+        key: list[Any] = [call.seed, call.capturable]
         for weight, gradient, z, m, step in rows:
             key += [weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), weight.numel()]
             key += [step.data_ptr()] * call.capturable
-        found = self._tables.get(device)
+        group = device, next((row.weight.data_ptr() for row in rows if row.weight.numel() > 0), 0)
+        found = self._tables.get(group)
+        capturing = _is_capturing(device)
         if found is None or found.key != key:
-            self._tables[device] = found = self._make_tables(rows, call, key, device)
+            found = self._make_tables(rows, call, key, device)
+            if not capturing:  # a graph's are its own: nothing is in them before a replay
+                self._tables.pop(group, None)
+                if len(self._tables) >= _MOST_TABLES:  # of groups that have gone: the oldest first
+                    self._tables.pop(next(iter(self._tables)))
+                self._tables[group] = found
+        if capturing:  # replays read them, whoever launches next
+            self._captured.append(found)
         return found
 
     def _make_tables(self, rows: list[Row], call: Call, key: list[Any], device: torch.device) -> _Tables:
@@ -352,21 +376,23 @@ class TritonKernel:
             blocks = range(-(-weight.numel() // BLOCK))
             block_numbers += blocks
             block_rows += [i] * len(blocks)
-        s = call.settings
         aligned = all(
             row.weight.numel() % 8 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in row[:4]) for row in rows
         )
         host = [
-            torch.tensor(numbers, dtype=torch.int64),
-            torch.tensor(block_rows, dtype=torch.int32),
-            torch.tensor(block_numbers, dtype=torch.int64),
-            torch.tensor([1.0 - s.tau, s.tau, s.weight_decay], dtype=torch.float64),
+            torch.tensor(numbers, dtype=torch.int64, device="cpu"),
+            torch.tensor(block_rows, dtype=torch.int32, device="cpu"),
+            torch.tensor(block_numbers, dtype=torch.int64, device="cpu"),
         ]
         host = [_pinned(tensor, device) for tensor in host]
         there = [tensor.to(device, non_blocking=True) for tensor in host]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append((host, there, steps))
-        return _Tables(key, there[0], there[1], there[2], steps, there[3], aligned)
+        if _is_capturing(device):
+            self._captured.append(host)
+        return _Tables(key, there[0], there[1], there[2], steps, aligned)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
