@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -94,4 +95,8 @@ def _read(path: Path, ranges: dict[str, Range]) -> None:
     if ranges:
         reader = HuggingFaceStorageReader(str(path))
         with alone():
-            load(dict(ranges), storage_reader=reader, planner=RangeLoadPlanner(), no_dist=True)
+            try:
+                load(dict(ranges), storage_reader=reader, planner=RangeLoadPlanner(), no_dist=True)
+            except CheckpointException as error:  # a BaseException, which no handler of errors would see
+                cause = next((failure[0] for failure in error.failures.values()), error)
+                raise OSError(f"{path}: cannot be read: {cause!r}") from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stacey_dist.checkpoint.planner import Range
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
-from stacey_dist.sharding.fragment import canonical_name
+from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
 
 # The shape and the dtype's name of each whole tensor, by name.
 Contents = Mapping[str, tuple[tuple[int, ...], str]]
@@ -56,6 +56,10 @@ def take(
                 add(f"optimizer/{f.name}/{key}", f.shape, f.start + first, value.reshape(-1)[first:last])
         if f.step is not None and f.start == 0 and f.replica == 0:
             add(f"optimizer/{f.name}/step", (), 0, f.step.to(torch.float32))
+    for name, param in trainable_parameters(model):  # an empty one has no fragment, but is a part of the model
+        shape = getattr(param, "ds_shape", param.shape)
+        if shape.numel() == 0:
+            contents[f"model/{name}"] = (tuple(shape), dtype_name(param.dtype))
     writes_the_rest = not dist.is_initialized() or dist.get_rank() == 0
     for name, param in _frozen(model):
         with _gathered(param, write=False):
@@ -98,12 +102,25 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
                     state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
         # Into the very tensors: a second copy would be as large as this rank's share of everything.
         wanted: dict[str, Range] = {}
+        scattered: list[tuple[Tensor, Tensor]] = []
+        unsaved: list[tuple[Fragment, str, Tensor]] = []  # no update so far, in one tensor with others that had some
+
+        def flat(target: Tensor) -> Tensor:
+            if target.is_contiguous():
+                return target.view(-1)
+            # Checkpoints are in row-major order, and this tensor is not: channels_last, for one.
+            scattered.append((target, torch.empty(target.numel(), dtype=target.dtype, device=target.device)))
+            return scattered[-1][1]
+
         for f in fragments(model, optimizer, empty=True):
             size = f.shape.numel()
-            wanted[f"model/{f.name}"] = Range(f.start, f.weight.view(-1), size)
+            wanted[f"model/{f.name}"] = Range(f.start, flat(f.weight), size)
             for key, target in f.state.items():
-                wanted[f"optimizer/{f.name}/{key}"] = Range(f.start, target.view(-1), size)
-            if f.step is not None:
+                if f"optimizer/{f.name}/{key}" in contents:
+                    wanted[f"optimizer/{f.name}/{key}"] = Range(f.start, flat(target), size)
+                else:
+                    unsaved.append((f, key, target))
+            if f.step is not None and f"optimizer/{f.name}/step" in contents:
                 wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1), 1)
         rest = {
             name: torch.empty(shape.numel(), dtype=getattr(torch, contents[f"model/{name}"][1]))
@@ -111,6 +128,13 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
         }
         wanted |= {f"model/{name}": Range(0, values, values.numel()) for name, values in rest.items()}
         read({name: part for name, part in wanted.items() if part.values.numel() > 0})
+        for target, values in scattered:
+            target.copy_(values.view(target.shape))
+        z_init = {param: group.get("z_init") for group in base.param_groups for param in group["params"]}
+        for f, key, target in unsaved:  # as the optimizer itself begins
+            # ZeRO-3's groups hold its tensors in a step only; the first group's setting stands for them.
+            if key == "z" and z_init.get(f.owner, base.param_groups[0].get("z_init")) == "params":
+                target.copy_(f.weight)
         _write_rest(model, rest)
     refresh_weights(model, optimizer)
 

@@ -119,7 +119,7 @@ def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, in
     """Every element of every tensor was written, once: a defence against an engine that is not what it seems."""
     for name, (shape, _) in tensors.items():
         position = 0
-        for start, stop in sorted(spans[name]):
+        for start, stop in sorted(spans.get(name, [])):
             if start != position:
                 raise RuntimeError(f"{name}: elements {position} to {start} were written by no rank, or by two")
             position = stop

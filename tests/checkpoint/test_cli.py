@@ -59,6 +59,27 @@ def test_list_of_nothing_and_of_a_damaged_one(tmp_path, capsys):
     assert "step_00000003  damaged: " in call(capsys, "list", tmp_path)[1]
 
 
+def test_list_of_a_path_that_is_not_there(tmp_path, capsys):
+    assert call(capsys, "list", tmp_path / "x") == (2, "", f"stacey-dist: {tmp_path / 'x'} is no directory\n")
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+@pytest.mark.parametrize("command", ["show", "verify", "diff", "export"])
+def test_a_directory_of_checkpoints_is_none(run, tmp_path, capsys, command, below):
+    path = run[0] / below
+    rest = {"diff": [first(run)], "export": [tmp_path / "out"]}.get(command, [])
+    with pytest.raises(SystemExit) as stopped:
+        main(["checkpoint", command, *map(str, [path, *rest])])
+    assert stopped.value.code == 2
+    assert f"{path} holds checkpoints and is none: name one that `list {path}` shows" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line(capsys):
+    status, _, err = call(capsys, "show", "a" * 300)
+    assert status == 1
+    assert "File name too long" in err
+
+
 def test_show(run, capsys):
     status, out, _ = call(capsys, "show", second(run))
     assert status == 0

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from stacey_dist import Stacey
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
+    read_tensors,
     retain,
     save_checkpoint,
     verify,
@@ -77,6 +79,27 @@ def test_buffers_and_tied_parameters_are_saved_once(tmp_path):
     load_checkpoint(path, model, optimizer)
     assert torch.equal(model.b.weight, expected)
     assert model.norm.running_mean.tolist() == [0.5] * 3
+
+
+def test_tensors_without_elements_are_a_part_of_the_model(tmp_path):
+    def make():
+        model = torch.nn.Linear(2, 1)
+        model.trained, model.frozen = (torch.nn.Parameter(torch.zeros(0, 3)) for _ in range(2))
+        model.frozen.requires_grad_(False)
+        model.register_buffer("buffer", torch.zeros(0))
+        optimizer = build_optimizer(model, OptimizerConfig(), seed=0)
+        return model, optimizer
+
+    model, optimizer = make()
+    (model(torch.ones(1, 2)).sum() + model.trained.sum()).backward()
+    optimizer.step()
+    path = save(tmp_path, 1, model, optimizer, {})
+    other, other_optimizer = make()
+    load_checkpoint(path, other, other_optimizer)
+    assert torch.equal(other.weight, model.weight)
+    assert read_tensors(path)["model/trained"].shape == (0, 3)
+    with pytest.raises(DamagedCheckpointError, match=r"\(0,\) float32 there, and absent here"):
+        load_checkpoint(path, torch.nn.Linear(2, 1), other_optimizer)
 
 
 def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
@@ -233,3 +256,23 @@ def test_a_dtype_that_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"model/phases: tensors of torch\.complex64 can't be saved"):
         save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_in_another_order_than_row_major_are_saved_and_loaded(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, Stacey(model.parameters())
+
+    model, optimizer = make()
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    path = save(tmp_path, 1, model, optimizer, {})
+    other, restored = make()
+    load_checkpoint(path, other, restored)
+    for param, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, same)
+        assert same.stride() == param.stride()
+        for name in ("z", "m"):
+            assert torch.equal(optimizer.state[param][name], restored.state[same][name])

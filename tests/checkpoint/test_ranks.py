@@ -19,7 +19,7 @@ from stacey_dist.checkpoint import (
     write,
 )
 from stacey_dist.checkpoint.together import FailedOnAnotherRankError
-from stacey_dist.sharding import fragments
+from stacey_dist.sharding import base_optimizer, fragments
 from tests.sharding.engines import Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
 from tests.sharding.processes import outcome, spawn
@@ -143,7 +143,27 @@ def check_shards_without_elements_know_their_step(directory):
     assert [float(f.step) for f in parts] == [3.0] * len(parts)
 
 
+def check_parameters_without_state_begin_where_they_are(directory):
+    """ZeRO keeps them in one tensor with others that have state: they are to begin there as the optimizer begins."""
+    trainer = make("ddp", steps=2)
+    updated = ("large", "one", "primes")
+    for name, param in trainer.model.named_parameters():
+        if param.requires_grad and not any(part in name for part in updated):
+            del base_optimizer(trainer.optimizer).state[param]
+    path = save_checkpoint(directory / "step_00000002", trainer.model, trainer.optimizer)
+    for engine in ("zero1", "zero3"):
+        other = make(engine)
+        load_checkpoint(path, other.model, other.optimizer)
+        new = [f for f in fragments(other.model, other.optimizer) if not f.name.startswith(updated)]
+        new = [f for f in new if f.z is not None]  # in a tensor of their own they get a state with their first update
+        assert all(torch.equal(f.z, f.weight.to(f.z.dtype)) and not f.m.any() for f in new), engine
+        found = torch.tensor(len(new))
+        dist.all_reduce(found)
+        assert found > 0, engine
+
+
 CHECKS = {
+    "parameters without state begin where they are": check_parameters_without_state_begin_where_they_are,
     "an altered file of any rank is named on all": check_an_altered_file_of_any_rank_is_named_on_all,
     "a directory that ranks do not share": check_a_directory_that_ranks_do_not_share,
     "shards without elements know their step": check_shards_without_elements_know_their_step,
