@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,33 +19,47 @@ BENCH_CASES = ("flat", "llama_100m", "tiny")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a damaged or different checkpoint, 2 for bad usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["plan"]:  # takes every setting of the launcher, and so has a parser of its own
+    # These take every setting of the launcher, and so have parsers of their own.
+    if arguments[:1] == ["plan"]:
         from stacey_dist.plan.command import main as plan
 
-        return plan(arguments[1:])
+        return _told(lambda: plan(arguments[1:]), "stacey-dist plan", refused="error: ")
+    if arguments[:1] == ["prepare"]:
+        from stacey_dist.training.prepare_command import prepare
+
+        return _told(lambda: prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
     parsed = make_parser().parse_args(arguments)
+    return _told(
+        lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))),
+        "stacey-dist",
+        resumable=parsed.run in (reproduce, tune),
+    )
+
+
+def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False) -> int:
+    """The exit status of a command; an error that a user can do something about is one line, begun by its program."""
     try:
-        return int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments)))
+        return work()
     except ForeignCheckpointError as error:
-        print(f"stacey-dist: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except DamagedCheckpointError as error:
-        print(f"stacey-dist: damaged: {error}", file=sys.stderr)
+        print(f"{program}: damaged: {error}", file=sys.stderr)
         return 1
     except SettingsError as error:
-        print(f"stacey-dist: {error}", file=sys.stderr)
+        print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
     except (OSError, TrialError) as error:
-        print(f"stacey-dist: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on" if parsed.run in (reproduce, tune) else ""
-        print(f"stacey-dist: interrupted{goes_on}", file=sys.stderr)
+        goes_on = "; the same command goes on" if resumable else ""
+        print(f"{program}: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of every command but `plan`, of which it knows the name alone."""
+    """The parser of every command but `plan` and `prepare`, of which it knows the names alone."""
     parser = argparse.ArgumentParser(prog="stacey-dist", description="Tools for runs of stacey_dist.")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoint = groups.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
@@ -52,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     def command(name: str, function: Any, text: str, *paths: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         for path in paths:
-            added.add_argument(path, type=Path)
+            added.add_argument(path, type=Path if path in ("DIR", "OUT") or name == "import" else _checkpoint)
         added.set_defaults(run=function, arguments=list(paths))
         return added
 
@@ -88,17 +104,33 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
     search.add_argument("--seed", type=int, default=0, help="of the search (0)")
     search.add_argument("--data", help="what to train on in place of the configuration's data")
-    search.add_argument("--out", type=Path, metavar="DIR", help="where runs are, and are kept if killed (runs/SWEEP)")
+    search.add_argument(
+        "--out", type=Path, metavar="DIR", help="where runs are, and are kept if killed (runs/tune-DIRECTORY-FILE)"
+    )
     search.set_defaults(run=tune, arguments=["sweep", "trials", "workers", "seed", "data", "out"])
     groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
         run=info, arguments=[]
     )
     groups.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
+    groups.add_parser("prepare", help="tokenize the text of a configuration of train_llm.py before the run")
     return parser
+
+
+def _checkpoint(text: str) -> Path:
+    """The path of one checkpoint, from the command line."""
+    path = Path(text)
+    holds = False
+    with suppress(OSError):  # the command says what is wrong with it
+        holds = bool(find_checkpoints(path)) or (path / "checkpoints").is_dir()
+    if holds:
+        raise argparse.ArgumentTypeError(f"{path} holds checkpoints and is none: name one that `list {path}` shows")
+    return path
 
 
 def list_checkpoints(directory: Path) -> int:
     """A line for each checkpoint."""
+    if not directory.is_dir():
+        raise SettingsError(f"{directory} is no directory")
     inside = directory / "checkpoints"
     found = find_checkpoints(inside if inside.is_dir() else directory)
     for path in found:
@@ -190,8 +222,14 @@ def info() -> int:
 
 def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_file: Path | None) -> int:
     """Time the optimizers."""
+    import torch
+
     from stacey_dist.bench import bench
 
+    if rounds < 1:
+        raise SettingsError(f"--rounds must be at least 1, got {rounds}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch sees no GPU here")
     return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file)
 
 
@@ -214,7 +252,7 @@ def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, ou
     """The best settings of a sweep."""
     from stacey_dist.experiments import tuning
 
-    directory = Path("runs") / f"tune-{sweep.stem}" if out is None else out
+    directory = Path("runs") / f"tune-{sweep.absolute().parent.name}-{sweep.stem}" if out is None else out
     tuning.search(sweep, directory, trials=trials, workers=workers, seed=seed, data=data)
     return 0
 

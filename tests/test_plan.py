@@ -221,3 +221,15 @@ def test_a_model_of_bfloat16_has_no_masters():
     assert job.held.device["masters"] == 0
     rows = 24 * 2 * 3 * 2048  # 5 461 rows of gate and up in 24 layers are cut as 5 464; rank 0 has no padding
     assert job.held.device["weights"] == job.held.device["z"] == 2 * (SIZES["1b"] + rows) // 8
+
+
+def test_several_configurations_are_merged_as_the_launchers_do(capsys, tmp_path):
+    over = tmp_path / "over.yaml"
+    over.write_text("model: {num_hidden_layers: 2}\n")
+    shallow = plan(capsys, "7b", *ON_64, "--model.num_hidden_layers", "2")
+    assert plan(capsys, "7b", "--config", str(over), *ON_64) == shallow != plan(capsys, "7b", *ON_64)
+
+
+def test_a_search_chooses_the_engine_and_the_micro_batch_itself(capsys):
+    assert "micro" in str(plan(capsys, "1b", "--nodes", "16", "--search"))
+    assert "--search, which tries all" in str(plan(capsys, "1b", "--search", "--engine", "zero2", status=2))

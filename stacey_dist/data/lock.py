@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from stacey_dist.errors import SettingsError
+
 
 @contextlib.contextmanager
 def locked(path: Path, announce: bool) -> Iterator[None]:
@@ -22,4 +24,9 @@ def locked(path: Path, announce: bool) -> Iterator[None]:
             if announce:
                 print(f"waiting for another process that prepares {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SettingsError(
+                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); name a "
+                "directory on another, as in data.cache_dir"
+            ) from error
         yield

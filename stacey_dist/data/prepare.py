@@ -111,6 +111,9 @@ class _Preparation:
                 self.max_tokens,
             )
         else:
+            # What keeps the second from being read is said before the hours that the first takes.
+            next(self.source.documents(), None)
+            next(separate(), None)
             self._pass("train", self.source.documents, lambda _: "train", self.max_tokens)
             limit = None if self.max_tokens is None else max(self.max_tokens // every, _LEAST_VALIDATION)
             self._pass("validation", separate, lambda _: "validation", limit)

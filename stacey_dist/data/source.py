@@ -8,6 +8,7 @@ from typing import Any
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
 from stacey_dist.data.text import Document, expand_files, hub_documents, read_documents
+from stacey_dist.errors import SettingsError
 
 # Bytes of English text in a byte of file, about; only for the progress bar.
 _TEXT_PER_BYTE = {".gz": 2.6, ".parquet": 1.7}
@@ -75,6 +76,15 @@ def hub_source(
         text_column: the column of the text.
         streaming: read over the network as needed instead of downloading everything first.
     """
+
+    def validation() -> Iterator[Document]:
+        assert validation_split is not None
+        try:
+            yield from hub_documents(dataset, config, validation_split, text_column, streaming)
+        except SettingsError as error:
+            what = "data.dataset_validation_split (null: documents held out of the training data)"
+            raise SettingsError(f"{what}: {error}") from error
+
     return Source(
         documents=lambda: hub_documents(dataset, config, split, text_column, streaming),
         identity={
@@ -84,11 +94,7 @@ def hub_source(
             "validation_split": validation_split,
             "text_column": text_column,
         },
-        validation_documents=(
-            (lambda: hub_documents(dataset, config, validation_split, text_column, streaming))
-            if validation_split
-            else None
-        ),
+        validation_documents=validation if validation_split else None,
     )
 
 

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import sys
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -29,12 +28,8 @@ SHORT = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print the plan; returns the exit status, 2 for settings that are not allowed."""
-    try:
-        print(plan(arguments))
-    except SettingsError as error:
-        print(f"stacey-dist plan: error: {error}", file=sys.stderr)
-        return 2
+    """Print the plan; returns 0. Raises SettingsError as `plan` does."""
+    print(plan(arguments))
     return 0
 
 
@@ -57,6 +52,10 @@ def plan(arguments: list[str]) -> str:
         raise SettingsError(f"--margin: {options.margin} is not allowed; it must be within [0, 1)")
     room = gpu.memory * (1 - options.margin)
     ranks = options.nodes * options.gpus_per_node
+    if options.search and options.engine:
+        raise SettingsError(f"--engine: {options.engine} is not allowed with --search, which tries all engines")
+    if options.search:  # it is what is searched
+        config.train.micro_batch_size = None
     engine = _engine(options, ranks)
     job = Job(config, llama(config, options.vocab_size), engine, options.nodes, options.gpus_per_node)
     if options.search:
@@ -88,7 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         f"figures: {'; '.join(_links(gpu) for gpu in GPUS.values())}. See docs/plan.md.",
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", help="a configuration of train_llm.py, as in configs/llm (its defaults)")
+    add(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a configuration of train_llm.py, as in configs/llm (its defaults); later ones win",
+    )
     add("--engine", metavar="NAME", help=f"one of {', '.join(ENGINES)} (fsdp2, or single on one GPU)")
     add("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (h100-80gb)")
     add("--nodes", type=int, default=1, metavar="N", help="machines (1)")
@@ -126,7 +131,7 @@ def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
 
 
 def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
-    arguments = ["--config", options.config] if options.config else []
+    arguments = [word for file in options.config for word in ("--config", file)]
     for option, setting in SHORT.items():
         value = getattr(options, option[2:].replace("-", "_"))
         if value is not None:

@@ -88,7 +88,7 @@ def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
         f"an update: {train.global_batch_size:,} sequences of {job.config.data.sequence_length:,} tokens",
         "",
         f"  {'engine':<16}{'micro-batch':>11}{'accumulated':>13}{'checkpointing':>15}{'peak GiB':>10}"
-        f"{'host GiB':>10}{'tokens/s':>22}{'MFU':>13}",
+        f"{'host GiB':>10}{'tokens/s':>26}{'MFU':>13}",
     ]
     for proposal in found:
         planned, timed = proposal.job, proposal.speed
@@ -96,7 +96,7 @@ def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
             f"  {planned.engine:<16}{planned.micro_batch:>11}{planned.accumulation:>13}"
             f"{'on' if planned.config.train.gradient_checkpointing else 'off':>15}{planned.peak / GIB:>10.1f}"
             f"{_gib(sum(planned.held.host.values()) * planned.gpus_per_node):>10}"
-            f"{span(timed.tokens / timed.slow, timed.tokens / timed.fast):>22}"
+            f"{span(timed.tokens / timed.slow, timed.tokens / timed.fast):>26}"
             f"{span(100 * timed.mfu(timed.slow), 100 * timed.mfu(timed.fast)) + ' %':>13}"
         )
     best = found[0].job

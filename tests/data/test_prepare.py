@@ -1,5 +1,7 @@
 """Preparing tokens: which documents go where, exact limits, the cache, what is refused."""
 
+import errno
+import fcntl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,19 @@ def test_reading_error_comes_through(tmp_path: Path) -> None:
         prepare(Source(bad, "b"), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
 
 
+def test_validation_that_cannot_be_read_is_said_before_training_text_is_read(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+
+    def bad() -> Iterator[Document]:
+        raise SettingsError("no such split")
+        yield
+
+    source = Source(list_source(texts(50)).documents, "v", validation_documents=bad)
+    with pytest.raises(SettingsError, match="no such split"):
+        prepare(source, tokenizer, tmp_path, max_tokens=None, validation_every=2)
+    assert tokenizer.encoded == 0
+
+
 def test_complete_cache_is_not_tokenized_again(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     first = prepare(list_source(texts(50)), tokenizer, tmp_path, max_tokens=None, validation_every=10)
@@ -186,3 +201,12 @@ def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match=r"data\.cache_dir"):
         prepare(list_source(["a"]), ByteTokenizer(), tmp_path / "file", max_tokens=None, validation_every=9)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SettingsError, match=r"has no flock \(Function not implemented; Lustre: .*data\.cache_dir"):
+        prepare(list_source(texts(5)), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)

@@ -46,12 +46,13 @@ class TrainingBatches(Dataset):
                 except BrokenImageError as error:
                     broken.append((i, str(error)))
                     continue
+                except OSError as error:
+                    return _gone(self.images, i, error)
                 # The randomness of the place, so that an image which stands in for another is cropped otherwise.
                 rows[row] = self.transform.training(image, self.seed, epoch, sample)
                 labels[row] = int(self.images.labels[i])
                 break
             else:
-                # Returned: what a worker raises arrives as pages of its stack.
                 return SettingsError(
                     f"data: none of {tried + 1} images from {self.images.name(sample)} on can be read: {broken[-1][1]}"
                 )
@@ -65,7 +66,7 @@ class EvaluationBatches(Dataset):
         self.images, self.transform = images, transform
         self.process_index, self.num_processes = process_index, num_processes
 
-    def __getitem__(self, place: tuple[int, int]) -> Answer:
+    def __getitem__(self, place: tuple[int, int]) -> Answer | SettingsError:
         start, count = place
         size = self.transform.size
         pixels = torch.zeros((count, size, size, 3), dtype=torch.uint8)
@@ -80,7 +81,14 @@ class EvaluationBatches(Dataset):
                     labels[row] = int(self.images.labels[i])
                 except BrokenImageError as error:
                     broken.append((i, str(error)))
+                except OSError as error:
+                    return _gone(self.images, i, error)
         return pixels, labels, broken
+
+
+def _gone(images: ImageSet, i: int, error: OSError) -> SettingsError:
+    """What a worker returns: what it raises arrives as pages of its stack."""
+    return SettingsError(f"data: {images.name(i)} can no longer be read: {error}")
 
 
 def data_loader(dataset: Dataset, places: Any, workers: int, prefetch: int, pin_memory: bool) -> DataLoader:

@@ -111,8 +111,7 @@ class ImageLoader:
         The batches that follow are prepared meanwhile. Another position than the next begins anew there.
 
         Raises:
-            SettingsError: 1000 images in a row, or all, cannot be read.
-            OSError: a file has gone.
+            SettingsError: 1000 images in a row, or all, are broken; or a file has gone.
         """
         if position != self._coming:
             self._coming = None
@@ -165,8 +164,7 @@ def evaluation_batches(
         broken: the numbers of broken images that were named before, to which those named now are added.
 
     Raises:
-        SettingsError: all of this process's images are broken.
-        OSError: a file has gone.
+        SettingsError: all of this process's images are broken, or a file has gone.
     """
     places = -(-len(images) // num_processes)
     schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]

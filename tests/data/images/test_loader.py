@@ -192,10 +192,13 @@ class Missing(ArrayImages):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_has_gone_is_an_error(workers: int) -> None:
-    loader = make(Missing(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, int), ["a"]), workers=workers)
-    with pytest.raises(FileNotFoundError, match=r"/nowhere/image\.jpg"):
+    missing = Missing(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, int), ["a"])
+    loader = make(missing, workers=workers)
+    with pytest.raises(SettingsError, match=r"^data: image \d can no longer be read: .*/nowhere/image\.jpg'$"):
         next(loader.micro_batches(0))
     loader.close()
+    with pytest.raises(SettingsError, match=r"^data: image 0 can no longer be read: .*/nowhere/image\.jpg'$"):
+        next(evaluation_batches(missing, WHOLE, batch_size=2, workers=workers))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""`stacey-dist prepare`: tokenize the text of a configuration before the run, where no GPU waits for it."""
+
+from stacey_dist.data.tokens import TokenStream
+from stacey_dist.training.command_line import parse
+from stacey_dist.training.llm_config import LLMConfig, validate
+
+
+def prepare(arguments: list[str]) -> int:
+    """Fill the cache that the run with the same settings finds; returns 0.
+
+    Killed, it goes on from its last commit when it is started again. Raises SettingsError for bad settings or text,
+    OSError for a full disk.
+    """
+    config = parse(LLMConfig, arguments, "stacey-dist prepare")
+    validate(config)
+    from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
+
+    directory, tokenizer = tokenize(config)
+    train, validation = (
+        TokenStream(directory, split, config.data.sequence_length).total_labels for split in ("train", "validation")
+    )
+    print(f"{directory}: {train:,} training and {validation:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
+    return 0
