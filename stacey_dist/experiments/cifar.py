@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
     "tables 1, 3, figures 2, 6, 7: ResNet-18 on CIFAR-10 with every optimizer of the paper",
     {
         "cpu": Scale(
-            "a quarter of the width, 400 updates of 64, 8 runs to tune each; 40 minutes on two cores, estimated; "
+            "a quarter of the width, 400 updates of 64, 8 runs to tune each; 70 minutes on two cores; "
             "digits unless --data names CIFAR",
             3,
             {"size": _SMALL},

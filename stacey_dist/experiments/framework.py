@@ -98,12 +98,15 @@ class Reproduction:
         total = sum(part.updates for part in parts)
         finished = total - sum(part.updates for part in left)
         bar_lock = threading.Lock()
-        counted: Any = {"unit": " runs", "unit_scale": 1 / RUN} if in_runs else {"unit": " updates", "unit_scale": True}
-        with tqdm(total=total, initial=finished, mininterval=1.0, **counted) as bar:
+        unit = RUN if in_runs else 1
+        # Several runs are under way at a time, so seconds for a run would say little.
+        form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f} of {total:.0f} runs [{elapsed}, {remaining} left]"
+        shown: dict[str, Any] = {"bar_format": form} if in_runs else {"unit": " updates", "unit_scale": True}
+        with tqdm(total=total / unit, initial=finished / unit, mininterval=1.0, smoothing=0.0, **shown) as bar:
 
             def advance(updates: int) -> None:
                 with bar_lock:
-                    bar.update(updates)
+                    bar.update(updates / unit)
 
             def compute(part: Part) -> None:
                 if not self.stop.is_set():

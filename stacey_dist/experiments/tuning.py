@@ -207,4 +207,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
         chosen = row["settings"].items()
         settings = "  ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in chosen)
         print(f"{row['state']:9} {sweep.metric} {value}  {settings}")
-    print(f"the best: accelerate launch {sweep.program} --config {sweep.config} --config {directory / 'best.yaml'}")
+    print(
+        f"the best: accelerate launch {sweep.program} --config {sweep.config} --config {directory / 'best.yaml'} "
+        f"--run_dir {directory / 'best'}"
+    )

@@ -18,6 +18,7 @@ from stacey_dist.cli import main
 from stacey_dist.experiments import ablation, comparison, registry
 from stacey_dist.experiments.comparison_report import curves, mean_with_interval, report, updates_to_reach
 from stacey_dist.experiments.framework import Scale
+from stacey_dist.training.image_config import ImageConfig
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
@@ -172,7 +173,7 @@ def test_end_to_end(name, tmp_path, capsys, request):
             assert rows(run)[-1][metric] == final
             config = yaml.safe_load((run / "config.yaml").read_text())
             assert config["seed"] == seed
-            assert config["optimizer"]["lr"] == best.get("optimizer.lr", 0.003)
+            assert config["optimizer"]["lr"] == best.get("optimizer.lr", ImageConfig().optimizer.lr)
         if states:
             run = tmp_path / "tuning" / optimizer / "trial-000" / "config.yaml"
             assert yaml.safe_load(run.read_text())["seed"] == 0
@@ -206,7 +207,10 @@ program()
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "file"),
-    [(signal.SIGKILL, "tuning/stacey_p2/trial-001/metrics.jsonl"), (signal.SIGINT, "runs/adamw-seed1/metrics.jsonl")],
+    [
+        (signal.SIGKILL, "tuning/stacey_p2/trial-001/metrics.jsonl"),
+        pytest.param(signal.SIGINT, "runs/adamw-seed1/metrics.jsonl", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_killed_in_the_middle_it_gives_the_same_table(configs, undisturbed, tmp_path, number, file):
     killed = tmp_path / "killed"
