@@ -27,12 +27,18 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}
 export PROGRAM ENGINE PROCESSES_PER_NODE MAX_RESTARTS MASTER_PORT MASTER_ADDR
 
+MESH='' # of HSDP: a copy of the weights on each node
+if [[ $ENGINE == hsdp ]]; then
+  MESH="--parallelism_config_dp_replicate_size $SLURM_NNODES --parallelism_config_dp_shard_size $PROCESSES_PER_NODE"
+fi
+export MESH
+
 # Quoted for the shell of each node, which alone knows its rank.
 # shellcheck disable=SC2016
 launch='exec accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * PROCESSES_PER_NODE))" \
   --machine_rank "$SLURM_PROCID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
-  --max_restarts "$MAX_RESTARTS" "$PROGRAM" "$@"'
+  --max_restarts "$MAX_RESTARTS" $MESH "$PROGRAM" "$@"'
 
 # The time is nearly over, or another job is to have the nodes: the launchers are told to stop, and the run saves.
 step='' stopped=''

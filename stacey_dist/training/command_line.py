@@ -20,8 +20,10 @@ from stacey_dist.errors import SettingsError
 Config = TypeVar("Config")
 
 
-def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+def parse(config_class: type[Config], arguments: Sequence[str] | None = None, program: str | None = None) -> Config:
     """The configuration of `arguments` (default: the command line): defaults, then --config files, then options.
+
+    `program` is the name in messages (default: the program's own).
 
     Prints the help and exits for --help; prints the error and exits with status 2 for a bad option, an unknown
     name (with the nearest right one) or a value of the wrong type.
@@ -29,6 +31,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
     arguments = list(_as_yaml(config_class, sys.argv[1:] if arguments is None else arguments))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
+        prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
         "as an option (--section.name value); later ones win.",

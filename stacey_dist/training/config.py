@@ -27,7 +27,7 @@ class OptimizerConfig:
     p: float = 30.0
     """stacey, lp_descent: the norm, >= 2. inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
-    """stacey: the dual step size. alpha and tau belong to p: the defaults suit p = 30, not p near 3."""
+    """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
     tau: float = 0.03
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
     betas: tuple[float, float] = (0.9, 0.99)

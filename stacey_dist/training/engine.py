@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
@@ -44,7 +45,7 @@ class Update:
     loss: float
     grad_norm: float
     applied: bool
-    """False where loss or gradient is not finite: then nothing has changed."""
+    """False where loss or gradient is not finite: then weights and states are as they were."""
     requests: Requests
 
 
@@ -82,6 +83,17 @@ class Engine:
         if self.accelerator.num_processes > 1:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    def keep_statistics(self) -> None:
+        """Remember batch norms' statistics: the forward pass moves them, even of an update that is then left out."""
+        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept_statistics = [buffer.clone() for buffer in self._statistics]
+
+    def restore_statistics(self) -> None:
+        """Undo what happened to them since: one value that is not finite would stay in a running mean for ever."""
+        for buffer, kept in zip(self._statistics, self._kept_statistics, strict=True):
+            buffer.copy_(kept)
 
     def set_group_settings(self, settings: dict[str, Any]) -> None:
         """Set every parameter group's learning rate, or what else is given, for the next update."""

@@ -93,8 +93,10 @@ class ImageConfig(RunConfig):
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.1))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(min_lr_ratio=0.0))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=0.0133, weight_decay=0.001, p=6.0, alpha=0.85, tau=0.038)
+    )
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(min_lr_ratio=0.0, tau="lr"))
     train: ImageTrainConfig = field(
         default_factory=lambda: ImageTrainConfig(max_steps=700, global_batch_size=64, eval_every_steps=100)
     )
@@ -130,6 +132,12 @@ def validate(config: ImageConfig) -> None:
     )
     check(
         all(0 < deviation < math.inf for deviation in data.std), "data.std", list(data.std), "each must be above zero"
+    )
+    check(
+        data.eval_resize is not None or data.crop != "random_resized",
+        "data.eval_resize",
+        None,
+        f"data.crop random_resized needs it, as in 256 for images of 224; at least data.image_size ({data.image_size})",
     )
     check(
         data.eval_resize is None or data.eval_resize >= data.image_size,

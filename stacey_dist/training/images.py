@@ -107,6 +107,9 @@ class ImageClassification:
             255 * torch.tensor(values, device=accelerator.device).view(1, 3, 1, 1)
             for values in (settings.data.mean, settings.data.std)
         )
+        # Images arrive in channels_last order. In that order oneDNN's AVX2 kernels write past their workspace where a
+        # strided 1x1 convolution has fewer than 8 channels (its issue 6035; torch 2.13), which only narrow models have.
+        self._row_major = accelerator.device.type == "cpu" and settings.model.width < 8
         self._workers = dict(
             workers=_workers(settings.data, accelerator.device),
             prefetch=settings.data.prefetch,
@@ -188,7 +191,7 @@ class ImageClassification:
     def _on_device(self, batch: ImageBatch) -> ImageBatch:
         device = self.run.accelerator.device
         pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.pixels, batch.labels))
-        return ImageBatch(pixels, labels)
+        return ImageBatch(pixels.contiguous() if self._row_major else pixels, labels)
 
 
 def _forward_flops(model: nn.Module, image_size: int) -> int:

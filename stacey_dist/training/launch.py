@@ -1,6 +1,7 @@
 """How a process joins the others on the engine that `accelerate launch` was told to use."""
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +56,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
+    # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
+    warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(
@@ -64,6 +67,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         log_with=list(config.tracking.trackers) or None,
         project_dir=config.run_dir,
     )
+    if requested != "deepspeed":  # the environment may hold another number, and losses are scaled in the loop
+        accelerator.gradient_accumulation_steps = 1
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:
         # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
         accelerator.native_amp = True

@@ -42,25 +42,34 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
 
     Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
     """
-    data = run.config.data
-    cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
     tokenizers: list[Tokenizer] = []
 
     def work() -> tuple[Path, int, int]:
-        source = _source(data)
-        tokenizers.append(tokenizer := _tokenizer(run.config, source, cache))
-        directory = prepare(
-            source, tokenizer, cache, max_tokens=data.max_tokens, validation_every=data.validation_every
-        )
+        directory, tokenizer = tokenize(run.config)
+        tokenizers.append(tokenizer)
         return directory, tokenizer.vocab_size, tokenizer.end_token_id
 
     directory, vocab_size, end_token_id = run.on_main(work)
-    train, validation = (TokenStream(directory, split, data.sequence_length) for split in ("train", "validation"))
+    length = run.config.data.sequence_length
+    train, validation = (TokenStream(directory, split, length) for split in ("train", "validation"))
     run.say(
         f"data: {train.total_labels:,} training and {validation.total_labels:,} held-out tokens, "
         f"vocabulary {vocab_size:,}"
     )
     return TextData(train, validation, vocab_size, end_token_id, tokenizers[0] if tokenizers else None)
+
+
+def tokenize(config: LLMConfig) -> tuple[Path, Tokenizer]:
+    """The directory of the configured text's tokens, made if it is not there yet, and their tokenizer.
+
+    Raises SettingsError as `prepare_data` does.
+    """
+    data = config.data
+    cache = Path(data.cache_dir or Path(config.run_dir) / "data")
+    source = _source(data)
+    tokenizer = _tokenizer(config, source, cache)
+    directory = prepare(source, tokenizer, cache, max_tokens=data.max_tokens, validation_every=data.validation_every)
+    return directory, tokenizer
 
 
 def _source(data: DataConfig) -> Source:

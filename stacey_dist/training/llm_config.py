@@ -85,7 +85,7 @@ class TokenizerConfig:
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.0006, tau=0.003, betas=(0.8, 0.9)))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.0012, tau=0.004, betas=(0.5, 0.7)))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -82,8 +82,9 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     engine.model.train()
     with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
         while progress.step < last:
-            settings = scheduled(config, progress.step)
+            settings = scheduled(config, progress.step, progress.skipped_steps)
             engine.set_group_settings(settings)
+            engine.keep_statistics()
             loss = torch.zeros((), device=accelerator.device)
             batches = metrics.timed(task.micro_batches(progress.position))
             for number, batch in enumerate(batches, start=1):
@@ -97,6 +98,8 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             progress.step += 1
             progress.position += task.batch_size
             progress.skipped_steps += not update.applied
+            if not update.applied:
+                engine.restore_statistics()
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
             if skipped_in_a_row > config.train.max_skipped_steps:
                 run.fail(
@@ -117,7 +120,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                 metrics.evaluation(progress.step, figures)
                 improved = progress.improves(task.score(figures))
             if evaluating or ending:
-                metrics.plot()
+                metrics.plot(surely=ending)
             if ending:
                 metrics.say(f"saved {saver.save_surely(progress)}")
             elif update.requests.save_surely:

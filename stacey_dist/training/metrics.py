@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from stacey_dist.training.command_line import flatten, to_dict
+from stacey_dist.training.loss_plot import draw_losses
 from stacey_dist.training.rows import read_rows
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
@@ -85,6 +86,7 @@ class Metrics:
         self._busy = 0.0
         self._since = time.perf_counter()
         self._total_busy = 0.0
+        self._drawn = self._since
         if self.main:
             rows = read_rows(self.path)
             kept = [row for row in rows if row["step"] <= start_step]
@@ -154,43 +156,18 @@ class Metrics:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {step}/{self.max_steps}  {shown}")
 
-    def plot(self) -> None:
-        """Draw the losses, and the accuracy if there is one, over the updates into run_dir/loss.png."""
-        if not self.main:
+    def plot(self, surely: bool) -> None:
+        """Draw the losses, and the accuracy if there is one, over the updates into run_dir/loss.png.
+
+        Every 20 seconds at most unless `surely`: training waits for it, on a slow machine for a second.
+        """
+        if not self.main or not (surely or time.perf_counter() - self._drawn > 20):
             return
+        self._drawn = time.perf_counter()
         try:
-            self._draw()
+            draw_losses(self.path, self.unit.removesuffix("s"))
         except OSError as error:
             self.say(f"loss.png could not be written, training goes on: {error}")
-
-    def _draw(self) -> None:
-        from matplotlib.figure import Figure
-
-        rows = read_rows(self.path)
-        accuracy = [(row["step"], 100 * row["eval_top1"]) for row in rows if row.get("eval_top1") is not None]
-        figure = Figure(figsize=(8, 7.5 if accuracy else 4.5), layout="constrained")
-        panels = figure.subplots(2 if accuracy else 1, sharex=True, squeeze=False)[:, 0]
-        axes = panels[0]
-        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-        if train:
-            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training loss")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
-            _annotate_last(axes, held_out, "{:.3f}")
-        unit = self.unit.removesuffix("s")
-        axes.set(ylabel=f"cross-entropy, nats per {unit}", title=self.run.directory.name)
-        if accuracy:
-            panels[1].plot(*zip(*accuracy, strict=True), color="tab:orange", marker="o")
-            _annotate_last(panels[1], accuracy, "{:.2f} %")
-            panels[1].set(ylabel="held-out top-1 accuracy, %")
-        panels[-1].set(xlabel="update")
-        for panel in panels:
-            panel.margins(y=0.1)
-            panel.grid(alpha=0.3)
-        if train or held_out:
-            axes.legend()
-        figure.savefig(self.path.with_name("loss.png"), dpi=120)
 
     def say(self, message: str) -> None:
         """Print a line of its own, below a live progress line."""
@@ -242,11 +219,6 @@ class Metrics:
             print(f"\r\x1b[K{line}", end="\n" if due else "", flush=True)
         else:
             print(line, flush=True)
-
-
-def _annotate_last(axes: Any, points: list[tuple[int, float]], form: str) -> None:
-    text = form.format(points[-1][1])
-    axes.annotate(text, points[-1], xytext=(0, -8), textcoords="offset points", ha="center", va="top")
 
 
 def _init_trackers(run: Run) -> None:

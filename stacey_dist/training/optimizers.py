@@ -57,11 +57,12 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
             return Lion, dict(settings, betas=config.betas)
 
 
-def scheduled(config: RunConfig, step: int) -> dict[str, Any]:
+def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     """The settings of all parameter groups that update number `step` (from 0) has, of those that change over a run.
 
-    A pure function of the update's number: nothing to save, and nothing that a number of processes could step
-    too often. All but the learning rate are constant in the paper, and unless the settings say otherwise.
+    A pure function of the update's number, and of how many before it were skipped: nothing to save, and nothing that a
+    number of processes could step too often. All but the learning rate are constant in the paper, and unless the
+    settings say otherwise.
     """
     optimizer, schedule = config.optimizer, config.schedule
     max_steps = config.train.max_steps
@@ -73,7 +74,7 @@ def scheduled(config: RunConfig, step: int) -> dict[str, Any]:
         if schedule.tau == "lr":
             settings["tau"] = optimizer.tau * share
         if optimizer.bias_correction:
-            settings["betas"] = corrected_betas(optimizer.betas, step)
+            settings["betas"] = corrected_betas(optimizer.betas, step - skipped)  # m has seen so many gradients
     if optimizer.name in ("stacey", "lp_descent") and schedule.final_p is not None:
         # 1/(p - 1), the power that s takes of a gradient, from 1/(p_0 - 1) to 1/(p_T - 1) on a straight line
         first, last = 1.0 / (optimizer.p - 1.0), 1.0 / (schedule.final_p - 1.0)

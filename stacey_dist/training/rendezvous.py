@@ -2,7 +2,8 @@
 
 Accelerate's launcher keeps one store over `--max_restarts`, and torch puts every attempt's keys into the same place
 (it expects a new store for each). A restarted process would find the addresses of processes that are dead, and take
-them for its peers'.
+them for its peers'. Where the launcher keeps no store (`--rdzv_backend c10d`, as docs/clusters.md has it), each attempt
+has a new one, and the launchers of several nodes need not have counted the same number of restarts.
 """
 
 import os
@@ -16,7 +17,9 @@ ATTEMPT = "attempt://"
 
 
 def attempt() -> str:
-    """Which start of the same launch this is: "0", "1" after a restart, and so on."""
+    """Which start with the same store this is: "0", "1" after a restart, and so on."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return "0"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 

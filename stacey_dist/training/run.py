@@ -38,6 +38,9 @@ class Run(Generic[C]):
     """
 
     def __init__(self, config: C, accelerator: Accelerator) -> None:
+        if sweep := os.environ.get("WANDB_SWEEP_ID"):
+            # `wandb agent` starts many runs of one configuration: none may go on from another's checkpoint.
+            config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)

@@ -58,6 +58,7 @@ class Saver:
         self.settings = run.config.checkpoint
         self._background = BackgroundSaver()
         self._since = time.monotonic()
+        self._best: int | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -123,6 +124,9 @@ class Saver:
     def _retain(self, saved: Path, best: int | None) -> None:
         if self.run.accelerator.is_main_process:
             try:
-                retain(saved, self.settings.keep_last, self.settings.keep_every, best)
+                # A better one whose save failed is not there; the best that is stays until the next is complete.
+                if best is not None and checkpoint_path(self.run, best).exists():
+                    self._best = best
+                retain(saved, self.settings.keep_last, self.settings.keep_every, self._best)
             except OSError as error:
                 print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
