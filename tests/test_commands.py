@@ -91,6 +91,8 @@ def check(words):
             check_script(launch.training_script, launch.training_script_args)
     elif program == "stacey-dist" and rest[:1] == ["plan"] and "--help" not in rest:
         assert plan(rest[1:])
+    elif program == "stacey-dist" and rest[:1] == ["prepare"]:
+        check_settings("train_llm", rest[1:])
     elif program == "stacey-dist":
         if "--help" not in rest:
             make_parser().parse_args(rest)
@@ -109,8 +111,9 @@ def check(words):
         if "accelerate" in rest:
             check(rest[rest.index("accelerate") :])
     elif program == "wandb":
-        assert rest[0] == "sweep"
-        read_sweep(existing(rest[1]))
+        assert rest[0] in ("sweep", "agent")
+        if rest[0] == "sweep":
+            read_sweep(existing(rest[1]))
     elif program in ("python", "python3") and rest[0] == "-m":
         assert rest[1] in ("venv", "pytest")
     elif program in ("python", "python3"):

@@ -29,6 +29,18 @@ def test_the_promised_files_are_there():
     assert DEEPSPEED == ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("llm/*"), *CONFIGS.glob("imagenet/*")]),
+    ids=lambda path: f"{path.parent.stem}-{path.stem}",
+)
+def test_configurations_say_what_is_scheduled(path):
+    """A change of the defaults is not to change them: a run that is resumed would go on otherwise."""
+    schedule = yaml.safe_load(path.read_text())["schedule"]
+    expected = ("constant", "lr" if f"{path.parent.stem}/{path.stem}" == "imagenet/quickstart" else "constant")
+    assert (schedule["alpha"], schedule["tau"]) == expected
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").iterdir()), ids=lambda path: path.stem)
 def test_accelerate_knows_every_key(path):
     load_config_from_file(str(path))
@@ -52,7 +64,7 @@ def test_deepspeed_and_accelerate_configurations_agree(name):
         assert zero.get(kind, {}).get("device") == section.get(f"{kind}_device")
     assert zero.get("stage3_gather_16bit_weights_on_model_save") == section.get("zero3_save_16bit_model")
     assert json_config["bf16"]["enabled"] == (ours["mixed_precision"] == "bf16")
-    # The optimizer, schedule and clipping are the launcher's defaults.
+    # Optimizer, schedule and clipping are the launcher's defaults.
     defaults = LLMConfig()
     params = json_config["optimizer"]["params"]
     settings = asdict(defaults.optimizer)

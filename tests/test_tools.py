@@ -12,6 +12,16 @@ from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(("--rounds", "0"), "--rounds must be at least 1, got 0"), (("--device", "cuda"), "torch sees no GPU here")],
+)
+def test_bench_refuses_what_it_cannot_measure(arguments, complaint, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench.CASES, "flat", lambda: [(3000,)])
     monkeypatch.setitem(bench.CASES, "tiny", lambda: [(7,)] * 5)

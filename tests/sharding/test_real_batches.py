@@ -114,7 +114,7 @@ outcomes = functools.cache(functools.partial(spawn, all_engines))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_split_of_a_batch_is_noise(world_size, engine):
     failures, found, other_seed = outcomes(world_size)
     assert failures[engine] is None, failures[engine]

@@ -1,5 +1,6 @@
 """`accelerate launch` in little time: processes forked from a server that has the imports done."""
 
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -81,15 +82,16 @@ class Forked:
 
 @functools.cache
 def _launched_environment(engine):
-    """What `accelerate launch` sets for a process."""
-    with tempfile.TemporaryDirectory() as directory:
-        saved = Path(directory) / "environment"
-        program = "tests/training/save_environment.py"
-        launch = command(saved, processes=2, engine=engine, program=program)
-        subprocess.run(launch, env=environment(), check=True, capture_output=True)
+    """What `accelerate launch` sets for a process; asked once for all of pytest's processes."""
+    saved = Path(os.environ["SHARED_BY_WORKERS"]) / engine
+    with open(f"{saved}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(f"{saved}.0").exists():
+            launch = command(saved, processes=2, engine=engine, program="tests/training/save_environment.py")
+            subprocess.run(launch, env=environment(), check=True, capture_output=True)
         launched = json.loads(Path(f"{saved}.0").read_text())
     changed = {name: value for name, value in launched.items() if os.environ.get(name) != value}
-    return {name: value for name, value in changed.items() if not name.startswith("TORCHELASTIC_")}
+    return {name: value for name, value in changed.items() if not name.startswith(("TORCHELASTIC_", "PYTEST_"))}
 
 
 def _port():

@@ -17,7 +17,7 @@ from stacey_dist.checkpoint import read_tensors
 from tests.training.forked import ACCELERATE, ROOT, Forked, command, environment
 
 TINY = {
-    "data": {"sequence_length": 32, "validation_every": 4},
+    "data": {"sequence_length": 32, "validation_every": 25},
     "tokenizer": {"vocab_size": 400},
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
     "train": {

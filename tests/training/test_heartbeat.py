@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from stacey_dist.checkpoint.compare import differences
-from stacey_dist.training import heartbeat
+from stacey_dist.training import heartbeat, rendezvous
 from tests.training.forked import Forked, command, environment, server
 from tests.training.helpers import rows, training_rows, write_config
 
@@ -182,25 +182,37 @@ def test_a_line_names_ranks_by_host():
     assert own._names([0, 1, 2, 3]) == "rank 0 on a, ranks 1, 2 on b, rank 3 on an unknown host"
 
 
+@pytest.mark.parametrize(("shared", "expected"), [("True", "2"), ("False", "0"), (None, "0")])
+def test_attempts_are_counted_where_they_share_a_store(monkeypatch, shared, expected):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    if shared is None:
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    else:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    assert rendezvous.attempt() == expected
+
+
 @pytest.mark.exhaustive  # one more, over two nodes, is in test_slurm.py
 @pytest.mark.parametrize(
-    ("engine", "rank", "number"),
+    ("engine", "rank", "number", "backend"),
     [
-        ("cpu_zero2", 1, signal.SIGKILL),
-        ("cpu_ddp", 0, signal.SIGKILL),
-        ("cpu_fsdp2", 0, signal.SIGKILL),
-        ("cpu_zero3", 1, signal.SIGSTOP),  # torch waits 30 s for it to end
+        ("cpu_zero2", 1, signal.SIGKILL, "static"),
+        ("cpu_ddp", 0, signal.SIGKILL, "static"),
+        ("cpu_ddp", 1, signal.SIGKILL, "c10d"),
+        ("cpu_fsdp2", 0, signal.SIGKILL, "static"),
+        ("cpu_zero3", 1, signal.SIGSTOP, "static"),  # torch waits 30 s for it to end
     ],
 )
-def test_the_launcher_starts_a_run_again_that_has_lost_a_process(config, tmp_path, engine, rank, number):
+def test_the_launcher_starts_a_run_again_that_has_lost_a_process(config, tmp_path, engine, rank, number, backend):
     arguments = ("--config", config, "--train.heartbeat_timeout_seconds", 4, "--run_dir")
     whole, run = tmp_path / "whole", tmp_path / "run"
     output, status = Forked(*arguments, whole, processes=2, engine=engine).wait()
     assert status == 0, output
-    line = command(*arguments, run, processes=2, engine=engine, launch_options=("--max_restarts", 1))
-    with subprocess.Popen(
-        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
+    line = command(
+        *arguments, run, processes=2, engine=engine, launch_options=("--max_restarts", 1, "--rdzv_backend", backend)
+    )
+    own = environment() | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if backend == "c10d" else {})
+    with subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         while launcher.poll() is None and not any(row["step"] >= 12 for row in rows(run)):
             time.sleep(0.005)
         for worker in psutil.Process(launcher.pid).children(recursive=True):

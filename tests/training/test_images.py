@@ -64,7 +64,14 @@ def on(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "engine", ["cpu_ddp", "cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"]
+    "engine",
+    [
+        *("cpu_ddp", "cpu_zero3", "cpu_fsdp2"),
+        *(
+            pytest.param(engine, marks=pytest.mark.exhaustive)
+            for engine in ("cpu_zero_redundancy", "cpu_zero1", "cpu_zero2")
+        ),
+    ],
 )
 def test_an_engine_trains_as_one_process(on, engine):
     run, output = on(engine, 2)
@@ -140,7 +147,12 @@ def test_each_held_out_image_counts_once(config, on, tmp_path, processes, argume
 
 @pytest.mark.parametrize(
     ("engine", "processes", "precision"),
-    [("cpu", 1, "bf16"), ("cpu", 1, "fp16"), ("cpu_zero3", 2, "bf16"), ("cpu_fsdp2", 2, "bf16")],
+    [
+        ("cpu", 1, "bf16"),
+        pytest.param("cpu", 1, "fp16", marks=pytest.mark.exhaustive),
+        pytest.param("cpu_zero3", 2, "bf16", marks=pytest.mark.exhaustive),
+        ("cpu_fsdp2", 2, "bf16"),
+    ],
 )
 def test_mixed_precision(on, engine, processes, precision):
     run, output = on(engine, processes, "--train.mixed_precision", precision)
@@ -293,9 +305,9 @@ def test_imagenet_form_is_exported_for_transformers(tmp_path):
 
 def test_quickstart(tmp_path):
     """`accelerate launch train_imagenet.py` in an empty directory."""
-    output = launch_as_typed(tmp_path, PROGRAM, "--train.max_steps", "150")
+    output = launch_as_typed(tmp_path, PROGRAM, "--train.max_steps", "60")
     run = tmp_path / "runs" / "digits"
-    assert evaluations(run)[-1]["eval_top1"] > 0.85  # measured: .93
+    assert evaluations(run)[-1]["eval_top1"] > 0.85  # measured: .94
     assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
     assert "  data " in output
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):

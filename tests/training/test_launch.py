@@ -70,7 +70,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, number):
     directory, config, _ = uninterrupted
     output, status = launch_and_signal(number, 7, tmp_path / "run", "--config", config)
@@ -162,7 +162,7 @@ def test_processes_change_only_the_order_of_sums(one_process, two_processes):
     assert_nearly_equal_runs(two_processes[0] / "run", one_process[0] / "run")
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("processes", "micro"), [pytest.param(2, 1, marks=pytest.mark.exhaustive), (1, 2)])
 def test_accumulation_changes_only_the_order_of_sums(one_process, tmp_path, processes, micro):
     directory, config = one_process
     launch(

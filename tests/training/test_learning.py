@@ -24,7 +24,7 @@ def train(run_dir, *arguments):
     return [row["eval_top1"] for row in rows(run_dir) if "eval_top1" in row][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the launcher's quickstart, in test_images.py, is the default
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_digits_are_learned(tmp_path, name):
     # 141 updates. Guessing: 0.10.

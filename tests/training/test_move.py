@@ -19,7 +19,6 @@ RING = list(zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True))
 IN_CI = [
     *(("train_llm", *pair) for pair in RING if pair[0] in ("cpu", "cpu_zero2")),
     ("train_imagenet", "cpu_zero3", "cpu_fsdp2"),
-    ("train_imagenet", "cpu_fsdp2", "cpu"),
 ]
 CASES = [
     pytest.param(launcher, *pair, marks=() if (launcher, *pair) in IN_CI else pytest.mark.exhaustive)

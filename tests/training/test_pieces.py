@@ -12,9 +12,12 @@ import yaml
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.training import metrics, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
+from stacey_dist.training.run import Run
+from stacey_dist.training.saving import Saver, checkpoint_path
 
 
 class FakeStream:
@@ -197,3 +200,40 @@ def test_only_a_second_ctrl_c_stops_at_once(monkeypatch, request):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_statistics_of_an_update_that_is_left_out_are_undone():
+    engine = object.__new__(Engine)
+    engine.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    engine.module(torch.randn(4, 2))
+    norm, before = engine.module[0], {name: buffer.clone() for name, buffer in engine.module[0].named_buffers()}
+    engine.keep_statistics()
+    engine.module(torch.full((4, 2), torch.inf))
+    assert not norm.running_mean.isfinite().any()
+    engine.restore_statistics()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    assert norm.num_batches_tracked == 1
+
+
+def test_runs_of_a_wandb_sweep_have_directories_of_their_own(tmp_path, monkeypatch):
+    def directory(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        config = RunConfig(run_dir=str(tmp_path))
+        return Run(config, SimpleNamespace(num_processes=1, is_main_process=True)).directory
+
+    assert directory() == tmp_path
+    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="a") == tmp_path / "sweep-s1" / "a"
+    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="b") == tmp_path / "sweep-s1" / "b"
+
+
+def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
+    config = RunConfig(run_dir=str(tmp_path))
+    config.checkpoint.keep_last = 1
+    run = SimpleNamespace(config=config, directory=tmp_path, accelerator=SimpleNamespace(is_main_process=True))
+    saver = Saver(run, None, "data")
+    for step, best in ((1, 1), (2, 1), (4, 3), (5, 5)):  # the best after update 3 was not saved
+        checkpoint_path(run, step).mkdir(parents=True)
+        saver._retain(checkpoint_path(run, step), best)
+        left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+        assert left == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]

@@ -1,4 +1,4 @@
-"""The README's first command, a third as long: the default run learns, and what it exports is what it trained."""
+"""The README's first command, a fifteenth as long: the default run learns, and what it exports is what it trained."""
 
 import math
 
@@ -11,15 +11,16 @@ from tests.training.helpers import launch_as_typed, rows
 
 pytestmark = pytest.mark.slow
 
-# Measured: 5.46 (4.33 after all 600 updates). The text differs between Python versions, hence the room.
-HELD_OUT_LOSS_BOUND = 5.6
+# Measured: 6.13, from 7.62 (4.09 after all 600 updates). The text differs between Python versions, hence the room.
+HELD_OUT_LOSS_BOUND = 6.3
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """`accelerate launch train_llm.py` for 200 updates in an empty directory: (run directory, what it printed)."""
+    """`accelerate launch train_llm.py` for 40 updates in an empty directory: (run directory, what it printed)."""
     directory = tmp_path_factory.mktemp("quickstart")
-    output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "200")
+    often = ("--train.eval_every_steps", "20", "--checkpoint.every_steps", "20")
+    output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "40", *often)
     return directory / "runs" / "quickstart", output
 
 

@@ -174,7 +174,7 @@ def test_all_differences_are_listed_and_some_are_never_allowed(directory):
 def test_other_changes_are_said(directory, capsys):
     directory.start(optimizer__lr=1.0, checkpoint__keep_last=7)
     out = capsys.readouterr().out
-    assert "changed since the checkpoint: optimizer.lr: 0.0006 there, 1.0 now" in out
+    assert "changed since the checkpoint: optimizer.lr: 0.0012 there, 1.0 now" in out
     assert "keep_last" not in out
 
 

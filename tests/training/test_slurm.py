@@ -113,7 +113,7 @@ def wait_for_step(job, run, step):
     assert job.poll() is None, job.stdout.read()[-5000:]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_lost_process_and_a_preemption_change_nothing(tmp_path):
     """Two nodes of one process: one is killed, then the time is over, then the job is started again."""
     config = write_config(tmp_path, train={"max_steps": 60, "eval_every_steps": 60}, checkpoint={"every_steps": 5})

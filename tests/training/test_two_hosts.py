@@ -15,7 +15,7 @@ from stacey_dist.checkpoint.manifest import step_of
 from tests.training.forked import ROOT, Forked, command, environment
 from tests.training.helpers import training_rows, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 STEPS = 60
 ENGINE = "cpu_zero2"
 
