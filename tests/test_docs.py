@@ -1,5 +1,7 @@
 """The examples of the documentation run as they stand there."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import Stacey
 from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.training.image_config import ImageConfig
+from stacey_dist.training.llm_config import LLMConfig
 from tests.sharding.processes import spawn
 from tests.training.forked import environment
 
@@ -155,3 +159,19 @@ def test_grad_scale_example():
                 run("grad_scale", torch=torch, model=model, optimizer=optimizer, max_norm=0.01)
         outcomes.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_the_table_of_settings_has_the_defaults():
+    text = (ROOT / "docs" / "optimizer.md").read_text()
+    table = text.split("| setting | class | launchers | |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    written = {row[0].strip("`"): row[1:3] for row in rows}
+    parameters = inspect.signature(Stacey).parameters
+    for name in ("lr", "p", "variant", "alpha", "tau", "betas", "eps", "weight_decay", "z_init"):
+        own, launchers = written[name]
+        assert ast.literal_eval(own.strip("`")) == parameters[name].default, name
+        llm, _, images = launchers.partition(";")
+        images = images.partition("in `train_imagenet.py`")[0].strip() or llm
+        for shown, config in ((llm, LLMConfig()), (images, ImageConfig())):
+            value = own.strip("`") if shown == "the same" else shown.strip("`")
+            assert ast.literal_eval(value) == getattr(config.optimizer, name), name
