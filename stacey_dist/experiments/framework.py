@@ -30,6 +30,13 @@ from stacey_dist.version import __version__
 RUN = 1000
 """What the progress bar counts a training run as, whatever its length."""
 
+_BAR: dict[str, Any] = dict(mininterval=1.0, smoothing=0.0)
+# Several runs are under way at a time, so seconds for a run would say little.
+BAR_OF_RUNS = dict(
+    bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f} of {total:.0f} runs [{elapsed}, {remaining} left]", **_BAR
+)
+"""How tqdm shows the progress of training runs."""
+
 # Told how many updates were made, or thousandths of runs, since it was last called.
 Advance = Callable[[int], object]
 
@@ -99,10 +106,8 @@ class Reproduction:
         finished = total - sum(part.updates for part in left)
         bar_lock = threading.Lock()
         unit = RUN if in_runs else 1
-        # Several runs are under way at a time, so seconds for a run would say little.
-        form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f} of {total:.0f} runs [{elapsed}, {remaining} left]"
-        shown: dict[str, Any] = {"bar_format": form} if in_runs else {"unit": " updates", "unit_scale": True}
-        with tqdm(total=total / unit, initial=finished / unit, mininterval=1.0, smoothing=0.0, **shown) as bar:
+        shown: dict[str, Any] = BAR_OF_RUNS if in_runs else {**_BAR, "unit": " updates", "unit_scale": True}
+        with tqdm(total=total / unit, initial=finished / unit, **shown) as bar:
 
             def advance(updates: int) -> None:
                 with bar_lock:

@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.framework import claimed, digest, dump, together, write
+from stacey_dist.experiments.framework import BAR_OF_RUNS, claimed, digest, dump, together, write
 from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
 from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
 
@@ -184,7 +184,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     sweep = read_sweep(file)
     files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
     identity = {"seed": seed, "data": data, **files}
-    with claimed(directory, identity), tqdm(total=trials, unit=" runs", mininterval=1.0) as bar:
+    with claimed(directory, identity), tqdm(total=trials, **BAR_OF_RUNS) as bar:
         tuner = Tuner(
             sweep,
             directory,
