@@ -78,7 +78,8 @@ def exp2_sum(high: Tensor, low: Tensor) -> Tensor:
     Both arguments are consumed (overwritten).
     """
     if high.dtype == torch.float64:
-        return torch.exp2(high).mul_(torch.exp2(low))
+        # Where a number was zero, low is thousands, too, though small beside high; 0 times infinity is not wanted.
+        return torch.exp2(high).mul_(torch.exp2(low.clamp_(-1000.0, 1000.0)))
     # k = round(high + low), t = (high - k) + low in [-1/2, 1/2]
     k = (high + low).clamp_(-250.0, 250.0).round_()
     t = high.sub_(k).add_(low)

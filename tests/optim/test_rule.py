@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stacey_dist import LpDescent, Stacey
+from stacey_dist.optim.rule import mirror_step
 from tests.optim import oracle
 from tests.optim.helpers import make_problem, run
 
@@ -164,6 +167,24 @@ def test_mirror_step_survives_large_p_and_small_z(p):
     param, state = run(Stacey, theta, gradients, [0.01] * 20, state_dtype=torch.float32, **settings)
     assert movement_error(param, expected, theta) <= 5e-6
     assert movement_error(state["z"], z, theta) <= 5e-6
+
+
+# The rounding of a step, relative to the largest u so far: the root's is multiplied by p - 1 when it is undone.
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@given(
+    p=st.floats(2.0, 100.0, width=32),
+    z=st.floats(-2.0, 2.0, width=32).filter(lambda z: z == 0 or abs(z) > 0.01),
+    c=st.lists(st.floats(-10.0, 10.0, width=32).filter(lambda c: c == 0 or abs(c) > 1e-6), min_size=1, max_size=8),
+)
+def test_mirror_steps_add_up(dtype, rounding, p, z, c):
+    # |z'|^(p-2) z' = |z|^(p-2) z - alpha c: in u, where the step is linear, z is a sum of the gradients so far.
+    alpha, u, largest = 0.01, math.copysign(abs(z) ** (p - 1), z), abs(z) ** (p - 1)
+    end = torch.tensor([z], dtype=dtype)
+    for value in c:
+        end = mirror_step(end, torch.tensor([value], dtype=dtype), alpha, p)
+        u -= alpha * value
+        largest = max(largest, abs(u))
+    assert abs(math.copysign(end.abs().item() ** (p - 1), end.item()) - u) <= rounding * p * len(c) * largest
 
 
 @pytest.mark.parametrize(("variant", "p"), CASES)
