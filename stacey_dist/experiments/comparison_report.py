@@ -20,7 +20,7 @@ LABELS = {
     "stacey_p2": "STACEY(p,2)",
     "stacey_pp": "STACEY(p,p)",
     "stacey_2p": "STACEY(2,p)",
-    "stacey_p2_tau": "STACEY(p,2), scheduled τ",
+    "stacey_p2_tau": "STACEY(p,2), τ with lr",
 }
 # Okabe and Ito's colours, which the colour-blind tell apart; STACEY's lines are whole.
 STYLES: dict[str, dict[str, Any]] = {

@@ -81,7 +81,7 @@ class Reproduction:
 
     Args:
         scale: the scale it is run at.
-        seeds: the number of repeats; repeat i has the seed i.
+        seeds: the number of repeats; repeat i has the seed i (comparisons: 1, 2, ..., as they were tuned with 0).
         directory: where its files are.
         workers: parts that are computed at a time.
         data: a directory or file to train on, in place of the experiment's own data.

@@ -42,7 +42,7 @@ class Stacey(ElementwiseOptimizer):
             rounded stochastically.
         lr: eta, the primal step size, per update; a number or a one-element tensor. Schedulers change it.
         p: the norm, >= 2. Infinity is allowed for ``"p2"``, where s becomes the sign; the mirror step of the
-            other two variants has no such limit.
+            other two variants has no limit there: they take at most 1000.
         variant: ``"p2"``, ``"pp"`` or ``"2p"``.
         alpha: the dual step size; not scheduled.
         tau: the weight of z in the coupling, within [0, 1]; 0 switches the acceleration off.

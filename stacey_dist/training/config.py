@@ -25,7 +25,7 @@ class OptimizerConfig:
     variant: Literal["p2", "pp", "2p"] = "p2"
     """stacey: the rule, (p,2), (p,p) or (2,p)."""
     p: float = 30.0
-    """stacey, lp_descent: the norm, >= 2. inf is allowed for p2 and lp_descent."""
+    """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
     """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
     tau: float = 0.03

@@ -58,9 +58,9 @@ class ImageDataConfig:
     min_scale: float = 0.08
     """random_resized: the smallest share of the image's area."""
     flip: bool = False
-    """Flip every other training image, left to right."""
+    """Flip training images left to right, each with probability 1/2."""
     eval_resize: int | None = None
-    """Evaluate on the centre after resizing the shorter side to this. None: as it is."""
+    """Evaluate on the centre after resizing the shorter side to this. None: resized only where it must be to fit."""
     mean: tuple[float, float, float] = (0.1307, 0.1307, 0.1307)
     """Subtracted from red, green and blue, which go from 0 to 1."""
     std: tuple[float, float, float] = (0.3081, 0.3081, 0.3081)

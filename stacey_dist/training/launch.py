@@ -92,7 +92,7 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
 
 
 def engine_description(accelerator: Accelerator) -> str:
-    """How the processes share the work, for people: " with ZeRO-2", " with FSDP2", "" for one process."""
+    """How the processes share the work, for people: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
     name = requested_engine()
     if name == "deepspeed":
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
