@@ -21,6 +21,7 @@ from stacey_dist.training import heartbeat
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, start_accelerator
+from stacey_dist.training.run_lock import occupy
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -34,13 +35,11 @@ class Run(Generic[C]):
         accelerator: Accelerate's view of the processes and the device.
 
     Raises:
-        SettingsError: the global batch does not divide over the processes, or run_dir cannot be written.
+        SettingsError: the global batch does not divide over the processes; run_dir cannot be written, or another
+            process trains there.
     """
 
     def __init__(self, config: C, accelerator: Accelerator) -> None:
-        if sweep := os.environ.get("WANDB_SWEEP_ID"):
-            # `wandb agent` starts many runs of one configuration: none may go on from another's checkpoint.
-            config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
@@ -66,8 +65,7 @@ class Run(Generic[C]):
     def _make_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.directory, os.W_OK):
-                raise PermissionError("no permission to write")
+            self._lock = occupy(self.directory)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
 
@@ -155,6 +153,7 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
 def start(config: C) -> Run[C]:
     """Bring up the processes and the run directory for a checked configuration."""
     transformers.utils.logging.disable_progress_bar()
+    separate_runs_of_a_sweep(config)
     accelerator = start_accelerator(config)
     heartbeat.start(config.train.heartbeat_timeout_seconds)
     if accelerator.device.type == "cpu":
@@ -171,6 +170,15 @@ def start(config: C) -> Run[C]:
         f"{config.train.global_batch_size} {config.samples} an update"
     )
     return run
+
+
+def separate_runs_of_a_sweep(config: RunConfig) -> None:
+    """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
+
+    None may go on from another's checkpoint, and trackers that write files do so there.
+    """
+    if sweep := os.environ.get("WANDB_SWEEP_ID"):
+        config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
 
 
 def cores_per_process() -> int:

@@ -1,5 +1,7 @@
 """SIGTERM and Ctrl-C: finish the step, save, and leave so that a scheduler can start the run again."""
 
+import contextlib
+import os
 import signal
 import time
 from types import FrameType
@@ -36,10 +38,10 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
-            print(
-                f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)",
-                flush=True,
-            )
+            line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)\n"
+            with contextlib.suppress(OSError):
+                # Not print: it raises where the signal came in the middle of another one, as when a pipe is full.
+                os.write(1, line.encode())
         elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)

@@ -37,6 +37,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     directory, _, output = uninterrupted
     run = directory / "run"
     assert {p.name for p in run.iterdir()} >= {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "loss.png",

@@ -1,7 +1,9 @@
 """The loop's parts by themselves: samples, schedule, groups, metrics, signals."""
 
+import io
 import math
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,7 @@ from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
-from stacey_dist.training.run import Run
+from stacey_dist.training.run import separate_runs_of_a_sweep
 from stacey_dist.training.saving import Saver, checkpoint_path
 
 
@@ -202,6 +204,26 @@ def test_only_a_second_ctrl_c_stops_at_once(monkeypatch, request):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_in_the_middle_of_a_print_is_taken(monkeypatch, capfd):
+    # `print` in the handler would raise, for the other one holds the stream, and the run would end without a save.
+    class Slow(io.RawIOBase):
+        """A terminal that does not read, until the signal is there."""
+
+        def writable(self):
+            return True
+
+        def write(self, text):
+            if not stop.received:
+                signal.raise_signal(signal.SIGTERM)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Slow())))
+    with signals.StopSignal() as stop:
+        print("step 1/2", flush=True)
+    assert stop.received == signal.SIGTERM
+    assert "SIGTERM: finishing this step" in capfd.readouterr().out
+
+
 def test_statistics_of_an_update_that_is_left_out_are_undone():
     engine = object.__new__(Engine)
     engine.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
@@ -215,16 +237,17 @@ def test_statistics_of_an_update_that_is_left_out_are_undone():
     assert norm.num_batches_tracked == 1
 
 
-def test_runs_of_a_wandb_sweep_have_directories_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_a_wandb_sweep_have_directories_of_their_own(monkeypatch):
     def directory(**variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        config = RunConfig(run_dir=str(tmp_path))
-        return Run(config, SimpleNamespace(num_processes=1, is_main_process=True)).directory
+        config = RunConfig(run_dir="runs")
+        separate_runs_of_a_sweep(config)
+        return config.run_dir
 
-    assert directory() == tmp_path
-    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="a") == tmp_path / "sweep-s1" / "a"
-    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="b") == tmp_path / "sweep-s1" / "b"
+    assert directory() == "runs"
+    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="a") == "runs/sweep-s1/a"
+    assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="b") == "runs/sweep-s1/b"
 
 
 def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):

@@ -1,0 +1,56 @@
+"""One run at a time in a directory: two would delete each other's checkpoints and mix their metrics."""
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from stacey_dist.errors import SettingsError
+
+# A process that was killed may take a while to end, and one on a node that was lost to be forgotten by NFS.
+_PATIENCE_HERE_SECONDS = 30.0
+_PATIENCE_ELSEWHERE_SECONDS = 120.0
+
+
+def occupy(directory: Path) -> IO[str]:
+    """Take `directory` for this process, until the file that is returned is closed or the process ends, however.
+
+    Waits for a while for a process that has it. Where the file system has no locks, says so and goes on.
+
+    Raises:
+        SettingsError: another process has it, and keeps it.
+        OSError: the directory cannot be written.
+    """
+    path = directory / ".lock"
+    file = open(path, "a+")  # noqa: SIM115
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    deadline = None
+    while True:
+        try:
+            # Not flock, which processes that this one forks, as to read data, would go on holding.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves to the system
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        except OSError as error:
+            print(f"run_dir: {directory}: no lock can be taken there ({error.strerror}): see that no other run uses it")
+            return file
+        if deadline is None:
+            here = holder.split(" on ")[-1] == socket.gethostname()
+            deadline = time.monotonic() + (_PATIENCE_HERE_SECONDS if here else _PATIENCE_ELSEWHERE_SECONDS)
+            print(f"run_dir: {holder} trains in {directory}; waiting for its end", file=sys.stderr, flush=True)
+        if time.monotonic() > deadline:
+            file.close()
+            raise SettingsError(
+                f"run_dir: {directory} is in use by {holder}; give another --run_dir, or delete {path} if that process "
+                "has ended"
+            )
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(me + "\n")
+    file.flush()
+    return file
