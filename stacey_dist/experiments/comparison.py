@@ -65,6 +65,8 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
     given = data_settings(task.program, reproduction.directory, reproduction.data)
     overrides = {**size.overrides, **own_data, **given}
     chosen, searched = _settings(task, size, reproduction, overrides)
+    if not chosen:
+        raise SettingsError(f"{reproduction.directory}: no run of any optimizer was completed; look at the ranges")
     first, *_ = seeds = range(1, reproduction.seeds + 1)
 
     def part(name: str, seed: int, label: str = "", **changed: Any) -> Part:
@@ -72,10 +74,11 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
         own = {**settings, **overrides, "seed": seed, **changed}
         return training(reproduction, task.program, config, own, f"{name}{label}-seed{seed}")
 
-    runs = {(name, seed): part(name, seed) for name in size.optimizers for seed in seeds}
+    runs = {(name, seed): part(name, seed) for name in chosen for seed in seeds}
     varied = {
         (name, p): part(name, first, f"-p{p:g}", **{"optimizer.p": p})
         for name, values in size.vary_p.items()
+        if name in chosen
         for p in values
     }
     values = reproduction.compute([*runs.values(), *varied.values()], in_runs=True)
@@ -98,7 +101,7 @@ Chosen = dict[str, tuple[Path, dict[str, Any]]]
 def _settings(
     task: Task, size: Size, reproduction: Reproduction, overrides: dict[str, Any]
 ) -> tuple[Chosen, dict[str, list[dict[str, Any]]]]:
-    """What each optimizer is run with, and the trials that told so."""
+    """What each optimizer is run with, but for those of which no run was completed; and the trials that told so."""
     if size.sweeps is None:
         return {
             name: (configs() / size.configs.format(name.removeprefix("stacey_")), {}) for name in size.optimizers
@@ -109,8 +112,8 @@ def _settings(
             raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
     parts = [_tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
     searched = dict(zip(sweeps, reproduction.compute(parts, in_runs=True).values(), strict=True))
-    best = {name: {**sweep.fixed, **searched[name][0]["settings"]} for name, sweep in sweeps.items()}
-    return {name: (sweep.config, best[name]) for name, sweep in sweeps.items()}, searched
+    best = {name: rows[0]["settings"] for name, rows in searched.items() if rows[0]["state"] == "complete"}
+    return {name: (sweeps[name].config, {**sweeps[name].fixed, **own}) for name, own in best.items()}, searched
 
 
 def training(reproduction: Reproduction, program: Program, config: Path, settings: dict[str, Any], name: str) -> Part:

@@ -90,6 +90,8 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
     standard = REFERENCE if REFERENCE in names else names[0]
     reference = [final(found[standard, seed], metric) for seed in seeds]
     reference_seconds = statistics.fmean(found[standard, seed]["seconds_per_update"] for seed in seeds)
+    # Runs that were made with other numbers of --workers had other numbers of threads.
+    timed = len({run["threads"] for run in found.values()}) == 1
     values: dict[str, Any] = {}
     for name in names:
         runs = [found[name, seed] for seed in seeds]
@@ -103,7 +105,7 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
         pairs = zip(reached, runs, strict=True)
         shares = [update / run["evaluations"][-1]["step"] for update, run in pairs if update is not None]
         mean, half = mean_with_interval(finite) if finite else (None, None)
-        cost = statistics.fmean(run["seconds_per_update"] for run in runs) / reference_seconds
+        cost = statistics.fmean(run["seconds_per_update"] for run in runs) / reference_seconds if timed else None
         values[name] = {
             "finals": finals,
             "mean": mean,
@@ -117,8 +119,9 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
             "tuning": searched.get(name, []),
         }
     ends = {f"{name} p={p:g}": final(run, metric) for (name, p), run in by_p.items()}
-    table = _table(values, metric, len(seeds), LABELS[standard]) + _table_by_p(by_p, metric, seeds[0])
-    return Report({"metric": metric, "seeds": seeds, "optimizers": values, "by_p": ends}, table)
+    table = _table(values, metric, len(seeds), LABELS[standard], searched) + _table_by_p(by_p, metric, seeds[0])
+    untrained = {name: trials for name, trials in searched.items() if name not in values}
+    return Report({"metric": metric, "seeds": seeds, "optimizers": values, "untrained": untrained, "by_p": ends}, table)
 
 
 def final(run: dict[str, Any], metric: str) -> float | None:
@@ -126,7 +129,7 @@ def final(run: dict[str, Any], metric: str) -> float | None:
     return None if run["diverged"] or not run["evaluations"] else run["evaluations"][-1][metric]
 
 
-def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standard: str) -> str:
+def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standard: str, searched: Searched) -> str:
     sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
     order = sorted(values, key=lambda name: math.inf if values[name]["mean"] is None else sign * values[name]["mean"])
     form = FORMS[metric]
@@ -146,15 +149,16 @@ def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standa
         if row["diverged"] and row["mean"] is not None:
             mean += f" ({row['diverged']} of {seeds} diverged)"
         share = "–" if row["share_of_updates"] is None else f"{row['share_of_updates']:.0%}"
-        cost = f"{row['time_per_update']:.2f} x"
+        cost = "–" if row["time_per_update"] is None else f"{row['time_per_update']:.2f} x"
         shown = ", ".join(f"{setting.split('.')[-1]} {_short(v)}" for setting, v in _told(row["settings"]).items())
         lines.append(
             f"| {LABELS[name]} | {mean} | {share} | {cost} | {row['state_bytes_per_parameter']:.1f} B | {shown} |"
         )
-    tuned = [(name, row["tuning"]) for name, row in values.items() if row["tuning"]]
-    if tuned:
-        counts = [f"{LABELS[name]} {_counts(trials)}" for name, trials in tuned]
+    if searched:
+        counts = [f"{LABELS[name]} {_counts(trials)}" for name, trials in searched.items()]
         lines += ["", f"Tuning, runs completed / ended early / diverged: {'; '.join(counts)}."]
+    if untrained := [LABELS[name] for name in searched if name not in values]:
+        lines.append(f"Without a completed run, and so left out: {', '.join(untrained)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -170,9 +174,13 @@ def _table_by_p(by_p: ByP, metric: str, seed: int) -> str:
         "|---" * (1 + len(norms)) + "|",
     ]
     for name in names:
-        ends = [final(by_p[name, p], metric) if (name, p) in by_p else None for p in norms]
-        lines.append(f"| {LABELS[name]} | {' | '.join('–' if e is None else FORMS[metric].format(e) for e in ends)} |")
+        ends = ["–" if (name, p) not in by_p else _shown(final(by_p[name, p], metric), metric) for p in norms]
+        lines.append(f"| {LABELS[name]} | {' | '.join(ends)} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(end: float | None, metric: str) -> str:
+    return "diverged" if end is None else FORMS[metric].format(end)
 
 
 def _told(settings: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +196,8 @@ def _short(value: Any) -> str:
 
 def _counts(trials: list[dict[str, Any]]) -> str:
     states = [trial["state"] for trial in trials]
-    return " / ".join(str(states.count(state)) for state in ("complete", "pruned", "diverged"))
+    failed = f" ({states.count('failed')} failed)" if "failed" in states else ""
+    return " / ".join(str(states.count(state)) for state in ("complete", "pruned", "diverged")) + failed
 
 
 def curves(found: Found, metric: str) -> Figure:
@@ -208,6 +217,7 @@ def curves(found: Found, metric: str) -> Figure:
             steps, heights.min(axis=0), heights.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
         )
         ends.append(heights.mean(axis=0))
+    ends = [end for end in ends if np.isfinite(end[len(end) // 4 :]).any()]
     if ends and metric in LOWER_IS_BETTER:
         # What a diverging or hardly learning run shows above is of less interest than the ends.
         low = min(float(np.nanmin(end)) for end in ends)

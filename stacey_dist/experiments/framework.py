@@ -8,6 +8,7 @@ they were read back, so that an experiment that was killed on the way ends with 
 import hashlib
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +26,8 @@ from tqdm import tqdm
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.image_config import ImageConfig
+from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.version import __version__
 
 RUN = 1000
@@ -171,8 +174,8 @@ def reproduce(
         raise SettingsError(f"--workers {workers}: it must be at least 1")
     if data is not None and not experiment.trains:
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
-    versions = {"stacey_dist": __version__, "torch": torch.__version__}
-    settings = {"experiment": experiment.name, "scale": scale, "seeds": seeds, "data": data, "versions": versions}
+    settings: dict[str, Any] = {"experiment": experiment.name, "scale": scale, "seeds": seeds}
+    settings |= {"data": absolute(data), "versions": versions()}
     settings["scale's sizes and configuration files"] = digest(_statement(experiment, scale))
     with claimed(directory, settings):
         outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
@@ -186,6 +189,8 @@ def _statement(experiment: Experiment, scale: str) -> bytes:
     """All that states what is run: finished parts of a run with other settings must not be mixed with new ones."""
     files = sorted({file for pattern in experiment.files for file in configs().glob(pattern)})
     texts = [f"{file.name}\n{file.read_text()}" for file in files]
+    if experiment.trains:
+        texts += [repr(LLMConfig()), repr(ImageConfig())]  # what the files leave to the launchers
     return "".join([repr(experiment.scales[scale].settings), *texts]).encode()
 
 
@@ -243,6 +248,16 @@ def configs() -> Path:
         if (directory / "configs" / "sweeps").is_dir():
             return directory / "configs"
     raise SettingsError("configs: it is not here; start the program in a checkout of the repository")
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {"stacey_dist": __version__, "torch": torch.__version__}
+
+
+def absolute(data: str | None) -> str | None:
+    """The user's data, which are the same from wherever they are named."""
+    return None if data is None else ",".join(os.path.abspath(path) for path in data.split(","))
 
 
 def digest(content: bytes) -> str:

@@ -9,6 +9,7 @@ Of W&B's format this reads `program`, `command` (the configuration and further o
     min: A, max: B, distribution: log_uniform_values        the same, even in the logarithm
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ import yaml
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.trial import METRICS, Program
+
+INFINITY = ".inf"
+"""How YAML and the launchers' options write it, and how it is kept here: JSON has none."""
 
 _KEYS = ("program", "method", "metric", "parameters", "command", "name", "description", "project", "entity")
 _DISTRIBUTIONS = ("constant", "categorical", "uniform", "int_uniform", "log_uniform_values")
@@ -75,6 +79,10 @@ def read_sweep(file: Path) -> Sweep:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         wanted = "program, a command with --config FILE, metric with a name, and parameters"
         raise SettingsError(f"{file}: it must hold {wanted}, as W&B's sweep files do ({error!r})") from error
+    if sum(word.partition("=")[0] == "--config" for word in command) > 1:
+        raise SettingsError(
+            f"{file}: command: it has several --config, which is not known here; write one file of them"
+        )
     if program not in get_args(Program):
         raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(get_args(Program))}")
     for key in content.keys() - set(_KEYS):
@@ -91,7 +99,7 @@ def read_sweep(file: Path) -> Sweep:
     space: dict[str, Range | list[Any]] = {}
     for setting, description in parameters.items():
         if isinstance(description, dict) and "value" in description and description.keys() <= {"value", "distribution"}:
-            fixed[setting] = description["value"]
+            fixed[setting] = _kept(description["value"])
         else:
             space[setting] = _searched(f"{file}: {setting}", description)
     return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
@@ -113,7 +121,10 @@ def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
             raise SettingsError(f"{file}: command: {word} is not known here; after {program} there may be options")
         value = text if given else next(words, "")
         if name != "config" and not name.startswith("tracking."):
-            options[name] = yaml.safe_load(value)
+            try:
+                options[name] = _kept(yaml.safe_load(value))
+            except yaml.YAMLError as error:
+                raise SettingsError(f"{file}: command: --{name} {value} is not valid YAML") from error
     return options
 
 
@@ -127,7 +138,7 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
             f"{where}: distribution: {distribution} is not known; there are {', '.join(_DISTRIBUTIONS)}"
         )
     if values := description.get("values"):
-        return list(values)
+        return [_kept(value) for value in values]
     low: Any = description.get("min")
     high: Any = description.get("max")
     # YAML reads 1e-4 as text: it wants 1.0e-4.
@@ -137,7 +148,13 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
     if log and low <= 0:
         raise SettingsError(f"{where}: min {low} is not allowed; it must be above 0 for log_uniform_values")
     whole = isinstance(low, int) and isinstance(high, int) and distribution in (None, "int_uniform")
+    if distribution in ("constant", "categorical") or (distribution == "int_uniform" and not whole):
+        raise SettingsError(f"{where}: distribution: {distribution} does not go with min {low} and max {high}")
     return Range(low, high, log, whole)
+
+
+def _kept(value: Any) -> Any:
+    return INFINITY if value == math.inf else value
 
 
 def _find(file: Path, config: str) -> Path:

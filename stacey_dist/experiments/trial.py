@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -62,6 +63,8 @@ class Result:
     """Median over its progress rows."""
     state_bytes_per_parameter: float
     """Of the optimizer's state tensors."""
+    threads: int
+    """Of the CPU, which it had."""
 
     def final(self, metric: str) -> float:
         """The last value of a held-out figure; infinity if the run diverged."""
@@ -118,9 +121,14 @@ class Trial:
             for row in evaluations(self.directory):
                 tell(row)
         else:
-            finished = self._train(tell, stop)
+            try:
+                finished = self._train(tell, stop)
+            except TrialError:
+                advance(1.0 - done)
+                raise
         if finished or stop is None or not stop.is_set():
             advance(1.0 - done)
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # nothing goes on from them
         return Result(**json.loads(complete.read_text())) if finished else None
 
     def arguments(self) -> list[str]:
@@ -138,7 +146,7 @@ class Trial:
         output = self.directory / "output.txt"
         process = _server().Process(target=_train, args=(self.program, self.arguments(), str(self.directory)))
         process.start()
-        seen, alive = 0, True
+        seen, alive, size = 0, True, -1
         try:
             while alive:
                 process.join(_POLL_SECONDS)
@@ -147,7 +155,9 @@ class Trial:
                     return False
                 new: list[dict[str, Any]] = []
                 with contextlib.suppress(OSError):  # what cannot be read now is read the next time; the run tells why
-                    new = evaluations(self.directory)[seen:]
+                    now = os.path.getsize(self.directory / "metrics.jsonl")
+                    if now != size:
+                        new, size = evaluations(self.directory)[seen:], now
                 seen += len(new)
                 if any(on_evaluation(row) for row in new):
                     _end(process, signal.SIGKILL)

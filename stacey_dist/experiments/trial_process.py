@@ -5,7 +5,6 @@ Imported by the server that trials are forked from, and by nobody else: it takes
 
 import multiprocessing
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import accelerate.accelerator  # noqa: F401
 import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
+import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
@@ -48,7 +48,6 @@ def train_and_report(program: Program, arguments: list[str], directory: Path) ->
     threading.Thread(target=_end_with_the_experiment, daemon=True).start()
     with user_errors(program):
         write(directory / "result.json", dump(asdict(_train(program, arguments))))
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
 def _end_with_the_experiment() -> None:
@@ -82,4 +81,5 @@ def _train(program: Program, arguments: list[str]) -> Result:
         diverged=diverged,
         seconds_per_update=task.units(0) / speed,
         state_bytes_per_parameter=state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
+        threads=torch.get_num_threads(),
     )

@@ -5,7 +5,9 @@ ended early. What is suggested is a function of the study's seed, the trial's nu
 so one worker that is killed goes on to the same result; with several workers it depends on who is faster.
 """
 
+import itertools
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.framework import BAR_OF_RUNS, claimed, digest, dump, together, write
-from stacey_dist.experiments.sweep import Range, Sweep, read_sweep
+from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.experiments.framework import BAR_OF_RUNS, absolute, claimed, digest, dump, together, versions, write
+from stacey_dist.experiments.sweep import INFINITY, Range, Sweep, read_sweep
 from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Tuner:
         self.overrides, self.workers, self.threads = overrides or {}, workers, threads
         self.stop, self.advance = stop or threading.Event(), advance
         directory.mkdir(parents=True, exist_ok=True)
+        _mend(directory / "journal.log")
         self.study = optuna.create_study(
             study_name="study",
             storage=JournalStorage(JournalFileBackend(str(directory / "journal.log"))),
@@ -83,19 +86,18 @@ class Tuner:
     def run(self) -> list[dict[str, Any]]:
         """Make the trials that are not made yet; returns all of them, best first: number, state, value, settings.
 
-        `state` is "complete", "pruned" (ended early, with its last value) or "diverged" (without one).
+        `state` is "complete", "pruned" (ended early, with its last value), "diverged" or "failed" (without one).
 
         Raises:
             Interrupted: `stop` was set.
-            SettingsError: the launcher refused the settings, or no run was completed.
+            SettingsError: the launcher refused the settings.
+            TrialError: a run ended with an error. Started again, it is made once more, then counts as failed.
         """
         self.advance(float(sum(trial.state.is_finished() for trial in self.study.trials)))
         together([self._work] * self.workers, self.workers, self.stop)
         found = [self._row(trial) for trial in self.study.trials]
-        if all(row["state"] != "complete" for row in found):
-            raise SettingsError(f"{self.directory}: none of {self.trials} runs was completed; look at the ranges")
         sign = -1 if self.sweep.maximize else 1
-        order = ["complete", "pruned", "diverged"]
+        order = ["complete", "pruned", "diverged", "failed"]
         return sorted(found, key=lambda row: (order.index(row["state"]), sign * (row["value"] or 0.0), row["number"]))
 
     def _work(self) -> None:
@@ -130,20 +132,27 @@ class Tuner:
         directory = self.directory / f"trial-{trial.number:03}"
         run = Trial(self.sweep.program, self.sweep.config, settings, directory, self.threads)
         known = self.study.trials[trial.number].intermediate_values  # of a run that was killed
-        seen: list[float] = []
+        evaluation = itertools.count(1)
 
         def judge(row: dict[str, Any]) -> bool:
-            value = row[self.sweep.metric]
+            value, number = row[self.sweep.metric], next(evaluation)
             if value is None:
                 return False
-            seen.append(value)
             with self._lock:
-                if len(seen) not in known:
-                    trial.report(value, step=len(seen))
-                return trial.should_prune()
+                if number not in known:
+                    trial.report(value, step=number)
+                return row["step"] < run.length() and trial.should_prune()  # not one that is at its end
 
-        result = run.run(judge, self.stop, self.advance)
         state = self.optuna.trial.TrialState
+        try:
+            result = run.run(judge, self.stop, self.advance)
+        except TrialError:
+            with self._lock:
+                if not trial.user_attrs.get("failed_once"):  # it may have been the machine's fault
+                    trial.set_user_attr("failed_once", True)
+                    raise
+                self.study.tell(trial, state=state.FAIL)
+                return
         with self._lock:
             if result is None and self.stop.is_set():
                 raise Interrupted
@@ -156,7 +165,7 @@ class Tuner:
 
     def _row(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         diverged = trial.user_attrs.get("diverged", False)
-        state = "diverged" if diverged else trial.state.name.lower()
+        state = "diverged" if diverged else {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
         value = None if diverged else trial.value
         return {"number": trial.number, "state": state, "value": value, "settings": self._settings(trial.params)}
 
@@ -165,6 +174,13 @@ class Tuner:
         space = self.sweep.space.items()
         choices = {name: _choices(values) for name, values in space if not isinstance(values, Range)}
         return {name: choices[name][value] if name in choices else value for name, value in suggested.items()}
+
+
+def _mend(journal: Path) -> None:
+    """Cut off what a full disk or a lost machine left of a last line: Optuna would write on behind it."""
+    if journal.exists():
+        content = journal.read_bytes()
+        os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def _choices(values: list[Any]) -> dict[Any, Any]:
@@ -176,14 +192,15 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     """Search as a sweep file says, or go on; print the best, and leave trials.json and best.yaml in `directory`.
 
     Raises:
-        SettingsError: the file, the counts, the data, or a directory that holds another search.
+        SettingsError: the file, the counts, the data, a directory that holds another search, or no run was completed.
+        TrialError: as `Tuner.run`.
     """
     for name, count in (("trials", trials), ("workers", workers)):
         if count < 1:
             raise SettingsError(f"--{name} {count}: it must be at least 1")
     sweep = read_sweep(file)
     files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
-    identity = {"seed": seed, "data": data, **files}
+    identity = {"seed": seed, "data": absolute(data), **files, "versions": versions()}
     with claimed(directory, identity), tqdm(total=trials, **BAR_OF_RUNS) as bar:
         tuner = Tuner(
             sweep,
@@ -197,10 +214,12 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
         )
         found = tuner.run()
     write(directory / "trials.json", dump(found))
+    if found[0]["state"] != "complete":
+        raise SettingsError(f"{directory}: none of {trials} runs was completed; look at the ranges")
     best: dict[str, Any] = {}
     for name, value in {**sweep.fixed, **found[0]["settings"], **users_data(sweep.program, data)}.items():
         section, _, setting = name.rpartition(".")
-        (best.setdefault(section, {}) if section else best)[setting] = value
+        (best.setdefault(section, {}) if section else best)[setting] = math.inf if value == INFINITY else value
     write(directory / "best.yaml", yaml.safe_dump(best, sort_keys=False))
     for row in found[:_SHOWN]:
         value = "" if row["value"] is None else f"{row['value']:.4f}"

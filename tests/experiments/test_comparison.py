@@ -15,21 +15,22 @@ import yaml
 from PIL import Image
 
 from stacey_dist.cli import main
-from stacey_dist.experiments import ablation, comparison, registry
+from stacey_dist.experiments import ablation, comparison, llm, registry
 from stacey_dist.experiments.comparison_report import curves, mean_with_interval, report, updates_to_reach
-from stacey_dist.experiments.framework import Scale
+from stacey_dist.experiments.framework import Part, Reproduction, Scale
 from stacey_dist.training.image_config import ImageConfig
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
 
-def result(*losses, diverged=False, seconds=1.0, state=8.0):
+def result(*losses, diverged=False, seconds=1.0, state=8.0, threads=1):
     evaluations = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(losses, start=1)]
     return {
         "evaluations": evaluations,
         "diverged": diverged,
         "seconds_per_update": seconds,
         "state_bytes_per_parameter": state,
+        "threads": threads,
     }
 
 
@@ -82,6 +83,21 @@ def test_report():
     json.dumps(told.values, allow_nan=False)
 
 
+def test_what_was_timed_with_other_threads_is_not_compared():
+    found = {**FOUND, ("lion", 2): result(2.0, 1.0, 1.0, threads=2)}
+    told = report(found, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
+    assert all(row["time_per_update"] is None for row in told.values["optimizers"].values())
+    assert "| 63% | – | " in told.table
+
+
+def test_an_optimizer_without_a_completed_run_is_told_of():
+    searched = {"adam": [{"state": "diverged", "value": None, "settings": {}}], "lion": []}
+    told = report(FOUND, "eval_loss", {name: {} for name, _ in FOUND}, searched, {})
+    assert "Adam 0 / 0 / 1" in told.table
+    assert "Without a completed run, and so left out: Adam." in told.table
+    assert told.values["untrained"].keys() == {"adam"}
+
+
 def test_curves_leave_out_what_diverged():
     (axes,) = curves(FOUND, "eval_loss").axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
@@ -92,6 +108,21 @@ def test_curves_leave_out_what_diverged():
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
     return write_sweeps(tmp_path_factory.mktemp("comparison"))
+
+
+def test_an_optimizer_without_a_completed_run_does_not_hold_up_the_others(configs, tmp_path, monkeypatch):
+    rows = {
+        "adamw": [{"state": "diverged", "value": None, "settings": {"optimizer.lr": 9.0}}],
+        "stacey_p2": [{"state": "complete", "value": 1.0, "settings": {"optimizer.lr": 0.1}}],
+    }
+    monkeypatch.setattr(
+        comparison, "_tuning", lambda reproduction, name, *_: Part(f"tune-{name}", 1, lambda advance: rows[name])
+    )
+    reproduction = Reproduction(TOYS["llm"], 2, tmp_path)
+    chosen, searched = comparison._settings(llm.TASK, TUNED, reproduction, {})
+    assert searched == rows
+    assert chosen.keys() == {"stacey_p2"}
+    assert chosen["stacey_p2"][1]["optimizer.lr"] == 0.1
 
 
 CHANGES = (ablation.BASE, "τ = 0", "z begins at 0", "m corrected for its bias")

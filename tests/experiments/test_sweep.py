@@ -95,7 +95,7 @@ def test_what_is_read(tmp_path):
     assert (sweep.config, sweep.metric, sweep.maximize) == (tmp_path / "base.yaml", "eval_top1", True)
     assert sweep.fixed == {"optimizer.name": "stacey", "data.path": "a/b", "train.epochs": 2, "seed": 3}
     assert sweep.space == {
-        "optimizer.p": [3, 4.5, math.inf],
+        "optimizer.p": [3, 4.5, ".inf"],  # as JSON can hold it, and the launchers read it
         "optimizer.lr": Range(0.001, 1, log=True, whole=False),
         "optimizer.tau": Range(0, 0.5, log=False, whole=False),
         "train.max_steps": Range(3, 9, log=False, whole=True),
@@ -127,6 +127,19 @@ def test_what_is_read(tmp_path):
         ({"parameters": {"optimizer.lr": {"min": 0.1}}}, "min 0.1, max None"),
         ({"parameters": {"optimizer.lr": 3}}, "optimizer.lr: 3 is not allowed"),
         ({"parameters": {"a.b": {"min": 1, "max": 2, "distribution": "normal"}}}, "distribution: normal is not known"),
+        (
+            {"command": ["${program}", "--config", "base.yaml", "--config=more.yaml"]},
+            "command: it has several --config",
+        ),
+        ({"command": ["${program}", "--config", "base.yaml", "--seed", "[1"]}, "command: --seed [1 is not valid YAML"),
+        (
+            {"parameters": {"a.b": {"min": 0.5, "max": 2, "distribution": "int_uniform"}}},
+            "distribution: int_uniform does not go with min 0.5 and max 2",
+        ),
+        (
+            {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "categorical"}}},
+            "distribution: categorical does not go with min 0 and max 2",
+        ),
         (
             {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "log_uniform_values"}}},
             "min 0 is not allowed; it must be above 0",

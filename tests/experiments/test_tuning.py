@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stacey_dist.cli import main
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.experiments import tuning
 from stacey_dist.experiments.sweep import read_sweep
 from stacey_dist.experiments.trial import Interrupted, Result
@@ -43,6 +43,9 @@ class Pretended:
         self.settings, self.directory = settings, directory
         self.made.append(self)
 
+    def length(self):
+        return self.evaluations
+
     def loss(self):
         return (self.settings["optimizer.tau"] - 0.01) ** 2
 
@@ -53,7 +56,7 @@ class Pretended:
         for row in rows:
             if on_evaluation({**row, "eval_loss": None} if diverged else row):
                 return None
-        return Result(rows, diverged, 1.0, 4.0)
+        return Result(rows, diverged, 1.0, 4.0, 1)
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_it_finds_better_settings_than_chance(sweep, tmp_path, pretended):
 def test_overrides_win_and_larger_can_be_better(configs, tmp_path, pretended, monkeypatch):
     sweep = read_sweep(configs / "sweeps" / "cifar" / "stacey_p2.yaml")
     monkeypatch.setattr(
-        pretended, "run", lambda self, *told: Result([{"step": 1, "eval_top1": self.loss()}], False, 1.0, 4.0)
+        pretended, "run", lambda self, *told: Result([{"step": 1, "eval_top1": self.loss()}], False, 1.0, 4.0, 1)
     )
     found = Tuner(sweep, tmp_path, trials=5, overrides={"seed": 3, "optimizer.p": 7}).run()
     assert all(trial.settings["seed"] == 3 and trial.settings["optimizer.p"] == 7 for trial in pretended.made)
@@ -159,9 +162,63 @@ def test_workers_share_the_runs(sweep, tmp_path, pretended, monkeypatch):
     assert len({trial.directory for trial in pretended.made}) == 8
 
 
-def test_nothing_complete(sweep, tmp_path, pretended):
+def test_nothing_complete(configs, tmp_path, pretended, monkeypatch):
+    monkeypatch.setattr(
+        pretended, "run", lambda self, *told: Result([{"step": 1, "eval_loss": None}], True, 1.0, 4.0, 1)
+    )
+    file = configs / "sweeps" / "llm" / "stacey_p2.yaml"
     with pytest.raises(SettingsError, match="none of 3 runs was completed; look at the ranges"):
-        Tuner(sweep, tmp_path, trials=3, overrides={"optimizer.p": DIVERGES}).run()
+        tuning.search(file, tmp_path, trials=3, workers=1, seed=0)
+    assert [row["state"] for row in json.loads((tmp_path / "trials.json").read_text())] == ["diverged"] * 3
+
+
+def test_a_run_that_fails_again_is_passed_over(sweep, tmp_path, pretended, monkeypatch):
+    run = pretended.run
+
+    def breaks(self, *told):
+        if self.directory.name == "trial-001":
+            raise TrialError("exit status 1")
+        return run(self, *told)
+
+    monkeypatch.setattr(pretended, "run", breaks)
+    with pytest.raises(TrialError):  # the user is told, and may mend what it was
+        Tuner(sweep, tmp_path, trials=4).run()
+    found = Tuner(sweep, tmp_path, trials=4).run()
+    assert [trial.directory.name for trial in pretended.made].count("trial-001") == 2
+    assert (found[-1]["number"], found[-1]["state"], found[-1]["value"]) == (1, "failed", None)
+    assert len(found) == 4
+
+
+def test_a_run_is_not_ended_after_its_last_update(sweep, tmp_path, pretended, monkeypatch):
+    def only_the_end(self, on_evaluation, stop, advance):
+        row = {"step": self.evaluations, "eval_loss": float(len(self.made))}  # each is worse than all before
+        for step in range(1, self.evaluations):
+            assert not on_evaluation({"step": step, "eval_loss": 0.0})
+        assert not on_evaluation(row)
+        return Result([row], False, 1.0, 4.0, 1)
+
+    monkeypatch.setattr(pretended, "run", only_the_end)
+    assert {row["state"] for row in Tuner(sweep, tmp_path, trials=8).run()} == {"complete"}
+
+
+def test_infinity_among_the_choices(configs, tmp_path, pretended):
+    content = yaml.safe_load((configs / "sweeps" / "llm" / "stacey_p2.yaml").read_text())
+    content["parameters"]["optimizer.p"] = {"values": [float("inf")]}
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(content))
+    tuning.search(file, tmp_path / "out", trials=2, workers=1, seed=0)
+    assert json.loads((tmp_path / "out" / "trials.json").read_text())[0]["settings"]["optimizer.p"] == ".inf"
+    assert yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["optimizer"]["p"] == float("inf")
+    assert pretended.made[0].settings["optimizer.p"] == ".inf"
+
+
+def test_a_journal_that_a_full_disk_cut_short(sweep, tmp_path, pretended):
+    whole = Tuner(sweep, tmp_path, trials=4).run()
+    with (tmp_path / "journal.log").open("a") as journal:
+        journal.write('{"op_code": 4, "wor')
+    assert Tuner(sweep, tmp_path, trials=4).run() == whole
+    more = Tuner(sweep, tmp_path, trials=6).run()
+    assert len(Tuner(sweep, tmp_path, trials=6).run()) == len(more) == 6
 
 
 def test_stopped(sweep, tmp_path, pretended, monkeypatch):
