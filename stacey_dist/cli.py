@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest, verify
+from stacey_dist.checkpoint.manifest import (
+    DamagedCheckpointError,
+    UnknownFormatError,
+    find_checkpoints,
+    read_manifest,
+    verify,
+)
 from stacey_dist.errors import SettingsError, TrialError
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
@@ -44,7 +50,7 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except DamagedCheckpointError as error:
-        print(f"{program}: damaged: {error}", file=sys.stderr)
+        print(f"{program}: {_what_is_wrong(error)}", file=sys.stderr)
         return 1
     except SettingsError as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
@@ -137,10 +143,14 @@ def list_checkpoints(directory: Path) -> int:
         try:
             print(f"{path}  {_summary(read_manifest(path))}")
         except DamagedCheckpointError as error:
-            print(f"{path}  damaged: {error}")
+            print(f"{path}  {_what_is_wrong(error)}")
     if not found:
         print(f"no checkpoints under {directory}")
     return 0
+
+
+def _what_is_wrong(error: DamagedCheckpointError) -> str:
+    return str(error) if isinstance(error, UnknownFormatError) else f"damaged: {error}"
 
 
 def show(path: Path) -> int:

@@ -69,7 +69,8 @@ def hub_source(
     Nothing is read before the documents are opened.
 
     Args:
-        dataset: its name, such as ``allenai/c4``.
+        dataset: its name, such as ``allenai/c4``, by which alone it is told from others; or a local directory, which is
+            told by its files.
         config: its configuration, such as ``en``; None for the only one.
         split: the split to train on.
         validation_split: the split for validation; None to hold out some of ``split``.
@@ -88,7 +89,7 @@ def hub_source(
     return Source(
         documents=lambda: hub_documents(dataset, config, split, text_column, streaming),
         identity={
-            "dataset": dataset,
+            "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
             "config": config,
             "split": split,
             "validation_split": validation_split,
@@ -111,6 +112,12 @@ def embedded_source() -> Source:
 def _file_identity(file: str) -> dict[str, Any]:
     status = os.stat(file)
     return {"path": os.path.realpath(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _directory_identity(directory: str) -> list[dict[str, Any]]:
+    """Of all files in a local directory that ``datasets`` loads, at any depth."""
+    files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names]
+    return [_file_identity(file) for file in sorted(files)]
 
 
 def _text_bytes(file: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import Inconvertible, convert, first_difference
 from stacey_dist.data.embedded import help_topics
+from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
 
 TRAINING_TEXT = 20_000_000
@@ -62,7 +63,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, directory: Pa
     model = train_bpe(texts, vocab_size)
     path = Path(directory) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model)
+    replace_file(path, model)  # it is there only when it is complete
     step = max(1, sum(map(len, texts)) // _CHECKED_TEXT)
     return _from_model(model, str(path), texts[::step])
 

@@ -79,7 +79,7 @@ def _train(program: Program, arguments: list[str]) -> Result:
     return Result(
         evaluations=evaluations(run.directory),
         diverged=diverged,
-        seconds_per_update=task.units(0) / speed,
+        seconds_per_update=task.units(0) / max(speed, 0.05),  # rows are rounded to tenths
         state_bytes_per_parameter=state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
         threads=torch.get_num_threads(),
     )

@@ -138,7 +138,7 @@ def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
             arguments += [f"--{setting}", value]
     if options.gradient_checkpointing is not None:
         arguments += ["--train.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
-    config = parse(LLMConfig, arguments + others)
+    config = parse(LLMConfig, arguments + others, "stacey-dist plan")
     validate(config)
     return config
 

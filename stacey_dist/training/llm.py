@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist.checkpoint.export import export_model
+from stacey_dist.data.lock import locked
 from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
@@ -95,13 +96,13 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     # Trained once for this data and size, then found again.
     identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    if (directory / "complete").exists():
-        return load_sentencepiece(directory / "tokenizer.model")
-    print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
-    texts = (document.text for document in source.documents())
-    tokenizer = train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
-    (directory / "complete").touch()
-    return tokenizer
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "lock", announce=True):
+        if (directory / "tokenizer.model").exists():
+            return load_sentencepiece(directory / "tokenizer.model")
+        print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
+        texts = (document.text for document in source.documents())
+        return train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
 
 
 def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:

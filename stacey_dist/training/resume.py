@@ -74,7 +74,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
 
 def _setting(run: Run, path: Path) -> str:
     """The setting that a checkpoint was found by."""
-    return "run_dir" if run.directory in path.parents else "checkpoint.resume_from"
+    return "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
 
 
 def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
@@ -88,7 +88,7 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) 
     # The same command, started again, goes on from its own checkpoints.
     if source is not None and path.resolve() != Path(source).resolve():
         begun = extra.get("config", {}).get("checkpoint", {}).get("resume_from")
-        if begun != source:
+        if begun is None or Path(begun).resolve() != Path(source).resolve():
             raise SettingsError(
                 f"checkpoint.resume_from: {source} is not allowed for run_dir {run.directory}, whose newest "
                 f"checkpoint {path.name} did not come from there; give another run_dir, or delete the "

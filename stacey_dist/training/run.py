@@ -1,5 +1,6 @@
 """A run: its processes, its directory, and what they agree on before the first step."""
 
+import errno
 import math
 import os
 import sys
@@ -22,6 +23,8 @@ from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, start_accelerator
 from stacey_dist.training.run_lock import occupy
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -198,18 +201,18 @@ def device_name(device: torch.device) -> str:
 def user_errors(program: str) -> Iterator[None]:
     """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C.
 
-    Of several processes that fail for one reason, one says it.
+    So are errors of a disk: it is full, or may not be written or read. Of several processes that fail for one reason,
+    one says it.
     """
     try:
         yield
-    except SettingsError as error:
-        if heartbeat.report(error):
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except Exception as error:
-        if heartbeat.report(error):
+        known, mine = isinstance(error, SettingsError), heartbeat.report(error)
+        if mine and not known and getattr(error, "errno", None) not in _OF_A_DISK:
             raise
-        sys.exit(1)
+        if mine:
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if known else 1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stacey_dist import Stacey
+from stacey_dist import Stacey, cli
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.checkpoint.export import describe_model
+from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.cli import main
 from tests.test_docs import make_batches, tiny_llama
 
@@ -57,6 +58,15 @@ def test_list_of_nothing_and_of_a_damaged_one(tmp_path, capsys):
     assert "no checkpoints under" in call(capsys, "list", tmp_path)[1]
     (tmp_path / "step_00000003").mkdir()
     assert "step_00000003  damaged: " in call(capsys, "list", tmp_path)[1]
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_called_damaged(run, tmp_path, capsys, monkeypatch):
+    def newer(path):
+        raise UnknownFormatError(f"{path} has format 9")
+
+    monkeypatch.setattr(cli, "read_manifest", newer)
+    assert f"{second(run)}  {second(run)} has format 9\n" in call(capsys, "list", run[0])[1]
+    assert call(capsys, "show", second(run)) == (1, "", f"stacey-dist: {second(run)} has format 9\n")
 
 
 def test_list_of_a_path_that_is_not_there(tmp_path, capsys):

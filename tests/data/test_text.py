@@ -206,6 +206,21 @@ def test_hub_documents_of_a_local_dataset(tmp_path: Path, streaming: bool, monke
         next(hub_documents(str(tmp_path / "data"), None, "test", "text", streaming))
 
 
+def test_a_local_dataset_is_told_by_its_files(tmp_path: Path) -> None:
+    def identity() -> Any:
+        return hub_source(str(tmp_path), None, "train", None, "text", True).identity
+
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "train.jsonl").write_text('{"text": "one"}\n')
+    first = identity()
+    assert identity() == first
+    assert json.dumps(first)
+    (tmp_path / "deep" / "train.jsonl").write_text('{"text": "another"}\n')
+    second = identity()
+    (tmp_path / "more.jsonl").write_text('{"text": "two"}\n')
+    assert len({json.dumps(each) for each in (first, second, identity())}) == 3
+
+
 def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -1,5 +1,6 @@
 """The loop's parts by themselves: samples, schedule, groups, metrics, signals."""
 
+import errno
 import io
 import math
 import signal
@@ -18,7 +19,7 @@ from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
-from stacey_dist.training.run import separate_runs_of_a_sweep
+from stacey_dist.training.run import separate_runs_of_a_sweep, user_errors
 from stacey_dist.training.saving import Saver, checkpoint_path
 
 
@@ -222,6 +223,17 @@ def test_a_signal_in_the_middle_of_a_print_is_taken(monkeypatch, capfd):
         print("step 1/2", flush=True)
     assert stop.received == signal.SIGTERM
     assert "SIGTERM: finishing this step" in capfd.readouterr().out
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, user_errors("train_llm.py"):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/metrics.jsonl")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"train_llm.py: error: [Errno {errno.ENOSPC}] No space left on device: 'runs/metrics.jsonl'"
+    )
+    with pytest.raises(FileNotFoundError), user_errors("train_llm.py"):  # a defect, perhaps: where was it?
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
 
 
 def test_statistics_of_an_update_that_is_left_out_are_undone():

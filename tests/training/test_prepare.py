@@ -2,6 +2,8 @@
 
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +22,22 @@ def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["stacey_dist.data.prepare"], "_Preparation", None)
     found, _ = llm.tokenize(parse(LLMConfig, ["--config", str(config)]))
     assert str(found) == directory
+
+
+def test_runs_that_start_together_train_one_tokenizer(tmp_path, monkeypatch):
+    config = parse(LLMConfig, ["--config", str(write_config(tmp_path))])
+    train, trained = llm.train_sentencepiece, []
+
+    def slowly(*arguments):
+        trained.append(arguments)
+        time.sleep(0.3)
+        return train(*arguments)
+
+    monkeypatch.setattr(llm, "train_sentencepiece", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(llm.tokenize, [config] * 3))
+    assert len(trained) == 1
+    assert len({tokenizer.fingerprint for _, tokenizer in found}) == 1
 
 
 def test_without_a_cache_it_is_in_the_directory_of_the_run(tmp_path, capsys):

@@ -49,7 +49,7 @@ class ArrowImages:
     @cached_property
     def identity(self) -> str:
         """A hash of class names, labels, and the content of up to 256 images, evenly spread."""
-        return identity_of(self.classes, self.labels, (self._content(i) or b"" for i in sampled(len(self))))
+        return identity_of(self.classes, self.labels, map(self._read_or_empty, sampled(len(self))))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,6 +69,12 @@ class ArrowImages:
         if path is None:
             raise BrokenImageError("neither bytes nor a path")
         return Path(path).read_bytes()
+
+    def _read_or_empty(self, i: int) -> bytes:
+        try:
+            return self.read(i)
+        except BrokenImageError:
+            return b""
 
     def name(self, i: int) -> str:
         """Return the source and the row's number, from 0."""

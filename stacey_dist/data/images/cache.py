@@ -22,6 +22,7 @@ from stacey_dist.data.images.image_set import ImageSet, sampled
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import replace_file, write_json
 from stacey_dist.errors import SettingsError
+from stacey_dist.info import cores
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -139,7 +140,7 @@ def cached(
             raise SettingsError(f"data.cache: {place} cannot be made: {error.strerror}") from error
         with locked(place / "lock", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, images, shorter, threads or os.cpu_count() or 1, progress)
+                _make(place, images, shorter, threads or cores(), progress)
     return CachedImages(place, images, identity)
 
 

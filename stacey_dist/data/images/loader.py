@@ -17,7 +17,6 @@ from stacey_dist.data.images.batches import (
 )
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.data.tokens import IGNORED_LABEL
 from stacey_dist.errors import SettingsError
 
 
@@ -164,7 +163,7 @@ def evaluation_batches(
         broken: the numbers of broken images that were named before, to which those named now are added.
 
     Raises:
-        SettingsError: all of this process's images are broken, or a file has gone.
+        SettingsError: a file has gone.
     """
     places = -(-len(images) // num_processes)
     schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]
@@ -173,16 +172,11 @@ def evaluation_batches(
     batches = start(loader)
     end = ending(batches)
     named = set() if broken is None else broken
-    counted = 0
     try:
         for answer in batches:
-            batch = _batch(answer, images, named)
-            counted += int((batch.labels != IGNORED_LABEL).sum())
-            yield batch
+            yield _batch(answer, images, named)
     finally:
         end()
-    if not counted and process_index < len(images):
-        raise SettingsError(f"data: none of the images for evaluation can be read; one is {images.name(process_index)}")
 
 
 class _Schedule:

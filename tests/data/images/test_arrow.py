@@ -148,6 +148,10 @@ def test_rows_without_bytes(tmp_path: Path) -> None:
     assert np.array_equal(read_pixels(train, 0), picture())
     with pytest.raises(BrokenImageError, match="neither bytes nor a path"):
         train.read(1)
+    before = train.identity
+    file.write_bytes(encoded(picture()[::-1], "PNG"))
+    again, _ = parquet(tmp_path, tmp_path / "a.parquet")
+    assert again.identity != before  # a cache of decoded images must not be taken for that of others
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

@@ -138,8 +138,7 @@ def test_all_broken(workers: int) -> None:
         list(loader.micro_batches(0))
     loader.close()
     batches = evaluation_batches(loader._images, WHOLE, batch_size=2, workers=workers)
-    with pytest.raises(SettingsError, match=r"^data: none of the images for evaluation can be read; one is image 0$"):
-        list(batches)
+    assert all((batch.labels == IGNORED_LABEL).all() for batch in batches)  # another process may have others
 
 
 @settings(max_examples=40, deadline=None)
