@@ -169,6 +169,8 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
     ("options", "message"),
     [
         (["--engin", "zero3"], "unknown option --engin; did you mean --engine?"),
+        (["--memory-gb", "inf"], "--memory-gb: inf is not allowed; it must be > 0, and finite"),
+        (["--memory-gb", "nan"], "--memory-gb: nan is not allowed; it must be > 0, and finite"),
         (["--engine", "zero33"], "--engine: zero33 is not known; did you mean zero3? there are single, ddp"),
         (["--engine", "FSDP"], "did you mean fsdp2?"),
         (["--gpu", "h100"], "--gpu: h100 is not known; did you mean h100-80gb? there are a100-40gb"),

@@ -14,6 +14,7 @@ name, every file in it was written and synced before.
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from stacey_dist.version import __version__
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+
+# A network file system that hiccups must not cost a run its newest checkpoint.
+_READINGS = 5
+_READ_AGAIN_SECONDS = 2.0
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -89,14 +94,18 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
     """Check these files of the checkpoint at `path`. Raises DamagedCheckpointError."""
     for name in names:
         file, expected = path / name, manifest["files"][name]
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
-            if sha256(file) != expected["sha256"]:
-                raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
-        except OSError as error:
-            raise DamagedCheckpointError(f"{file}: {error}") from error
+        for attempt in range(_READINGS):
+            try:
+                size = file.stat().st_size
+                if size != expected["bytes"]:
+                    raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
+                if sha256(file) != expected["sha256"]:
+                    raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
+                break
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) or attempt == _READINGS - 1:
+                    raise DamagedCheckpointError(f"{file}: {error}") from error
+                time.sleep(_READ_AGAIN_SECONDS)
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
+import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
     Raises:
         DamagedCheckpointError: a file is missing, cut short or altered; or a tensor does not fit the model. The
             model and the optimizer are not touched then, on any rank.
+        OSError: a file could not be read, on this rank or another, after its checksum was compared.
     """
     manifest = on_first(lambda: read_manifest(path)) if verified else verify_together(path)
     contents = tensors(manifest)
@@ -40,7 +42,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
     for found in each(lambda: misfits(contents, model, optimizer)):
         if found:
             raise DamagedCheckpointError(f"{path}: {found[0]}")
-    put(contents, lambda ranges: _read(path, ranges), model, optimizer)
+
+    def read(ranges: dict[str, Range]) -> None:
+        each(lambda: _read(path, ranges))
+
+    put(contents, read, model, optimizer)
     return manifest
 
 
@@ -99,4 +105,6 @@ def _read(path: Path, ranges: dict[str, Range]) -> None:
                 load(dict(ranges), storage_reader=reader, planner=RangeLoadPlanner(), no_dist=True)
             except CheckpointException as error:  # a BaseException, which no handler of errors would see
                 cause = next((failure[0] for failure in error.failures.values()), error)
-                raise OSError(f"{path}: cannot be read: {cause!r}") from error
+                raise OSError(
+                    getattr(cause, "errno", None) or errno.EIO, f"{path}: cannot be read: {cause!r}"
+                ) from error

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.planner import Range
+from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
 from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
 
@@ -31,6 +32,8 @@ def take(
         host_memory: flat tensors of an earlier call, by name, to copy into again where they fit; is brought up to
             date. New memory costs more time than the copy.
     """
+    _check_names(model)
+    base = base_optimizer(optimizer)
     host_memory = {} if host_memory is None else host_memory
     ranges: dict[str, Range] = {}
     contents: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -47,6 +50,12 @@ def take(
         contents[name] = (tuple(shape), dtype_name(flat.dtype))
 
     for f in fragments(model, optimizer):
+        for key, value in base.state.get(f.owner, {}).items():
+            if isinstance(value, Tensor) and key != "step" and key not in f.state:
+                raise SettingsError(
+                    f"{type(base).__name__} keeps {key} of {f.name} in the shape {tuple(value.shape)}; only state that "
+                    "is shaped as its parameter can be saved"
+                )
         # Ranks that hold the same share the work.
         count = f.stop - f.start
         first, last = (count * replica // f.replicas for replica in (f.replica, f.replica + 1))
@@ -90,13 +99,16 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
             keys.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
     base = base_optimizer(optimizer)
     base.state.clear()
+    # ZeRO-3's groups hold its tensors in a step only; the first group's settings stand for them.
+    groups = {param: group for group in base.param_groups for param in group["params"]}
     with torch.no_grad():
         for f in fragments(model, optimizer, empty=True):
             state = base.state[f.owner]
             for key in keys.get(f.name, []):
                 if key == "step":
                     # On the CPU, where optimizers keep it, unless they are fused for a GPU or capturable.
-                    state[key] = torch.zeros((), device=f.owner.device if _steps_on_device(base) else "cpu")
+                    on_device = _steps_on_device(base, groups.get(f.owner, base.param_groups[0]))
+                    state[key] = torch.zeros((), device=f.owner.device if on_device else "cpu")
                 elif key not in state:
                     dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
                     state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
@@ -130,10 +142,8 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
         read({name: part for name, part in wanted.items() if part.values.numel() > 0})
         for target, values in scattered:
             target.copy_(values.view(target.shape))
-        z_init = {param: group.get("z_init") for group in base.param_groups for param in group["params"]}
         for f, key, target in unsaved:  # as the optimizer itself begins
-            # ZeRO-3's groups hold its tensors in a step only; the first group's setting stands for them.
-            if key == "z" and z_init.get(f.owner, base.param_groups[0].get("z_init")) == "params":
+            if key == "z" and groups.get(f.owner, base.param_groups[0]).get("z_init") == "params":
                 target.copy_(f.weight)
         _write_rest(model, rest)
     refresh_weights(model, optimizer)
@@ -144,6 +154,7 @@ def misfits(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
 
     Frozen parameters and buffers may have another dtype here; an engine's masters are compared where they are.
     """
+    _check_names(model)
     dtypes = {f"model/{f.name}": dtype_name(f.weight.dtype) for f in fragments(model, optimizer)}
     here = {f"model/{name}": tuple(shape) for name, shape in _shapes(model).items()}
     there = {name: kind for name, kind in contents.items() if name.startswith("model/")}
@@ -160,6 +171,12 @@ def misfits(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
             f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"])
         ):
             found.append(f"the state {name}/{key} does not fit a parameter here")
+    keys = {name.rpartition("/")[2] for name in contents if name.startswith("optimizer/")} - {"step"}
+    ours_keys = set(getattr(base_optimizer(optimizer), "state_names", keys))
+    if keys and keys != ours_keys:
+        found.append(
+            f"the optimizer's state is {', '.join(sorted(keys))} there, and {', '.join(sorted(ours_keys))} here"
+        )
     return found
 
 
@@ -168,10 +185,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _steps_on_device(optimizer: Any) -> bool:
-    """Whether the optimizer keeps its step counts beside its parameters, as fused and capturable ones do."""
-    fused = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
-    return fused or bool(optimizer.defaults.get("capturable"))
+def _steps_on_device(optimizer: Any, group: dict[str, Any]) -> bool:
+    """Whether a group's step counts are kept beside its parameters, as fused and capturable optimizers do."""
+    fused = isinstance(optimizer, torch.optim.Adam) and bool(group.get("fused"))
+    return fused or bool(group.get("capturable"))
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse a model in which two tensors have one name once what wrappers add is left out."""
+    for names in (model.named_parameters(), model.named_buffers()):
+        seen: dict[str, str] = {}
+        for full_name, _ in names:
+            name = canonical_name(full_name)
+            if name in seen:
+                raise SettingsError(f"{seen[name]} and {full_name} of the model would both be saved as {name}")
+            seen[name] = full_name
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -36,6 +36,17 @@ def each(work: Callable[[], T], group: Any = None) -> list[T]:
     return [result for _, result in outcomes]
 
 
+def gathered(work: Callable[[], T], group: Any = None) -> list[T]:
+    """Do `work` on every rank and give all results, by rank, to rank 0 alone (nothing to others); raises as `each`."""
+    results: list[T] = []
+    each(lambda: results.append(work()), group)
+    if world_size() == 1:
+        return results
+    found: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(results[0], found, group=group)
+    return found or []
+
+
 def on_first(work: Callable[[], T], group: Any = None) -> T:
     """Do `work` on rank 0 and give its result to all ranks; raises as `each` does."""
     return each(work if rank() == 0 else lambda: None, group)[0]  # type: ignore[return-value]

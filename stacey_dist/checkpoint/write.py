@@ -14,7 +14,7 @@ from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
 from stacey_dist.checkpoint.planner import Range
 from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
-from stacey_dist.checkpoint.together import each, on_first, rank, world_size
+from stacey_dist.checkpoint.together import gathered, on_first, rank, world_size
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
@@ -25,8 +25,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
 
     All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything.
     The directory appears under its name when every file in it is complete and on the disk; one that is there already
-    is replaced. That takes two renames, and a kill between them leaves neither under the name: a name for each save
-    is safer.
+    is replaced. That takes two renames, and a kill between them leaves neither under the name until the next save there
+    brings the old one back: a name for each save is safer.
 
     Args:
         path: the checkpoint's directory.
@@ -51,10 +51,8 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
 
     def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(".step_*.tmp*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        for stale in (temporary, replaced):
-            shutil.rmtree(stale, ignore_errors=True)
+        _bring_back(replaced, path)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
     def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
@@ -92,18 +90,37 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         _sync(temporary)
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            _bring_back(replaced, path)
+            raise
         _sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     try:
         on_first(begin, group)
-        written = each(write_mine, group)
+        written = gathered(write_mine, group)
         on_first(finish, group)
     except BaseException:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what saves that were killed have left in a directory that nobody saves into now."""
+    for replaced in directory.glob(".step_*.tmp-replaced"):
+        _bring_back(replaced, directory / replaced.name.removeprefix(".").removesuffix(".tmp-replaced"))
+    for stale in directory.glob(".step_*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _bring_back(replaced: Path, path: Path) -> None:
+    """Undo a replacement that was not completed; remove what a completed one has left."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _wait_for(path: Path) -> None:

@@ -104,10 +104,10 @@ class ElementwiseOptimizer(Optimizer):
                 if param.grad is not None:
                     self._check_gradient(param, group)
         found_inf = getattr(self, "found_inf", None)
-        capturable = any(group.get("capturable") for group in self.param_groups)
-        if found_inf is not None and not capturable and bool(found_inf):
-            return loss
-        for group in self.param_groups:
+        groups, on_host = self.param_groups, [g for g in self.param_groups if not g.get("capturable")]
+        if found_inf is not None and on_host and bool(found_inf):
+            groups = [group for group in groups if group.get("capturable")]  # whose kernel looks at it on the device
+        for group in groups:
             self._update_group(group)
         return loss
 
@@ -185,7 +185,8 @@ class ElementwiseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. z and m come back in the group's `state_dtype`.
 
-        Raises ValueError if they have other shapes than the parameters; nothing is loaded then.
+        Raises ValueError if they have other shapes than the parameters, or are another optimizer's, or a setting is out
+        of range; nothing is loaded then.
 
         torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
         float32 ones, and float32 states of bfloat16 parameters into rounded ones. So it gets to see the step alone.
@@ -194,6 +195,10 @@ class ElementwiseOptimizer(Optimizer):
 
         def without_tensors(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             self._check_shapes(final)
+            # What an older version, or another optimizer, does not have is as in the constructor.
+            final = {**final, "param_groups": [{**self.defaults, **group} for group in final["param_groups"]]}
+            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
+                self._check_group({**saved, "params": group["params"]})
             loaded.append(final)
             kept = {
                 key: {name: value for name, value in state.items() if name not in self.state_names}
@@ -214,7 +219,11 @@ class ElementwiseOptimizer(Optimizer):
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for param, saved_id in zip(group["params"], saved_group["params"], strict=False):
-                for name, value in state_dict["state"].get(saved_id, {}).items():
+                state = state_dict["state"].get(saved_id, {})
+                if missing := [name for name in self.state_names if state and name not in state]:
+                    what = f"{', '.join(state)} and no {' and '.join(missing)}"
+                    raise ValueError(f"the state of parameter {saved_id} has {what}: it is another optimizer's")
+                for name, value in state.items():
                     if name in self.state_names and value.shape != param.shape:
                         shapes = f"{tuple(value.shape)}, and its parameter {tuple(param.shape)}"
                         raise ValueError(f"state {name} of parameter {saved_id} has the shape {shapes}")

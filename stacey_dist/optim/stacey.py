@@ -138,6 +138,9 @@ class Stacey(ElementwiseOptimizer):
             group["fused"] = True
             for param in group["params"]:
                 require(self, param.device.type == "cuda", "capturable", True, f"a parameter is on {param.device}")
+            lr = group["lr"]
+            on_gpu = not isinstance(lr, Tensor) or lr.device.type == "cuda"
+            require(self, on_gpu, "lr", lr, "a tensor must be on the GPU with capturable=True")
         if group["fused"]:
             self._check_fused(group, name)
 

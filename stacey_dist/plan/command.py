@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -163,8 +164,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
     }.items():
         value = getattr(options, option)
         if value is not None:
-            if value <= 0:
-                raise SettingsError(f"--{option.replace('_', '-')}: {value} is not allowed; it must be > 0")
+            if not 0 < value < math.inf:
+                raise SettingsError(f"--{option.replace('_', '-')}: {value} is not allowed; it must be > 0, and finite")
             changes[field] = value * GB
     return replace(gpu, **changes)
 

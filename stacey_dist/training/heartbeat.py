@@ -166,7 +166,9 @@ class Heartbeat:
 
     def _gone(self) -> bool:
         if not self._store_gone and self._line.fileno() >= 0:
-            self._store_gone = bool(select.select([self._line], [], [], 0)[0])
+            poll = select.poll()  # not select, which takes no descriptor from 1024 on
+            poll.register(self._line, select.POLLIN)
+            self._store_gone = bool(poll.poll(0))
         return self._store_gone
 
     def _read(self) -> list[int]:

@@ -80,7 +80,18 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     micro_batches = run.process_batch_size // run.micro_batch_size
     skipped_in_a_row = 0
     engine.model.train()
-    with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
+
+    def evaluate() -> bool:
+        """Whether it is the best so far."""
+        figures = _evaluate(task, engine)
+        metrics.evaluation(progress.step, figures)
+        progress.evaluated_step = progress.step
+        return progress.improves(task.score(figures))
+
+    with StopSignal() as stop, Saver(run, engine, task.data_identity, progress.kept_best_step) as saver:
+        if progress.step > progress.evaluated_step and progress.step % config.train.eval_every_steps == 0:
+            evaluate()  # the run was stopped where it would have been
+        metrics.go_on()
         while progress.step < last:
             settings = scheduled(config, progress.step, progress.skipped_steps)
             engine.set_group_settings(settings)
@@ -114,15 +125,15 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             metrics.pause()
             ending = update.requests.stop or progress.step == last
             evaluating = progress.step == last or progress.step % config.train.eval_every_steps == 0
-            improved = False
+            if update.requests.stop and progress.step < last:
+                evaluating = False  # who asked for the stop kills soon: first of all save
+            improved = evaluate() if evaluating else False
             if evaluating:
-                figures = _evaluate(task, engine)
-                metrics.evaluation(progress.step, figures)
-                improved = progress.improves(task.score(figures))
-            if evaluating or ending:
                 metrics.plot(surely=ending)
             if ending:
                 metrics.say(f"saved {saver.save_surely(progress)}")
+                if not evaluating:
+                    metrics.plot(surely=True)
             elif update.requests.save_surely:
                 saver.save_surely(progress)
             elif update.requests.save or saver.is_due(progress.step) or (improved and config.checkpoint.keep_best):

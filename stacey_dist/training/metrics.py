@@ -166,7 +166,7 @@ class Metrics:
         self._drawn = time.perf_counter()
         try:
             draw_losses(self.path, self.unit.removesuffix("s"))
-        except OSError as error:
+        except Exception as error:  # no defect of a drawing is worth a run
             self.say(f"loss.png could not be written, training goes on: {error}")
 
     def say(self, message: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
 from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.checkpoint.read import verify_together
+from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import DATA_CHANGE
@@ -29,15 +30,17 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         return Progress()
     try:
         manifest = load_checkpoint(chosen, engine.model, engine.optimizer, verified=True)
-    except DamagedCheckpointError as error:
+    except (DamagedCheckpointError, OSError) as error:
         run.fail(f"{_setting(run, chosen)}: {error}")
     extra = manifest["extra"]
-    progress = Progress(extra["step"], extra["position"], extra["skipped_steps"])
+    progress = Progress(extra["step"], extra["position"], extra["skipped_steps"], evaluated_step=extra["step"])
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
     if _setting(run, chosen) == "run_dir":  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
+        progress.kept_best_step = extra.get("kept_best_step")
+        progress.evaluated_step = extra.get("evaluated_step", progress.step)
     run.say(f"resumed from {chosen} after {progress.step} updates")
     return progress
 
@@ -45,7 +48,7 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 def _choose(run: Run, data_identity: str) -> Path | None:
     """The checkpoint to go on from. What is passed over is said. All processes call it together."""
     source = run.config.checkpoint.resume_from
-    found = run.on_main(lambda: find_checkpoints(run.directory / "checkpoints"))
+    found = run.on_main(lambda: _find(run.directory / "checkpoints"))
     for path in found:
         try:
             extra = verify_together(path)["extra"]
@@ -70,6 +73,12 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         run.fail(f"checkpoint.resume_from: {error}")
     run.on_main(lambda: _check_source(run, Path(source), extra, data_identity))
     return Path(source)
+
+
+def _find(directory: Path) -> list[Path]:
+    """The checkpoints in the run's directory, newest first, without what a run that was killed in a save has left."""
+    clear_leftovers(directory)
+    return find_checkpoints(directory)
 
 
 def _setting(run: Run, path: Path) -> str:

@@ -30,6 +30,10 @@ class Progress:
     """After which update the evaluation was best."""
     best_score: float | None = None
     """How good it was: higher is better."""
+    kept_best_step: int | None = None
+    """The best of which there is a checkpoint, where `checkpoint.keep_best`."""
+    evaluated_step: int = 0
+    """After which update it was last evaluated."""
 
     def improves(self, score: float) -> bool:
         """Whether an evaluation is the best so far; if it is, it is noted."""
@@ -51,14 +55,15 @@ class Saver:
         run: the run.
         engine: what is saved.
         data_identity: differs where the data do.
+        best: the update whose checkpoint is kept as the best, if there is one.
     """
 
-    def __init__(self, run: Run, engine: Engine, data_identity: str) -> None:
+    def __init__(self, run: Run, engine: Engine, data_identity: str, best: int | None = None) -> None:
         self.run, self.engine, self.data_identity = run, engine, data_identity
         self.settings = run.config.checkpoint
         self._background = BackgroundSaver()
         self._since = time.monotonic()
-        self._best: int | None = None
+        self._best = best
 
     def __enter__(self) -> "Saver":
         return self
@@ -109,6 +114,7 @@ class Saver:
         self._since = time.monotonic()
         extra = {
             **asdict(progress),
+            "kept_best_step": self._best,
             "config": to_dict(self.run.config),
             "data_identity": self.data_identity,
             "engine": self.engine.name,

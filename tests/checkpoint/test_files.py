@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +14,18 @@ from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
+    manifest,
     read_tensors,
     retain,
     save_checkpoint,
     verify,
+    write,
 )
 from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, sha256, step_of
 from stacey_dist.checkpoint.planner import Range
 from stacey_dist.checkpoint.shard import shard_name, write_shard
+from stacey_dist.checkpoint.write import clear_leftovers
+from stacey_dist.errors import SettingsError
 from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.optimizers import build_optimizer
 
@@ -191,11 +196,13 @@ def test_one_of_the_same_name_is_replaced_once_the_new_one_is_complete(tmp_path,
 def test_retention_and_strangers(tmp_path):
     model = make_model()
     optimizer = build_optimizer(model, OptimizerConfig(), 0)
-    (tmp_path / ".step_00000009.tmp-1").mkdir()  # left by a kill
+    (tmp_path / ".step_00000009.tmp").mkdir()  # left by a kill, or of somebody who saves beside this
     (tmp_path / "notes").mkdir()
     (tmp_path / "step_best").mkdir()
     for step in (5, 100, 20):
         save(tmp_path, step, model, optimizer, {})
+    assert (tmp_path / ".step_00000009.tmp").exists()
+    clear_leftovers(tmp_path)
     retain(tmp_path / "step_00000100", keep_last=2)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
@@ -203,6 +210,78 @@ def test_retention_and_strangers(tmp_path):
     saved = save(tmp_path, 40, model, optimizer, {})
     retain(saved, keep_last=1)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
+
+
+@pytest.mark.parametrize("again", ["save", "clear"])
+def test_a_replacement_that_is_not_completed_keeps_the_old_one(tmp_path, monkeypatch, again):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    path = save(tmp_path, 7, model, optimizer, {"number": 1})
+    rename = Path.rename
+
+    def breaks(self, target):
+        if self.name.endswith((".tmp", ".safetensors")):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", breaks)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path, 7, model, optimizer, {"number": 2})
+    monkeypatch.undo()
+    assert verify(path)["extra"] == {"number": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    path.rename(tmp_path / f".{path.name}.tmp-replaced")  # a kill between the two renames
+    if again == "clear":
+        clear_leftovers(tmp_path)
+    else:  # and this save fails
+        monkeypatch.setattr(write, "write_shard", breaks)
+        with pytest.raises(OSError, match="Input/output error"):
+            save(tmp_path, 7, model, optimizer, {"number": 3})
+    assert verify(path)["extra"] == {"number": 1}
+
+
+def test_a_file_that_cannot_be_read_for_a_moment(tmp_path, monkeypatch):
+    path = save(tmp_path, 1, model := make_model(), build_optimizer(model, OptimizerConfig(), 0), {})
+    failures = iter([OSError(116, "Stale file handle"), OSError(5, "Input/output error")])
+
+    def hiccup(file):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return sha256(file)
+
+    monkeypatch.setattr(manifest, "sha256", hiccup)
+    monkeypatch.setattr(manifest, "_READ_AGAIN_SECONDS", 0.0)
+    verify(path)
+    monkeypatch.setattr(manifest, "sha256", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(DamagedCheckpointError, match="Input/output error"):
+        verify(path)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    model = torch.nn.Module()
+    model.module = torch.nn.Linear(2, 2, bias=False)
+    model.weight = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(SettingsError, match=r"weight and module\.weight of the model would both be saved as weight"):
+        save(tmp_path, 1, model, Stacey(model.parameters()), {})
+
+
+def test_state_that_cannot_be_saved_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.NAdam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(SettingsError, match=r"NAdam keeps mu_product of weight in the shape \(\)"):
+        save(tmp_path, 1, model, optimizer, {})
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = save(tmp_path, 1, model, optimizer, {})
+    with pytest.raises(DamagedCheckpointError, match="state is exp_avg, exp_avg_sq there, and m, z here"):
+        load_checkpoint(path, model, Stacey(model.parameters()))
 
 
 def test_checkpoints_that_are_kept_for_good(tmp_path):

@@ -192,6 +192,28 @@ def test_state_that_an_engine_widened_comes_back_narrow():
     assert_equal_runs((model, optimizer), (other, other_optimizer))
 
 
+def test_the_state_dict_of_another_optimizer_is_refused_and_nothing_is_loaded():
+    model = make_model()
+    optimizer = Stacey(model.parameters(), lr=0.01, alpha=0.5)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    other_model = make_model()
+    other = torch.optim.AdamW(other_model.parameters(), lr=0.1)
+    train(other_model, other, 1)
+    with pytest.raises(ValueError, match="has step, exp_avg, exp_avg_sq and no z and m: it is another optimizer's"):
+        optimizer.load_state_dict(other.state_dict())
+    bad = copy.deepcopy(before)
+    bad["param_groups"][0]["tau"] = 2.0
+    with pytest.raises(ValueError, match=r"tau=2\.0 is not allowed"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], value) for name, value in before["state"][number].items())
+    older = copy.deepcopy(before)
+    del older["param_groups"][0]["alpha"]  # as before there was such a setting
+    Stacey(make_model().parameters(), alpha=0.25).load_state_dict(older)
+
+
 def test_load_state_dict_hooks_see_the_right_dtypes():
     model = make_model()
     optimizer = Stacey(model.parameters())

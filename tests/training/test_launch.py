@@ -74,15 +74,22 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, number):
     directory, config, _ = uninterrupted
-    output, status = launch_and_signal(number, 7, tmp_path / "run", "--config", config)
+    # Each update is evaluated, but not the one after which it stops: who sent the signal will not wait.
+    arguments = ("--config", config, "--train.eval_every_steps", 1)
+    output, status = launch_and_signal(number, 7, tmp_path / "run", *arguments)
     assert status == 128 + number
     assert "the same command goes on from here" in output
     step = max(row["step"] for row in training_rows(tmp_path / "run"))
     assert f"after update {step};" in output
     assert 7 <= step < 40
-    output = launch("--config", config, "--run_dir", tmp_path / "run")
+    assert max(row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row) == step - 1
+    output = launch(*arguments, "--run_dir", tmp_path / "run")
     assert f"after {step} updates" in output
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
+    evaluations = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "run") if "eval_loss" in row}
+    assert list(evaluations) == list(range(1, 41))
+    for row in rows(directory / "run"):
+        assert "eval_loss" not in row or evaluations[row["step"]] == row["eval_loss"]
 
 
 def test_starting_a_complete_run_again_says_so(uninterrupted):

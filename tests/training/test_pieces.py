@@ -272,3 +272,4 @@ def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
         saver._retain(checkpoint_path(run, step), best)
         left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
         assert left == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]
+        saver = Saver(run, None, "data", saver._best)  # a run that goes on knows it from its checkpoint
