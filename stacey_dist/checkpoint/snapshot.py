@@ -1,17 +1,22 @@
 """What a rank writes of a model and its optimizer, and how what was read goes back; no engine is known here."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.together import rank, world_size
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
 from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
+
+# Frozen parameters are read as wholes on each rank, this much of them at a time.
+_BATCH_BYTES = 1 << 30
 
 # The shape and the dtype's name of each whole tensor, by name.
 Contents = Mapping[str, tuple[tuple[int, ...], str]]
@@ -69,14 +74,15 @@ def take(
         shape = getattr(param, "ds_shape", param.shape)
         if shape.numel() == 0:
             contents[f"model/{name}"] = (tuple(shape), dtype_name(param.dtype))
-    writes_the_rest = not dist.is_initialized() or dist.get_rank() == 0
+    # Frozen parameters are whole for a moment, one after another; the ranks take turns in keeping them.
+    turns = itertools.cycle(range(world_size()))
     for name, param in _frozen(model):
         with _gathered(param, write=False):
             whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-            if writes_the_rest:
+            if next(turns) == rank():
                 add(f"model/{name}", whole.shape, 0, whole)
-    for name, buffer in _persistent_buffers(model):
-        if writes_the_rest:
+    for name, buffer in _persistent_buffers(model):  # statistics may differ between ranks, and belong together
+        if rank() == 0:
             add(f"model/{name}", buffer.shape, 0, buffer)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -134,18 +140,16 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
                     unsaved.append((f, key, target))
             if f.step is not None and f"optimizer/{f.name}/step" in contents:
                 wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1), 1)
-        rest = {
-            name: torch.empty(shape.numel(), dtype=getattr(torch, contents[f"model/{name}"][1]))
-            for name, shape in _rest_shapes(model).items()
-        }
-        wanted |= {f"model/{name}": Range(0, values, values.numel()) for name, values in rest.items()}
         read({name: part for name, part in wanted.items() if part.values.numel() > 0})
         for target, values in scattered:
             target.copy_(values.view(target.shape))
         for f, key, target in unsaved:  # as the optimizer itself begins
             if key == "z" and groups.get(f.owner, base.param_groups[0]).get("z_init") == "params":
                 target.copy_(f.weight)
-        _write_rest(model, rest)
+        for kinds in _batches({name: contents[f"model/{name}"] for name in _rest_shapes(model)}):
+            rest = {name: torch.empty(math.prod(shape), dtype=dtype) for name, (shape, dtype) in kinds.items()}
+            read({f"model/{n}": Range(0, values, values.numel()) for n, values in rest.items() if values.numel()})
+            _write_rest(model, rest)
     refresh_weights(model, optimizer)
 
 
@@ -213,6 +217,20 @@ def _rest_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: shape for name, shape in _shapes(model).items() if name in names}
 
 
+def _batches(contents: Contents) -> Iterator[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The shapes and dtypes of tensors, so many at a time as make up some `_BATCH_BYTES`."""
+    batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    size = 0
+    for name, (shape, dtype) in contents.items():
+        batch[name] = shape, getattr(torch, dtype)
+        size += math.prod(shape) * batch[name][1].itemsize
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     persistent = {canonical_name(name) for name in model.state_dict()}
     named = ((canonical_name(name), buffer) for name, buffer in model.named_buffers())
@@ -224,8 +242,10 @@ def _frozen(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _write_rest(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Frozen parameters and persistent buffers, from their flattened values."""
+    """Those frozen parameters and persistent buffers of which there are flattened values."""
     for name, param in _frozen(model):
+        if name not in values:
+            continue
         with _gathered(param, write=True):
             if hasattr(param, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
@@ -235,7 +255,8 @@ def _write_rest(model: nn.Module, values: dict[str, Tensor]) -> None:
             else:
                 param.copy_(values[name].view(param.shape))
     for name, buffer in _persistent_buffers(model):
-        buffer.copy_(values[name].view(buffer.shape))
+        if name in values:
+            buffer.copy_(values[name].view(buffer.shape))
 
 
 def _gathered(param: Any, *, write: bool) -> AbstractContextManager[Any]:

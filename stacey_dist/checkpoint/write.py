@@ -23,7 +23,8 @@ _VISIBLE_SECONDS = 60.0
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> Path:
     """Save weights, buffers and optimizer state as the directory `path`, from any engine; returns `path`.
 
-    All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything.
+    All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything
+    but frozen parameters, one after another.
     The directory appears under its name when every file in it is complete and on the disk; one that is there already
     is replaced. That takes two renames, and a kill between them leaves neither under the name until the next save there
     brings the old one back: a name for each save is safer.

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from stacey_dist.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
+    read,
+    read_tensors,
     save_checkpoint,
+    snapshot,
     verify,
     write,
 )
@@ -162,7 +166,57 @@ def check_parameters_without_state_begin_where_they_are(directory):
         assert found > 0, engine
 
 
+def check_a_file_that_one_rank_cannot_read(directory):
+    trainer = make(steps=1)
+    path = save_checkpoint(directory / "step_00000001", trainer.model, trainer.optimizer)
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    original, read._read = read._read, broken if last else read._read
+    try:
+        with pytest.raises(OSError if last else FailedOnAnotherRankError, match="Input/output error"):
+            load_checkpoint(path, trainer.model, trainer.optimizer)
+    finally:
+        read._read = original
+
+
+def check_frozen_parameters_are_written_in_turns(directory):
+    def frozen_too(engine):
+        model = Awkward(scalar=False)
+        for part in (model.large, model.one):
+            part.weight.requires_grad_(False)
+        return Trainer(engine, model, group_settings(CASE), *CASES[CASE])
+
+    snapshot._BATCH_BYTES, original = 1, snapshot._BATCH_BYTES  # and read one after another
+    try:
+        for engine in ("ddp", "zero3", "fsdp2"):
+            trainer = frozen_too(engine)
+            path = save_checkpoint(directory / engine / "step_00000001", trainer.model, trainer.optimizer)
+            writers = {
+                name: file.name[:11]
+                for file in path.glob("*.safetensors")
+                for name in load_file(file)
+                if name in ("model/large.weight", "model/one.weight", "model/frozen.weight")
+            }
+            assert len(writers) == 3, engine
+            assert len(set(writers.values())) == dist.get_world_size(), engine
+            expected = read_tensors(path)
+            other = frozen_too(engine)
+            with torch.no_grad():
+                for param in other.model.parameters():
+                    getattr(param, "to_local", lambda param=param: param)().zero_()
+            load_checkpoint(path, other.model, other.optimizer)
+            again = read_tensors(save_checkpoint(directory / engine / "step_00000002", other.model, other.optimizer))
+            assert all(torch.equal(again[name], tensor) for name, tensor in expected.items()), engine
+    finally:
+        snapshot._BATCH_BYTES = original
+
+
 CHECKS = {
+    "a file that one rank cannot read": check_a_file_that_one_rank_cannot_read,
+    "frozen parameters are written in turns": check_frozen_parameters_are_written_in_turns,
     "parameters without state begin where they are": check_parameters_without_state_begin_where_they_are,
     "an altered file of any rank is named on all": check_an_altered_file_of_any_rank_is_named_on_all,
     "a directory that ranks do not share": check_a_directory_that_ranks_do_not_share,
