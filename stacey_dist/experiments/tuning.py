@@ -1,14 +1,18 @@
 """The search for an optimizer's settings, with Optuna: resumable, with pruning, in parallel.
 
-Sampling is Optuna's multivariate TPE; runs that are worse than the median of the others at the same evaluation are
-ended early. What is suggested is a function of the study's seed, the trial's number and the trials finished before,
-so one worker that is killed goes on to the same result; with several workers it depends on who is faster.
+The first third of the runs is dealt out evenly over all ranges and choices, for eight runs drawn at random may well
+miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs that are worse than the median of
+the others at the same evaluation are ended early. What is suggested is a function of the study's seed, the trial's
+number and the trials finished before, so one worker that is killed goes on to the same result; with several workers it
+depends on who is faster.
 """
 
 import itertools
 import math
 import os
+import random
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     import optuna
 
 _SHOWN = 5
-_STARTUP_SHARE = 1 / 3  # of the trials are drawn at random, before TPE takes over
+_STARTUP_SHARE = 1 / 3  # of the trials are dealt out, before TPE takes over
 _FIRST_PRUNED = 3  # the evaluation before which no run is ended
 
 
@@ -114,9 +118,15 @@ class Tuner:
             return None
         number = self._left[0].number if self._left else len(self.study.trials)
         startup = max(1, round(_STARTUP_SHARE * self.trials))
-        self.study.sampler = self.optuna.samplers.TPESampler(
+        samplers = self.optuna.samplers
+        sampler: optuna.samplers.BaseSampler = samplers.TPESampler(
             n_startup_trials=startup, multivariate=True, seed=1000 * self.seed + number
         )
+        if number < startup:
+            with warnings.catch_warnings():  # it is called experimental; so far it has changed little
+                warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+                sampler = samplers.PartialFixedSampler(self._dealt(number, startup), sampler)
+        self.study.sampler = sampler
         trial = self._left.pop(0) if self._left else self.study.ask()  # one that was begun has what was suggested
         for name, values in self.sweep.space.items():
             if not isinstance(values, Range):
@@ -126,6 +136,22 @@ class Tuner:
             else:
                 trial.suggest_float(name, values.low, values.high, log=values.log)
         return trial
+
+    def _dealt(self, number: int, count: int) -> dict[str, Any]:
+        """The settings of one of `count` runs that have, of each setting, one value in each of as many parts (a Latin
+        hypercube)."""
+        settings: dict[str, Any] = {}
+        for name, values in self.sweep.space.items():
+            draw = random.Random(f"{self.seed} {name}")
+            part = draw.sample(range(count), count)[number]
+            place = (part + [draw.random() for _ in range(count)][number]) / count
+            if not isinstance(values, Range):
+                settings[name] = list(_choices(values))[part % len(values)]
+                continue
+            low, high = values.low, values.high
+            value = low * (high / low) ** place if values.log else low + (high - low) * place
+            settings[name] = round(value) if values.whole else value
+        return settings
 
     def _try(self, trial: "optuna.trial.Trial") -> None:
         settings = {**self.sweep.fixed, **self._settings(trial.params), **self.overrides}

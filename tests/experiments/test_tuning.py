@@ -1,6 +1,7 @@
 """The search: the count of runs, pruning, the order of what is found, kills, and the command."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -87,6 +88,16 @@ def test_as_many_runs_as_asked_for_best_first(sweep, tmp_path, pretended):
     more = Tuner(sweep, tmp_path, trials=25).run()
     assert len(pretended.made) == 25  # five more
     assert [row for row in more if row["number"] < 20] == found
+
+
+def test_the_first_third_is_dealt_out_evenly(sweep, tmp_path, pretended):
+    found = sorted(Tuner(sweep, tmp_path, trials=9).run(), key=lambda row: row["number"])[:3]
+    assert len({str(row["settings"]["optimizer.betas"]) for row in found}) == 3
+    lr = sweep.space["optimizer.lr"]
+    parts = [3 * math.log(row["settings"]["optimizer.lr"] / lr.low) / math.log(lr.high / lr.low) for row in found]
+    assert sorted(map(int, parts)) == [0, 1, 2]
+    other = Tuner(sweep, tmp_path / "other", trials=9, seed=1).run()
+    assert not {str(row["settings"]) for row in found} & {str(row["settings"]) for row in other}
 
 
 def test_it_finds_better_settings_than_chance(sweep, tmp_path, pretended):
