@@ -71,7 +71,7 @@ def directory(tmp_path):
 
 def test_the_newest_is_taken(directory, capsys):
     progress, weights, run = directory.start()
-    assert progress == Progress(20, 320, 1)
+    assert progress == Progress(20, 320, 1, evaluated_step=20)
     assert weights == [20]
     assert run.tracker_ids == {"wandb": "abc"}
     assert f"resumed from {directory.checkpoint(20)} after 20 updates" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def empty(file):
 def test_a_damaged_one_is_passed_over(directory, capsys, damage, pattern):
     (file,) = directory.checkpoint(20).glob(pattern)
     damage(file)
-    assert directory.start()[:2] == (Progress(10, 160, 1), [10])
+    assert directory.start()[:2] == (Progress(10, 160, 1, evaluated_step=10), [10])
     assert f"passed over a damaged checkpoint: {file}" in capsys.readouterr().out
 
 
@@ -156,7 +156,10 @@ def test_a_changed_run_is_refused_unless_the_change_is_wanted(directory, capsys,
     others = [other for _, other, _ in CHANGES if other != name]
     with pytest.raises(SettingsError, match="is of another run"):
         directory.start(**change, checkpoint__allow_changes=others)
-    assert directory.start(**change, checkpoint__allow_changes=[name])[:2] == (Progress(20, 320, 1), [20])
+    assert directory.start(**change, checkpoint__allow_changes=[name])[:2] == (
+        Progress(20, 320, 1, evaluated_step=20),
+        [20],
+    )
     if name != "data":
         assert f"changed since the checkpoint: {line}" in capsys.readouterr().out
 
@@ -187,7 +190,7 @@ def test_resume_from_begins_a_run_and_the_same_command_goes_on_with_it(directory
     source = str(directory.checkpoint(10))
     branch = Directory(tmp_path / "branch", steps=())
     progress, weights, run = branch.start(checkpoint__resume_from=source)
-    assert (progress, weights) == (Progress(10, 160, 1), [10])
+    assert (progress, weights) == (Progress(10, 160, 1, evaluated_step=10), [10])
     assert run.tracker_ids == {}  # its own trackers, not those of the run that it branches off
     branch.save(15, checkpoint__resume_from=source)
     assert branch.start(checkpoint__resume_from=source)[1] == [15]
@@ -244,9 +247,9 @@ def test_an_imported_one_has_nothing_to_compare_with(directory, tmp_path, capsys
     extra = {"step": 3, "position": 48, "skipped_steps": 0}
     imported = save_checkpoint(tmp_path / "imported", model, Stacey(model.parameters()), extra)
     branch = Directory(tmp_path / "branch", steps=())
-    assert branch.start(checkpoint__resume_from=str(imported), seed=9)[0] == Progress(3, 48, 0)
+    assert branch.start(checkpoint__resume_from=str(imported), seed=9)[0] == Progress(3, 48, 0, evaluated_step=3)
     assert "there are no settings to compare with" in capsys.readouterr().out
     shutil.copytree(imported, branch.checkpoint(3))
-    assert branch.start()[0] == Progress(3, 48, 0)
+    assert branch.start()[0] == Progress(3, 48, 0, evaluated_step=3)
     with pytest.raises(SettingsError, match="did not come from there"):
         branch.start(checkpoint__resume_from=str(imported))
