@@ -46,16 +46,13 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
     """The exit status of a command; an error that a user can do something about is one line, begun by its program."""
     try:
         return work()
-    except ForeignCheckpointError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
     except DamagedCheckpointError as error:
         print(f"{program}: {_what_is_wrong(error)}", file=sys.stderr)
         return 1
     except SettingsError as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
-    except (OSError, TrialError) as error:
+    except (ForeignCheckpointError, OSError, TrialError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -93,19 +93,24 @@ def verify(path: Path) -> dict[str, Any]:
 def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
     """Check these files of the checkpoint at `path`. Raises DamagedCheckpointError."""
     for name in names:
-        file, expected = path / name, manifest["files"][name]
-        for attempt in range(_READINGS):
-            try:
-                size = file.stat().st_size
-                if size != expected["bytes"]:
-                    raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
-                if sha256(file) != expected["sha256"]:
-                    raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
-                break
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) or attempt == _READINGS - 1:
-                    raise DamagedCheckpointError(f"{file}: {error}") from error
-                time.sleep(_READ_AGAIN_SECONDS)
+        try:
+            _verify_file(path / name, manifest["files"][name])
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path / name}: {error}") from error
+
+
+def _verify_file(file: Path, expected: dict[str, Any], readings: int = _READINGS) -> None:
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or readings == 1:
+            raise
+        time.sleep(_READ_AGAIN_SECONDS)
+        _verify_file(file, expected, readings - 1)
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:

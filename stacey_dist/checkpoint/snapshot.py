@@ -1,6 +1,5 @@
 """What a rank writes of a model and its optimizer, and how what was read goes back; no engine is known here."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -75,11 +74,10 @@ def take(
         if shape.numel() == 0:
             contents[f"model/{name}"] = (tuple(shape), dtype_name(param.dtype))
     # Frozen parameters are whole for a moment, one after another; the ranks take turns in keeping them.
-    turns = itertools.cycle(range(world_size()))
-    for name, param in _frozen(model):
+    for number, (name, param) in enumerate(_frozen(model)):
         with _gathered(param, write=False):
             whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-            if next(turns) == rank():
+            if number % world_size() == rank():
                 add(f"model/{name}", whole.shape, 0, whole)
     for name, buffer in _persistent_buffers(model):  # statistics may differ between ranks, and belong together
         if rank() == 0:
@@ -105,15 +103,20 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
             keys.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
     base = base_optimizer(optimizer)
     base.state.clear()
-    # ZeRO-3's groups hold its tensors in a step only; the first group's settings stand for them.
     groups = {param: group for group in base.param_groups for param in group["params"]}
+
+    def group_of(f: Fragment) -> dict[str, Any]:
+        # ZeRO-3's groups hold its tensors in a step only; the first group's settings stand for them.
+        found: dict[str, Any] = groups.get(f.owner, base.param_groups[0])
+        return found
+
     with torch.no_grad():
         for f in fragments(model, optimizer, empty=True):
             state = base.state[f.owner]
             for key in keys.get(f.name, []):
                 if key == "step":
                     # On the CPU, where optimizers keep it, unless they are fused for a GPU or capturable.
-                    on_device = _steps_on_device(base, groups.get(f.owner, base.param_groups[0]))
+                    on_device = _steps_on_device(base, group_of(f))
                     state[key] = torch.zeros((), device=f.owner.device if on_device else "cpu")
                 elif key not in state:
                     dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
@@ -140,16 +143,18 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
                     unsaved.append((f, key, target))
             if f.step is not None and f"optimizer/{f.name}/step" in contents:
                 wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1), 1)
-        read({name: part for name, part in wanted.items() if part.values.numel() > 0})
+        batches = list(_batches({name: contents[f"model/{name}"] for name in _rest_shapes(model)}))
+        for kinds in batches or [{}]:  # the first one with all else: each reading opens every file
+            rest = {name: torch.empty(math.prod(shape), dtype=dtype) for name, (shape, dtype) in kinds.items()}
+            wanted |= {f"model/{name}": Range(0, values, values.numel()) for name, values in rest.items()}
+            read({name: part for name, part in wanted.items() if part.values.numel() > 0})
+            _write_rest(model, rest)
+            wanted = {}
         for target, values in scattered:
             target.copy_(values.view(target.shape))
         for f, key, target in unsaved:  # as the optimizer itself begins
-            if key == "z" and groups.get(f.owner, base.param_groups[0]).get("z_init") == "params":
+            if key == "z" and group_of(f).get("z_init") == "params":
                 target.copy_(f.weight)
-        for kinds in _batches({name: contents[f"model/{name}"] for name in _rest_shapes(model)}):
-            rest = {name: torch.empty(math.prod(shape), dtype=dtype) for name, (shape, dtype) in kinds.items()}
-            read({f"model/{n}": Range(0, values, values.numel()) for n, values in rest.items() if values.numel()})
-            _write_rest(model, rest)
     refresh_weights(model, optimizer)
 
 

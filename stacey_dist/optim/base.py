@@ -104,9 +104,10 @@ class ElementwiseOptimizer(Optimizer):
                 if param.grad is not None:
                     self._check_gradient(param, group)
         found_inf = getattr(self, "found_inf", None)
-        groups, on_host = self.param_groups, [g for g in self.param_groups if not g.get("capturable")]
-        if found_inf is not None and on_host and bool(found_inf):
-            groups = [group for group in groups if group.get("capturable")]  # whose kernel looks at it on the device
+        groups = self.param_groups
+        capturable = [group for group in groups if group.get("capturable")]  # their kernel looks at it on the device
+        if found_inf is not None and len(capturable) < len(groups) and bool(found_inf):
+            groups = capturable
         for group in groups:
             self._update_group(group)
         return loss

@@ -10,7 +10,6 @@ eta = `lr`, alpha the dual step, tau the coupling, lambda = `weight_decay`, beta
 """
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +19,9 @@ from torch import Tensor
 from stacey_dist.optim.power import exp2_sum, log2_parts, power, split
 
 Variant = Literal["p2", "pp", "2p"]
+
+# What rounds to a half in float32, in which kernels have beta.
+_HALF = 0.5 - 2.0**-26
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +66,9 @@ def stacey_update(
 
 def interpolate(m: Tensor, g: Tensor, beta: float) -> Tensor:
     """beta m + (1 - beta) g, from the nearer end: coefficients rounded by themselves would not add up to one."""
-    if (beta if m.dtype == torch.float64 else _rounded(beta)) >= 0.5:  # as kernels, which have it in float32, compare
+    if beta >= _HALF:
         return (g - m).mul_(1.0 - beta).add_(m)
     return (m - g).mul_(beta).add_(g)
-
-
-def _rounded(value: float) -> float:
-    """To float32."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
 
 
 def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float) -> Tensor:

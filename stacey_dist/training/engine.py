@@ -4,6 +4,7 @@ The training loop is the same everywhere; what differs is who sums, clips and ap
 scale lives.
 """
 
+import functools
 import gc
 import math
 from collections.abc import Iterator
@@ -84,10 +85,13 @@ class Engine:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
+    @functools.cached_property
+    def _statistics(self) -> list[Tensor]:
+        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
+        return [buffer for norm in norms for buffer in norm.buffers()]
+
     def keep_statistics(self) -> None:
         """Remember batch norms' statistics: the forward pass moves them, even of an update that is then left out."""
-        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
-        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._kept_statistics = [buffer.clone() for buffer in self._statistics]
 
     def restore_statistics(self) -> None:

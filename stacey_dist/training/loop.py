@@ -88,10 +88,10 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
         progress.evaluated_step = progress.step
         return progress.improves(task.score(figures))
 
-    with StopSignal() as stop, Saver(run, engine, task.data_identity, progress.kept_best_step) as saver:
+    with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
         if progress.step > progress.evaluated_step and progress.step % config.train.eval_every_steps == 0:
             evaluate()  # the run was stopped where it would have been
-        metrics.go_on()
+            metrics.go_on()
         while progress.step < last:
             settings = scheduled(config, progress.step, progress.skipped_steps)
             engine.set_group_settings(settings)
@@ -123,21 +123,19 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             epoch = progress.position / task.samples_per_epoch
             metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=settings["lr"], grad_norm=update.grad_norm)
             metrics.pause()
-            ending = update.requests.stop or progress.step == last
-            evaluating = progress.step == last or progress.step % config.train.eval_every_steps == 0
-            if update.requests.stop and progress.step < last:
-                evaluating = False  # who asked for the stop kills soon: first of all save
-            improved = evaluate() if evaluating else False
-            if evaluating:
-                metrics.plot(surely=ending)
+            complete = progress.step == last
+            ending = update.requests.stop or complete
+            # Who asked for a stop kills soon: then saving comes first, and the evaluation when the run goes on.
+            evaluating = complete or (progress.step % config.train.eval_every_steps == 0 and not ending)
+            improved = evaluating and evaluate()
             if ending:
                 metrics.say(f"saved {saver.save_surely(progress)}")
-                if not evaluating:
-                    metrics.plot(surely=True)
             elif update.requests.save_surely:
                 saver.save_surely(progress)
             elif update.requests.save or saver.is_due(progress.step) or (improved and config.checkpoint.keep_best):
                 saver.save(progress)
+            if evaluating or ending:
+                metrics.plot(surely=ending)
             if update.requests.stop:
                 number = int(stop.received or 15)
                 # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.

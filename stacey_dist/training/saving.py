@@ -55,15 +55,13 @@ class Saver:
         run: the run.
         engine: what is saved.
         data_identity: differs where the data do.
-        best: the update whose checkpoint is kept as the best, if there is one.
     """
 
-    def __init__(self, run: Run, engine: Engine, data_identity: str, best: int | None = None) -> None:
+    def __init__(self, run: Run, engine: Engine, data_identity: str) -> None:
         self.run, self.engine, self.data_identity = run, engine, data_identity
         self.settings = run.config.checkpoint
         self._background = BackgroundSaver()
         self._since = time.monotonic()
-        self._best = best
 
     def __enter__(self) -> "Saver":
         return self
@@ -114,7 +112,6 @@ class Saver:
         self._since = time.monotonic()
         extra = {
             **asdict(progress),
-            "kept_best_step": self._best,
             "config": to_dict(self.run.config),
             "data_identity": self.data_identity,
             "engine": self.engine.name,
@@ -124,15 +121,17 @@ class Saver:
         }
         path = checkpoint_path(self.run, progress.step)
         best = progress.best_step if self.settings.keep_best else None
-        self._background.save(path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path, best))
+        self._background.save(
+            path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path, best, progress)
+        )
         return path
 
-    def _retain(self, saved: Path, best: int | None) -> None:
+    def _retain(self, saved: Path, best: int | None, progress: Progress) -> None:
         if self.run.accelerator.is_main_process:
             try:
                 # A better one whose save failed is not there; the best that is stays until the next is complete.
                 if best is not None and checkpoint_path(self.run, best).exists():
-                    self._best = best
-                retain(saved, self.settings.keep_last, self.settings.keep_every, self._best)
+                    progress.kept_best_step = best
+                retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
             except OSError as error:
                 print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)

@@ -20,7 +20,7 @@ from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
 from stacey_dist.training.run import separate_runs_of_a_sweep, user_errors
-from stacey_dist.training.saving import Saver, checkpoint_path
+from stacey_dist.training.saving import Progress, Saver, checkpoint_path
 
 
 class FakeStream:
@@ -266,10 +266,9 @@ def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
     config = RunConfig(run_dir=str(tmp_path))
     config.checkpoint.keep_last = 1
     run = SimpleNamespace(config=config, directory=tmp_path, accelerator=SimpleNamespace(is_main_process=True))
-    saver = Saver(run, None, "data")
+    saver, progress = Saver(run, None, "data"), Progress()  # a run that goes on has it from its checkpoint
     for step, best in ((1, 1), (2, 1), (4, 3), (5, 5)):  # the best after update 3 was not saved
         checkpoint_path(run, step).mkdir(parents=True)
-        saver._retain(checkpoint_path(run, step), best)
+        saver._retain(checkpoint_path(run, step), best, progress)
         left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
         assert left == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]
-        saver = Saver(run, None, "data", saver._best)  # a run that goes on knows it from its checkpoint
