@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
+from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import PLAIN_TYPES, Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.registry import support_in_deepspeed
 
@@ -312,50 +313,3 @@ def _update_moving_elements(update: ChunkUpdate, weight: Tensor, gradient: Tenso
     update(weight, gradient, *states)
     for tensor, old in zip((weight, *states), before, strict=True):
         tensor.copy_(torch.where(gradient == 0, old, tensor))
-
-
-def require(optimizer: Optimizer, condition: bool, setting: str, value: object, allowed: str) -> None:
-    """Raise ValueError naming the setting, its value and what is allowed, unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"{type(optimizer).__name__}: {setting}={value!r} is not allowed; {allowed}")
-
-
-def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Check and canonicalize the settings that every optimizer here has: lr, p, eps, weight_decay."""
-    for setting in ("p", "eps", "weight_decay"):  # JSON has no infinity, and YAML reads 1e-8 as text
-        group[setting] = as_float(optimizer, setting, group[setting])
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        require(optimizer, lr.numel() == 1, "lr", lr, "a tensor must have one element")
-    else:
-        group["lr"] = as_float(optimizer, "lr", lr)
-    require(optimizer, 0 <= float(lr) < float("inf"), "lr", lr, "it must be a finite number >= 0")
-    require(optimizer, group["p"] >= 2, "p", group["p"], "it must be a number >= 2, or infinity")
-    for setting in ("eps", "weight_decay"):
-        value = group[setting]
-        require(optimizer, 0 <= value < float("inf"), setting, value, "it must be a finite number >= 0")
-
-
-def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
-    """`value` as a float; numbers written as text ("1e-8", "inf") are numbers. ValueError otherwise."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        require(optimizer, False, setting, value, "it must be a number")
-        raise
-
-
-def state_dtype(group: dict[str, Any]) -> torch.dtype:
-    """The dtype of a group's z and m, which it has by name."""
-    dtype: torch.dtype = getattr(torch, group["state_dtype"])
-    return dtype
-
-
-def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
-    """The learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
-
-    So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
-    """
-    return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer, check_common_settings, rule_lr
+from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
+from stacey_dist.optim.group_settings import check_common_settings, rule_lr
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import lp_descent_update
 

@@ -8,15 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
-from stacey_dist.optim.base import (
-    ChunkUpdate,
-    ElementwiseOptimizer,
-    as_float,
-    check_common_settings,
-    require,
-    rule_lr,
-    state_dtype,
-)
+from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
+from stacey_dist.optim.group_settings import as_float, check_common_settings, require, rule_lr, state_dtype
 from stacey_dist.optim.kernels import Call, NoKernelError
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
