@@ -10,7 +10,6 @@ depends on who is faster.
 import itertools
 import math
 import os
-import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from scipy.stats.qmc import LatinHypercube
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError, TrialError
@@ -138,20 +138,11 @@ class Tuner:
         return trial
 
     def _dealt(self, number: int, count: int) -> dict[str, Any]:
-        """The settings of one of `count` runs that have, of each setting, one value in each of as many parts (a Latin
-        hypercube)."""
-        settings: dict[str, Any] = {}
-        for name, values in self.sweep.space.items():
-            draw = random.Random(f"{self.seed} {name}")
-            part = draw.sample(range(count), count)[number]
-            place = (part + [draw.random() for _ in range(count)][number]) / count
-            if not isinstance(values, Range):
-                settings[name] = list(_choices(values))[part % len(values)]
-                continue
-            low, high = values.low, values.high
-            value = low * (high / low) ** place if values.log else low + (high - low) * place
-            settings[name] = round(value) if values.whole else value
-        return settings
+        """The settings of one of `count` runs that have, of each setting, one value in each of as many equal parts: a
+        Latin hypercube."""
+        space = self.sweep.space
+        place = LatinHypercube(len(space), rng=self.seed).random(count)[number]
+        return {name: _at(values, share) for (name, values), share in zip(space.items(), place.tolist(), strict=True)}
 
     def _try(self, trial: "optuna.trial.Trial") -> None:
         settings = {**self.sweep.fixed, **self._settings(trial.params), **self.overrides}
@@ -207,6 +198,15 @@ def _mend(journal: Path) -> None:
     if journal.exists():
         content = journal.read_bytes()
         os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+def _at(values: Range | list[Any], share: float) -> Any:
+    """What lies at a share, from 0 to below 1, of a range or of a list."""
+    if not isinstance(values, Range):
+        return list(_choices(values))[int(share * len(values))]
+    low, high = values.low, values.high
+    value = low * (high / low) ** share if values.log else low + (high - low) * share
+    return round(value) if values.whole else value
 
 
 def _choices(values: list[Any]) -> dict[Any, Any]:
