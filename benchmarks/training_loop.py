@@ -13,7 +13,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -68,7 +68,7 @@ class InTurns(llm.LanguageModeling):
         self.bare_seconds.append(self.since - begin)
         return super().micro_batches(position)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float]:
         return {"eval_loss": 0.0}
 
 

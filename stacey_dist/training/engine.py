@@ -164,6 +164,10 @@ class Engine:
         loss_value, *agreed, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
         return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
 
+    def any_process(self, told: bool) -> bool:
+        """Whether it is so on any process. All processes ask together."""
+        return self._agree(torch.zeros((), device=self.accelerator.device), Requests(stop=told))[1].stop
+
     def state_report(self) -> str:
         """How much optimizer state a process holds, for people. All processes call it together."""
         parts = fragments(self.model, self.optimizer)

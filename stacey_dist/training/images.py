@@ -1,7 +1,7 @@
 """Image classification as a task of the training loop: data, model, loss, evaluation, export."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class ImageClassification:
         logits = self._logits(model, batch)
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) / self.batch_size
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Loss without smoothing, and the shares of right first and first five guesses, each image counted once."""
         accelerator = self.run.accelerator
         batches = evaluation_batches(
@@ -163,6 +163,8 @@ class ImageClassification:
             right = guesses == labels[:, None]  # nowhere for an image that does not count
             loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
             totals += torch.stack([(labels >= 0).sum(), loss, right[:, 0].sum(), right.sum()])
+            if stopping():
+                return None
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(totals)
         images, loss, top1, top5 = totals.tolist()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class LanguageModeling:
         """The micro-batch's summed cross-entropy over the number of tokens in the whole update."""
         return self._summed_loss(model, batch) / batch.update_labels
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Loss in nats per token and perplexity over every held-out token, each predicted once."""
         accelerator, stream, size = self.run.accelerator, self.data.validation, self.run.micro_batch_size
         mine = range(accelerator.process_index, len(stream), accelerator.num_processes)
@@ -197,6 +197,8 @@ class LanguageModeling:
         for start in range(0, longest, size):
             batch = self._batch(stream, mine[start : start + size] or [None], 1)
             total += self._summed_loss(model, batch)
+            if stopping():
+                return None
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(total)
         loss = float(total) / stream.total_labels

@@ -1,9 +1,10 @@
 """The training loop: from the first update to the last, through evaluations, checkpoints and interruptions."""
 
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Saver, checkpoint_path
 from stacey_dist.training.signals import StopSignal
+
+_ASK_EVERY = 4  # batches of an evaluation: asking waits for the device
 
 
 class Task(Protocol):
@@ -50,8 +53,11 @@ class Task(Protocol):
         """The micro-batch's share of the update's loss: shares of all micro-batches and processes sum to the mean."""
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures, the same on every process."""
+    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Held-out figures, the same on every process.
+
+        `stopping` is to be asked after each batch, as often on every process; where it is true there are none.
+        """
         ...
 
     def score(self, figures: dict[str, float]) -> float:
@@ -72,25 +78,48 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     run.settle_length(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
     last = config.train.max_steps
-    if progress.step >= last:
+
+    def is_evaluated(step: int) -> bool:
+        return step == last or step % config.train.eval_every_steps == 0
+
+    # A run that was told to stop leaves the evaluation for when it goes on.
+    missed = progress.evaluated_step < progress.step <= last and is_evaluated(progress.step)
+    if progress.step >= last and not missed:
         run.say(f"nothing to do: {run.directory} is complete with {progress.step} updates")
         return checkpoint_path(run, progress.step)
     run.write_config()
-    metrics = Metrics(run, task.unit, task.flops_per_unit, progress.step)
+    metrics = Metrics(run, task.unit, task.flops_per_unit, progress)
     micro_batches = run.process_batch_size // run.micro_batch_size
     skipped_in_a_row = 0
     engine.model.train()
 
-    def evaluate() -> bool:
-        """Whether it is the best so far."""
-        figures = _evaluate(task, engine)
+    def stopping() -> bool:
+        return engine.any_process(stop.received is not None)
+
+    def evaluate() -> tuple[bool, bool]:
+        """Whether it is the best so far, and whether it was left because a process was told to stop."""
+        figures = _evaluate(task, engine, stopping)
+        if figures is None:
+            return False, True
         metrics.evaluation(progress.step, figures)
         progress.evaluated_step = progress.step
-        return progress.improves(task.score(figures))
+        return progress.improves(task.score(figures)), False
+
+    def leave() -> NoReturn:
+        number = int(stop.received or 15)
+        # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
+        run.say(f"stopped by signal {number} after update {progress.step}; the same command goes on from here")
+        engine.close()
+        sys.exit(128 + number)
 
     with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
-        if progress.step > progress.evaluated_step and progress.step % config.train.eval_every_steps == 0:
-            evaluate()  # the run was stopped where it would have been
+        if missed:
+            _, stopped = evaluate()
+            if stopped:
+                leave()
+            if progress.step == last:  # the checkpoint says that it was evaluated, and which one was best
+                metrics.say(f"saved {saver.save_surely(progress)}")
+                metrics.plot(surely=True)
             metrics.go_on()
         while progress.step < last:
             settings = scheduled(config, progress.step, progress.skipped_steps)
@@ -123,11 +152,11 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             epoch = progress.position / task.samples_per_epoch
             metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=settings["lr"], grad_norm=update.grad_norm)
             metrics.pause()
-            complete = progress.step == last
-            ending = update.requests.stop or complete
-            # Who asked for a stop kills soon: then saving comes first, and the evaluation when the run goes on.
-            evaluating = complete or (progress.step % config.train.eval_every_steps == 0 and not ending)
-            improved = evaluating and evaluate()
+            improved, stopped = False, update.requests.stop
+            evaluating = is_evaluated(progress.step) and not stopped  # who asked for a stop kills soon: saving is first
+            if evaluating:
+                improved, stopped = evaluate()
+            ending = stopped or progress.step == last
             if ending:
                 metrics.say(f"saved {saver.save_surely(progress)}")
             elif update.requests.save_surely:
@@ -136,21 +165,18 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                 saver.save(progress)
             if evaluating or ending:
                 metrics.plot(surely=ending)
-            if update.requests.stop:
-                number = int(stop.received or 15)
-                # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
-                run.say(f"stopped by signal {number} after update {progress.step}; the same command goes on from here")
-                engine.close()
-                sys.exit(128 + number)
+            if stopped:
+                leave()
             metrics.go_on()
     run.say(engine.state_report())
     return checkpoint_path(run, last)
 
 
-def _evaluate(task: Task, engine: Engine) -> dict[str, float]:
+def _evaluate(task: Task, engine: Engine, stopping: Callable[[], bool]) -> dict[str, float] | None:
     engine.share_buffers()
     engine.model.eval()
+    batches = itertools.count(1)
     with torch.no_grad():
-        figures = task.evaluate(engine.module)
+        figures = task.evaluate(engine.module, lambda: next(batches) % _ASK_EVERY == 0 and stopping())
     engine.model.train()
     return figures

@@ -66,16 +66,16 @@ class Metrics:
         run: the run.
         unit: what is counted per second, as in "tokens".
         flops_per_unit: floating-point operations of training on one unit, for the share of peak speed (MFU).
-        start_step: the update that the run starts or resumes at; later rows of metrics.jsonl, left by a run that
-            was killed after its last checkpoint, are dropped.
+        progress: where the run starts or resumes; later rows of metrics.jsonl, left by a run that was killed after
+            its last checkpoint, are dropped.
     """
 
-    def __init__(self, run: Run, unit: str, flops_per_unit: float, start_step: int) -> None:
+    def __init__(self, run: Run, unit: str, flops_per_unit: float, progress: Progress) -> None:
         self.run, self.unit, self.flops_per_unit = run, unit, flops_per_unit
         self.main = run.accelerator.is_main_process
         self.path = run.directory / "metrics.jsonl"
         self.max_steps = run.config.train.max_steps
-        self.start_step = start_step
+        self.start_step = progress.step
         name = torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else ""
         peak = peak_flops(name)
         self.peak = peak * run.accelerator.num_processes if peak else None
@@ -89,7 +89,10 @@ class Metrics:
         self._drawn = self._since
         if self.main:
             rows = read_rows(self.path)
-            kept = [row for row in rows if row["step"] <= start_step]
+            # Evaluations write eval_*, and come again if the checkpoint does not know of them.
+            kept = [
+                row for row in rows if row["step"] <= (progress.evaluated_step if "eval_loss" in row else progress.step)
+            ]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(text)

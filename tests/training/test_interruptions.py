@@ -12,7 +12,7 @@ from stacey_dist.checkpoint import find_checkpoints, verify
 from stacey_dist.checkpoint.compare import differences
 from stacey_dist.checkpoint.manifest import step_of
 from tests.training.forked import Forked
-from tests.training.helpers import training_rows, write_config
+from tests.training.helpers import rows, training_rows, write_config
 
 pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/instrumented.py"
@@ -57,7 +57,6 @@ def last(run_dir):
         pytest.param("cpu_zero2", "written", 1, 2, marks=pytest.mark.exhaustive),
         ("cpu_ddp", "rename", 0, 2),
         pytest.param("cpu_zero2", "retention", 0, 2, marks=pytest.mark.exhaustive),
-        ("cpu_ddp", "evaluation", 0, 1),
     ],
 )
 def test_sigterm_to_one_process_at_any_moment(undisturbed, config, tmp_path, engine, event, rank, count):
@@ -65,16 +64,48 @@ def test_sigterm_to_one_process_at_any_moment(undisturbed, config, tmp_path, eng
     output, status = start(config, run, engine=engine, ACCIDENT=f"{event} {rank} {count} {int(signal.SIGTERM)}").wait()
     newest = find_checkpoints(run / "checkpoints")[0]
     verify(newest)
-    if event == "evaluation":  # after the last update there is nothing left to stop
-        assert (status, step_of(newest)) == (0, STEPS)
-    else:
-        assert status == 128 + signal.SIGTERM, output
-        assert step_of(newest) < STEPS
-        assert output.count(f"stopped by signal 15 after update {step_of(newest)}; the same command goes on") == 1
-        output, status = start(config, run, engine=engine).wait()
-        assert status == 0, output
-        assert f"resumed from {newest}" in output
+    assert status == 128 + signal.SIGTERM, output
+    assert step_of(newest) < STEPS
+    assert output.count(f"stopped by signal 15 after update {step_of(newest)}; the same command goes on") == 1
+    output, status = start(config, run, engine=engine).wait()
+    assert status == 0, output
+    assert f"resumed from {newest}" in output
     assert differences(last(run), last(undisturbed / engine)) == []
+
+
+def evaluations(run):
+    return [(row["step"], row["eval_loss"]) for row in rows(run) if "eval_loss" in row]
+
+
+@pytest.mark.parametrize("engine", ["cpu_ddp", pytest.param("cpu_zero2", marks=pytest.mark.exhaustive)])
+def test_sigterm_ends_an_evaluation_which_is_made_when_the_run_goes_on(undisturbed, config, tmp_path, engine):
+    run, half = tmp_path / "run", STEPS // 2
+    often = ("--train.eval_every_steps", half)
+    whole = tmp_path / "whole"
+    assert start(config, whole, *often, engine=engine).wait()[1] == 0
+    stages = [  # what happens, after which update it is saved, how many evaluations are made by then
+        ("evaluation 1 1 15", half, 0),
+        ("evaluation 1 1 15", half, 0),  # in the one that is made up for
+        ("update 1 2 9", half, 1),  # before a checkpoint knows that it was made
+        ("evaluation 1 2 15", STEPS, 1),  # after the last update
+        ("evaluation 1 1 15", STEPS, 1),
+    ]
+    for accident, step, made in stages:
+        output, status = start(config, run, *often, engine=engine, ACCIDENT=accident).wait()
+        assert status != 0
+        assert (f"stopped by signal 15 after update {step};" in output) == accident.endswith("15"), output
+        assert step_of(find_checkpoints(run / "checkpoints")[0]) == step
+        assert evaluations(run) == evaluations(whole)[:made]
+    output, status = start(config, run, *often, engine=engine).wait()
+    assert status == 0, output
+    assert evaluations(run) == evaluations(whole)
+    assert (run / "model" / "model.safetensors").exists()
+    assert differences(last(run), last(undisturbed / engine)) == []
+    best = ["best_step", "best_score", "evaluated_step"]
+    assert [verify(last(run))["extra"][name] for name in best] == [verify(last(whole))["extra"][name] for name in best]
+    output, status = start(config, run, *often, engine=engine).wait()
+    assert "nothing to do" in output
+    assert evaluations(run) == evaluations(whole)
 
 
 def wait_for_step(group, run, step):
