@@ -22,7 +22,7 @@ def locked(path: Path, announce: bool) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if announce:
-                print(f"waiting for another process that prepares {path.parent}", file=sys.stderr)
+                print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise SettingsError(

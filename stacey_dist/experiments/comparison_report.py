@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from scipy.stats import t
@@ -22,10 +23,10 @@ LABELS = {
     "stacey_2p": "STACEY(2,p)",
     "stacey_p2_tau": "STACEY(p,2), τ with lr",
 }
-# Okabe and Ito's colours, which the colour-blind tell apart; STACEY's lines are whole.
+# Colours that the colour-blind tell apart, most of them Okabe and Ito's; STACEY's lines are whole.
 STYLES: dict[str, dict[str, Any]] = {
     "sgd": dict(color="#999999", linestyle=":"),
-    "adam": dict(color="#E69F00", linestyle=":"),
+    "adam": dict(color="#56B4E9", linestyle="--"),
     "adamw": dict(color="#E69F00", linestyle="--"),
     "lion": dict(color="#CC3311", linestyle="-."),
     "stacey_p2": dict(color="#0072B2", linestyle="-"),
@@ -102,6 +103,10 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
             updates_to_reach(run["evaluations"], metric, target) if target is not None and not run["diverged"] else None
             for run, target in zip(runs, reference, strict=True)
         ]
+        apart = [
+            own - other for own, other in zip(finals, reference, strict=True) if own is not None and other is not None
+        ]
+        difference, half_of_difference = mean_with_interval(apart) if apart else (None, None)
         pairs = zip(reached, runs, strict=True)
         shares = [update / run["evaluations"][-1]["step"] for update, run in pairs if update is not None]
         mean, half = mean_with_interval(finite) if finite else (None, None)
@@ -109,7 +114,9 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
         values[name] = {
             "finals": finals,
             "mean": mean,
-            "interval": None if half is None or math.isnan(half) else half,
+            "interval": _finite(half),
+            "difference": difference,
+            "interval_of_difference": _finite(half_of_difference),
             "diverged": len(finals) - len(finite),
             "reached": len(shares),
             "share_of_updates": statistics.fmean(shares) if len(shares) == len(runs) else None,
@@ -124,6 +131,10 @@ def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], se
     return Report({"metric": metric, "seeds": seeds, "optimizers": values, "untrained": untrained, "by_p": ends}, table)
 
 
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
 def final(run: dict[str, Any], metric: str) -> float | None:
     """A held-out figure after the last update, of a `trial.Result` as a dictionary; None if it diverged."""
     return None if run["diverged"] or not run["evaluations"] else run["evaluations"][-1][metric]
@@ -131,28 +142,37 @@ def final(run: dict[str, Any], metric: str) -> float | None:
 
 def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standard: str, searched: Searched) -> str:
     sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
-    order = sorted(values, key=lambda name: math.inf if values[name]["mean"] is None else sign * values[name]["mean"])
+
+    def place(name: str) -> tuple[int, float]:
+        """What diverged with some seed is not judged by the others."""
+        row = values[name]
+        return row["diverged"], 0.0 if row["mean"] is None else sign * row["mean"]
+
     form = FORMS[metric]
     lines = [
         f"{NAMES[metric]} after the last update, mean over {seeds} seeds with its 95 % interval (Student's t); the",
-        f"share of its updates after which a run is as good as {standard}'s with the same seed in the end (– unless",
-        f"all seeds get there); the time of an update against {standard}'s; bytes of optimizer state a parameter.",
+        f"same of its differences from {standard} with the same seed, and hence batches and initial weights; the share",
+        f"of its updates after which a run is as good as {standard}'s with that seed in the end (– unless all get",
+        f"there); the time of an update against {standard}'s; bytes of optimizer state a parameter.",
         "",
-        f"| optimizer | {NAMES[metric]} | as {standard} after | time of an update | state | settings |",
-        "|---|---|---|---|---|---|",
+        f"| optimizer | {NAMES[metric]} | against {standard} | as {standard} after | time of an update | state "
+        "| settings |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in order:
+    for name in sorted(values, key=place):
         row = values[name]
-        mean = "diverged" if row["mean"] is None else form.format(row["mean"])
-        if row["interval"] is not None:
-            mean += f" ± {form.format(row['interval'])}"
+        mean = "diverged" if row["mean"] is None else _with_interval(form, row["mean"], row["interval"])
         if row["diverged"] and row["mean"] is not None:
             mean += f" ({row['diverged']} of {seeds} diverged)"
+        apart = "–"
+        if row["difference"] is not None and LABELS[name] != standard:
+            apart = _with_interval(form.replace(":", ":+"), row["difference"], row["interval_of_difference"])
         share = "–" if row["share_of_updates"] is None else f"{row['share_of_updates']:.0%}"
         cost = "–" if row["time_per_update"] is None else f"{row['time_per_update']:.2f} x"
         shown = ", ".join(f"{setting.split('.')[-1]} {_short(v)}" for setting, v in _told(row["settings"]).items())
         lines.append(
-            f"| {LABELS[name]} | {mean} | {share} | {cost} | {row['state_bytes_per_parameter']:.1f} B | {shown} |"
+            f"| {LABELS[name]} | {mean} | {apart} | {share} | {cost} | {row['state_bytes_per_parameter']:.1f} B "
+            f"| {shown} |"
         )
     if searched:
         counts = [f"{LABELS[name]} {_counts(trials)}" for name, trials in searched.items()]
@@ -177,6 +197,10 @@ def _table_by_p(by_p: ByP, metric: str, seed: int) -> str:
         ends = ["–" if (name, p) not in by_p else _shown(final(by_p[name, p], metric), metric) for p in norms]
         lines.append(f"| {LABELS[name]} | {' | '.join(ends)} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(form: str, value: float, half: float | None) -> str:
+    return form.format(value) + ("" if half is None else f" ± {form.replace('+', '').format(half)}")
 
 
 def _shown(end: float | None, metric: str) -> str:
@@ -217,16 +241,21 @@ def curves(found: Found, metric: str) -> Figure:
             steps, heights.min(axis=0), heights.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
         )
         ends.append(heights.mean(axis=0))
-    ends = [end for end in ends if np.isfinite(end[len(end) // 4 :]).any()]
-    if ends and metric in LOWER_IS_BETTER:
-        # What a diverging or hardly learning run shows above is of less interest than the ends.
-        low = min(float(np.nanmin(end)) for end in ends)
-        high = max(float(np.nanmax(end[len(end) // 4 :])) for end in ends)
-        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    _look_at_the_ends(axes, ends, metric)
     axes.set(xlabel="update", ylabel=NAMES[metric])
     axes.grid(alpha=0.3)
     axes.legend()
     return drawn
+
+
+def _look_at_the_ends(axes: Axes, curves: list[Any], metric: str) -> None:
+    """Leave out what a loss shows above: the first quarter, and what is worse than most begin with."""
+    curves = [curve for curve in curves if np.isfinite(curve[len(curve) // 4 :]).any()]
+    if curves and metric in LOWER_IS_BETTER:
+        low = min(float(np.nanmin(curve)) for curve in curves)
+        high = max(float(np.nanmax(curve[len(curve) // 4 :])) for curve in curves)
+        high = max(min(high, float(np.nanmedian([curve[0] for curve in curves]))), low + 1e-6)
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
 
 
 def search(searched: Searched, metric: str) -> Figure:
@@ -256,14 +285,17 @@ def curves_by_p(by_p: ByP, metric: str) -> Figure:
     """The held-out figure over the updates for every p, a panel for each optimizer."""
     names = list(dict.fromkeys(name for name, _ in by_p))
     drawn = Figure(figsize=(5.5 * len(names), 4.6), layout="constrained")
+    heights = []
     for axes, name in zip(drawn.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         norms = sorted(p for other, p in by_p if other == name)
         for p, shade in zip(norms, np.linspace(0.1, 0.9, len(norms)), strict=True):
-            rows = [row for row in by_p[name, p]["evaluations"] if row[metric] is not None]
+            rows = by_p[name, p]["evaluations"]
+            heights.append(np.array([np.nan if row[metric] is None else row[metric] for row in rows]))
             color = colormaps["viridis"](shade)
-            axes.plot([row["step"] for row in rows], [row[metric] for row in rows], color=color, label=f"p = {p:g}")
+            axes.plot([row["step"] for row in rows], heights[-1], color=color, label=f"p = {p:g}")
         axes.set(title=LABELS[name], xlabel="update")
         axes.grid(alpha=0.3)
         axes.legend()
     drawn.axes[0].set_ylabel(NAMES[metric])
+    _look_at_the_ends(drawn.axes[0], heights, metric)
     return drawn

@@ -5,6 +5,7 @@ JSON holds exactly. A finished part stands in `parts/` and is not computed again
 they were read back, so that an experiment that was killed on the way ends with the same bytes as one that was not.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,13 +13,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment found, made of its parts alone: without times, so that equal parts give equal files."""
+    """What an experiment found, made of its parts alone, so that equal parts give equal files."""
 
     results: dict[str, Any]
     table: str
@@ -190,7 +190,7 @@ def _statement(experiment: Experiment, scale: str) -> bytes:
     files = sorted({file for pattern in experiment.files for file in configs().glob(pattern)})
     texts = [f"{file.name}\n{file.read_text()}" for file in files]
     if experiment.trains:
-        texts += [repr(LLMConfig()), repr(ImageConfig())]  # what the files leave to the launchers
+        texts.append(launchers_defaults())
     return "".join([repr(experiment.scales[scale].settings), *texts]).encode()
 
 
@@ -218,7 +218,7 @@ def together(jobs: Sequence[Callable[[], object]], workers: int, stop: threading
             raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Work in a directory that is marked with the settings, alone: another process that wants to, waits.
 
@@ -251,8 +251,17 @@ def configs() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    return {"stacey_dist": __version__, "torch": torch.__version__}
+    """Of what a result depends on, as far as it is installed."""
+    found = {"stacey_dist": __version__}
+    for package in ("torch", "numpy", "scipy", "optuna"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def launchers_defaults() -> str:
+    """What configuration files leave to the launchers."""
+    return repr(LLMConfig()) + repr(ImageConfig())
 
 
 def absolute(data: str | None) -> str | None:

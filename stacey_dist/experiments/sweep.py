@@ -137,13 +137,17 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
         raise SettingsError(
             f"{where}: distribution: {distribution} is not known; there are {', '.join(_DISTRIBUTIONS)}"
         )
-    if values := description.get("values"):
+    if (values := description.get("values")) is not None:
+        if not isinstance(values, list) or not values:
+            raise SettingsError(f"{where}: values: {values!r} is not allowed; it must be a list")
         return [_kept(value) for value in values]
     low: Any = description.get("min")
     high: Any = description.get("max")
     # YAML reads 1e-4 as text: it wants 1.0e-4.
-    if any(type(bound) not in (int, float) for bound in (low, high)) or low >= high:
-        raise SettingsError(f"{where}: min {low!r}, max {high!r} are not allowed; they must be numbers, min below max")
+    if any(type(bound) not in (int, float) or not math.isfinite(bound) for bound in (low, high)) or low >= high:
+        raise SettingsError(
+            f"{where}: min {low!r}, max {high!r} are not allowed; they must be finite numbers, min below max"
+        )
     log = distribution == "log_uniform_values"
     if log and low <= 0:
         raise SettingsError(f"{where}: min {low} is not allowed; it must be above 0 for log_uniform_values")
@@ -159,7 +163,7 @@ def _kept(value: Any) -> Any:
 
 def _find(file: Path, config: str) -> Path:
     """A path in a command is relative to the checkout, as for `wandb agent`, which is started there."""
-    for directory in (Path.cwd(), *file.resolve().parents):
+    for directory in (*file.resolve().parents, Path.cwd()):
         if (directory / config).is_file():
             return directory / config
-    raise SettingsError(f"{file}: command: --config {config} is neither here nor in a directory above the file")
+    raise SettingsError(f"{file}: command: --config {config} is neither in a directory above the file nor here")

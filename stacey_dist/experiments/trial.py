@@ -164,15 +164,15 @@ class Trial:
                     return False
         finally:
             _end(process, signal.SIGTERM)
+        if (self.directory / "result.json").exists():
+            return True  # however the process ended
         said = output.read_text().strip().splitlines() or [""]
         if process.exitcode in _STOPPED:
             raise Interrupted
         if process.exitcode == 2:
             reason = next((line for line in reversed(said) if "error:" in line), said[-1])
             raise SettingsError(f"{self.directory.name}: {reason}")
-        if process.exitcode != 0:
-            raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
-        return True
+        raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
 
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:

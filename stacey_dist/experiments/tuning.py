@@ -1,10 +1,10 @@
 """The search for an optimizer's settings, with Optuna: resumable, with pruning, in parallel.
 
 The first third of the runs is dealt out evenly over all ranges and choices, for eight runs drawn at random may well
-miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs that are worse than the median of
-the others at the same evaluation are ended early. What is suggested is a function of the study's seed, the trial's
-number and the trials finished before, so one worker that is killed goes on to the same result; with several workers it
-depends on who is faster.
+miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs whose best so far is worse than
+the median of the completed ones at the same evaluation are ended early. What is suggested is a function of the study's
+seed, the trial's number and the trials finished before, so one worker that is killed goes on to the same result; with
+several workers it depends on who is faster.
 """
 
 import itertools
@@ -21,7 +21,17 @@ from scipy.stats.qmc import LatinHypercube
 from tqdm import tqdm
 
 from stacey_dist.errors import SettingsError, TrialError
-from stacey_dist.experiments.framework import BAR_OF_RUNS, absolute, claimed, digest, dump, together, versions, write
+from stacey_dist.experiments.framework import (
+    BAR_OF_RUNS,
+    absolute,
+    claimed,
+    digest,
+    dump,
+    launchers_defaults,
+    together,
+    versions,
+    write,
+)
 from stacey_dist.experiments.sweep import INFINITY, Range, Sweep, read_sweep
 from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
 
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _STARTUP_SHARE = 1 / 3  # of the trials are dealt out, before TPE takes over
+_LAST_SEED = 1_000_000  # a trial's is a thousand times it and has 32 bits
 _FIRST_PRUNED = 3  # the evaluation before which no run is ended
 
 
@@ -120,7 +131,7 @@ class Tuner:
         startup = max(1, round(_STARTUP_SHARE * self.trials))
         samplers = self.optuna.samplers
         sampler: optuna.samplers.BaseSampler = samplers.TPESampler(
-            n_startup_trials=startup, multivariate=True, seed=1000 * self.seed + number
+            n_startup_trials=1, multivariate=True, seed=1000 * self.seed + number
         )
         if number < startup:
             with warnings.catch_warnings():  # it is called experimental; so far it has changed little
@@ -132,7 +143,7 @@ class Tuner:
             if not isinstance(values, Range):
                 trial.suggest_categorical(name, list(_choices(values)))
             elif values.whole:
-                trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
+                trial.suggest_int(name, int(values.low), int(values.high))
             else:
                 trial.suggest_float(name, values.low, values.high, log=values.log)
         return trial
@@ -194,7 +205,10 @@ class Tuner:
 
 
 def _mend(journal: Path) -> None:
-    """Cut off what a full disk or a lost machine left of a last line: Optuna would write on behind it."""
+    """Take away what a full disk or a kill left: half a last line, which Optuna would write on behind, and its lock,
+    which it would wait for. Nobody else is at work here: the directory is claimed."""
+    for lock in journal.parent.glob(f"{journal.name}.lock*"):
+        lock.unlink()
     if journal.exists():
         content = journal.read_bytes()
         os.truncate(journal, content.rfind(b"\n") + 1)
@@ -203,10 +217,12 @@ def _mend(journal: Path) -> None:
 def _at(values: Range | list[Any], share: float) -> Any:
     """What lies at a share, from 0 to below 1, of a range or of a list."""
     if not isinstance(values, Range):
-        return list(_choices(values))[int(share * len(values))]
+        choices = list(_choices(values))
+        return choices[int(share * len(choices))]
     low, high = values.low, values.high
-    value = low * (high / low) ** share if values.log else low + (high - low) * share
-    return round(value) if values.whole else value
+    if values.whole:
+        return int(low + (high - low + 1) * share)
+    return low * (high / low) ** share if values.log else low + (high - low) * share
 
 
 def _choices(values: list[Any]) -> dict[Any, Any]:
@@ -224,8 +240,11 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     for name, count in (("trials", trials), ("workers", workers)):
         if count < 1:
             raise SettingsError(f"--{name} {count}: it must be at least 1")
+    if not 0 <= seed <= _LAST_SEED:
+        raise SettingsError(f"--seed {seed}: it must be from 0 to {_LAST_SEED:,}")
     sweep = read_sweep(file)
     files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
+    files["launchers' defaults"] = digest(launchers_defaults().encode())
     identity = {"seed": seed, "data": absolute(data), **files, "versions": versions()}
     with claimed(directory, identity), tqdm(total=trials, **BAR_OF_RUNS) as bar:
         tuner = Tuner(

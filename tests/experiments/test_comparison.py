@@ -16,7 +16,14 @@ from PIL import Image
 
 from stacey_dist.cli import main
 from stacey_dist.experiments import ablation, comparison, llm, registry
-from stacey_dist.experiments.comparison_report import curves, mean_with_interval, report, updates_to_reach
+from stacey_dist.experiments.comparison_report import (
+    LABELS,
+    curves,
+    curves_by_p,
+    mean_with_interval,
+    report,
+    updates_to_reach,
+)
 from stacey_dist.experiments.framework import Part, Reproduction, Scale
 from stacey_dist.training.image_config import ImageConfig
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
@@ -75,7 +82,9 @@ def test_report():
     assert (sgd["mean"], sgd["diverged"], sgd["share_of_updates"]) == (3.0, 1, None)
     table = [line for line in told.table.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[1:4]] == ["Lion", "AdamW", "SGD, Nesterov"]
-    assert "| 0.9500 ± 0.6353 | 63% | 0.60 x | 4.0 B |" in table[1]
+    # -0.1 and -0.2 against AdamW; t with one degree of freedom: 12.706
+    assert "| 0.9500 ± 0.6353 | -0.1500 ± 0.6353 | 63% | 0.60 x | 4.0 B |" in table[1]
+    assert "| – | 100% |" in table[2]
     assert "lr 0.00123 |" in table[2]
     assert "(1 of 2 diverged)" in table[3]
     assert "Lion 1 / 2 / 0" in told.table
@@ -88,6 +97,21 @@ def test_what_was_timed_with_other_threads_is_not_compared():
     told = report(found, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
     assert all(row["time_per_update"] is None for row in told.values["optimizers"].values())
     assert "| 63% | – | " in told.table
+
+
+def test_what_diverged_with_some_seed_is_not_first():
+    lucky = {("sgd", 1): result(0.1), ("sgd", 2): result(None, diverged=True)}
+    told = report({**lucky, **FOUND, **lucky}, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
+    assert told.values["optimizers"]["sgd"]["mean"] == 0.1
+    assert [line.split("|")[1].strip() for line in told.table.splitlines() if line.startswith("| ")][-1] == LABELS[
+        "sgd"
+    ]
+
+
+def test_curves_by_p_are_not_flattened_by_one_that_explodes():
+    by_p = {("lion", 2.0): result(5.0, 4.0, 3.0, 2.0), ("lion", 3.0): result(5.0, 14.0, 13.5, 13.0)}
+    (axes,) = curves_by_p(by_p, "eval_loss").axes
+    assert axes.get_ylim() == pytest.approx((2.0 - 0.09, 5.0 + 0.09))
 
 
 def test_an_optimizer_without_a_completed_run_is_told_of():

@@ -107,7 +107,7 @@ def test_what_is_read(tmp_path):
     [
         ({"program": "train.py"}, "program: train.py is not allowed; it must be train_llm.py or train_imagenet.py"),
         ({"command": ["python", "${program}", "${args}"]}, "a command with --config FILE"),
-        ({"command": ["python", "--config", "missing.yaml"]}, "--config missing.yaml is neither here nor in a direct"),
+        ({"command": ["python", "--config", "missing.yaml"]}, "--config missing.yaml is neither in a directory above"),
         (
             {"metric": {"name": "loss"}},
             "metric.name: loss is not allowed; it must be eval_loss or eval_perplexity for tra",
@@ -122,7 +122,7 @@ def test_what_is_read(tmp_path):
         ({"command": ["train_llm.py", "--config", "base.yaml", "again"]}, "command: again is not known here"),
         ({"command": ["--config", "base.yaml", "again"]}, "command: again is not known here"),
         ({"metric": {"name": "eval_loss", "goal": "less"}}, "metric.goal: less is not allowed"),
-        ({"parameters": {"optimizer.lr": {"min": 1.0, "max": 0.1}}}, "they must be numbers, min below max"),
+        ({"parameters": {"optimizer.lr": {"min": 1.0, "max": 0.1}}}, "they must be finite numbers, min below max"),
         ({"parameters": {"optimizer.lr": {"min": "1e-4", "max": 0.1}}}, "optimizer.lr: min '1e-4', max 0.1 are not"),
         ({"parameters": {"optimizer.lr": {"min": 0.1}}}, "min 0.1, max None"),
         ({"parameters": {"optimizer.lr": 3}}, "optimizer.lr: 3 is not allowed"),
@@ -140,6 +140,10 @@ def test_what_is_read(tmp_path):
             {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "categorical"}}},
             "distribution: categorical does not go with min 0 and max 2",
         ),
+        ({"parameters": {"a.b": {"values": 0.1}}}, "values: 0.1 is not allowed; it must be a list"),
+        ({"parameters": {"a.b": {"values": "abc"}}}, "values: 'abc' is not allowed; it must be a list"),
+        ({"parameters": {"a.b": {"values": []}}}, "values: [] is not allowed; it must be a list"),
+        ({"parameters": {"a.b": {"min": 0, "max": math.inf}}}, "min 0, max inf are not allowed"),
         (
             {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "log_uniform_values"}}},
             "min 0 is not allowed; it must be above 0",
@@ -160,3 +164,12 @@ def test_no_file_or_no_yaml(tmp_path):
     (tmp_path / "text.yaml").write_text("text")
     with pytest.raises(SettingsError, match="it must hold program"):
         read_sweep(tmp_path / "text.yaml")
+
+
+def test_the_configuration_is_the_files_own_wherever_the_program_is_started(tmp_path, monkeypatch):
+    here, other = tmp_path / "here", tmp_path / "other"
+    for directory in (here, other):
+        directory.mkdir()
+        write(directory)
+    monkeypatch.chdir(other)
+    assert read_sweep(here / "sweep.yaml").config == here / "base.yaml"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -100,8 +101,25 @@ def test_the_first_third_is_dealt_out_evenly(sweep, tmp_path, pretended):
     assert not {str(row["settings"]) for row in found} & {str(row["settings"]) for row in other}
 
 
+def test_ranges_of_all_kinds_are_dealt_evenly(configs, tmp_path, pretended):
+    content = yaml.safe_load((configs / "sweeps" / "llm" / "stacey_p2.yaml").read_text())
+    content["parameters"] |= {
+        "optimizer.tau": {"min": 0.0, "max": 0.9},
+        "schedule.warmup_steps": {"min": 1, "max": 3},
+        "optimizer.p": {"values": [2, 2.0, 3, 4]},  # three, one of them twice
+    }
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(content))
+    found = Tuner(read_sweep(file), tmp_path / "out", trials=9).run()
+    dealt = [row["settings"] for row in sorted(found, key=lambda row: row["number"])[:3]]
+    assert sorted(int(settings["optimizer.tau"] / 0.3) for settings in dealt) == [0, 1, 2]
+    assert sorted(settings["schedule.warmup_steps"] for settings in dealt) == [1, 2, 3]
+    assert sorted(settings["optimizer.p"] for settings in dealt) == [2, 3, 4]
+    assert {row["settings"]["schedule.warmup_steps"] for row in found} == {1, 2, 3}
+
+
 def test_it_finds_better_settings_than_chance(sweep, tmp_path, pretended):
-    """TPE's second half is nearer to the minimum than its random start."""
+    """TPE's suggestions are nearer to the minimum than the even start."""
     found = sorted(Tuner(sweep, tmp_path, trials=30).run(), key=lambda row: row["number"])
     apart = [abs(row["settings"]["optimizer.tau"] - 0.01) for row in found]
     assert sorted(apart[20:])[5] < sorted(apart[:10])[5]
@@ -204,7 +222,7 @@ def test_a_run_is_not_ended_after_its_last_update(sweep, tmp_path, pretended, mo
     def only_the_end(self, on_evaluation, stop, advance):
         row = {"step": self.evaluations, "eval_loss": float(len(self.made))}  # each is worse than all before
         for step in range(1, self.evaluations):
-            assert not on_evaluation({"step": step, "eval_loss": 0.0})
+            assert not on_evaluation({"step": step, "eval_loss": 1000.0})
         assert not on_evaluation(row)
         return Result([row], False, 1.0, 4.0, 1)
 
@@ -230,6 +248,15 @@ def test_a_journal_that_a_full_disk_cut_short(sweep, tmp_path, pretended):
     assert Tuner(sweep, tmp_path, trials=4).run() == whole
     more = Tuner(sweep, tmp_path, trials=6).run()
     assert len(Tuner(sweep, tmp_path, trials=6).run()) == len(more) == 6
+
+
+def test_a_lock_that_a_kill_left(sweep, tmp_path, pretended, monkeypatch):
+    """Optuna's is a link to a path that is relative to the program's directory, not to the link's."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/search")
+    whole = Tuner(sweep, out, trials=4).run()
+    (out / "journal.log.lock").symlink_to("runs/search/journal.log")
+    assert Tuner(sweep, out, trials=4).run() == whole
 
 
 def test_stopped(sweep, tmp_path, pretended, monkeypatch):
@@ -277,6 +304,8 @@ def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
     [
         (["--trials", "0"], "--trials 0: it must be at least 1"),
         (["--workers", "0"], "--workers 0: it must be at least 1"),
+        (["--seed", "-1"], "--seed -1: it must be from 0 to 1,000,000"),
+        (["--seed", "20240601"], "--seed 20240601: it must be from 0 to 1,000,000"),
         ([], "this one holds a run with sweep None, not of sha256"),
     ],
 )
