@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,6 +136,7 @@ def list_checkpoints(directory: Path) -> int:
     if not directory.is_dir():
         raise SettingsError(f"{directory} is no directory")
     inside = directory / "checkpoints"
+    os.listdir(inside if inside.is_dir() else directory)  # a search in what may not be read would find nothing
     found = find_checkpoints(inside if inside.is_dir() else directory)
     for path in found:
         try:
@@ -202,6 +204,9 @@ def import_foreign(
 
     if out.exists():
         raise ForeignCheckpointError(f"{out} is there already")
+    for option, count in (("--step", step or 0), ("--position", position)):
+        if count < 0:
+            raise SettingsError(f"{option} {count}: it must be at least 0")
     extra: dict[str, Any] = {"position": position} | ({} if step is None else {"step": step})
     parameters = None
     if model is not None:
@@ -269,13 +274,18 @@ def _shell(path: Path) -> Any:
     import torch
     import transformers
 
+    from stacey_dist import models
+
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except ValueError as error:
-        raise ForeignCheckpointError(f"{path}: {error}") from error
-    made = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
+        described, _ = transformers.PretrainedConfig.get_config_dict(path)
+        name = (described.get("architectures") or [""])[0]
+        made = getattr(models, name, None) or getattr(transformers, name, None)
+        with torch.device("meta"):
+            if made:
+                return made(made.config_class.from_dict(described))
+            return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -189,10 +189,11 @@ def simulate(rank, processes, cases):
     the meta device, of any size.
     """
     from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedType
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from stacey_dist.sharding import fragments, state_bytes
-    from stacey_dist.training import llm
+    from stacey_dist.training import deepspeed_config, llm
     from stacey_dist.training.engine import Requests, build_engine
     from stacey_dist.training.launch import start_accelerator
     from stacey_dist.training.optimizers import build_optimizer
@@ -208,6 +209,8 @@ def simulate(rank, processes, cases):
         accelerator = start_accelerator(config)
         run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
         run.process_batch_size, run.micro_batch_size = 2, 1
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and update:
+            deepspeed_config.complete(run)
         with torch.device("cpu" if update else "meta"):
             model = llm.build_model(run, SimpleNamespace(vocab_size=vocabulary, end_token_id=0))
         optimizer = build_optimizer(model, config.optimizer, 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest
 from stacey_dist.checkpoint.read import read_tensors, tensors
+from stacey_dist.errors import SettingsError
 
 
 def describe_model(model: Any) -> dict[str, Any] | None:
@@ -22,7 +23,8 @@ def export_model(path: Path, directory: Path) -> None:
     The weights are the fp32 masters where the engine kept them. All of them are in this process's host memory.
 
     Raises:
-        DamagedCheckpointError: the checkpoint cannot be read, or was saved without the model's description.
+        DamagedCheckpointError: the checkpoint cannot be read.
+        SettingsError: it was saved without the model's description, or `directory` is a file.
     """
     import torch
     import transformers
@@ -32,7 +34,12 @@ def export_model(path: Path, directory: Path) -> None:
     manifest = read_manifest(path)
     described = manifest["extra"].get("model")
     if described is None:
-        raise DamagedCheckpointError(f'{path}: its extra has no "model", as describe_model gives it')
+        raise SettingsError(
+            f"{path}: it does not say which model it is of: import it again with --model, or save it with "
+            "extra={'model': describe_model(model)}"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"{directory} is no directory")
     found = getattr(transformers, described["class"], None) or getattr(models, described["class"], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise DamagedCheckpointError(f"{path}: {described['class']} is not a model of transformers or stacey_dist")

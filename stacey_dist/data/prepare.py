@@ -1,5 +1,6 @@
 """Tokenize a source once, into parts that are memory-mapped by every later run."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -53,8 +54,8 @@ def prepare(
         progress: show a progress bar on stderr.
 
     Raises:
-        SettingsError: a bad setting, a document that cannot be read, or no tokens for training or for
-            validation.
+        SettingsError: a bad setting, a document that cannot be read, no tokens for training or for
+            validation, or a full disk.
     """
     if max_tokens is not None and max_tokens < 2:
         raise SettingsError(f"data.max_tokens must be at least 2 or null, got {max_tokens}")
@@ -68,7 +69,14 @@ def prepare(
             raise SettingsError(f"data.cache_dir: {directory} cannot be made: {error.strerror}") from error
         with locked(directory / "lock", announce=progress):
             if not (directory / INDEX).exists():
-                _Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
+                try:
+                    _Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    raise SettingsError(
+                        f"data.cache_dir: the disk of {directory} is full; make room, and the same command goes on"
+                    ) from error
     return directory
 
 

@@ -40,10 +40,13 @@ def files_source(files: Sequence[str], validation_files: Sequence[str], text_col
         text_column: the key or column of the text.
 
     Raises:
-        SettingsError: a pattern matches nothing or a file that cannot be read.
+        SettingsError: a pattern matches nothing or a file that cannot be read, or both match the same one.
     """
     training = expand_files("data.files", files)
     validation = expand_files("data.validation_files", validation_files) if validation_files else []
+    both = {os.path.realpath(file) for file in training} & {os.path.realpath(file) for file in validation}
+    if both:
+        raise SettingsError(f"data.validation_files: {min(both)} is one of data.files too: it would be trained on")
     return Source(
         documents=lambda: read_documents(training, text_column),
         identity={

@@ -58,6 +58,8 @@ def expand_files(setting: str, patterns: Sequence[str]) -> list[str]:
         if os.path.isdir(file):
             raise SettingsError(f"{setting}: {file} is a directory; to take its files, write {file}/*.json.gz")
         _reader(file, setting)
+        if not os.path.exists(file):
+            raise SettingsError(f"{setting}: {file} is a link to a file that is not there")
         if os.path.getsize(file) == 0:
             raise SettingsError(f"{setting}: {file} is empty (0 bytes)")
     return list(dict.fromkeys(files))

@@ -2,8 +2,9 @@
 
 Rounded to nearest, a bfloat16 z loses most of its movement: an increment below half a step of the grid is
 dropped every time. Rounded up with a probability equal to the fraction that would be dropped, it is right on
-average. The random bits come from no generator: they are a hash of the seed, the step count and the bits of the
-element's new values before rounding; z and m share a hash and take 16 bits of it each, a weight has one of its own.
+average. The random bits come from no generator: they are a hash of the seed, the step count and the bits of an
+element's values before rounding. z and m share one, of their new values, and take 16 bits of it each; a weight has one
+of its own, of its new value and its gradient.
 So there is no state to save, and an element is rounded alike in a whole parameter, in a flat ZeRO partition and in a
 DTensor shard.
 

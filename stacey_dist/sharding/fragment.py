@@ -1,6 +1,5 @@
 """The unit of sharding: a contiguous range of one parameter's elements that lives on this rank."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +105,3 @@ def flat_part(
 def _step(state: Mapping[str, Any]) -> Tensor | None:
     step = state.get("step")
     return torch.tensor(float(step)) if isinstance(step, int | float) else step
-
-
-def element_count(shape: torch.Size) -> int:
-    """The number of elements of a tensor of this shape."""
-    return math.prod(shape)

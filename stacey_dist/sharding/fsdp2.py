@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from stacey_dist.sharding.fragment import Fragment, element_count, trainable_parameters, whole
+from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
@@ -51,7 +51,7 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
             "mesh dimension, and replicated over the others"
         )
     rows = param.shape[0] if param.dim() else 1
-    row_size = element_count(param.shape[1:])
+    row_size = param.shape[1:].numel()
     first, local_rows = 0, rows
     if sharded:
         # The first ranks have ceil(rows / ranks) rows each, as torch.chunk cuts them.

@@ -42,7 +42,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None, pr
     known = ["config", *parser.kinds]
     try:
         _check_options(arguments, known)
-        _check_files(arguments, known)
+        _check_files(arguments, parser.kinds, config_class)
     except SettingsError as error:
         parser.error(str(error))
     parsed = parser.instantiate(parser.parse_args(arguments))
@@ -135,7 +135,9 @@ def _check_options(arguments: Sequence[str], known: list[str]) -> None:
                 raise SettingsError(f"unknown option --{name}{_nearest(name, known, '--')}")
 
 
-def _check_files(arguments: Sequence[str], known: list[str]) -> None:
+def _check_files(arguments: Sequence[str], kinds: Mapping[str, Any], config_class: Any) -> None:
+    """Raise SettingsError for what jsonargparse does not find in files, or tells of in words of its own."""
+    known = ["config", *kinds]
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
             path = Path(arguments[index + 1])
@@ -159,7 +161,28 @@ def _check_files(arguments: Sequence[str], known: list[str]) -> None:
             if value == "inf":
                 raise SettingsError(f"--config {path}: {name}: YAML writes infinity as .inf")
             if name not in known:
-                raise SettingsError(f"--config {path}: unknown setting {name}{_nearest(name, known)}")
+                hint = _launcher_that_knows(name, config_class) or _nearest(name, known)
+                raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
+            kind, is_bool = kinds.get(name), isinstance(value, bool)
+            kinds_of_value = (kind, *get_args(kind))
+            if is_bool and bool not in kinds_of_value:
+                raise SettingsError(
+                    f"--config {path}: {name}: {str(value).lower()} is not allowed; it must be {_describe(kind)} "
+                    '(YAML reads no and yes as false and true: write "no" in quotes)'
+                )
+            if value is None and type(None) not in kinds_of_value:
+                raise SettingsError(f"--config {path}: {name}: null is not allowed; it must be {_describe(kind)}")
+
+
+def _launcher_that_knows(name: str, config_class: Any) -> str:
+    """Who takes a setting that this program does not, for people; empty if it is nobody."""
+    from stacey_dist.training import image_config, llm_config  # they import this module
+
+    launchers = {"train_llm.py": llm_config.LLMConfig, "train_imagenet.py": image_config.ImageConfig}
+    for program, other in launchers.items():
+        if other is not config_class and name in dict(_fields(other)):
+            return f"; it is one of {program}"
+    return ""
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

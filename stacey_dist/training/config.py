@@ -182,8 +182,9 @@ def validate_shared(config: RunConfig) -> None:
         for name in names.split():
             value = getattr(getattr(config, section), name)
             check(0 <= value < math.inf, f"{section}.{name}", value, "it must be a finite number >= 0")
-    check(config.seed >= 0, "seed", config.seed, "it must be >= 0")
+    check(0 <= config.seed < 2**32, "seed", config.seed, f"it must be within [0, {2**32 - 1}]")
     check(config.run_dir.strip() != "", "run_dir", config.run_dir, "it must name a directory")
+    check_path("run_dir", config.run_dir)
     _validate_optimizer(config.optimizer)
     if config.schedule.final_p is not None:
         _validate_p(config.optimizer, "schedule.final_p", config.schedule.final_p)
@@ -209,6 +210,11 @@ def check_warmup(config: RunConfig) -> None:
         config.schedule.warmup_steps,
         f"it must be at most train.max_steps = {config.train.max_steps}",
     )
+
+
+def check_path(setting: str, path: str | None) -> None:
+    """Raise SettingsError for a home directory, of which one by the name of ~ would be made."""
+    check(path is None or not path.startswith("~"), setting, path, "write the path in full: ~ is not expanded here")
 
 
 def check_positive(config: RunConfig, **sections: str) -> None:

@@ -15,7 +15,7 @@ def complete(run: "Run") -> None:
     file that says the same, or "auto", is fine.
 
     Raises:
-        SettingsError: the configuration has an optimizer or scheduler, or contradicts the run's settings.
+        SettingsError: the configuration has an optimizer, a scheduler or no stage, or contradicts the run's settings.
     """
     config = run.accelerator.state.deepspeed_plugin.deepspeed_config
     for section in ("optimizer", "scheduler"):
@@ -24,7 +24,7 @@ def complete(run: "Run") -> None:
                 f"{section}: this section of the DeepSpeed configuration is not allowed; "
                 f"{section}.* of the run takes its place ({section}.name and so on)"
             )
-    stage = config["zero_optimization"]["stage"]
+    stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise SettingsError(
             f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3, "
@@ -34,6 +34,12 @@ def complete(run: "Run") -> None:
         raise SettingsError(
             f"model.dtype: {run.config.weights_dtype} is not allowed with DeepSpeed, which keeps float32 master "
             "weights; use float32, with train.mixed_precision bf16"
+        )
+    asked, found = run.config.train.mixed_precision, run.accelerator.mixed_precision
+    if asked not in (None, found):
+        raise SettingsError(
+            f"train.mixed_precision: {asked} is contradicted by the DeepSpeed configuration, whose bf16 and fp16 give "
+            f'{found}; leave them out or write "enabled": "auto"'
         )
     if config.get("fp16", {}).get("enabled"):
         from deepspeed.accelerator import get_accelerator

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.training import deepspeed_config, heartbeat, loss_scale
+from stacey_dist.training import heartbeat, loss_scale
 from stacey_dist.training.launch import requested_engine
 
 if TYPE_CHECKING:
@@ -157,11 +157,12 @@ class Engine:
         One small all-reduce, and the update's one wait for the device.
         """
         asked = torch.tensor(astuple(requests), dtype=loss.dtype).to(loss.device, non_blocking=True)
-        shared = torch.cat([loss.reshape(1), asked])
+        # The first process's norm: replicas on unlike processors may sum it in another order, and would drift apart.
+        counts = norm if norm is not None and self.accelerator.is_main_process else torch.zeros_like(loss)
+        shared = torch.cat([loss.reshape(1), asked, counts.to(loss).reshape(1)])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(shared)
-        norm = torch.zeros_like(loss) if norm is None else norm
-        loss_value, *agreed, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
+        loss_value, *agreed, grad_norm = shared.tolist()
         return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
 
     def any_process(self, told: bool) -> bool:
@@ -204,7 +205,6 @@ class DeepSpeedEngine(Engine):
     """The model and its optimizer on DeepSpeed, which sums, clips, scales and applies gradients by itself."""
 
     def _prepare(self, optimizer: Optimizer) -> None:
-        deepspeed_config.complete(self.run)
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.

@@ -12,6 +12,7 @@ from stacey_dist.training.config import (
     ScheduleConfig,
     TrainConfig,
     check,
+    check_path,
     check_positive,
     validate_shared,
 )
@@ -122,6 +123,7 @@ def validate(config: ImageConfig) -> None:
     )
     validate_shared(config)
     data, train = config.data, config.train
+    check_path("data.cache_dir", data.cache_dir)
     check(data.min_scale <= 1, "data.min_scale", data.min_scale, "it must be within (0, 1]")
     check(data.workers is None or data.workers >= 0, "data.workers", data.workers, "it must be >= 0")
     check(

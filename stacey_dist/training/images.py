@@ -42,8 +42,12 @@ class ImageData:
 def prepare_data(run: Run[ImageConfig]) -> ImageData:
     """Find the configured images, and put them into the cache if one is asked for.
 
-    Raises SettingsError for a path or data set that holds no images in a form that is known.
+    Raises SettingsError for a path or data set that holds no images in a form that is known, and for a setting of the
+    model that this device does not have.
     """
+    if run.config.model.sync_batch_norm:
+        device = run.accelerator.device.type
+        check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
     data = run.config.data
     cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
 
@@ -79,8 +83,6 @@ def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
         zero_init_residual=model.zero_init_residual,
     )
     if model.sync_batch_norm:
-        device = run.accelerator.device.type
-        check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
     if run.config.train.compile:
         resnet.compile()

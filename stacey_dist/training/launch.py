@@ -14,7 +14,7 @@ from stacey_dist.training import rendezvous
 from stacey_dist.training.config import RunConfig
 
 ZERO_REDUNDANCY = "zero_redundancy"
-_SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY)
+_SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY, "fsdp2")
 
 
 def requested_engine() -> str:
@@ -48,6 +48,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        _check_devices()
     # Accelerate drops a timeout that equals its own default for NCCL, and gloo's is another.
     patience = timedelta(seconds=config.train.collective_timeout_seconds, milliseconds=1)
     joining: dict[str, Any] = {"timeout": patience, "init_method": rendezvous.ATTEMPT}
@@ -60,13 +62,17 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
-        kwargs_handlers=handlers,
-        log_with=list(config.tracking.trackers) or None,
-        project_dir=config.run_dir,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
+            kwargs_handlers=handlers,
+            log_with=list(config.tracking.trackers) or None,
+            project_dir=config.run_dir,
+        )
+    except ValueError as error:  # how it refuses a DeepSpeed configuration and the like
+        told = (str(error).splitlines() or [""])[0]
+        raise SettingsError(f"accelerate launch: {told}; look at the files and options it was given") from error
     if requested != "deepspeed":  # the environment may hold another number, and losses are scaled in the loop
         accelerator.gradient_accumulation_steps = 1
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:
@@ -75,6 +81,16 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         accelerator.scaler = torch.amp.GradScaler("cpu")
     _check_engine(requested, accelerator)
     return accelerator
+
+
+def _check_devices() -> None:
+    """Accelerate would give the GPUs out twice, and NCCL fail in the first collective."""
+    here, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if here > found:
+        raise SettingsError(
+            f"accelerate launch --num_processes: {here} processes on this machine are not allowed; torch sees {found} "
+            f"GPU{'s' if found != 1 else ''} on it, and each process needs one"
+        )
 
 
 def _check_engine(requested: str, accelerator: Accelerator) -> None:

@@ -21,6 +21,7 @@ from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
+from stacey_dist.errors import SettingsError
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.metrics import flops_per_token
@@ -96,7 +97,10 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     # Trained once for this data and size, then found again.
     identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"data.cache_dir: {directory} cannot be made: {error.strerror}") from error
     with locked(directory / "lock", announce=True):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")

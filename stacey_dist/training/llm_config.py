@@ -8,6 +8,7 @@ from stacey_dist.training.config import (
     OptimizerConfig,
     RunConfig,
     check,
+    check_path,
     check_positive,
     validate_shared,
 )
@@ -115,6 +116,7 @@ def validate(config: LLMConfig) -> None:
     _validate_model(config)
     validate_shared(config)
     data = config.data
+    check_path("data.cache_dir", data.cache_dir)
     check(data.validation_every >= 2, "data.validation_every", data.validation_every, "it must be >= 2")
     check(
         not (data.files and data.dataset),

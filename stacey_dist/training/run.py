@@ -16,15 +16,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
-from stacey_dist.training import heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
-from stacey_dist.training.launch import engine_description, start_accelerator
+from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import occupy
 
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -39,7 +40,7 @@ class Run(Generic[C]):
 
     Raises:
         SettingsError: the global batch does not divide over the processes; run_dir cannot be written, or another
-            process trains there.
+            process trains there; checkpoint.resume_from is no checkpoint.
     """
 
     def __init__(self, config: C, accelerator: Accelerator) -> None:
@@ -71,6 +72,12 @@ class Run(Generic[C]):
             self._lock = occupy(self.directory)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+        source = self.config.checkpoint.resume_from
+        if source is not None and not find_checkpoints(self.directory / "checkpoints"):
+            try:  # what it holds is looked at later; that it is none is said before data are prepared
+                read_manifest(Path(source))
+            except DamagedCheckpointError as error:
+                raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
     def settle_length(self, samples_per_epoch: int) -> None:
         """Let `train.max_steps` follow from `train.epochs`, where that is given.
@@ -154,7 +161,10 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
 
 
 def start(config: C) -> Run[C]:
-    """Bring up the processes and the run directory for a checked configuration."""
+    """Bring up the processes and the run directory for a checked configuration.
+
+    Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
+    """
     transformers.utils.logging.disable_progress_bar()
     separate_runs_of_a_sweep(config)
     accelerator = start_accelerator(config)
@@ -164,6 +174,9 @@ def start(config: C) -> Run[C]:
         torch.set_num_threads(config.train.cpu_threads or cores_per_process())
     set_seed(config.seed)
     run = Run(config, accelerator)
+    _check_precision(run)
+    if requested_engine() == "deepspeed":
+        deepspeed_config.complete(run)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
     arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
@@ -173,6 +186,21 @@ def start(config: C) -> Run[C]:
         f"{config.train.global_batch_size} {config.samples} an update"
     )
     return run
+
+
+def _check_precision(run: Run[Any]) -> None:
+    """Raise SettingsError where weights that are not float32 do not go with the mixed precision that came up.
+
+    It is `accelerate launch`'s where the run does not say.
+    """
+    mixed = run.accelerator.mixed_precision
+    if run.config.weights_dtype == "float32" or mixed == "no":
+        return
+    if mixed == "fp16" or requested_engine() == "fsdp2":  # Accelerate would make FSDP2's weights float32
+        raise SettingsError(
+            f"model.dtype: {run.config.weights_dtype} is not allowed with mixed precision {mixed} on this engine; use "
+            "float32, or --train.mixed_precision no"
+        )
 
 
 def separate_runs_of_a_sweep(config: RunConfig) -> None:
@@ -201,17 +229,19 @@ def device_name(device: torch.device) -> str:
 def user_errors(program: str) -> Iterator[None]:
     """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C.
 
-    So are errors of a disk: it is full, or may not be written or read. Of several processes that fail for one reason,
-    one says it.
+    So are errors of a disk (it is full, or may not be written or read) and of a GPU's memory. Of several processes that
+    fail for one reason, one says it.
     """
     try:
         yield
     except Exception as error:
         known, mine = isinstance(error, SettingsError), heartbeat.report(error)
-        if mine and not known and getattr(error, "errno", None) not in _OF_A_DISK:
+        of_memory = isinstance(error, torch.OutOfMemoryError)
+        if mine and not (known or of_memory or getattr(error, "errno", None) in _OF_A_DISK):
             raise
         if mine:
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+            advice = "\nlower train.micro_batch_size, or shard over more GPUs: `stacey-dist plan` says what fits"
+            print(f"{program}: error: {error}{advice if of_memory else ''}", file=sys.stderr, flush=True)
         sys.exit(2 if known else 1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig
 
 from stacey_dist import Stacey, cli
 from stacey_dist.checkpoint import save_checkpoint
@@ -161,5 +161,37 @@ def test_export(run, tmp_path, capsys):
     model = torch.nn.Linear(2, 2)
     path = save_checkpoint(tmp_path / "step_00000001", model, Stacey(model.parameters()))
     status, _, err = call(capsys, "export", path, tmp_path / "other")
-    assert status == 1
-    assert 'its extra has no "model"' in err
+    assert status == 2
+    assert "it does not say which model it is of: import it again with --model" in err
+    (tmp_path / "file").write_text("")
+    assert call(capsys, "export", second(run), tmp_path / "file") == (
+        2, "", f"stacey-dist: {tmp_path / 'file'} is no directory\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--position", "-1"], "--position -1: it must be at least 0"),
+        (["--step", "-3"], "--step -3: it must be at least 0"),
+        (["--model", "{d}/none"], "--model {d}/none: "),
+        (["--model", "{d}/vit"], "--model {d}/vit: Unrecognized configuration class"),
+    ],
+)
+def test_imports_that_are_asked_for_wrongly(tmp_path, capsys, options, message):
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    options = [option.format(d=tmp_path) for option in options]
+    status, _, err = call(capsys, "import", tmp_path, tmp_path / "out", *options)
+    assert status == 2
+    assert message.format(d=tmp_path) in err
+    assert err.count("\n") == 1
+
+
+def test_a_directory_that_may_not_be_read_is_not_called_empty(run, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cli.os, "listdir", refuse)
+    status, out, err = call(capsys, "list", run[0])
+    assert (status, out) == (1, "")
+    assert "Permission denied" in err

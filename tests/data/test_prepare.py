@@ -203,6 +203,15 @@ def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
         prepare(list_source(["a"]), ByteTokenizer(), tmp_path / "file", max_tokens=None, validation_every=9)
 
 
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parts.PartWriter, "append", full)
+    with pytest.raises(SettingsError, match=r"data\.cache_dir: the disk of .* is full; make room"):
+        prepare(list_source(texts(5)), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")

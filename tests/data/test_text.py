@@ -188,9 +188,27 @@ def test_files_source_names_the_setting(tmp_path: Path) -> None:
     file = write_c4(tmp_path / "a.json.gz", TEXTS)
     with pytest.raises(SettingsError, match=r"^data\.validation_files: "):
         files_source([str(file)], ["/nowhere/*"], "text")
-    source = files_source([str(file)], [str(file)], "text")
+    other = write_c4(tmp_path / "b.json.gz", TEXTS[::-1])
+    source = files_source([str(file)], [str(other)], "text")
     assert source.validation_documents is not None
-    assert [d.text for d in source.validation_documents()] == [d.text for d in source.documents()] == TEXTS
+    assert [d.text for d in source.validation_documents()] == [d.text for d in source.documents()][::-1] == TEXTS[::-1]
+
+
+def test_held_out_text_that_would_be_trained_on_is_refused(tmp_path: Path) -> None:
+    for name in ("c4-train.json.gz", "c4-validation.json.gz"):
+        write_c4(tmp_path / name, TEXTS)
+    (tmp_path / "link.json.gz").symlink_to("c4-validation.json.gz")
+    for validation in ("c4-validation*.json.gz", "link.json.gz"):
+        with pytest.raises(
+            SettingsError, match=r"^data\.validation_files: .*c4-validation\.json\.gz is one of data\.files"
+        ):
+            files_source([f"{tmp_path}/c4-*.json.gz"], [f"{tmp_path}/{validation}"], "text")
+
+
+def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.json.gz").symlink_to("annex/a.json.gz")
+    with pytest.raises(SettingsError, match=r"^data\.files: .*a\.json\.gz is a link to a file that is not there"):
+        expand_files("data.files", [f"{tmp_path}/*.json.gz"])
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -19,6 +19,7 @@ from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.training import launch
+from stacey_dist.training.llm_config import LLMConfig
 from tests.test_docs import tiny_llama
 from tests.training.forked import Forked
 
@@ -133,6 +134,66 @@ def test_an_importer_says_what_is_missing_or_cut_short(saved, tmp_path, capsys, 
     assert "Traceback" not in (err := capsys.readouterr().err)
     assert str(target.parent) in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("ddp", "optimizer.bin", {"state": {}}),
+        ("ddp", "optimizer.bin", 7),
+        ("zero1", "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt", {"optimizer_state_dict": {}}),
+        ("zero1", "pytorch_model/mp_rank_00_model_states.pt", {"module": None, "param_shapes": [{}]}),
+        ("zero1", "pytorch_model/mp_rank_00_model_states.pt", b"J and what follows"),
+        ("zero3", "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt", torch.ones(3)),
+        ("zero3", "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt", {"param_shapes": [{"a": (10**6,)}]}),
+    ],
+)
+def test_an_importer_names_what_does_not_fit_together(saved, tmp_path, capsys, name, file, content):
+    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+    target = tmp_path / "saved" / file
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+    else:
+        torch.save(content, target)
+    tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path / "model")
+    command_line = ["checkpoint", "import", str(tmp_path / "saved"), str(tmp_path / "out")]
+    assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "saved") in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_a_model_that_it_is_not_of_is_refused(saved, tmp_path, capsys, name):
+    config = tiny_llama().config
+    config.num_hidden_layers = 5
+    config.save_pretrained(tmp_path / "model")
+    command_line = ["checkpoint", "import", str(saved(name)[0] / "saved"), str(tmp_path / "out")]
+    assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
+    assert "is a parameter of the model, but not in the files" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    with pytest.raises(SettingsError, match=r"--num_processes: 8 processes on this machine .* torch sees 4 GPUs on it"):
+        launch._check_devices()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launch._check_devices()
+
+
+def test_what_accelerate_refuses_is_one_line(monkeypatch):
+    def refuse(**_):
+        raise ValueError("Expected a string path to an existing deepspeed config\nand more")
+
+    monkeypatch.setattr(launch, "Accelerator", refuse)
+    with pytest.raises(
+        SettingsError, match=r"^accelerate launch: Expected a string path to an existing deepspeed config;"
+    ):
+        launch.start_accelerator(LLMConfig())
 
 
 def assign(groups, names):

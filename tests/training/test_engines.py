@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from stacey_dist.checkpoint import verify
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import deepspeed_config
 from stacey_dist.training.llm_config import LLMConfig
@@ -105,6 +106,8 @@ def test_mixed_precision(one_process, tmp_path, engine, precision):
     ours, reference = training_rows(run), training_rows(directory / "run")
     assert ours[-1]["loss"] == pytest.approx(reference[-1]["loss"], abs=0.3)
     states = checkpoint(run, 40)
+    if precision == "fp16":
+        assert verify(run / "checkpoints" / "step_00000040")["extra"]["scaler"]["scale"] > 1
     # Master weights are what is saved.
     assert {str(t.dtype) for name, t in states.items() if name.startswith("model")} == {"torch.float32"}
 
@@ -128,6 +131,9 @@ def test_what_an_engine_cannot_do_is_said_at_the_start(one_process, tmp_path):
     output = on_engine("cpu_zero2", *arguments, "--model.dtype", "bfloat16", expect=2)
     assert "model.dtype: bfloat16 is not allowed with DeepSpeed" in output
     assert "File " not in output.split("train_llm.py: error:")[0]
+    arguments += ("--train.mixed_precision", "bf16")
+    output = on_engine("cpu_fsdp2", *arguments, "--model.dtype", "bfloat16", expect=2)
+    assert "model.dtype: bfloat16 is not allowed with mixed precision bf16 on this engine" in output
 
 
 def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
@@ -141,11 +147,11 @@ def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
     assert_nearly_equal_runs(run, one_process[0] / "run")
 
 
-def of_deepspeed(stage=2, dtype="float32", **sections):
+def of_deepspeed(stage=2, dtype="float32", precision="no", asked=None, **sections):
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}, **sections})
     config = LLMConfig()
-    config.model.dtype = dtype
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    config.model.dtype, config.train.mixed_precision = dtype, asked
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=precision)
     return SimpleNamespace(config=config, accelerator=accelerator, process_batch_size=8, micro_batch_size=4)
 
 
@@ -159,6 +165,8 @@ def of_deepspeed(stage=2, dtype="float32", **sections):
         ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps: 4 .* which gives 2"),
         ({"stage": 0}, r"zero_optimization.stage: 0 .* must be 1, 2 or 3"),
         ({"dtype": "bfloat16"}, r"model.dtype: bfloat16 is not allowed with DeepSpeed"),
+        ({"precision": "bf16", "asked": "no"}, r"train.mixed_precision: no is contradicted by .* give bf16"),
+        ({"precision": "no", "asked": "bf16"}, r"train.mixed_precision: bf16 is contradicted by .* give no"),
     ],
 )
 def test_a_deepspeed_configuration_that_contradicts_the_run_is_refused(sections, message):

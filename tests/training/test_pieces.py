@@ -225,13 +225,20 @@ def test_a_signal_in_the_middle_of_a_print_is_taken(monkeypatch, capfd):
     assert "SIGTERM: finishing this step" in capfd.readouterr().out
 
 
-def test_a_full_disk_is_one_line(capsys):
+def test_a_full_disk_and_a_full_gpu_are_told_in_a_line(capsys):
     with pytest.raises(SystemExit) as ended, user_errors("train_llm.py"):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/metrics.jsonl")
     assert ended.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"train_llm.py: error: [Errno {errno.ENOSPC}] No space left on device: 'runs/metrics.jsonl'"
     )
+    with pytest.raises(SystemExit) as ended, user_errors("train_llm.py"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "train_llm.py: error: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "lower train.micro_batch_size, or shard over more GPUs: `stacey-dist plan` says what fits",
+    ]
     with pytest.raises(FileNotFoundError), user_errors("train_llm.py"):  # a defect, perhaps: where was it?
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
 

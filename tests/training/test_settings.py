@@ -131,6 +131,11 @@ FILES = [
     ("optimizer: {p: inf}", "optimizer.p: YAML writes infinity as .inf"),
     ("a: [1", "is not valid YAML"),
     ("- 1", "must hold settings"),
+    ("checkpoint: {keep_last: }", "checkpoint.keep_last: null is not allowed; it must be a whole number"),
+    ("optimizer: {betas: null}", "optimizer.betas: null is not allowed; it must be 2 values, each a number"),
+    ("seed:", "seed: null is not allowed; it must be a whole number"),
+    ("train: {mixed_precision: no}", "it must be one of no, bf16, fp16, or null (YAML reads no and yes as false and"),
+    ("model: {depth: 18}", "unknown setting model.depth; it is one of train_imagenet.py"),
     ("", "must hold settings"),
 ]
 
@@ -144,6 +149,12 @@ def test_mistyped_files(content, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"--config {path}" in error
     assert message in error
+
+
+def test_null_and_false_where_they_are_allowed(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text("checkpoint: {keep_every: null}\ntrain: {mixed_precision: null, compile: no}\ndata: {files: []}\n")
+    assert parse(LLMConfig, ["--config", str(path)]) == LLMConfig()
 
 
 OUT_OF_RANGE = [
@@ -177,6 +188,9 @@ OUT_OF_RANGE = [
     ("--data.validation_files a.txt", "data.validation_files"),
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
     ("--seed -1", "seed: -1"),
+    ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
+    ("--run_dir=~/run", "run_dir: ~/run is not allowed; write the path in full"),
+    ("--data.cache_dir=~/cache", "data.cache_dir: ~/cache is not allowed; write the path in full"),
 ]  # fmt: skip
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported
 from stacey_dist.checkpoint.planner import Range
 from stacey_dist.checkpoint.snapshot import dtype_name
 from stacey_dist.checkpoint.write import write
@@ -39,9 +41,28 @@ def import_checkpoint(
         ForeignCheckpointError: it is none of these, not all there, or holds what is not read.
         OSError: the checkpoint could not be written.
     """
-    found = (deepspeed if deepspeed.made(source) else accelerate).read(source, parameters)
-    steps = {int(state["step"]) for state in found.states.values() if "step" in state}
-    if not steps:
+    try:
+        found = (deepspeed if deepspeed.made(source) else accelerate).read(source, parameters)
+        tensors = _tensors(source, found, parameters)
+        step = max(int(state["step"]) for state in found.states.values() if "step" in state)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Pickles may hold anything: what does not look as its name promises shows at the first look that fails.
+        raise ForeignCheckpointError(
+            f"{source}: its files do not fit together, or are not what they are named ({type(error).__name__}: {error})"
+        ) from error
+    ranges = {name: Range(0, tensor.contiguous().reshape(-1), tensor.numel()) for name, tensor in tensors.items()}
+    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
+    known = {"step": step, "skipped_steps": 0, "imported_from": found.maker}
+    write(path, ranges, contents, known | (extra or {}))
+    return path
+
+
+def _tensors(source: Path, found: Imported, parameters: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:
+    """All tensors by their names in our checkpoints. Raises ForeignCheckpointError where some are missing."""
+    for names in parameters or []:
+        if not any(name in found.weights for name in names):
+            raise ForeignCheckpointError(f"{source}: {names[0]} is a parameter of the model, but not in the files")
+    if not any("step" in state for state in found.states.values()):
         raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")
     tensors = {f"model/{name}": tensor for name, tensor in found.weights.items()}
     for name, state in found.states.items():
@@ -49,8 +70,4 @@ def import_checkpoint(
             raise ForeignCheckpointError(f"{source}: there is state of {name}, but no such weight")
         # Copies, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
         tensors |= {f"optimizer/{name}/{key}": value.clone() for key, value in state.items()}
-    ranges = {name: Range(0, tensor.contiguous().reshape(-1), tensor.numel()) for name, tensor in tensors.items()}
-    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
-    known = {"step": max(steps), "skipped_steps": 0, "imported_from": found.maker}
-    write(path, ranges, contents, known | (extra or {}))
-    return path
+    return tensors

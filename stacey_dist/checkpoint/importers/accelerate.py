@@ -73,12 +73,14 @@ def _named(
 
 def _weights(source: Path) -> dict[str, Tensor]:
     """The model, in one file or several."""
-    files = sorted(source.glob("model*.safetensors"))
-    try:
-        if files:
-            return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise ForeignCheckpointError(f"{files[0]}: {error}") from error
+    weights: dict[str, Tensor] = {}
+    for file in sorted(source.glob("model*.safetensors")):
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ForeignCheckpointError(f"{file}: {error}") from error
+    if weights:
+        return weights
     files = sorted(source.glob("pytorch_model*.bin"))
     if not files:
         raise ForeignCheckpointError(f"{source}: there is no model.safetensors and no pytorch_model.bin")

@@ -55,8 +55,8 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
         _split_3(groups, {name: shape for group in shapes for name, shape in group.items()}, weights, found)
     else:
         groups = _groups_1_2(states, directory)
-        for index, group in enumerate(shapes):
-            _split_1_2(groups[index], group, weights, found, directory)
+        for group, ranks in zip(shapes, groups, strict=True):
+            _split_1_2(ranks, group, weights, found, directory)
     _add_the_rest(described, weights, stage_3)
     return Imported(f"DeepSpeed ZeRO-{3 if stage_3 else '1 or 2'} on {world_size}", weights, found)
 

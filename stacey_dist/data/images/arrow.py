@@ -48,7 +48,10 @@ class ArrowImages:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of class names, labels, and the content of up to 256 images, evenly spread."""
+        """A hash of class names, labels, and the content of up to 256 images, evenly spread.
+
+        Raises SettingsError where one of them is in a file that is not there.
+        """
         return identity_of(self.classes, self.labels, map(self._read_or_empty, sampled(len(self))))
 
     def __len__(self) -> int:
@@ -75,6 +78,8 @@ class ArrowImages:
             return self.read(i)
         except BrokenImageError:
             return b""
+        except OSError as error:
+            raise SettingsError(f"{self.name(i)}: its file cannot be read: {error}") from error
 
     def name(self, i: int) -> str:
         """Return the source and the row's number, from 0."""
