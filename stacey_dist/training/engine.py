@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import heartbeat, loss_scale
-from stacey_dist.training.launch import requested_engine
+from stacey_dist.training.launch import gives_out_weights, requested_engine
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
@@ -72,6 +72,11 @@ class Engine:
         fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
 
     def _prepare(self, optimizer: Optimizer) -> None:
+        if self.name == "fsdp2":
+            # The first process's weights are given out, one at a time. Accelerate cannot do that with buffers.
+            parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+            no_buffers = self.module.state_dict().keys() <= parameters
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = no_buffers
         # Its state is made where the parameters then are; Accelerate would ask for a ZeroRedundancyOptimizer's.
         placement = None if self.name == "fsdp2" else [True, False]
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
@@ -206,11 +211,31 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
+        if gives_out_weights(self.accelerator):
+            self._partition()
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
         for module, name, buffer in exact:
             if buffer is not None:
                 module._buffers[name] = buffer.to(self.accelerator.device)
+
+    def _partition(self) -> None:
+        """Give each process its slices of the first one's weights, a layer at a time.
+
+        DeepSpeed would else put the whole model on every device first.
+        """
+        import deepspeed
+
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(self.accelerator.mixed_precision, torch.float32)
+        for module in self.module.modules():
+            own = nn.ParameterList(module.parameters(recurse=False))
+            for param in own:
+                if not hasattr(param, "ds_id"):  # a tied one has been here
+                    param.data = param.data.to(self.accelerator.device, dtype)
+            if own:
+                deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 
     @property
     def _zero(self) -> Any:

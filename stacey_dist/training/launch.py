@@ -83,6 +83,17 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def gives_out_weights(accelerator: Accelerator) -> bool:
+    """Whether each process gets its slices of the first one's weights from the engine, whatever it has itself.
+
+    So it is where the model may be too large for a process, or a GPU: with ZeRO-3, and with FSDP2 unless the model has
+    buffers in its state dict, which Accelerate does not give out.
+    """
+    if requested_engine() == "deepspeed":
+        return bool(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
+    return requested_engine() == "fsdp2"
+
+
 def _check_devices() -> None:
     """Accelerate would give the GPUs out twice, and NCCL fail in the first collective."""
     here, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()

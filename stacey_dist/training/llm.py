@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.lock import locked
@@ -23,6 +25,7 @@ from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentence
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.launch import gives_out_weights
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
@@ -110,26 +113,31 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
 
 
 def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """The LLaMA of the configuration, with the same initial weights on every process."""
+    """The LLaMA of the configuration, with the same initial weights on every process.
+
+    Where the engine gives out the first process's, the others' are never touched, and take no memory.
+    """
     model = run.config.model
+    config = LlamaConfig(
+        vocab_size=data.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+        max_position_embeddings=model.max_position_embeddings or run.config.data.sequence_length,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        initializer_range=model.initializer_range,
+        tie_word_embeddings=model.tie_word_embeddings,
+        bos_token_id=data.end_token_id,
+        eos_token_id=data.end_token_id,
+        use_cache=False,
+    )
     torch.manual_seed(run.config.seed)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=data.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_hidden_layers=model.num_hidden_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-            max_position_embeddings=model.max_position_embeddings or run.config.data.sequence_length,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            initializer_range=model.initializer_range,
-            tie_word_embeddings=model.tie_word_embeddings,
-            bos_token_id=data.end_token_id,
-            eos_token_id=data.end_token_id,
-            use_cache=False,
-        )
-    ).to(getattr(torch, model.dtype))
+    gets_them = gives_out_weights(run.accelerator) and not run.accelerator.is_main_process
+    with no_init_weights() if gets_them else nullcontext():
+        llama = LlamaForCausalLM(config).to(getattr(torch, model.dtype))
+    llama.tie_weights()
     if run.config.train.gradient_checkpointing:
         llama.gradient_checkpointing_enable({"use_reentrant": False})
     if run.config.train.compile:

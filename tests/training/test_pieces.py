@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.training import metrics, signals
+from stacey_dist.training import llm, metrics, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.llm import LanguageModeling
@@ -241,6 +241,26 @@ def test_a_full_disk_and_a_full_gpu_are_told_in_a_line(capsys):
     ]
     with pytest.raises(FileNotFoundError), user_errors("train_llm.py"):  # a defect, perhaps: where was it?
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+
+def test_a_process_that_is_given_its_weights_makes_none(monkeypatch):
+    config = LLMConfig()
+    monkeypatch.setattr(llm, "gives_out_weights", lambda accelerator: True)
+
+    def build(main):
+        run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=main), say=lambda text: None)
+        return llm.build_model(run, SimpleNamespace(vocab_size=64, end_token_id=0))
+
+    config.model.tie_word_embeddings = True
+    other, after = build(False), torch.random.get_rng_state()
+    torch.manual_seed(config.seed)
+    assert torch.equal(after, torch.random.get_rng_state())  # no random number was drawn, so no weight was touched
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    first = build(True)
+    assert not torch.equal(torch.random.get_rng_state(), after)
+    for (name, ours), (_, theirs) in zip(other.named_buffers(), first.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert [n for n, _ in other.named_parameters()] == [n for n, _ in first.named_parameters()]
 
 
 def test_statistics_of_an_update_that_is_left_out_are_undone():
