@@ -13,6 +13,7 @@ from stacey_dist.training.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
+GIVES_OUT_WEIGHTS = ("zero3", "zero3_offload", "fsdp2", "hsdp")
 WITHOUT_AUTOCAST = (*DEEPSPEED, "fsdp2", "hsdp")
 
 
@@ -61,6 +62,11 @@ class Job:
     def ranks(self) -> int:
         """The number of processes."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def host_bytes_to_build(self) -> int:
+        """Host memory of the first node while the model is built: one process's float32 weights, or each one's."""
+        return 4 * self.model.elements * (1 if self.engine in GIVES_OUT_WEIGHTS else self.gpus_per_node)
 
     @property
     def micro_batch(self) -> int:

@@ -31,6 +31,7 @@ def as_dict(job: Job, gpu: Gpu, speed: Speed, room: float) -> dict[str, Any]:
         "rank": job.rank,
         "device_bytes": job.held.device,
         "host_bytes": job.held.host,
+        "host_bytes_to_build": job.host_bytes_to_build,
         "buffer_bytes": job.held.buffers,
         "update_bytes": job.held.update,
         "activation_bytes": {"saved": acts.saved, "at_peak": acts.peak},
@@ -151,6 +152,8 @@ def _memory(jobs: list[Job], gpu: Gpu, room: float) -> str:
     )
     if first.peak > room:
         lines.append("  DOES NOT FIT; --search looks for what does")
+    title = "memory of the first node to build the model, GiB"
+    lines.append(_row(title, [_gib(job.host_bytes_to_build) for job in jobs]))
     if first.held.host:
         lines.append(_row("host memory of a GPU's process, GiB", ["" for _ in jobs]))
         for name in dict.fromkeys(name for job in jobs for name in job.held.host):
