@@ -109,6 +109,11 @@ def measure(engine, precision, tied, directory):
     run = start(config)
     model = llm.build_model(run, SimpleNamespace(vocab_size=VOCABULARY, end_token_id=0))
     optimizer = build_optimizer(model, config.optimizer, 0, by_owner=requested_engine() == ZERO_REDUNDANCY)
+    prepare, given = run.accelerator.prepare, {}
+    run.accelerator.prepare = lambda model, *rest, **options: (
+        given.update(bytes=storage_bytes(getattr(p, "ds_tensor", p) for p in model.parameters()))
+        or prepare(model, *rest, **options)
+    )
     made = build_engine(run, model, optimizer)
     tokens = torch.arange(8).reshape(1, 8)
     for _ in range(2 if "zero3" in engine else 1):  # ZeRO-3 learns in the first what it may leave gathered
@@ -123,6 +128,7 @@ def measure(engine, precision, tied, directory):
     for name in ("z", "m"):
         found[name] = storage_bytes(values[name] for values in state)
     found["collectives"] = collectives.bytes
+    found["before the engine"] = given["bytes"]
     ranges, _ = take(made.model, made.optimizer)
     found["checkpoint"] = sum(part.values.numel() * part.values.element_size() for part in ranges.values())
     if engine == "ddp":
