@@ -15,12 +15,13 @@ import yaml
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.training import llm, metrics, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from stacey_dist.training.engine import Engine
+from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
 from stacey_dist.training.run import separate_runs_of_a_sweep, user_errors
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
+from tests.sharding.processes import spawn
 
 
 class FakeStream:
@@ -241,6 +242,23 @@ def test_a_full_disk_and_a_full_gpu_are_told_in_a_line(capsys):
     ]
     with pytest.raises(FileNotFoundError), user_errors("train_llm.py"):  # a defect, perhaps: where was it?
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+
+def agreed(rank):
+    """What processes agree on whose replicas have summed the norm in another order."""
+    engine = object.__new__(Engine)
+    engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"))
+    norm = torch.tensor(1.0) if rank == 0 else torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    mine = [engine._agree(torch.tensor(2.0 + rank), Requests(stop=rank == 1), norm), engine.any_process(rank == 1)]
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_loss_the_requests_and_the_first_ones_norm():
+    first, second = spawn(agreed, 2)
+    assert first == second == [(5.0, Requests(stop=True), 1.0), True]
 
 
 def test_a_process_that_is_given_its_weights_makes_none(monkeypatch):
