@@ -114,7 +114,7 @@ class Reproduction:
 
             def advance(updates: int) -> None:
                 with bar_lock:
-                    bar.update(updates / unit)
+                    bar.update(min(updates / unit, total / unit - bar.n))  # not past the end by a rounded sum
 
             def compute(part: Part) -> None:
                 if not self.stop.is_set():
