@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -136,7 +135,6 @@ def list_checkpoints(directory: Path) -> int:
     if not directory.is_dir():
         raise SettingsError(f"{directory} is no directory")
     inside = directory / "checkpoints"
-    os.listdir(inside if inside.is_dir() else directory)  # a search in what may not be read would find nothing
     found = find_checkpoints(inside if inside.is_dir() else directory)
     for path in found:
         try:
@@ -274,12 +272,11 @@ def _shell(path: Path) -> Any:
     import torch
     import transformers
 
-    from stacey_dist import models
+    from stacey_dist.checkpoint.export import model_class
 
     try:
         described, _ = transformers.PretrainedConfig.get_config_dict(path)
-        name = (described.get("architectures") or [""])[0]
-        made = getattr(models, name, None) or getattr(transformers, name, None)
+        made = model_class((described.get("architectures") or [""])[0])
         with torch.device("meta"):
             if made:
                 return made(made.config_class.from_dict(described))

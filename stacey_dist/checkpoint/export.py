@@ -17,6 +17,16 @@ def describe_model(model: Any) -> dict[str, Any] | None:
     return None
 
 
+def model_class(name: str) -> Any:
+    """The model of transformers or stacey_dist that has this name; None if it is of neither."""
+    import transformers
+
+    from stacey_dist import models
+
+    found = getattr(transformers, name, None) or getattr(models, name, None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
 def export_model(path: Path, directory: Path) -> None:
     """Write the weights of the checkpoint at `path` and its model's configuration to `directory`.
 
@@ -27,9 +37,6 @@ def export_model(path: Path, directory: Path) -> None:
         SettingsError: it was saved without the model's description, or `directory` is a file.
     """
     import torch
-    import transformers
-
-    from stacey_dist import models
 
     manifest = read_manifest(path)
     described = manifest["extra"].get("model")
@@ -40,16 +47,15 @@ def export_model(path: Path, directory: Path) -> None:
         )
     if directory.exists() and not directory.is_dir():
         raise SettingsError(f"{directory} is no directory")
-    found = getattr(transformers, described["class"], None) or getattr(models, described["class"], None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    made = model_class(described["class"])
+    if made is None:
         raise DamagedCheckpointError(f"{path}: {described['class']} is not a model of transformers or stacey_dist")
-    model_class: Any = found
-    config = model_class.config_class.from_dict(described["config"])
+    config = made.config_class.from_dict(described["config"])
     if hasattr(config, "use_cache"):
         config.use_cache = True
     # The class itself: `from_config` would partition the model among the processes of a ZeRO-3 run.
     with torch.device("meta"):
-        shell = model_class(config)
+        shell = made(config)
     weights = read_tensors(path, [name for name in tensors(manifest) if name.startswith("model/")])
     shell.save_pretrained(directory, state_dict={name.removeprefix("model/"): t for name, t in weights.items()})
     for file in directory.glob("*.safetensors"):  # safetensors makes them for their owner alone, whatever the umask

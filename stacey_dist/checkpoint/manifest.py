@@ -52,8 +52,13 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under `directory` by their names, newest (most updates) first; none is opened."""
-    return sorted((p for p in directory.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
+    """The checkpoints under `directory` by their names, newest (most updates) first; none is opened.
+
+    Raises OSError if it is there and may not be read: a search that passes over that would find a run without any.
+    """
+    if not directory.is_dir():
+        return []
+    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

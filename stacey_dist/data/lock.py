@@ -1,12 +1,39 @@
 """One process at a time makes what many processes on a machine ask for."""
 
 import contextlib
+import errno
 import fcntl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from stacey_dist.errors import SettingsError
+
+
+@contextlib.contextmanager
+def making(directory: Path, setting: str, when_full: str, *, announce: bool) -> Iterator[None]:
+    """Hold the lock of a directory to be filled, which is made where it is not there.
+
+    Args:
+        directory: what many processes ask for.
+        setting: which the user moves it with.
+        when_full: what to do where its disk is full.
+        announce: as for `locked`.
+
+    Raises:
+        SettingsError: it cannot be made or locked, or its disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{setting}: {directory} cannot be made: {error.strerror}") from error
+    with locked(directory / "lock", announce):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SettingsError(f"{setting}: the disk of {directory} is full; {when_full}") from error
 
 
 @contextlib.contextmanager

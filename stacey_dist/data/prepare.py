@@ -1,6 +1,5 @@
 """Tokenize a source once, into parts that are memory-mapped by every later run."""
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stacey_dist.data.lock import locked
+from stacey_dist.data.lock import making
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, PROGRESS, PartWriter, token_dtype, write_json
 from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.source import Source
@@ -63,20 +62,9 @@ def prepare(
         raise SettingsError(f"data.validation_every must be at least 2, got {validation_every}")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
     if not (directory / INDEX).exists():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"data.cache_dir: {directory} cannot be made: {error.strerror}") from error
-        with locked(directory / "lock", announce=progress):
+        with making(directory, "data.cache_dir", "make room, and the same command goes on", announce=progress):
             if not (directory / INDEX).exists():
-                try:
-                    _Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    raise SettingsError(
-                        f"data.cache_dir: the disk of {directory} is full; make room, and the same command goes on"
-                    ) from error
+                _Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
     return directory
 
 

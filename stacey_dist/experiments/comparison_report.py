@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from numpy.typing import NDArray
 from scipy.stats import t
 
 LABELS = {
@@ -234,7 +235,7 @@ def curves(found: Found, metric: str) -> Figure:
         if not runs:
             continue
         steps = [row["step"] for row in runs[0]]
-        heights = np.array([[np.nan if row[metric] is None else row[metric] for row in run] for run in runs])
+        heights = np.array([_heights(run, metric) for run in runs])
         style = STYLES[name]
         axes.plot(steps, heights.mean(axis=0), label=LABELS[name], linewidth=1.8, **style)
         axes.fill_between(
@@ -248,7 +249,11 @@ def curves(found: Found, metric: str) -> Figure:
     return drawn
 
 
-def _look_at_the_ends(axes: Axes, curves: list[Any], metric: str) -> None:
+def _heights(evaluations: list[dict[str, Any]], metric: str) -> NDArray[np.float64]:
+    return np.array([np.nan if row[metric] is None else row[metric] for row in evaluations])
+
+
+def _look_at_the_ends(axes: Axes, curves: list[NDArray[np.float64]], metric: str) -> None:
     """Leave out what a loss shows above: the first quarter, and what is worse than most begin with."""
     curves = [curve for curve in curves if np.isfinite(curve[len(curve) // 4 :]).any()]
     if curves and metric in LOWER_IS_BETTER:
@@ -290,7 +295,7 @@ def curves_by_p(by_p: ByP, metric: str) -> Figure:
         norms = sorted(p for other, p in by_p if other == name)
         for p, shade in zip(norms, np.linspace(0.1, 0.9, len(norms)), strict=True):
             rows = by_p[name, p]["evaluations"]
-            heights.append(np.array([np.nan if row[metric] is None else row[metric] for row in rows]))
+            heights.append(_heights(rows, metric))
             color = colormaps["viridis"](shade)
             axes.plot([row["step"] for row in rows], heights[-1], color=color, label=f"p = {p:g}")
         axes.set(title=LABELS[name], xlabel="update")

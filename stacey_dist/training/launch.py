@@ -86,8 +86,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
 def gives_out_weights(accelerator: Accelerator) -> bool:
     """Whether each process gets its slices of the first one's weights from the engine, whatever it has itself.
 
-    So it is where the model may be too large for a process, or a GPU: with ZeRO-3, and with FSDP2 unless the model has
-    buffers in its state dict, which Accelerate does not give out.
+    So it is where the model may be too large for a process, or a GPU: with ZeRO-3 and FSDP2. But a model
+    with buffers in its state dict is not given out by Accelerate's FSDP2: it needs its weights on every process.
     """
     if requested_engine() == "deepspeed":
         return bool(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)

@@ -17,13 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from stacey_dist.checkpoint.export import export_model
-from stacey_dist.data.lock import locked
+from stacey_dist.data.lock import making
 from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
-from stacey_dist.errors import SettingsError
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.launch import gives_out_weights
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
@@ -100,11 +99,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     # Trained once for this data and size, then found again.
     identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"data.cache_dir: {directory} cannot be made: {error.strerror}") from error
-    with locked(directory / "lock", announce=True):
+    with making(directory, "data.cache_dir", "make room", announce=True):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_a_directory_that_may_not_be_read_is_not_called_empty(run, capsys, monke
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(cli.os, "listdir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     status, out, err = call(capsys, "list", run[0])
     assert (status, out) == (1, "")
     assert "Permission denied" in err

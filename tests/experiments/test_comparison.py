@@ -103,9 +103,8 @@ def test_what_diverged_with_some_seed_is_not_first():
     lucky = {("sgd", 1): result(0.1), ("sgd", 2): result(None, diverged=True)}
     told = report({**lucky, **FOUND, **lucky}, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
     assert told.values["optimizers"]["sgd"]["mean"] == 0.1
-    assert [line.split("|")[1].strip() for line in told.table.splitlines() if line.startswith("| ")][-1] == LABELS[
-        "sgd"
-    ]
+    table = [line for line in told.table.splitlines() if line.startswith("| ")]
+    assert table[-1].split("|")[1].strip() == LABELS["sgd"]
 
 
 def test_curves_by_p_are_not_flattened_by_one_that_explodes():

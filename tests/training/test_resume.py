@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -76,6 +77,17 @@ def test_the_newest_is_taken(directory, capsys):
     assert run.tracker_ids == {"wandb": "abc"}
     assert f"resumed from {directory.checkpoint(20)} after 20 updates" in capsys.readouterr().out
     assert Directory(directory.path.with_name("new"), steps=()).start()[:2] == (Progress(0, 0, 0), [0])
+
+
+def test_checkpoints_that_may_not_be_listed_are_not_passed_over(directory, monkeypatch):
+    """The run would begin anew."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        directory.start()
 
 
 def truncate(file):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters
 from stacey_dist.checkpoint.planner import Range
 from stacey_dist.checkpoint.snapshot import dtype_name
 from stacey_dist.checkpoint.write import write
@@ -59,9 +59,7 @@ def import_checkpoint(
 
 def _tensors(source: Path, found: Imported, parameters: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:
     """All tensors by their names in our checkpoints. Raises ForeignCheckpointError where some are missing."""
-    for names in parameters or []:
-        if not any(name in found.weights for name in names):
-            raise ForeignCheckpointError(f"{source}: {names[0]} is a parameter of the model, but not in the files")
+    check_parameters(source, found.weights, parameters or [])
     if not any("step" in state for state in found.states.values()):
         raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")
     tensors = {f"model/{name}": tensor for name, tensor in found.weights.items()}

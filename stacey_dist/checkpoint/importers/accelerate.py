@@ -13,7 +13,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, MetadataUnpickler, load
+from stacey_dist.checkpoint.importers.foreign import (
+    ForeignCheckpointError,
+    Imported,
+    MetadataUnpickler,
+    check_parameters,
+    load,
+)
 from stacey_dist.checkpoint.planner import alone
 from stacey_dist.sharding.fragment import canonical_name
 
@@ -42,9 +48,7 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None) -> Imported:
     first = {found: names[0] for found, names in zip(order, parameters, strict=True)}
     aliases = {name for names in parameters for name in names} - first.keys()
     weights = {first.get(name, name): tensor for name, tensor in weights.items() if name not in aliases}
-    for names in parameters:
-        if names[0] not in weights:
-            raise ForeignCheckpointError(f"{source}: {names[0]} is a parameter of the model, but not in the file")
+    check_parameters(source, weights, parameters)  # what the states are assigned to
     names = [names[0] for names in parameters]
     states = _assigned(optimizer, names, weights, source / "optimizer.bin")
     return Imported("Accelerate, one process or DDP", weights, states)

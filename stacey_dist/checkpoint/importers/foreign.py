@@ -1,6 +1,7 @@
 """What importers have in common: what they return, and reading pickles without running them."""
 
 import pickle
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +51,13 @@ def load(file: Path) -> Any:
         reason = str(error).splitlines()
         told = next((line for line in reason if "Unsupported global" in line), reason[0] if reason else "")
         raise ForeignCheckpointError(f"{file}: it can't be read: {told}") from error
+
+
+def check_parameters(source: Path, weights: Container[str], parameters: Sequence[Sequence[str]]) -> None:
+    """Raise ForeignCheckpointError unless every parameter of the model is there, by one of its names."""
+    for names in parameters:
+        if not any(name in weights for name in names):
+            raise ForeignCheckpointError(f"{source}: {names[0]} is a parameter of the model, but not in the files")
 
 
 _METADATA = {

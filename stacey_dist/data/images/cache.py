@@ -1,6 +1,5 @@
 """Decoded images on a disk, memory-mapped: each image is decoded once and not once an epoch."""
 
-import errno
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet, sampled
-from stacey_dist.data.lock import locked
+from stacey_dist.data.lock import making
 from stacey_dist.data.parts import replace_file, write_json
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
@@ -134,11 +133,7 @@ def cached(
     identity = images.identity if shorter is None else _hash([images.identity, "resized", shorter])
     place = Path(directory) / f"images-{_hash([FORMAT_VERSION, images.identity, shorter])[:24]}"
     if not (place / COMPLETE).exists():
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"data.cache: {place} cannot be made: {error.strerror}") from error
-        with locked(place / "lock", announce=progress):
+        with making(place, "data.cache", "set data.cache: none", announce=progress):
             if not (place / COMPLETE).exists():
                 _make(place, images, shorter, threads or cores(), progress)
     return CachedImages(place, images, identity)
@@ -164,14 +159,9 @@ def _make(directory: Path, images: ImageSet, shorter: int | None, threads: int, 
         ) as bar,
     ):
         _check_space(directory, [_load(images, i, shorter) for i in sampled(count)], left)
-        try:
-            for start in starts:
-                numbers = range(start, min(start + PART_IMAGES, count))
-                _write_part(directory, start // PART_IMAGES, _in_order(pool, load, numbers, 4 * threads), bar)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise SettingsError(f"data.cache: the disk of {directory} is full; set data.cache: none") from error
+        for start in starts:
+            numbers = range(start, min(start + PART_IMAGES, count))
+            _write_part(directory, start // PART_IMAGES, _in_order(pool, load, numbers, 4 * threads), bar)
     parts = range(-(-count // PART_IMAGES))
     index = b"".join((directory / _index_name(part)).read_bytes() for part in parts)
     sizes = [(directory / _part_name(part)).stat().st_size for part in parts]
