@@ -15,22 +15,22 @@ class OptimizerConfig:
     """Which optimizer, and its numbers."""
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"] = "stacey"
-    """The optimizer. sgd is SGD with Nesterov momentum."""
-    lr: float = 0.003
+    """The optimizer. The default numbers are stacey's: another needs lr and betas. sgd has Nesterov momentum."""
+    lr: float = 0.0012
     """The peak learning rate (eta in the paper)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the scheduled lr; adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
     """Decay one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
-    """stacey: the rule, (p,2), (p,p) or (2,p)."""
+    """stacey: the rule, (p,2), (p,p) or (2,p). The default numbers are p2's: another needs lr, alpha and tau."""
     p: float = 30.0
     """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
     alpha: float = 1.0
     """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
-    tau: float = 0.03
+    tau: float = 0.004
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.5, 0.7)
     """stacey, adamw, adam, lion: interpolation or first-moment decay, and momentum or second-moment decay."""
     eps: float = 1e-8
     """stacey, lp_descent, adamw, adam: added to the denominator."""

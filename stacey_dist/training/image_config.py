@@ -95,7 +95,9 @@ class ImageConfig(RunConfig):
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=0.0133, weight_decay=0.001, p=6.0, alpha=0.85, tau=0.038)
+        default_factory=lambda: OptimizerConfig(
+            lr=0.0133, weight_decay=0.001, p=6.0, alpha=0.85, tau=0.038, betas=(0.9, 0.99)
+        )
     )
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(min_lr_ratio=0.0, tau="lr"))
     train: ImageTrainConfig = field(

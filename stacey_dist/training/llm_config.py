@@ -5,7 +5,6 @@ from typing import Literal
 
 from stacey_dist.training.config import (
     SHARED_CHANGES,
-    OptimizerConfig,
     RunConfig,
     check,
     check_path,
@@ -86,7 +85,6 @@ class TokenizerConfig:
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.0012, tau=0.004, betas=(0.5, 0.7)))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

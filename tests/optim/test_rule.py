@@ -91,7 +91,7 @@ def test_the_first_step_by_hand():
     # theta1 = -(1 - tau) eta sqrt(0.4) - tau alpha 0.4 = -0.999 * 0.01 * 0.6324555 - 0.001 * 0.02 * 0.4
     param, state = run(
         Stacey, torch.zeros(1, dtype=torch.float64), torch.full((1, 1), 4.0, dtype=torch.float64),
-        lr=0.01, p=3, alpha=0.02, tau=0.001, eps=0.0, state_dtype=torch.float64,
+        lr=0.01, p=3, alpha=0.02, tau=0.001, betas=(0.9, 0.99), eps=0.0, state_dtype=torch.float64,
     )  # fmt: skip
     assert param.item() == pytest.approx(-0.006326230765, abs=1e-12)
     assert state["z"].item() == pytest.approx(-0.008)

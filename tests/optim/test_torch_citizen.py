@@ -310,7 +310,7 @@ def test_distributed_state_dict_round_trip():
 def test_warm_up_from_zero_keeps_the_first_gradient():
     # The first lr of many schedules is 0. Elements with a gradient take the whole step: m, z and the coupling.
     theta, gradients = make_problem(size=50, steps=3)
-    _, state = run(Stacey, theta, gradients, [0.0, 0.01, 0.01], state_dtype=torch.float32)
+    _, state = run(Stacey, theta, gradients, [0.0, 0.01, 0.01], betas=(0.9, 0.99), state_dtype=torch.float32)
     expected_m = torch.zeros(50)
     for g in gradients:
         expected_m = expected_m + 0.01 * (g - expected_m)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import gzip
+import inspect
+import json
 import math
 
 import pytest
 import yaml
 
+from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
 from stacey_dist.training.llm_config import LLMConfig, validate
@@ -24,6 +27,19 @@ def test_the_quickstart_file_is_the_defaults():
     missing = flatten(to_dict(LLMConfig())).keys() - named
     # what another choice would need is left out there
     assert not {name for name in missing if name.split(".")[0] in ("train", "schedule", "checkpoint")}
+
+
+def test_the_class_and_deepspeed_configurations_have_the_launchers_defaults():
+    launcher = dataclasses.asdict(LLMConfig().optimizer)
+    in_class = {name: p.default for name, p in inspect.signature(Stacey).parameters.items()}
+    in_class["state_dtype"] = str(in_class["state_dtype"]).removeprefix("torch.")
+    del in_class["weight_decay"]  # 0, for groups to say what decays
+    shared = launcher.keys() & in_class.keys()
+    assert {"lr", "p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding"} == shared
+    assert {name: in_class[name] for name in shared} == {name: launcher[name] for name in shared}
+    for path in sorted((ROOT / "configs/deepspeed").glob("*.json")):
+        named = json.loads(path.read_text())["optimizer"]["params"]
+        assert named == {name: launcher[name] for name in named} | {"betas": list(launcher["betas"])}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
