@@ -7,31 +7,37 @@ from torch import Tensor
 
 from stacey_dist.checkpoint.manifest import read_manifest
 from stacey_dist.checkpoint.read import read_tensors, tensors
+from stacey_dist.checkpoint.snapshot import batches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """A line for each tensor that is not the same to the bit in both; empty for equal checkpoints.
+    """A line for each tensor that is not the same to the bit in both, by name; empty for equal checkpoints.
 
-    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. One tensor of
-    each is in memory at a time. Raises DamagedCheckpointError.
+    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. Of each there is
+    a GiB, or one larger tensor, in memory at a time. Raises DamagedCheckpointError, OSError.
     """
     kinds, others = (tensors(read_manifest(path)) for path in (first, second))
     lines = []
-    for name in sorted(kinds.keys() | others.keys()):
+    for name in kinds.keys() | others.keys():
         if name not in kinds or name not in others:
             lines.append(f"{name}: only in {first if name in kinds else second}")
         elif kinds[name] != others[name]:
             (shape, dtype), (other_shape, other_dtype) = kinds[name], others[name]
             lines.append(f"{name}: {shape} {dtype} and {other_shape} {other_dtype}")
-        else:
-            a, b = (read_tensors(path, [name])[name] for path in (first, second))
-            different = int((_bits(a) != _bits(b)).sum())
-            if different:
-                largest = float((a.double() - b.double()).abs().max())
-                lines.append(f"{name}: {different:,} of {a.numel():,} elements differ, by {largest:.3g} at most")
-    return lines
+    for batch in batches({name: kind for name, kind in kinds.items() if others.get(name) == kind}):
+        a, b = (read_tensors(path, batch) for path in (first, second))
+        lines += [line for name in batch for line in _difference(name, a[name], b[name])]
+    return sorted(lines)
+
+
+def _difference(name: str, a: Tensor, b: Tensor) -> list[str]:
+    different = int((_bits(a) != _bits(b)).sum())
+    if not different:
+        return []
+    largest = float((a.double() - b.double()).abs().max())
+    return [f"{name}: {different:,} of {a.numel():,} elements differ, by {largest:.3g} at most"]
 
 
 def _bits(tensor: Tensor) -> Tensor:

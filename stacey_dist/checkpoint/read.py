@@ -1,18 +1,14 @@
 """Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
-import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
-from stacey_dist.checkpoint.planner import Range, RangeLoadPlanner, alone
+from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.checkpoint.snapshot import Contents, misfits, put
 from stacey_dist.checkpoint.together import each, on_first, rank, world_size
 
@@ -44,7 +40,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
             raise DamagedCheckpointError(f"{path}: {found[0]}")
 
     def read(ranges: dict[str, Range]) -> None:
-        each(lambda: _read(path, ranges))
+        each(lambda: _read(path, manifest, ranges))
 
     put(contents, read, model, optimizer)
     return manifest
@@ -55,13 +51,14 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
     Raises DamagedCheckpointError.
     """
-    kinds = tensors(read_manifest(path))
+    manifest = read_manifest(path)
+    kinds = tensors(manifest)
     kinds = {name: kinds[name] for name in (kinds if names is None else names)}
     whole = {
         name: torch.empty(torch.Size(shape).numel(), dtype=getattr(torch, dtype))
         for name, (shape, dtype) in kinds.items()
     }
-    _read(path, {name: Range(0, values, values.numel()) for name, values in whole.items() if values.numel()})
+    _read(path, manifest, {name: Range(0, values) for name, values in whole.items()})
     return {name: values.view(kinds[name][0]) for name, values in whole.items()}
 
 
@@ -97,14 +94,10 @@ def verify_together(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, ranges: dict[str, Range]) -> None:
-    if ranges:
-        reader = HuggingFaceStorageReader(str(path))
-        with alone():
-            try:
-                load(dict(ranges), storage_reader=reader, planner=RangeLoadPlanner(), no_dist=True)
-            except CheckpointException as error:  # a BaseException, which no handler of errors would see
-                cause = next((failure[0] for failure in error.failures.values()), error)
-                raise OSError(
-                    getattr(cause, "errno", None) or errno.EIO, f"{path}: cannot be read: {cause!r}"
-                ) from error
+def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range]) -> None:
+    # With as many ranks as wrote it, a rank's own file has all it needs but steps, which are with the rank that has a
+    # tensor's beginning: the one before this or, where each tensor is split over all, the first.
+    files = sorted(manifest["files"])
+    own = rank() * len(files) // world_size()
+    nearest = sorted(range(len(files)), key=lambda i: (i != own, i != 0, abs(i - own)))
+    read_shards((path / files[i] for i in nearest), ranges)

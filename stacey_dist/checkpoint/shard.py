@@ -1,18 +1,22 @@
-"""A rank's ranges as one file of `torch.distributed.checkpoint`'s safetensors storage.
+"""A rank's ranges as one file of `torch.distributed.checkpoint`'s safetensors storage, and ranges out of such files.
 
 torch's own writer puts the file together in memory, with the interpreter locked, and it has to be read again for its
 checksum; here each tensor goes to the file and through the checksum as it lies, with the interpreter free for training.
+torch's reader opens every file on every rank; here a rank opens files until it has what it needs.
 """
 
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from stacey_dist.checkpoint.planner import Range
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 _DTYPES = {
     torch.float64: "F64",
@@ -28,6 +32,19 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+@dataclass(frozen=True)
+class Range:
+    """Elements [start, start + values.numel()) of a flattened tensor."""
+
+    start: int
+    values: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The first element behind it."""
+        return self.start + self.values.numel()
 
 
 def shard_name(rank: int) -> str:
@@ -55,6 +72,33 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{path}: {error}") from error
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def read_shards(files: Iterable[Path], ranges: dict[str, Range]) -> None:
+    """Fill the ranges, in any memory, from files that are opened one after another until everything is found.
+
+    Raises OSError naming a file that cannot be read, or elements that are in none.
+    """
+    missing = {name: part.values.numel() for name, part in ranges.items() if part.values.numel()}
+    for file in files:
+        if not missing:
+            return
+        try:
+            with safe_open(file, framework="pt") as opened:
+                offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+                for name in missing.keys() & offsets.keys():
+                    wanted, written = ranges[name], opened.get_slice(name)
+                    (offset,) = offsets[name]["saved_offsets"]
+                    start, stop = max(wanted.start, offset), min(wanted.stop, offset + written.get_shape()[0])
+                    if start < stop:
+                        target = wanted.values[start - wanted.start : stop - wanted.start]
+                        target.copy_(written[start - offset : stop - offset])
+                        missing[name] -= stop - start
+        except (OSError, SafetensorError) as error:
+            raise OSError(getattr(error, "errno", None) or errno.EIO, f"{file}: cannot be read: {error!r}") from error
+        missing = {name: count for name, count in missing.items() if count}
+    if missing:
+        raise OSError(errno.EIO, f"{', '.join(sorted(missing)[:3])}: not all elements are in the files")
 
 
 def _header(ordered: list[tuple[str, Range]]) -> bytes:

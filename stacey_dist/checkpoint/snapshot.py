@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.shard import Range
 from stacey_dist.checkpoint.together import rank, world_size
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
 from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
 
-# Frozen parameters are read as wholes on each rank, this much of them at a time.
+# Tensors that are read as wholes, as frozen parameters are on each rank, are read this much at a time.
 _BATCH_BYTES = 1 << 30
 
 # The shape and the dtype's name of each whole tensor, by name.
@@ -50,7 +50,7 @@ def take(
             flat = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             host_memory[name] = flat
         flat.copy_(values, non_blocking=True)
-        ranges[name] = Range(start, flat, shape.numel())
+        ranges[name] = Range(start, flat)
         contents[name] = (tuple(shape), dtype_name(flat.dtype))
 
     for f in fragments(model, optimizer):
@@ -134,20 +134,19 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
             return scattered[-1][1]
 
         for f in fragments(model, optimizer, empty=True):
-            size = f.shape.numel()
-            wanted[f"model/{f.name}"] = Range(f.start, flat(f.weight), size)
+            wanted[f"model/{f.name}"] = Range(f.start, flat(f.weight))
             for key, target in f.state.items():
                 if f"optimizer/{f.name}/{key}" in contents:
-                    wanted[f"optimizer/{f.name}/{key}"] = Range(f.start, flat(target), size)
+                    wanted[f"optimizer/{f.name}/{key}"] = Range(f.start, flat(target))
                 else:
                     unsaved.append((f, key, target))
             if f.step is not None and f"optimizer/{f.name}/step" in contents:
-                wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1), 1)
-        batches = list(_batches({name: contents[f"model/{name}"] for name in _rest_shapes(model)}))
-        for kinds in batches or [{}]:  # the first one with all else: each reading opens every file
+                wanted[f"optimizer/{f.name}/step"] = Range(0, f.step.view(1))
+        rest_kinds = list(batches({name: contents[f"model/{name}"] for name in _rest_shapes(model)}))
+        for kinds in rest_kinds or [{}]:  # the first one with all else: each reading may open every file
             rest = {name: torch.empty(math.prod(shape), dtype=dtype) for name, (shape, dtype) in kinds.items()}
-            wanted |= {f"model/{name}": Range(0, values, values.numel()) for name, values in rest.items()}
-            read({name: part for name, part in wanted.items() if part.values.numel() > 0})
+            wanted |= {f"model/{name}": Range(0, values) for name, values in rest.items()}
+            read(wanted)
             _write_rest(model, rest)
             wanted = {}
         for target, values in scattered:
@@ -222,7 +221,7 @@ def _rest_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: shape for name, shape in _shapes(model).items() if name in names}
 
 
-def _batches(contents: Contents) -> Iterator[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+def batches(contents: Contents) -> Iterator[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
     """The shapes and dtypes of tensors, so many at a time as make up some `_BATCH_BYTES`."""
     batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     size = 0

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
-from stacey_dist.checkpoint.planner import Range
-from stacey_dist.checkpoint.shard import shard_name, write_shard
+from stacey_dist.checkpoint.shard import Range, shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
 from stacey_dist.checkpoint.together import gathered, on_first, rank, world_size
 from stacey_dist.version import __version__
@@ -60,7 +59,7 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         _wait_for(temporary)
         name = shard_name(rank())
         files = {name: write_shard(temporary / name, ranges)} if ranges else {}
-        spans = {key: [(part.start, part.start + part.values.numel())] for key, part in ranges.items()}
+        spans = {key: [(part.start, part.stop)] for key, part in ranges.items()}
         return files, contents, spans
 
     def finish() -> None:

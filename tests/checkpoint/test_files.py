@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import (
@@ -22,8 +20,6 @@ from stacey_dist.checkpoint import (
     write,
 )
 from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, sha256, step_of
-from stacey_dist.checkpoint.planner import Range
-from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.config import OptimizerConfig
@@ -305,27 +301,6 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
-
-
-def test_a_shard_is_what_torchs_storage_writes(tmp_path):
-    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
-    ranges = {
-        f"tensor/{index}": Range(7 * index, torch.arange(5 + index).to(dtype), 100) for index, dtype in enumerate(kinds)
-    }
-    described = write_shard(tmp_path / shard_name(2), ranges)
-    assert described == {
-        "bytes": (tmp_path / shard_name(2)).stat().st_size,
-        "sha256": sha256(tmp_path / shard_name(2)),
-    }
-    metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
-    assert metadata.state_dict_metadata.keys() == ranges.keys()
-    for name, part in ranges.items():
-        kind = metadata.state_dict_metadata[name]
-        assert kind.properties.dtype == part.values.dtype
-        assert [(tuple(c.offsets), tuple(c.sizes)) for c in kind.chunks] == [((part.start,), (part.values.numel(),))]
-    for name, tensor in load_file(tmp_path / shard_name(2)).items():
-        assert torch.equal(tensor, ranges[name].values)
-        assert tensor.dtype == ranges[name].values.dtype
 
 
 def test_a_dtype_that_cannot_be_saved_is_named(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters
-from stacey_dist.checkpoint.planner import Range
+from stacey_dist.checkpoint.shard import Range
 from stacey_dist.checkpoint.snapshot import dtype_name
 from stacey_dist.checkpoint.write import write
 
@@ -50,7 +50,7 @@ def import_checkpoint(
         raise ForeignCheckpointError(
             f"{source}: its files do not fit together, or are not what they are named ({type(error).__name__}: {error})"
         ) from error
-    ranges = {name: Range(0, tensor.contiguous().reshape(-1), tensor.numel()) for name, tensor in tensors.items()}
+    ranges = {name: Range(0, tensor.contiguous().reshape(-1)) for name, tensor in tensors.items()}
     contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
     known = {"step": step, "skipped_steps": 0, "imported_from": found.maker}
     write(path, ranges, contents, known | (extra or {}))

@@ -1,5 +1,6 @@
 """What `Accelerator.save_state` makes on one process, DDP and FSDP2."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from stacey_dist.checkpoint.importers.foreign import (
     check_parameters,
     load,
 )
-from stacey_dist.checkpoint.planner import alone
 from stacey_dist.sharding.fragment import canonical_name
 
 
@@ -166,7 +166,8 @@ def _distributed(directory: Path) -> dict[str, Tensor]:
             for name, kind in kinds.items()
             if isinstance(kind, TensorStorageMetadata)
         }
-        with alone():
+        with warnings.catch_warnings():  # this process means to work by itself
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_distributed(dict(tensors), storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as raised:  # of many kinds, for files cut short, altered or missing
         error: Any = raised
