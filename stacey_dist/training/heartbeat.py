@@ -61,6 +61,7 @@ class Heartbeat:
         self._store_silent = 0.0
         self._store_gone = False
         self._doubt: str | None = None
+        self._hurry = False
         self._no_other_fell_silent = threading.Event()
         self._stopping = threading.Event()
         self._leaving = threading.Lock()
@@ -115,7 +116,7 @@ class Heartbeat:
             try:
                 self._round(elapsed)
                 in_doubt += elapsed if self._doubt else 0.0
-                if self._doubt and in_doubt > 6 * self.interval:
+                if self._doubt and in_doubt > 8 * self.interval:
                     if not self._agree(self._doubt)[0]:
                         self._accept()
                     self._stopping.set()
@@ -129,8 +130,9 @@ class Heartbeat:
         self.store.add(f"beat/{self.rank}", 1)
         if self.store.check(["verdict"]):
             self._accept()
-        if self._doubt and len(self._watched) < self.processes:
-            self._watched = list(range(self.processes))  # process 0 may be long in finding out
+        if self._doubt and not self._hurry:
+            self.store.set("doubt", "")  # for process 0, which watches all: if each did, the store had N^2 to answer
+        self._hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
         for other, counter in zip(self._watched, self._read(), strict=True):
             alive = counter >= _GOODBYE or counter != self._counters.get(other) or other == self.rank
             self._silent[other] = 0.0 if alive else self._silent.get(other, 0.0) + elapsed
@@ -161,8 +163,8 @@ class Heartbeat:
 
     @property
     def _patience(self) -> float:
-        """Less where this process has lost a connection: then a few missed beats tell enough."""
-        return min(self.timeout, 4 * self.interval) if self._doubt else self.timeout
+        """Less where a process has lost a connection: then a few missed beats tell enough."""
+        return min(self.timeout, 4 * self.interval) if self._hurry else self.timeout
 
     def _gone(self) -> bool:
         if not self._store_gone and self._line.fileno() >= 0:

@@ -162,6 +162,21 @@ def test_a_lost_connection_is_no_failure_of_its_own():
     assert beat_together(lost) == ([75, 10, 75], "")
 
 
+def one_notices(rank, own):
+    time.sleep(1.5)  # until all have begun
+    if rank == 2:
+        os._exit(1)
+    if rank == 1:
+        own.report(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    time.sleep(20)
+
+
+def test_the_first_process_looks_closer_when_another_has_lost_a_connection():
+    statuses, output = beat_together(one_notices, timeout=60)
+    assert statuses == [75, 75, 1]
+    assert output.startswith(f"rank 2 on {HOST} stopped answering")
+
+
 def times_out(rank, own):
     time.sleep(1)  # until all have begun
     if rank == 1:
