@@ -15,29 +15,25 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def differences(first: Path, second: Path) -> list[str]:
     """A line for each tensor that is not the same to the bit in both, by name; empty for equal checkpoints.
 
-    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. Of each there is
-    a GiB, or one larger tensor, in memory at a time. Raises DamagedCheckpointError, OSError.
+    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. Of each there are
+    a GiB and one tensor in memory at most. Raises DamagedCheckpointError, OSError.
     """
     kinds, others = (tensors(read_manifest(path)) for path in (first, second))
-    lines = []
+    lines: dict[str, str] = {}
     for name in kinds.keys() | others.keys():
         if name not in kinds or name not in others:
-            lines.append(f"{name}: only in {first if name in kinds else second}")
+            lines[name] = f"only in {first if name in kinds else second}"
         elif kinds[name] != others[name]:
             (shape, dtype), (other_shape, other_dtype) = kinds[name], others[name]
-            lines.append(f"{name}: {shape} {dtype} and {other_shape} {other_dtype}")
+            lines[name] = f"{shape} {dtype} and {other_shape} {other_dtype}"
     for batch in batches({name: kind for name, kind in kinds.items() if others.get(name) == kind}):
         a, b = (read_tensors(path, batch) for path in (first, second))
-        lines += [line for name in batch for line in _difference(name, a[name], b[name])]
-    return sorted(lines)
-
-
-def _difference(name: str, a: Tensor, b: Tensor) -> list[str]:
-    different = int((_bits(a) != _bits(b)).sum())
-    if not different:
-        return []
-    largest = float((a.double() - b.double()).abs().max())
-    return [f"{name}: {different:,} of {a.numel():,} elements differ, by {largest:.3g} at most"]
+        for name in batch:
+            different = int((_bits(a[name]) != _bits(b[name])).sum())
+            if different:
+                largest = float((a[name].double() - b[name].double()).abs().max())
+                lines[name] = f"{different:,} of {a[name].numel():,} elements differ, by {largest:.3g} at most"
+    return [f"{name}: {lines[name]}" for name in sorted(lines)]
 
 
 def _bits(tensor: Tensor) -> Tensor:

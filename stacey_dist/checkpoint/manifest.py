@@ -119,7 +119,7 @@ def _verify_file(file: Path, expected: dict[str, Any], readings: int = _READINGS
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
-    """Check that there is no file that a reader of the directory would take for a part. Raises as `verify` does."""
+    """Check that there is no file that torch's reader would take for a part. Raises as `verify` does."""
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in manifest["files"]:
             raise DamagedCheckpointError(f"{file}: it is not of this checkpoint")

@@ -11,6 +11,7 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifes
 from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.checkpoint.snapshot import Contents, misfits, put
 from stacey_dist.checkpoint.together import each, on_first, rank, world_size
+from stacey_dist.sharding import fragments
 
 T = TypeVar("T")
 
@@ -39,8 +40,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
         if found:
             raise DamagedCheckpointError(f"{path}: {found[0]}")
 
+    replicas = max((f.replicas for f in fragments(model, optimizer, empty=True)), default=1)
+
     def read(ranges: dict[str, Range]) -> None:
-        each(lambda: _read(path, manifest, ranges))
+        each(lambda: _read(path, manifest, ranges, replicas))
 
     put(contents, read, model, optimizer)
     return manifest
@@ -49,7 +52,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint with these names (None: all), as wholes in host memory, by name.
 
-    Raises DamagedCheckpointError.
+    Raises DamagedCheckpointError, OSError.
     """
     manifest = read_manifest(path)
     kinds = tensors(manifest)
@@ -94,10 +97,12 @@ def verify_together(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range]) -> None:
-    # With as many ranks as wrote it, a rank's own file has all it needs but steps, which are with the rank that has a
-    # tensor's beginning: the one before this or, where each tensor is split over all, the first.
+def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range], replicas: int = 1) -> None:
+    # With as many ranks as wrote it, a rank's own file, and where ranks hold the same and shared the writing those of
+    # its replicas, have all it needs but steps. These are with the rank that has a tensor's beginning: the one before
+    # this or, where each tensor is split over all, the first.
     files = sorted(manifest["files"])
     own = rank() * len(files) // world_size()
-    nearest = sorted(range(len(files)), key=lambda i: (i != own, i != 0, abs(i - own)))
-    read_shards((path / files[i] for i in nearest), ranges)
+    same = {(own + len(files) * replica // replicas) % max(1, len(files)) for replica in range(replicas)}
+    nearest = sorted(range(len(files)), key=lambda i: (i != own, i not in same, i != 0, abs(i - own)))
+    read_shards(path, [files[i] for i in nearest], ranges)

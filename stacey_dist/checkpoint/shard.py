@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 _DTYPES = {
@@ -74,19 +74,19 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def read_shards(files: Iterable[Path], ranges: dict[str, Range]) -> None:
-    """Fill the ranges, in any memory, from files that are opened one after another until everything is found.
+def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range]) -> None:
+    """Fill the ranges, in any memory, from files of a directory, opened in this order until everything is found.
 
-    Raises OSError naming a file that cannot be read, or elements that are in none.
+    Raises OSError naming a file that cannot be read, or tensors with elements that are in none.
     """
     missing = {name: part.values.numel() for name, part in ranges.items() if part.values.numel()}
     for file in files:
         if not missing:
             return
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(directory / file, framework="pt") as opened:
                 offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-                for name in missing.keys() & offsets.keys():
+                for name in [name for name in offsets if name in missing]:
                     wanted, written = ranges[name], opened.get_slice(name)
                     (offset,) = offsets[name]["saved_offsets"]
                     start, stop = max(wanted.start, offset), min(wanted.stop, offset + written.get_shape()[0])
@@ -94,11 +94,12 @@ def read_shards(files: Iterable[Path], ranges: dict[str, Range]) -> None:
                         target = wanted.values[start - wanted.start : stop - wanted.start]
                         target.copy_(written[start - offset : stop - offset])
                         missing[name] -= stop - start
-        except (OSError, SafetensorError) as error:
-            raise OSError(getattr(error, "errno", None) or errno.EIO, f"{file}: cannot be read: {error!r}") from error
+        except Exception as error:  # of many kinds where a header is damaged, or memory lacks
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"{directory / file}: cannot be read: {error!r}") from error
         missing = {name: count for name, count in missing.items() if count}
     if missing:
-        raise OSError(errno.EIO, f"{', '.join(sorted(missing)[:3])}: not all elements are in the files")
+        raise OSError(errno.EIO, f"{directory}: its files do not have all of {', '.join(sorted(missing)[:3])}")
 
 
 def _header(ordered: list[tuple[str, Range]]) -> bytes:

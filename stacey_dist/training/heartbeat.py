@@ -116,7 +116,7 @@ class Heartbeat:
             try:
                 self._round(elapsed)
                 in_doubt += elapsed if self._doubt else 0.0
-                if self._doubt and in_doubt > 8 * self.interval:
+                if self._doubt and in_doubt > 10 * self.interval:
                     if not self._agree(self._doubt)[0]:
                         self._accept()
                     self._stopping.set()
@@ -132,7 +132,10 @@ class Heartbeat:
             self._accept()
         if self._doubt and not self._hurry:
             self.store.set("doubt", "")  # for process 0, which watches all: if each did, the store had N^2 to answer
-        self._hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
+        hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
+        if hurry and not self._hurry:  # silence is measured anew, or one that is only slow would be blamed at once
+            self._silent = dict.fromkeys(self._silent, 0.0)
+        self._hurry = hurry
         for other, counter in zip(self._watched, self._read(), strict=True):
             alive = counter >= _GOODBYE or counter != self._counters.get(other) or other == self.rank
             self._silent[other] = 0.0 if alive else self._silent.get(other, 0.0) + elapsed

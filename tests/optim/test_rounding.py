@@ -134,10 +134,10 @@ def test_bfloat16_z_follows_float32_z_where_rounding_to_nearest_does_not(variant
         ("nearest", torch.bfloat16, "nearest"),
     ]:
         param = torch.nn.Parameter(theta.clone())
-        settings = dict(lr=0.0001, p=2.8, variant=variant, alpha=1e-3, state_dtype=dtype, rounding=rounding)
+        settings = dict(lr=0.0001, p=2.8, variant=variant, alpha=1e-3, tau=1e-3, betas=(0.9, 0.99))
         if variant != "p2":
             settings["alpha"] = 1e-6  # the mirror step magnifies alpha c by |z|^(2-p) / (p-1)
-        optimizers[name] = (param, Stacey([param], **settings))
+        optimizers[name] = (param, Stacey([param], state_dtype=dtype, rounding=rounding, **settings))
     for _ in range(steps):
         g = drift + torch.randn(size, generator=generator) * 1e-2
         for param, optimizer in optimizers.values():

@@ -20,7 +20,7 @@ from tests.sharding.processes import outcome, spawn
 pytestmark = pytest.mark.slow
 STEPS, BATCH, LENGTH, VOCABULARY = 50, 8, 16, 64
 
-SETTINGS = {"lr": 0.01, "p": 3.0, "tau": 0.02}
+SETTINGS = {"lr": 0.01, "p": 3.0, "alpha": 0.01, "tau": 0.02, "betas": (0.9, 0.99)}
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"lr": 0.003}),
     "stacey": (Stacey, {**SETTINGS, "state_dtype": "float32"}),

@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import inspect
-import json
 import math
 
 import pytest
@@ -29,7 +28,7 @@ def test_the_quickstart_file_is_the_defaults():
     assert not {name for name in missing if name.split(".")[0] in ("train", "schedule", "checkpoint")}
 
 
-def test_the_class_and_deepspeed_configurations_have_the_launchers_defaults():
+def test_the_class_has_the_launchers_defaults():
     launcher = dataclasses.asdict(LLMConfig().optimizer)
     in_class = {name: p.default for name, p in inspect.signature(Stacey).parameters.items()}
     in_class["state_dtype"] = str(in_class["state_dtype"]).removeprefix("torch.")
@@ -37,9 +36,6 @@ def test_the_class_and_deepspeed_configurations_have_the_launchers_defaults():
     shared = launcher.keys() & in_class.keys()
     assert {"lr", "p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding"} == shared
     assert {name: in_class[name] for name in shared} == {name: launcher[name] for name in shared}
-    for path in sorted((ROOT / "configs/deepspeed").glob("*.json")):
-        named = json.loads(path.read_text())["optimizer"]["params"]
-        assert named == {name: launcher[name] for name in named} | {"betas": list(launcher["betas"])}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
