@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from stacey_dist.experiments.comparison import training
 from stacey_dist.experiments.comparison_report import final
 from stacey_dist.experiments.framework import Experiment, Outcome, Reproduction, Scale, configs
-from stacey_dist.experiments.llm import TASK
+from stacey_dist.experiments.llm import LARGE, TASK
 from stacey_dist.experiments.trial import data_settings
 
 BASE = "as it is"
@@ -47,7 +47,8 @@ def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
     given = data_settings(TASK.program, reproduction.directory, reproduction.data)
-    own = {**size["overrides"], **given}
+    own_data = size["without_data"] if reproduction.data is None else {}
+    own = {**size["overrides"], **own_data, **given}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(
@@ -123,9 +124,15 @@ EXPERIMENT = Experiment(
             2,
             {
                 "overrides": {"train.max_steps": 300},
+                "without_data": {},
                 "changes": tuple(CHANGES),
             },
-        )
+        ),
+        "gpu": Scale(
+            "100 M parameters, 5 000 updates, 33 changes; days on one GPU",
+            2,
+            {"overrides": LARGE.overrides, "without_data": LARGE.without_data, "changes": tuple(CHANGES)},
+        ),
     },
     run,
     trains=True,

@@ -13,7 +13,7 @@ _SMALL = Size(
     trials=8,
     vary_p=_VARY_P,
 )
-_LARGE = Size(
+LARGE = Size(
     optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
     sweeps="sweeps/llm",
     trials=8,
@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
     "figures 4, 5, 11 to 13: LLaMA with every optimizer of the paper",
     {
         "cpu": Scale("0.9 M parameters, 600 updates, 8 runs to tune each; 80 minutes, two cores", 3, {"size": _SMALL}),
-        "gpu": Scale("100 M parameters, 5 000 updates, 8 runs to tune each; days on one GPU", 3, {"size": _LARGE}),
+        "gpu": Scale("100 M parameters, 5 000 updates, 8 runs to tune each; days on one GPU", 3, {"size": LARGE}),
         "paper": Scale("the same on C4, the paper's settings, nothing tuned; a day on one GPU", 2, {"size": _PAPER}),
     },
     partial(compare, TASK),

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,7 +26,12 @@ from stacey_dist.experiments.comparison_report import (
     updates_to_reach,
 )
 from stacey_dist.experiments.framework import Part, Reproduction, Scale
+from stacey_dist.experiments.trial import Trial
+from stacey_dist.training.command_line import parse
 from stacey_dist.training.image_config import ImageConfig
+from stacey_dist.training.image_config import validate as validate_images
+from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.llm_config import validate as validate_llm
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
@@ -153,7 +159,7 @@ TOYS = {
     "llm": Scale("a toy", 2, {"size": TUNED}),
     "cifar": Scale("a toy", 2, {"size": IMAGES}),
     "imagenet": Scale("a toy", 2, {"size": IMAGES_GIVEN}),
-    "ablation": Scale("a toy", 2, {"overrides": {}, "changes": CHANGES}),
+    "ablation": Scale("a toy", 2, {"overrides": {}, "without_data": {}, "changes": CHANGES}),
 }
 
 
@@ -327,6 +333,20 @@ def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
         assert {str(settings[setting]) for settings in made} == {"['some', 'where']" if name == "llm" else "some,where"}
 
 
+def assert_valid(settings, config):
+    kind, validate = (ImageConfig, validate_images) if "cifar" in str(config) else (LLMConfig, validate_llm)
+    arguments = Trial("", config, settings, Path("run")).arguments()
+    validate(parse(kind, arguments))
+
+
+def test_the_ablation_has_the_sizes_of_the_llm_experiment():
+    for name in ("cpu", "gpu"):
+        size = registry.EXPERIMENTS["ablation"].scales[name].settings
+        for change in size["changes"]:
+            settings = {**size["overrides"], **size["without_data"], **ablation.CHANGES[change]}
+            assert_valid(settings, ROOT / "configs/sweeps/llm/base.yaml")
+
+
 def test_every_scale_finds_its_configurations():
     """Those in the repository, that is."""
     for name in ("llm", "cifar", "imagenet"):
@@ -337,6 +357,7 @@ def test_every_scale_finds_its_configurations():
             for optimizer in size.optimizers:
                 if size.sweeps is not None:
                     assert (ROOT / "configs" / size.sweeps / f"{optimizer}.yaml").is_file()
+                    assert_valid({**size.overrides, **size.without_data}, ROOT / "configs" / size.sweeps / "base.yaml")
                 else:
                     short = optimizer.removeprefix("stacey_")
                     config = yaml.safe_load((ROOT / "configs" / size.configs.format(short)).read_text())
