@@ -29,8 +29,10 @@ def main(file: str) -> None:
     runs = {}
     for name, (state_dtype, rounding) in ROUNDINGS.items():
         param = Parameter(start.clone())
-        settings = dict(lr=1e-4, p=2.8, alpha=1e-3, tau=1e-3, betas=(0.9, 0.99))
-        runs[name] = (param, Stacey([param], state_dtype=state_dtype, rounding=rounding, **settings))  # type: ignore[arg-type]
+        optimizer = Stacey(
+            [param], 1e-4, p=2.8, alpha=1e-3, tau=1e-3, betas=(0.9, 0.99), state_dtype=state_dtype, rounding=rounding
+        )
+        runs[name] = (param, optimizer)
     steps: list[int] = []
     kept: dict[str, list[float]] = {name: [] for name in ROUNDINGS}
     errors: dict[str, list[float]] = {name: [] for name in ROUNDINGS}

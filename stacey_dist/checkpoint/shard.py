@@ -84,22 +84,28 @@ def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range])
         if not missing:
             return
         try:
-            with safe_open(directory / file, framework="pt") as opened:
-                offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-                for name in [name for name in offsets if name in missing]:
-                    wanted, written = ranges[name], opened.get_slice(name)
-                    (offset,) = offsets[name]["saved_offsets"]
-                    start, stop = max(wanted.start, offset), min(wanted.stop, offset + written.get_shape()[0])
-                    if start < stop:
-                        target = wanted.values[start - wanted.start : stop - wanted.start]
-                        target.copy_(written[start - offset : stop - offset])
-                        missing[name] -= stop - start
+            found = _read_shard(directory / file, {name: ranges[name] for name in missing})
         except Exception as error:  # of many kinds where a header is damaged, or memory lacks
             number = getattr(error, "errno", None) or errno.EIO
             raise OSError(number, f"{directory / file}: cannot be read: {error!r}") from error
-        missing = {name: count for name, count in missing.items() if count}
+        missing = {name: left for name, count in missing.items() if (left := count - found.get(name, 0))}
     if missing:
         raise OSError(errno.EIO, f"{directory}: its files do not have all of {', '.join(sorted(missing)[:3])}")
+
+
+def _read_shard(path: Path, ranges: dict[str, Range]) -> dict[str, int]:
+    """Fill what one file has of the ranges; returns how many elements that were, by name."""
+    found = {}
+    with safe_open(path, framework="pt") as opened:
+        offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+        for name in [name for name in offsets if name in ranges]:
+            wanted, written = ranges[name], opened.get_slice(name)
+            (offset,) = offsets[name]["saved_offsets"]
+            start, stop = max(wanted.start, offset), min(wanted.stop, offset + written.get_shape()[0])
+            if start < stop:
+                wanted.values[start - wanted.start : stop - wanted.start].copy_(written[start - offset : stop - offset])
+                found[name] = stop - start
+    return found
 
 
 def _header(ordered: list[tuple[str, Range]]) -> bytes:

@@ -46,9 +46,8 @@ Found = Mapping[str, list[float | None]]
 def run(reproduction: Reproduction) -> Outcome:
     """Every change with every seed."""
     size = reproduction.scale.settings
-    given = data_settings(TASK.program, reproduction.directory, reproduction.data)
-    own_data = size["without_data"] if reproduction.data is None else {}
-    own = {**size["overrides"], **own_data, **given}
+    given = data_settings(TASK.program, reproduction.directory, reproduction.data, size["without_data"])
+    own = {**size["overrides"], **given}
     changes = {label: CHANGES[label] for label in size["changes"]}
     parts = {
         (label, seed): training(

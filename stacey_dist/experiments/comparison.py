@@ -61,9 +61,8 @@ class Task:
 def compare(task: Task, reproduction: Reproduction) -> Outcome:
     """Tune, run with new seeds, vary p, and report; the scale's settings hold a `Size` by the name of "size"."""
     size: Size = reproduction.scale.settings["size"]
-    own_data = size.without_data if reproduction.data is None else {}
-    given = data_settings(task.program, reproduction.directory, reproduction.data)
-    overrides = {**size.overrides, **own_data, **given}
+    given = data_settings(task.program, reproduction.directory, reproduction.data, size.without_data)
+    overrides = {**size.overrides, **given}
     chosen, searched = _settings(task, size, reproduction, overrides)
     if not chosen:
         raise SettingsError(f"{reproduction.directory}: no run of any optimizer was completed; look at the ranges")

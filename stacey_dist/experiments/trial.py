@@ -180,9 +180,9 @@ def evaluations(directory: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
 
 
-def data_settings(program: Program, directory: Path, data: str | None) -> dict[str, Any]:
-    """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, if anything."""
-    return {"data.cache_dir": str(directory / "data"), **users_data(program, data)}
+def data_settings(program: Program, directory: Path, data: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, or `own`."""
+    return {**(own if data is None else users_data(program, data)), "data.cache_dir": str(directory / "data")}
 
 
 def users_data(program: Program, data: str | None) -> dict[str, Any]:

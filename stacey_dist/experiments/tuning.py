@@ -252,7 +252,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
             directory,
             trials=trials,
             seed=seed,
-            overrides=data_settings(sweep.program, directory, data),
+            overrides=data_settings(sweep.program, directory, data, {}),
             workers=workers,
             threads=threads_each(workers),
             advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum

@@ -30,8 +30,8 @@ class Stacey(ElementwiseOptimizer):
     An element's new value depends on that element alone, bit for bit, so any engine may shard the parameters.
 
     The defaults are the launcher's for language models, as measured in short runs (docs/results.md), where the paper's
-    (lr 0.01, p 2.8, alpha 0.01, tau 0.001, betas (0.9, 0.99)) hardly learned. They belong together, and to ``"p2"``:
-    another variant or p wants another lr, alpha and tau.
+    (lr 0.01, p 2.8, alpha 0.01, tau 0.001, betas (0.9, 0.99)) hardly learned. The defaults belong together, and
+    to ``"p2"``: another variant or p wants another lr, alpha and tau.
 
     Args:
         params: parameters or groups; every setting below may differ by group. float64 parameters are updated in

@@ -134,7 +134,7 @@ class Heartbeat:
             self.store.set("doubt", "")  # for process 0, which watches all: if each did, the store had N^2 to answer
         hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
         if hurry and not self._hurry:  # silence is measured anew, or one that is only slow would be blamed at once
-            self._silent = dict.fromkeys(self._silent, 0.0)
+            self._silent.clear()
         self._hurry = hurry
         for other, counter in zip(self._watched, self._read(), strict=True):
             alive = counter >= _GOODBYE or counter != self._counters.get(other) or other == self.rank

@@ -334,12 +334,12 @@ def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
 
 
 def assert_valid(settings, config):
-    kind, validate = (ImageConfig, validate_images) if "cifar" in str(config) else (LLMConfig, validate_llm)
+    kind, validate = (ImageConfig, validate_images) if config.parent.name == "cifar" else (LLMConfig, validate_llm)
     arguments = Trial("", config, settings, Path("run")).arguments()
     validate(parse(kind, arguments))
 
 
-def test_the_ablation_has_the_sizes_of_the_llm_experiment():
+def test_every_change_of_the_ablation_is_a_valid_configuration():
     for name in ("cpu", "gpu"):
         size = registry.EXPERIMENTS["ablation"].scales[name].settings
         for change in size["changes"]:
