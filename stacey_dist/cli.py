@@ -18,6 +18,8 @@ from stacey_dist.checkpoint.manifest import (
     verify,
 )
 from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.extras import message
+from stacey_dist.version import __version__
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
 
@@ -27,19 +29,27 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # These take every setting of the launcher, and so have parsers of their own.
     if arguments[:1] == ["plan"]:
-        from stacey_dist.plan.command import main as plan
-
-        return _told(lambda: plan(arguments[1:]), "stacey-dist plan", refused="error: ")
+        return _told(lambda: _plan(arguments[1:]), "stacey-dist plan", refused="error: ")
     if arguments[:1] == ["prepare"]:
-        from stacey_dist.training.prepare_command import prepare
-
-        return _told(lambda: prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
+        return _told(lambda: _prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
     parsed = make_parser().parse_args(arguments)
     return _told(
         lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))),
         "stacey-dist",
         resumable=parsed.run in (reproduce, tune),
     )
+
+
+def _plan(arguments: list[str]) -> int:
+    from stacey_dist.plan.command import main
+
+    return main(arguments)
+
+
+def _prepare(arguments: list[str]) -> int:
+    from stacey_dist.training.prepare_command import prepare
+
+    return prepare(arguments)
 
 
 def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False) -> int:
@@ -55,6 +65,11 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
     except (ForeignCheckpointError, OSError, TrialError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (missing := message(error)) is None:
+            raise
+        print(f"{program}: {missing}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on" if resumable else ""
         print(f"{program}: interrupted{goes_on}", file=sys.stderr)
@@ -64,6 +79,7 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command but `plan` and `prepare`, of which it knows the names alone."""
     parser = argparse.ArgumentParser(prog="stacey-dist", description="Tools for runs of stacey_dist.")
+    parser.add_argument("--version", action="version", version=f"stacey_dist {__version__}")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoint = groups.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
     commands = checkpoint.add_subparsers(metavar="COMMAND", required=True)

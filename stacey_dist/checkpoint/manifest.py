@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 # A network file system that hiccups must not cost a run its newest checkpoint.
 _READINGS = 5
 _READ_AGAIN_SECONDS = 2.0
+_BLOCK_BYTES = 1 << 20
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -127,5 +128,8 @@ def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -75,12 +75,10 @@ class Tuner:
         stop: threading.Event | None = None,
         advance: Callable[[float], object] = lambda share: None,
     ) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise SettingsError("optuna is not installed; pip install 'stacey_dist[tune]'") from error
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.sweep, self.directory, self.trials, self.seed = optuna, sweep, directory, trials, seed
         self.overrides, self.workers, self.threads = overrides or {}, workers, threads
