@@ -16,7 +16,8 @@ from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
 
 
 class Stacey(ElementwiseOptimizer):
-    """STACEY(p,2), STACEY(p,p) and STACEY(2,p): algorithms 2, 3 and 4 of the paper.
+    """STACEY(p,2), STACEY(p,p) and STACEY(2,p): algorithms 2, 3 and 4 of "Stochastic Steepest Descent with
+    Acceleration for lp-Smooth Non-Convex Optimization" (anonymous authors, under review), the paper below.
 
     Each coordinate takes
 
