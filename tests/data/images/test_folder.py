@@ -119,7 +119,7 @@ def empty(path: str) -> Any:
     [
         (remove("val/n02"), r"data\.path: .*/val has no folder for class 'n02'"),
         (remove("train/n01"), r"data\.path: .*/val has a folder 'n01', which is none of the training classes"),
-        (empty("train/n02"), r"data\.path: .*/train/n02 has no images; their names end in \.jpeg"),
+        (empty("train/n02"), r"data\.path: .*/train/n02 has no images; they are files whose names end in \.jpeg"),
         (empty("val/n01"), r"data\.path: .*/val/n01 has no images"),
         (remove("val"), r"data\.path: .* has train and none of val, validation, test beside it"),
         (lambda root: [shutil.rmtree(f) for f in (root / "train").iterdir()], r"train has no class folders"),
