@@ -7,7 +7,7 @@ Only additions, multiplications, divisions and square roots of IEEE 754 are used
 chooses: sines and exponentials would differ in their last bits between machines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,13 +79,13 @@ _FORMS: tuple[tuple[tuple[Stroke, ...], ...], ...] = (
 
 # Where in an image's random numbers each choice finds its own.
 _FORM, _TURN, _SLANT, _WIDTH, _HEIGHT, _X, _Y, _PEN, _STRENGTH, _SOFTNESS, _NOISE, _LINE = range(12)
-_STRAY = 3  # lines, of five numbers each: where it begins and ends, and its strength
+_STRAY = 2  # lines, of five numbers each: where it begins and ends, and its strength
 _POINTS = _LINE + 5 * _STRAY
 _MOST_POINTS = max(sum(map(len, form)) for forms in _FORMS for form in forms)
 _PIXELS = _POINTS + 2 * _MOST_POINTS
 _NUMBERS = _PIXELS + SIDE * SIDE
 
-_JITTER = 0.13
+_JITTER = 0.11
 _AT_ONCE = 256
 
 
@@ -121,21 +121,23 @@ def _drawn(strokes: Sequence[Stroke], random: Floats) -> NDArray[np.uint8]:
 
     pen = between(_PEN, 0.8, 1.7)
     digit = _ink(_placed(strokes, random, between), pen, between(_SOFTNESS, 0.5, 1.0))
-    grey = between(_STRENGTH, 0.4, 1.0) * digit
+    grey = between(_STRENGTH, 0.5, 1.0) * digit
     for at in range(_LINE, _POINTS, 5):
         ends = np.float32(SIDE) * random[:, at : at + 4]
-        grey = np.maximum(grey, between(at + 4, 0.0, 0.7) * _ink([(ends[:, :2], ends[:, 2:])], pen, np.float32(0.7)))
-    grey = grey + between(_NOISE, 0.0, 0.8) * (random[:, _PIXELS:] - np.float32(0.5))
+        grey = np.maximum(grey, between(at + 4, 0.0, 0.6) * _ink([(ends[:, :2], ends[:, 2:])], pen, np.float32(0.7)))
+    grey = grey + between(_NOISE, 0.0, 0.5) * (random[:, _PIXELS:] - np.float32(0.5))
     return np.floor(np.clip(grey, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8).reshape(-1, SIDE, SIDE)
 
 
-def _placed(strokes: Sequence[Stroke], random: Floats, between: "object") -> list[tuple[Floats, Floats]]:
+def _placed(
+    strokes: Sequence[Stroke], random: Floats, between: Callable[[int, float, float], Floats]
+) -> list[tuple[Floats, Floats]]:
     """Return the line segments of the strokes, bent, slanted, turned and moved: both ends, each of shape (n, 2)."""
     half = between(_TURN, -0.2, 0.2)  # the tangent of half the angle, which is up to 23 degrees
     cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
-    width, height, slant = between(_WIDTH, 7, 17), between(_HEIGHT, 10, 20), between(_SLANT, -0.4, 0.4)
+    width, height, slant = between(_WIDTH, 8, 17), between(_HEIGHT, 12, 20), between(_SLANT, -0.4, 0.4)
     centre = np.float32(SIDE / 2)
-    left, top = centre + between(_X, -4, 4), centre + between(_Y, -4, 4)
+    left, top = centre + between(_X, -3, 3), centre + between(_Y, -3, 3)
     segments, at = [], _POINTS
     for stroke in strokes:
         # Strokes that meet in a point are moved there alike by less than the pen is wide.

@@ -209,7 +209,7 @@ def test_other_formats_are_refused_and_start_nothing(
     program.write_text(f"#!/bin/sh\ntouch {mark}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(BrokenImageError, match="^none of the formats"):
+    with pytest.raises(BrokenImageError, match=r"^none of the formats"):
         decode(data)
     assert not mark.exists()
 
