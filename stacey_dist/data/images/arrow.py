@@ -128,11 +128,12 @@ def parquet_images(
     """
     import datasets
 
-    directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
     places = ("data.path: train", "data.path: validation")
     loaded = []
     for files, place in zip((train, validation), places, strict=True):
-        paths = [Path(file) for file in files]
+        # Absolute: pyarrow takes a leading ~ for the home directory, and file: for the beginning of an address.
+        paths = [Path(file).absolute() for file in files]
         features = parquet_features(paths[0])
         columns = [_image_column(features, image_column, place), _label_column(features, label_column, place)]
         loaded.append(load_parquet(paths, columns, features, directory))

@@ -39,10 +39,10 @@ def load_parquet(files: Sequence[Path], columns: Sequence[str], features: Any, c
     """Return a memory-mapped ``datasets.Dataset`` of some columns of some files, in their order.
 
     Args:
-        files: their paths, literally.
+        files: their absolute paths.
         columns: which are kept.
         features: of the first file; the others' columns are cast to these.
-        cache_dir: where the Arrow files are kept, each known by the path, size and time of its parquet file.
+        cache_dir: the absolute path of where the Arrow files are kept, each known by the path, size and time of its parquet file.
 
     Raises:
         SettingsError: a file cannot be read or has other columns; ``cache_dir`` cannot be written or is full.
@@ -57,12 +57,12 @@ def load_parquet(files: Sequence[Path], columns: Sequence[str], features: Any, c
             for file, arrow in zip(files, converted, strict=True):
                 if not arrow.exists():
                     _convert(file, chosen, arrow)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(arrow.absolute())) for arrow in converted])
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(arrow)) for arrow in converted])
 
 
 def _name(file: Path, features: Any) -> str:
     status = file.stat()
-    known = [_FORMAT_VERSION, str(file.absolute()), status.st_size, status.st_mtime_ns, features.to_dict()]
+    known = [_FORMAT_VERSION, str(file), status.st_size, status.st_mtime_ns, features.to_dict()]
     return f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.arrow"
 
 

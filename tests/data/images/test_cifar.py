@@ -28,9 +28,9 @@ def dump(path: Path, value: Any, protocol: int = 2) -> None:
     path.write_bytes(pickle.dumps(value, protocol))
 
 
-def write_cifar10(directory: Path, protocol: int = 2) -> list[dict[bytes, Any]]:
+def write_cifar10(directory: Path, protocol: int = 2, seed: int = 0) -> list[dict[bytes, Any]]:
     dump(directory / "batches.meta", {b"label_names": [b"plane", b"car", b"bird"], b"num_vis": 3072}, protocol)
-    files = [cifar_file(4, i, labels=3) for i in range(6)]
+    files = [cifar_file(4, seed + i, labels=3) for i in range(6)]
     for i, content in enumerate(files, start=1):
         dump(directory / (f"data_batch_{i}" if i < 6 else "test_batch"), content, protocol)
     return files
