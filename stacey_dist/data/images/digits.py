@@ -140,14 +140,14 @@ def _placed(
     left, top = centre + between(_X, -3, 3), centre + between(_Y, -3, 3)
     segments, at = [], _POINTS
     for stroke in strokes:
-        # Strokes that meet in a point are moved there alike by less than the pen is wide.
+        # Each stroke by itself: where two meet a gap may open, as in handwriting.
         moved = np.float32(_JITTER) * (2 * random[:, at : at + 2 * len(stroke)].reshape(-1, len(stroke), 2) - 1)
         at += 2 * len(stroke)
         points = np.asarray(stroke, np.float32) - np.float32(0.5) + moved
         x = width * (points[:, :, 0] - slant * points[:, :, 1])
         y = height * points[:, :, 1]
         placed = np.stack([left + cosine * x - sine * y, top + sine * x + cosine * y], axis=2)
-        curve = _smooth(placed)
+        curve = _smooth(placed.astype(np.float32))
         segments += [(curve[:, i], curve[:, i + 1]) for i in range(curve.shape[1] - 1)]
     return segments
 

@@ -16,13 +16,10 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         BrokenImageError: it is too large for an image, or no regular file: a folder, a pipe, a device.
         OSError: it cannot be read.
     """
-    # A pipe that nobody writes to would be waited for.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise BrokenImageError("no regular file")
-        if status.st_size > MOST_BYTES:
-            raise BrokenImageError(f"{status.st_size:,} bytes are too many for an image")
+    with open(path, "rb", opener=_open_regular_file) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise BrokenImageError(f"{size:,} bytes are too many for an image")
         return file.read(MOST_BYTES)
 
 
@@ -32,3 +29,12 @@ def read_or_empty(path: str | os.PathLike[str]) -> bytes:
         return read_file(path)
     except BrokenImageError:
         return b""
+
+
+def _open_regular_file(path: str, flags: int) -> int:
+    # A pipe that nobody writes to would be waited for.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BrokenImageError("no regular file")
+    return descriptor

@@ -104,7 +104,8 @@ def class_folders(folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         SettingsError: it cannot be read.
     """
-    classes, others = [], []
+    classes: list[str] = []
+    others: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

@@ -42,7 +42,8 @@ def load_parquet(files: Sequence[Path], columns: Sequence[str], features: Any, c
         files: their absolute paths.
         columns: which are kept.
         features: of the first file; the others' columns are cast to these.
-        cache_dir: the absolute path of where the Arrow files are kept, each known by the path, size and time of its parquet file.
+        cache_dir: the absolute path of where the Arrow files are kept, each known by its parquet file's path, size and
+            time of change.
 
     Raises:
         SettingsError: a file cannot be read or has other columns; ``cache_dir`` cannot be written or is full.

@@ -129,7 +129,7 @@ class Workers:
         while True:
             thread.join(_POLL_SECONDS)
             if not thread.is_alive() and "result" in outcome:
-                return outcome["result"]  # type: ignore[no-any-return]
+                return outcome["result"]
             self._check_processes()
             if not thread.is_alive():
                 _raise(outcome["error"])
