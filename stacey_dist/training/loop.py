@@ -2,14 +2,14 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.errors import DivergedError
+from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import scheduled
@@ -98,12 +98,34 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
 
     def evaluate() -> tuple[bool, bool]:
         """Whether it is the best so far, and whether it was left because a process was told to stop."""
-        figures = _evaluate(task, engine, stopping)
+        try:
+            figures = _evaluate(task, engine, stopping)
+        except StoppedWaitingError:
+            if accelerator.num_processes > 1:
+                raise
+            engine.model.train()
+            return False, True
         if figures is None:
             return False, True
         metrics.evaluation(progress.step, figures)
         progress.evaluated_step = progress.step
         return progress.improves(task.score(figures)), False
+
+    def micro_batches_of_update() -> Iterator[Any]:
+        """Yield them; one process that is told to stop and gets none saves what it has, and leaves.
+
+        Of several, the others are in the middle of an update, which this one cannot finish: it ends with an error, and
+        they with it.
+        """
+        try:
+            yield from metrics.timed(task.micro_batches(progress.position))
+        except StoppedWaitingError:
+            if accelerator.num_processes > 1:
+                raise
+            engine.restore_statistics()
+            metrics.say(f"saved {saver.save_surely(progress)}")
+            metrics.plot(surely=True)
+            leave()
 
     def leave() -> NoReturn:
         number = int(stop.received or 15)
@@ -126,8 +148,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             engine.set_group_settings(settings)
             engine.keep_statistics()
             loss = torch.zeros((), device=accelerator.device)
-            batches = metrics.timed(task.micro_batches(progress.position))
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in enumerate(micro_batches_of_update(), start=1):
                 with engine.micro_batch(last=number == micro_batches):
                     share = task.loss(engine.model, batch)
                     engine.backward(share)

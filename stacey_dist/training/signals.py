@@ -13,6 +13,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_CTRL_C_SECONDS = 1.0
 
 
+_entered: "StopSignal | None" = None
+
+
+def stop_requested() -> bool:
+    """Return whether this process was told to stop, while a `StopSignal` is entered."""
+    return _entered is not None and _entered.received is not None
+
+
 class StopSignal:
     """While entered, remembers the first SIGTERM or SIGINT in `received`.
 
@@ -26,11 +34,15 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
+        global _entered
+        _entered = self
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _entered
+        _entered = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
