@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from stacey_dist.data import Document, Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.conversion import TRICKY_TEXTS
-from stacey_dist.data.tokenizer import _NativeTokenizer
 from stacey_dist.errors import SettingsError
 
 VOCABULARY = 4096
@@ -40,7 +39,7 @@ def test_ids_equal_sentencepiece(trained: tuple[Tokenizer, Path], texts: list[st
     tokenizer, model = trained
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     samples = [*TRICKY_TEXTS, *texts]
-    assert isinstance(tokenizer, _NativeTokenizer)
+    assert tokenizer.difference is None
     assert tokenizer.encode_batch(samples) == processor.encode(samples)
     assert tokenizer.vocab_size == len(processor) == VOCABULARY
     assert processor.encode("a  1\n", out_type=str) == ["a", "▁▁", "1", "<0x0A>"]
