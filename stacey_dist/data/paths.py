@@ -10,8 +10,9 @@ from pathlib import Path
 
 from stacey_dist.errors import SettingsError
 
-# What `datasets` and fsspec below it take for more than a name.
-_SPECIAL = re.compile(r"[*?\[\]]|::")
+# All but what `datasets`, and fsspec below it, certainly take for a name. They know patterns, chains of file systems,
+# home directories and variables.
+_SPECIAL = re.compile(r"[^\w./ ,+@=-]")
 
 
 def expand_files(setting: str, patterns: Sequence[str], endings: Sequence[str]) -> list[str]:

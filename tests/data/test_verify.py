@@ -14,10 +14,10 @@ from tests.data.helpers import ByteTokenizer, list_input, texts, tree
 
 
 class Dropping(ByteTokenizer):
-    """Gives no tokens for a text with an é, as a normalizer may."""
+    """Gives no tokens for a text that begins with é, as a normalizer may."""
 
     def encode_batch(self, texts: object) -> list[list[int]]:
-        return [[] if 195 in ids else ids for ids in super().encode_batch(texts)]  # type: ignore[arg-type]
+        return [[] if ids[:1] == [195] else ids for ids in super().encode_batch(texts)]  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
