@@ -211,6 +211,8 @@ def _read_parquet(file: str, text_column: str) -> Iterator[Document | BadRecord]
                     record = document_of({text_column: text}, text_column, file, place, f"{file}, {place}")
                     if record is not None:
                         yield record
+            if number != (rows := parquet.metadata.num_rows):
+                yield BadRecord(f"{file}: damaged parquet: {number} rows where its footer says {rows}")
     except (OSError, pa.ArrowException) as error:
         if getattr(error, "errno", None) is not None:
             raise SettingsError(f"{file}: cannot be read: {one_line(error)}") from error
