@@ -22,7 +22,9 @@ from pathlib import Path
 sys.modules["stacey_dist"] = types.ModuleType("stacey_dist")
 sys.modules["stacey_dist"].__path__ = ["stacey_dist"]
 from stacey_dist.data import parts, preparation, prepare, readahead
-from tests.data.helpers import ByteTokenizer, list_source, texts
+from stacey_dist.data import Source, reuse
+from tests.data.helpers import ByteTokenizer, list_input, list_source, texts
+reuse._CHUNK = 100
 preparation._COMMIT_TOKENS = 700
 parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
 
@@ -32,7 +34,14 @@ class Slow(ByteTokenizer):
         return super().encode_batch(batch)
 
 tokenizer = Slow()
-source = list_source(texts(1500), texts(300, seed=1) if sys.argv[3] == "separate" else None)
+kind = sys.argv[3]
+source = list_source(texts(1500), texts(300, seed=1) if kind == "separate" else None)
+if kind in ("inputs", "reuse"):
+    inputs = [list_input(texts(count, seed=count), str(count)) for count in range(1, 60)]
+    source = Source(inputs, "inputs")
+if kind == "reuse" and Path(sys.argv[1]).name == "killed" and not Path(sys.argv[1]).exists():
+    prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=30_000, validation_every=7, progress=False)
+    tokenizer.encoded = 0
 print("ready", flush=True)
 prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=40_000, validation_every=10, progress=False)
 print("encoded", tokenizer.encoded, flush=True)
@@ -51,7 +60,7 @@ def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
     return child
 
 
-@pytest.mark.parametrize("kind", ["separate", "held out"])
+@pytest.mark.parametrize("kind", ["separate", "held out", "inputs", "reuse"])
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
     everything = int(start(tmp_path / "whole", 0, kind).communicate()[0].split()[1])
     (whole,) = (tmp_path / "whole").iterdir()
@@ -67,8 +76,9 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     with open(max(killed.glob("train-*.bin")), "ab") as file:
         file.write(b"junk")
     (killed / "train-00099.bin").write_bytes(b"junk")
-    position = json.loads((killed / "progress.json").read_text())["position"]
-    done = sum(place["read"] for place in position.values())
+    progress = json.loads((killed / "progress.json").read_text())
+    finished = [record for records in progress["inputs"].values() for record in records]
+    done = sum(place["read"] for place in (*progress["position"].values(), *finished))
     assert done > 0
     last = start(tmp_path / "killed", 0, kind)
     output = last.communicate()[0]
