@@ -115,6 +115,7 @@ MISTYPED = [
         ["--optimizer.name", "adamax"],
         "optimizer.name: adamax is not allowed; it must be one of stacey, lp_descent",
     ),
+    (["--data.on_bad_record", "ignore"], "data.on_bad_record: ignore is not allowed; it must be one of error, skip"),
     (["--train.mixed_precision", "fp8"], "fp8 is not allowed; it must be one of no, bf16, fp16, or null"),
     (
         ["--optimizer.betas", "0.9"],
