@@ -22,7 +22,6 @@ def read_literally(pretrained: Any) -> Any:
     """
     backend = pretrained.backend_tokenizer
     tokens = special_tokens(pretrained)
-    _declare_special(backend, tokens)
     backend.encode_special_tokens = True
     found = [token for token in tokens if _arises(backend, token)]
     if not found:
@@ -45,15 +44,6 @@ def special_tokens(pretrained: Any) -> dict[str, int]:
 def spelled(tokens: Any) -> list[str]:
     """Return texts that spell special tokens, alone and inside other text."""
     return [probe.format(token) for token in tokens for probe in _PROBES]
-
-
-def _declare_special(backend: Any, tokens: dict[str, int]) -> None:
-    """Make the tokens special for the backend too: an end token may be an ordinary added token there."""
-    from tokenizers import AddedToken
-
-    added = backend.get_added_tokens_decoder()
-    ordinary = [token for token, i in tokens.items() if i in added and not added[i].special]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ordinary])
 
 
 def _arises(backend: Any, token: str) -> bool:

@@ -189,6 +189,15 @@ def unigram() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
+def t5() -> Any:
+    """The class makes steps of its own, whatever tokenizer.json says."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("ab", -3.0)]
+    pieces += [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz</>().,"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
 def whole_words() -> PreTrainedTokenizerFast:
     """As Llama 3's, which takes a word of its vocabulary without merging; the end token is an ordinary added one."""
     from tokenizers import AddedToken, models, pre_tokenizers
@@ -206,6 +215,7 @@ def whole_words() -> PreTrainedTokenizerFast:
 SPECIAL = {
     "word pieces": (word_piece, ["[SEP]", "[CLS]", "[PAD]"], "［SEP］"),
     "unigram": (unigram, ["</s>", "<pad>"], None),
+    "T5": (t5, ["</s>", "<pad>"], None),
     "whole words": (whole_words, ["<|end|>", "<|pad|>"], None),
 }
 
