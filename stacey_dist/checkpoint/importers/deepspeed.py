@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, load
+from stacey_dist.checkpoint.schema import is_count
+from stacey_dist.files import open_regular
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
@@ -26,7 +28,11 @@ def _tag(source: Path) -> Path | None:
     candidates = [source]
     latest = source / "latest"
     if latest.is_file():
-        candidates.append(source / latest.read_text().strip())
+        with open_regular(latest) as opened:
+            tag = opened.read(1000).decode().strip()
+        if "/" in tag or "\0" in tag or tag == "..":
+            raise ForeignCheckpointError(f"{latest}: {tag!a} is not the name of a directory beside it")
+        candidates.append(source / tag)
     return next((path for path in candidates if any(path.glob("*zero_pp_rank_*_optim_states.pt"))), None)
 
 
@@ -43,13 +49,15 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
     states = [load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
     counts = states[0]["partition_count"]
     world_size = max(counts) if isinstance(counts, list) else int(counts)
-    if sorted(files) != list(range(world_size)):
+    if len(files) != world_size or sorted(files) != list(range(world_size)):
         raise ForeignCheckpointError(f"{directory}: there are files of ranks {sorted(files)} out of {world_size}")
     stage_3 = "fp32_flat_groups" in states[0]
     described = _model_states(directory, world_size if stage_3 else 1)
     weights: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor]] = {}
     shapes = described[0]["param_shapes"]
+    if not all(is_count(n) for group in shapes for shape in group.values() for n in shape):
+        raise ForeignCheckpointError(f"{directory}: param_shapes has what is no shape")
     if stage_3:
         groups = _groups_3(states, directory)
         _split_3(groups, {name: shape for group in shapes for name, shape in group.items()}, weights, found)
