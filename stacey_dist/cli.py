@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -180,7 +181,9 @@ def diff(first: Path, second: Path) -> int:
 def export(path: Path, out: Path) -> int:
     """A `transformers` model directory."""
     from stacey_dist.checkpoint.export import export_model
+    from stacey_dist.checkpoint.output import check_output
 
+    check_output(out)
     verify(path)
     export_model(path, out)
     print(f"model for transformers: {out}")
@@ -200,7 +203,7 @@ def import_foreign(
     from stacey_dist.checkpoint.export import describe_model
     from stacey_dist.checkpoint.importers import import_checkpoint
 
-    if out.exists():
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not os.listdir(out)):
         raise ForeignCheckpointError(f"{out} is there already")
     for option, count in (("--step", step or 0), ("--position", position)):
         if count < 0:
@@ -269,18 +272,11 @@ def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, ou
 
 def _shell(path: Path) -> Any:
     """The model of a configuration of transformers, without memory for its weights."""
-    import torch
-    import transformers
-
-    from stacey_dist.checkpoint.export import model_class
+    from stacey_dist.checkpoint.model_config import build_shell
+    from stacey_dist.files import read_json
 
     try:
-        described, _ = transformers.PretrainedConfig.get_config_dict(path)
-        made = model_class((described.get("architectures") or [""])[0])
-        with torch.device("meta"):
-            if made:
-                return made(made.config_class.from_dict(described))
-            return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+        return build_shell(read_json(path / "config.json" if path.is_dir() else path))
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
 

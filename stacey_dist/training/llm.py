@@ -242,8 +242,7 @@ def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
 
     def work() -> None:
         assert data.tokenizer is not None
-        export_model(checkpoint, directory)
-        data.tokenizer.save(directory)
+        export_model(checkpoint, directory, beside=data.tokenizer.save, unlisted=True)
 
     run.on_main(work)
     return directory
