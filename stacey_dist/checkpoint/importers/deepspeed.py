@@ -46,7 +46,7 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
         if match is None or int(match[2]) != 0:
             raise ForeignCheckpointError(f"{file}: model-parallel checkpoints are not read")
         files[int(match[1])] = file
-    states = [load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
+    states = [_load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
     counts = states[0]["partition_count"]
     world_size = max(counts) if isinstance(counts, list) else int(counts)
     if len(files) != world_size or sorted(files) != list(range(world_size)):
@@ -69,10 +69,18 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
     return Imported(f"DeepSpeed ZeRO-{3 if stage_3 else '1 or 2'} on {world_size}", weights, found)
 
 
+def _load(file: Path) -> dict[str, Any]:
+    """What a file holds, if that is a dictionary. Raises ForeignCheckpointError."""
+    content = load(file)
+    if not isinstance(content, dict):
+        raise ForeignCheckpointError(f"{file}: it holds a {type(content).__name__} where a dictionary belongs")
+    return content
+
+
 def _model_states(directory: Path, count: int) -> list[dict[str, Any]]:
     """What describes the model, by rank: ZeRO-3 has one for each, the others one for all."""
     if count == 1 and (directory / "mp_rank_00_model_states.pt").exists():
-        return [load(directory / "mp_rank_00_model_states.pt")]
+        return [_load(directory / "mp_rank_00_model_states.pt")]
     prefixes = ("zero_pp_rank", "bf16_zero_pp_rank")
     names = [[f"{prefix}_{rank}_mp_rank_00_model_states.pt" for prefix in prefixes] for rank in range(count)]
     described = []
@@ -80,7 +88,7 @@ def _model_states(directory: Path, count: int) -> list[dict[str, Any]]:
         file = next((directory / name for name in either if (directory / name).exists()), None)
         if file is None:
             raise ForeignCheckpointError(f"{directory / either[0]} is missing")
-        described.append(load(file))
+        described.append(_load(file))
     return described
 
 
