@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,7 +78,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(file)
         version = manifest["format"]
-        if type(version) is int and version != FORMAT:
+        if type(version) is not int:
+            raise ValueError(f"its format is {reprlib.repr(version)}")
+        if version != FORMAT:
             raise UnknownFormatError(
                 f"{file}: format {version}, but this version of stacey_dist ({__version__}) reads format {FORMAT}"
             )
