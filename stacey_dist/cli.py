@@ -19,6 +19,7 @@ from stacey_dist.checkpoint.manifest import (
     verify,
 )
 from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.files import printable
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
 
@@ -53,7 +54,10 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
     except SettingsError as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
-    except (ForeignCheckpointError, OSError, TrialError) as error:
+    except (ForeignCheckpointError, OSError) as error:
+        print(f"{program}: {printable(error)}", file=sys.stderr)
+        return 1
+    except TrialError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -148,7 +152,7 @@ def list_checkpoints(directory: Path) -> int:
 
 
 def _what_is_wrong(error: DamagedCheckpointError) -> str:
-    return str(error) if isinstance(error, UnknownFormatError) else f"damaged: {error}"
+    return printable(error) if isinstance(error, UnknownFormatError) else f"damaged: {printable(error)}"
 
 
 def show(path: Path) -> int:
@@ -157,7 +161,8 @@ def show(path: Path) -> int:
     print(_summary(manifest))
     parts = {kind: [n for n in manifest["tensors"] if n.startswith(f"{kind}/")] for kind in ("model", "optimizer")}
     print(", ".join(f"{len(names)} {kind} tensors" for kind, names in parts.items()))
-    print(f"versions: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    print(f"versions: {printable(versions)}")
     print(json.dumps(manifest["extra"], indent=1))
     return 0
 
@@ -174,7 +179,7 @@ def diff(first: Path, second: Path) -> int:
     from stacey_dist.checkpoint.compare import differences
 
     lines = differences(first, second)
-    print("\n".join(lines) if lines else "equal to the bit")
+    print("\n".join(map(printable, lines)) if lines else "equal to the bit")
     return 1 if lines else 0
 
 
@@ -287,7 +292,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     processes = manifest["processes"]
-    return f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}"
+    return printable(f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}")
 
 
 def program() -> None:

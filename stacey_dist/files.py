@@ -1,11 +1,12 @@
 """Open and read files that others have made, so that none of them makes the program wait or fail without a reason."""
 
 import errno
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -19,7 +20,7 @@ _LARGEST_JSON = 1 << 30
 _DEEPEST_JSON = 100
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> io.BufferedReader:
     """Open a regular file for reading. A pipe or a device is refused at once and not waited for.
 
     Args:
@@ -44,7 +45,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something')}, where a regular file belongs", str(path))
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def check_regular(path: Path) -> None:
@@ -76,6 +77,11 @@ def parse_json(text: str | bytes) -> Any:
     if _is_deep(value):
         raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
     return value
+
+
+def printable(text: object) -> str:
+    """Return text of others in one line that every terminal shows as it is: control characters are spelled."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

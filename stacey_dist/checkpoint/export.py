@@ -15,14 +15,14 @@ from stacey_dist.errors import SettingsError
 
 def describe_model(model: Any) -> dict[str, Any] | None:
     """What `export_model` has to know, for a checkpoint's `extra["model"]`; None if it is of neither library."""
-    for model_class in type(model).__mro__:  # `fully_shard` puts a class of its own in front
-        if model_class.__module__.startswith(("transformers.models.", "stacey_dist.models.")):
-            return {"class": model_class.__name__, "config": model.config.to_dict()}
+    for made in type(model).__mro__:  # `fully_shard` puts a class of its own in front
+        if made.__module__.startswith(("transformers.models.", "stacey_dist.models.")):
+            return {"class": made.__name__, "config": model.config.to_dict()}
     return None
 
 
 def export_model(
-    path: Path, directory: Path, *, beside: Callable[[Path], None] | None = None, unlisted: bool = False
+    path: Path, directory: Path, *, beside: Callable[[Path], object] | None = None, unlisted: bool = False
 ) -> None:
     """Write the weights of the checkpoint at `path` and its model's configuration to `directory`.
 

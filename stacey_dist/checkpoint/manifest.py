@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file}: {error}") from error
     except (OSError, AttributeError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
 def digest(manifest: dict[str, Any]) -> str:

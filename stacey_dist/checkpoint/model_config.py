@@ -51,7 +51,8 @@ def build_shell(described: Any, name: Any = None) -> Any:
 
     Args:
         described: the configuration, as in transformers' `config.json`.
-        name: the model's class. Without one it is the first that the configuration names, or transformers' causal language model.
+        name: the model's class. Without one it is the first that the configuration names, or transformers' causal
+            language model.
 
     Raises:
         ValueError: there is no such model, or the configuration does not fit it. The message is one line.
@@ -83,7 +84,8 @@ def _build(described: dict[str, Any], name: Any) -> Any:
     kind = described.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{name or kind!a} is not a model of transformers or stacey_dist, and code that comes with a model is not run"
+            f"{name or kind!a} is not a model of transformers or stacey_dist, and code that comes with a model is not "
+            "run"
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(described)
     with torch.device("meta"):
@@ -104,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _without_network() -> Iterator[None]:
-    """Within it, huggingface_hub downloads nothing: some models would fetch the parts that their configurations name."""
+    """Within it, huggingface_hub downloads nothing: some models would fetch parts that their configurations name."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

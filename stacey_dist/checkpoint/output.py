@@ -1,6 +1,7 @@
 """Directories that a command writes whole: filled beside the old one, and then put in its place.
 
-A directory that somebody else filled is never written to. One that an export filled has a file that lists all of its files.
+A directory that somebody else filled is never written to. One that an export filled has a file that lists all of its
+files.
 """
 
 import json
@@ -59,8 +60,8 @@ def _entries(directory: Path) -> Iterator[tuple[str, bool]]:
 def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Path]:
     """Give a new directory to fill, and put it in the place of `directory` when that is done without an error.
 
-    A failure or a kill leaves `directory` as it was. Between two renames it can be missing, if it held an export before;
-    the next export to it brings that one back before it begins.
+    A failure or a kill leaves `directory` as it was. Between two renames it can be missing, if it held an export
+    before; the next export to it brings that one back before it begins.
 
     Raises:
         SettingsError: `directory` is not new, empty, or of an export (see `check_output`).

@@ -27,8 +27,9 @@ FEW, MANY = range(4), range(4, 100)
 SEEDS = [*FEW, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in MANY)]
 CASES = 30
 ODD = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/x", "\0",
-    "\ud800", "float32", "float16", [], {}, [[]], [[2], "float32"], {"bytes": 0}, "model/a", [1, 2, 3], {"step": "x"},
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/x",
+    "\0", "\ud800", "\n\x1b[2J",
+    "float32", "float16", [], {}, [[]], [[2], "float32"], {"bytes": 0}, "model/a", [1, 2, 3], {"step": "x"},
 ]  # fmt: skip
 
 

@@ -214,7 +214,9 @@ def test_two_tensors_that_would_have_one_name(tmp_path, capsys):
     assert "would have one name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tag", ["../elsewhere", "/", "..", "a\0b", "\ud800".encode("utf-8", "surrogatepass")], ids=ascii)
+@pytest.mark.parametrize(
+    "tag", ["../elsewhere", "/", "..", "a\0b", "\ud800".encode("utf-8", "surrogatepass")], ids=ascii
+)
 def test_latest_names_a_directory_beside_it(tmp_path, capsys, tag):
     make_zero1(tmp_path / "elsewhere")
     (tmp_path / "saved").mkdir()
@@ -224,7 +226,9 @@ def test_latest_names_a_directory_beside_it(tmp_path, capsys, tag):
     refused(tmp_path, capsys, tmp_path / "saved", "")
 
 
-@pytest.mark.parametrize("name", ["step3/mp_rank_00_model_states.pt", "step3/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["step3/mp_rank_00_model_states.pt", "step3/zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+)
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "link to a pipe"])
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path, capsys, name, kind):
     make_zero1(tmp_path / "saved")
@@ -310,7 +314,8 @@ HARM = {
     "a number for a class": b"\x82\x01.",
     "an attribute of a function": b"ccollections\nOrderedDict\n(N}X\x01\x00\x00\x00xK\x01stb.",
     "the state of a function": b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00xK\x01sb.",
-    "an attribute of a class": b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",
+    "an attribute of a class": b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    b"(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",
     "an item of a dtype": b"ctorch\nfloat32\nK\x01K\x02s.",
     "the state of a dtype": b"ctorch\nfloat32\n}X\x01\x00\x00\x00xK\x01sb.",
     "a persistent id": b"K\x01Q.",

@@ -195,12 +195,24 @@ def test_what_could_not_be_read_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_text_of_others_is_shown_in_one_line(saved, capsys):
+    forge(saved, lambda m: m["extra"].update({"engine": "a\x1b[2J\nb\ud800", "step": [1, "\r"]}))
+    forge(saved, lambda m: m["versions"].update({"torch": "2\n\x1b]0;"}))
+    assert main(["checkpoint", "show", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("a\\x1b[2J\\nb\\ud800, 1 process")
+    assert "torch 2\\n\\x1b]0;\n" in out
+    assert "\x1b" not in out
+
+
 def test_entries_of_later_versions_are_let_through(saved):
     forge(saved, entry("later", {"a": [None]}))
     assert read_manifest(saved)["later"] == {"a": [None]}
 
 
-@pytest.mark.parametrize("extra", [{"step": "3"}, {"position": -1}, {"skipped_steps": True}, {"config": 1}, {"step": 1.5}])
+@pytest.mark.parametrize(
+    "extra", [{"step": "3"}, {"position": -1}, {"skipped_steps": True}, {"config": 1}, {"step": 1.5}]
+)
 def test_progress_that_is_no_count_is_named(extra):
     with pytest.raises(ValueError, match=f"extra.{next(iter(extra))}"):
         check_progress(extra)

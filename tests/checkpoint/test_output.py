@@ -77,7 +77,7 @@ def test_a_directory_of_others_is_left_as_it_was(saved, tmp_path, what):
         (out / MARKER).write_text(json.dumps({"files": ["config.json", MARKER]}))
     before = contents(tmp_path)
     for unlisted in (False, True):
-        with pytest.raises(SettingsError, match="holds .*, which no export wrote"):
+        with pytest.raises(SettingsError, match=r"holds .*, which no export wrote"):
             export_model(saved, out, unlisted=unlisted)
     assert contents(tmp_path) == before
 
@@ -119,9 +119,14 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch, mounte
     before = contents(tmp_path)
     if mounted:
         monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
-    with pytest.raises(KeyboardInterrupt), output_directory(out) as new:
-        (new / "config.json").write_text("2")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with output_directory(out) as new:
+            (new / "config.json").write_text("2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert contents(tmp_path) == before
     # A kill while it was filled: what is left is taken away by the next one.
     leftover = out / output._INSIDE if mounted else tmp_path / ".out.export-tmp"

@@ -1,9 +1,9 @@
 """Read the tensors of a directory of torch.distributed.checkpoint, without torch's own reader.
 
 `.metadata` is a pickle of which tensors there are and where the pieces of each lie, in files beside it: each piece is
-what `torch.save` wrote, from one byte to another. torch's reader unpickles the metadata, and entries that are no tensors,
-without limits. Here the metadata are read once, into objects that do nothing, and made into plain values; entries that
-are no tensors are never looked at.
+what `torch.save` wrote, from one byte to another. torch's reader unpickles the metadata without limits, and also the
+entries that are no tensors. Here the metadata are read once, into objects that do nothing, and made into plain values;
+entries that are no tensors are never looked at.
 """
 
 import io
@@ -63,8 +63,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Return the tensors of the directory by their names, as wholes in host memory.
 
     Raises:
-        Exception: a file is missing, damaged or something else; the metadata do not fit together, or name a file that is
-            not in the directory.
+        Exception: a file is missing, damaged or something else; the metadata do not fit together, or name a file that
+            is not in the directory.
     """
     with open_regular(directory / ".metadata", follow_links=False) as opened:
         described = _describe(unpickle(opened.read(), _KNOWN))
@@ -126,7 +126,7 @@ def _piece(name: str, chunk: dict[str, Any], whole: tuple[int, ...], places: dic
     file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
     if type(file) is not str or file in ("", ".", "..") or "/" in file or "\0" in file:
         raise ValueError(f"{name}: {str(file)!a} is not the name of a file in the directory")
-    if not is_count(start) or not is_count(length):
+    if type(start) is not int or type(length) is not int or not is_count(start) or not is_count(length):
         raise ValueError(f"{name}: it is not said where a piece of it is")
     if place.get("transform_descriptors"):
         raise ValueError(f"{name}: it is compressed or encrypted, which is not read")

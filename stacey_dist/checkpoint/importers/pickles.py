@@ -2,14 +2,14 @@
 
 A pickle names classes and functions, and has the reader call them and set their attributes. Here every name that may
 stand in a pickle leads to an object of this package that does nothing but keep what it is given; no name leads to
-anything of torch's, of Python's, or of the program's. What comes out are dictionaries, lists, tuples, texts, numbers and
-`Record` objects, which the importers look at with `type(x) is ...`.
+anything of torch's, of Python's, or of the program's. What comes out are dictionaries, lists, tuples, texts, numbers
+and `Record` objects, which the importers look at with `type(x) is ...`.
 """
 
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Fixed(type):
@@ -42,7 +42,8 @@ class Record(metaclass=_Fixed):
 
 def record(name: str) -> type[Record]:
     """Return a class that stands for the class `name` of another package."""
-    return _Fixed(name, (Record,), {"__slots__": ()})
+    made: type[Record] = _Fixed(name, (Record,), {"__slots__": ()})  # type: ignore[assignment]
+    return made
 
 
 class Function(metaclass=_Fixed):
@@ -90,7 +91,7 @@ _CHANGES: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
 class _Inert(pickle._Unpickler):
     """Python's unpickler in Python. That in C sets memory aside for as many objects as a pickle says it has."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Any) -> None:
         super().__init__(io.BytesIO(content))
@@ -139,8 +140,8 @@ def unpickle(
 
     Args:
         content: the pickle.
-        known: what stands for each (module, name) that it may have: a `Function`, a class made by `record`, or a constant
-            that has no attributes to set.
+        known: what stands for each (module, name) that it may have: a `Function`, a class made by `record`, or a
+            constant that has no attributes to set.
         load_storage: what to do for a persistent id.
 
     Raises:

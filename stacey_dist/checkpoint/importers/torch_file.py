@@ -1,7 +1,7 @@
 """Read what `torch.save` wrote, without torch's own reader.
 
-The file is a zip archive, uncompressed, with a pickle (`data.pkl`) and one member for each storage (`data/KEY`). Nothing
-is loaded but plain tensors, and each has to lie within its storage. Versions of torch differ in what
+The file is a zip archive, uncompressed, with a pickle (`data.pkl`) and one member for each storage (`data/KEY`).
+Nothing is loaded but plain tensors, and each has to lie within its storage. Versions of torch differ in what
 `torch.load(weights_only=True)` is proof against; this reader is the same with all of them.
 """
 
@@ -94,7 +94,8 @@ class _Archive:
             member = self._zip.getinfo(f"{self._root}data/{key}")
             content = torch.empty(member.file_size, dtype=torch.uint8)
             with self._zip.open(member) as opened:
-                read = opened.readinto(memoryview(content.numpy())) if member.file_size else 0  # type: ignore[attr-defined]
+                values: Any = content.numpy()
+                read = opened.readinto(values) if member.file_size else 0  # type: ignore[attr-defined]
                 rest = opened.read(1)  # at the end zipfile compares the checksum
             if read != member.file_size or rest:
                 raise ValueError(f"storage {key} is cut short")
