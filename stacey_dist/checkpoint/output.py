@@ -23,6 +23,8 @@ _UNLISTED = re.compile(
     r"|model\.safetensors\.index)\.json|model(-\d+-of-\d+)?\.safetensors|[a-z]+\.model|merges\.txt|vocab\.txt|README\.txt"
     r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
+# Files that are replaced as a whole: of an older export with more of them none may stay.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _INSIDE = ".export-tmp"
 
 
@@ -61,7 +63,8 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
     """Give a new directory to fill, and put it in the place of `directory` when that is done without an error.
 
     A failure or a kill leaves `directory` as it was. Between two renames it can be missing, if it held an export
-    before; the next export to it brings that one back before it begins.
+    before; the next export to it brings that one back before it begins. What an older export has beside the weights, as
+    a tokenizer, stays unless it is written anew.
 
     Raises:
         SettingsError: `directory` is not new, empty, or of an export (see `check_output`).
@@ -79,8 +82,9 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
     temporary.mkdir()
     try:
         yield temporary
-        _list(temporary, [name for name, _ in _entries(temporary)])
         check_output(directory, unlisted=unlisted)
+        _keep(directory, temporary)
+        _list(temporary, [name for name, _ in _entries(temporary)])
         if inside:
             _move_in(temporary, directory)
         elif not directory.exists() or not os.listdir(directory):
@@ -96,6 +100,14 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Copy what an older export has and a new one does not write, but for weights."""
+    for name, _ in _entries(old) if old.exists() else ():
+        if not _WEIGHTS.fullmatch(name) and not (new / name).exists():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(old / name, new / name, follow_symlinks=False)
 
 
 def _move_in(temporary: Path, directory: Path) -> None:

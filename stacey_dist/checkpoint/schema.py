@@ -45,8 +45,9 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "extra": (lambda v: type(v) is dict, "entries by name"),
     "files": (lambda v: type(v) is dict, "files by name"),
 }
-# What runs keep in `extra`; programs of users may keep there what they want.
-_PROGRESS = ("step", "position", "skipped_steps")
+# What the launchers go on from, in `extra`; programs of users may keep there what they want.
+_COUNTS = ("step", "position", "skipped_steps")
+_COUNTS_OR_NULL = ("best_step", "kept_best_step", "evaluated_step")
 
 
 def check_manifest(manifest: Any) -> None:
@@ -69,12 +70,20 @@ def check_manifest(manifest: Any) -> None:
 
 def check_progress(extra: dict[str, Any]) -> None:
     """Raise ValueError unless a manifest's `extra` has what the launchers go on from."""
-    for key in _PROGRESS:
-        if key in extra and not is_count(extra[key]):
-            raise _wrong(f"extra.{key}", extra[key], "a count")
-    for key in ("config", "trackers"):
-        if type(extra.get(key, {})) is not dict:
+    for key in (*_COUNTS, *_COUNTS_OR_NULL):
+        value = extra.get(key, 0)
+        if not is_count(value) and (value is not None or key in _COUNTS):
+            raise _wrong(f"extra.{key}", value, "a count")
+    if type(extra.get("best_score")) not in (int, float, type(None)):
+        raise _wrong("extra.best_score", extra["best_score"], "a number")
+    for key in ("config", "trackers", "scaler"):
+        if type(extra.get(key) or {}) is not dict:
             raise _wrong(f"extra.{key}", extra[key], "entries by name")
+    if "config" not in extra:
+        return
+    settings = extra["config"].get("checkpoint", {}) if type(extra["config"]) is dict else None
+    if type(settings) is not dict or type(settings.get("resume_from")) not in (str, type(None)):
+        raise _wrong("extra.config", extra["config"], "settings")
 
 
 def _tensor_bytes(name: str, entry: Any) -> int:

@@ -148,7 +148,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         for name, text in changed.items()
         if name in _NEVER_CHANGED or (name in run.config.changes_to_allow and name not in allowed)
     ]
-    if data_identity != extra["data_identity"] and DATA_CHANGE not in allowed:
+    if data_identity != extra.get("data_identity") and DATA_CHANGE not in allowed:
         refused += [f"{DATA_CHANGE}: the training or held-out data are not those it was trained on"]
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:

@@ -23,7 +23,7 @@ from stacey_dist.errors import SettingsError
 from tests.checkpoint.foreign import MAKERS
 from tests.checkpoint.test_importers import is_right
 
-FEW, MANY = range(4), range(4, 100)
+FEW, MANY = range(4), range(4, 40)
 SEEDS = [*FEW, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in MANY)]
 CASES = 30
 ODD = [

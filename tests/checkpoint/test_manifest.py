@@ -211,11 +211,32 @@ def test_entries_of_later_versions_are_let_through(saved):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"step": "3"}, {"position": -1}, {"skipped_steps": True}, {"config": 1}, {"step": 1.5}]
+    "extra",
+    [
+        {"step": "3"},
+        {"position": -1},
+        {"skipped_steps": True},
+        {"config": 1},
+        {"step": 1.5},
+        {"step": None},
+        {"config": None},
+        {"config": {"checkpoint": []}},
+        {"config": {"checkpoint": {"resume_from": 7}}},
+        {"best_step": "x"},
+        {"best_score": "x"},
+        {"trackers": [1]},
+        {"scaler": 7},
+    ],
 )
 def test_progress_that_is_no_count_is_named(extra):
     with pytest.raises(ValueError, match=f"extra.{next(iter(extra))}"):
         check_progress(extra)
+
+
+def test_progress_of_a_run_is_let_through():
+    check_progress({})
+    check_progress({"step": 3, "best_step": None, "best_score": None, "evaluated_step": 2, "scaler": None})
+    check_progress({"config": {"checkpoint": {"resume_from": None}}, "best_score": 0.5, "trackers": {"wandb": "a"}})
 
 
 def test_elements_are_counted_by_where_they_are(tmp_path):

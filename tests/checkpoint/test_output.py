@@ -104,7 +104,8 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path, monkeypatch,
         (new / "config.json").write_text("2")
         (new / "model.safetensors").write_text("2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["beside", "out"]
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", MARKER}
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "more", MARKER}
+    assert (out / "more" / "a.json").read_text() == "1"
     assert (out / "config.json").read_text() == "2"
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     write_text(out, "3")
