@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from stacey_dist.checkpoint.manifest import (
 )
 from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.extras import message
+from stacey_dist.files import printable
 from stacey_dist.version import __version__
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
@@ -62,7 +64,10 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
     except SettingsError as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
-    except (ForeignCheckpointError, OSError, TrialError) as error:
+    except (ForeignCheckpointError, OSError) as error:
+        print(f"{program}: {printable(error)}", file=sys.stderr)
+        return 1
+    except TrialError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
@@ -163,7 +168,7 @@ def list_checkpoints(directory: Path) -> int:
 
 
 def _what_is_wrong(error: DamagedCheckpointError) -> str:
-    return str(error) if isinstance(error, UnknownFormatError) else f"damaged: {error}"
+    return printable(error) if isinstance(error, UnknownFormatError) else f"damaged: {printable(error)}"
 
 
 def show(path: Path) -> int:
@@ -172,7 +177,8 @@ def show(path: Path) -> int:
     print(_summary(manifest))
     parts = {kind: [n for n in manifest["tensors"] if n.startswith(f"{kind}/")] for kind in ("model", "optimizer")}
     print(", ".join(f"{len(names)} {kind} tensors" for kind, names in parts.items()))
-    print(f"versions: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    print(f"versions: {printable(versions)}")
     print(json.dumps(manifest["extra"], indent=1))
     return 0
 
@@ -189,14 +195,16 @@ def diff(first: Path, second: Path) -> int:
     from stacey_dist.checkpoint.compare import differences
 
     lines = differences(first, second)
-    print("\n".join(lines) if lines else "equal to the bit")
+    print("\n".join(map(printable, lines)) if lines else "equal to the bit")
     return 1 if lines else 0
 
 
 def export(path: Path, out: Path) -> int:
     """A `transformers` model directory."""
     from stacey_dist.checkpoint.export import export_model
+    from stacey_dist.checkpoint.output import check_output
 
+    check_output(out)
     verify(path)
     export_model(path, out)
     print(f"model for transformers: {out}")
@@ -216,7 +224,7 @@ def import_foreign(
     from stacey_dist.checkpoint.export import describe_model
     from stacey_dist.checkpoint.importers import import_checkpoint
 
-    if out.exists():
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not os.listdir(out)):
         raise ForeignCheckpointError(f"{out} is there already")
     for option, count in (("--step", step or 0), ("--position", position)):
         if count < 0:
@@ -285,18 +293,11 @@ def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, ou
 
 def _shell(path: Path) -> Any:
     """The model of a configuration of transformers, without memory for its weights."""
-    import torch
-    import transformers
-
-    from stacey_dist.checkpoint.export import model_class
+    from stacey_dist.checkpoint.model_config import build_shell
+    from stacey_dist.files import read_json
 
     try:
-        described, _ = transformers.PretrainedConfig.get_config_dict(path)
-        made = model_class((described.get("architectures") or [""])[0])
-        with torch.device("meta"):
-            if made:
-                return made(made.config_class.from_dict(described))
-            return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+        return build_shell(read_json(path / "config.json" if path.is_dir() else path))
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
 
@@ -307,7 +308,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     processes = manifest["processes"]
-    return f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}"
+    return printable(f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}")
 
 
 def program() -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
+from stacey_dist.checkpoint.schema import check_manifest
 from stacey_dist.checkpoint.shard import Range, shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
 from stacey_dist.checkpoint.together import gathered, on_first, rank, world_size
+from stacey_dist.errors import SettingsError
+from stacey_dist.files import parse_json
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
@@ -82,7 +85,12 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
             "extra": extra,
             "files": dict(sorted(files.items())),
         }
-        manifest["sha256"] = digest(json.loads(json.dumps(manifest)))
+        try:
+            as_read = parse_json(json.dumps(manifest))
+            check_manifest(as_read)
+        except ValueError as error:
+            raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
+        manifest["sha256"] = digest(as_read)
         with (temporary / MANIFEST).open("w") as opened:
             json.dump(manifest, opened, indent=1)
             opened.flush()

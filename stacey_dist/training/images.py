@@ -251,7 +251,6 @@ def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
     data = run.config.data
 
     def work() -> None:
-        export_model(checkpoint, directory)
         # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
         processor = {
             "image_processor_type": "ConvNextImageProcessor",
@@ -265,7 +264,10 @@ def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
             "image_mean": list(data.mean),
             "image_std": list(data.std),
         }
-        (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        text = json.dumps(processor, indent=2) + "\n"
+        export_model(
+            checkpoint, directory, beside=lambda new: (new / "preprocessor_config.json").write_text(text), unlisted=True
+        )
 
     run.on_main(work)
     return directory

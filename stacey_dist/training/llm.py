@@ -269,8 +269,7 @@ def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
         assert data.tokenizer is not None
         if data.verification is not None:
             data.verification.check(finish=True)
-        export_model(checkpoint, directory)
-        data.tokenizer.save(directory)
+        export_model(checkpoint, directory, beside=data.tokenizer.save, unlisted=True)
 
     run.on_main(work)
     return directory

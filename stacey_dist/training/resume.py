@@ -6,6 +6,7 @@ from typing import Any
 from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
 from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.checkpoint.read import verify_together
+from stacey_dist.checkpoint.schema import check_progress
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
@@ -51,7 +52,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
     found = run.on_main(lambda: _find(run.directory / "checkpoints"))
     for path in found:
         try:
-            extra = verify_together(path)["extra"]
+            extra = _verified(path)
         except UnknownFormatError as error:
             run.fail(f"run_dir: {error}; give another run_dir, or the version that wrote it")
         except DamagedCheckpointError as error:
@@ -68,11 +69,21 @@ def _choose(run: Run, data_identity: str) -> Path | None:
     if source is None:
         return None
     try:
-        extra = verify_together(Path(source))["extra"]
+        extra = _verified(Path(source))
     except DamagedCheckpointError as error:
         run.fail(f"checkpoint.resume_from: {error}")
     run.on_main(lambda: _check_source(run, Path(source), extra, data_identity))
     return Path(source)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """What the program added to a checkpoint whose files are as they were written. Raises DamagedCheckpointError."""
+    extra: dict[str, Any] = verify_together(path)["extra"]
+    try:
+        check_progress(extra)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path}: {error}") from error
+    return extra
 
 
 def _find(directory: Path) -> list[Path]:
@@ -137,7 +148,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         for name, text in changed.items()
         if name in _NEVER_CHANGED or (name in run.config.changes_to_allow and name not in allowed)
     ]
-    if data_identity != extra["data_identity"] and DATA_CHANGE not in allowed:
+    if data_identity != extra.get("data_identity") and DATA_CHANGE not in allowed:
         refused += [f"{DATA_CHANGE}: the training or held-out data are not those it was trained on"]
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
+from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
 from stacey_dist.training import deepspeed_config, heartbeat
@@ -72,6 +73,10 @@ class Run(Generic[C]):
             self._lock = occupy(self.directory)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+        try:  # it is written at the end, which is late to learn that it cannot be
+            check_output(self.directory / "model", unlisted=True)
+        except SettingsError as error:
+            raise SettingsError(f"run_dir: {error}") from error
         source = self.config.checkpoint.resume_from
         if source is not None and not find_checkpoints(self.directory / "checkpoints"):
             try:  # what it holds is looked at later; that it is none is said before data are prepared
