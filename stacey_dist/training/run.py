@@ -12,10 +12,10 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
@@ -93,7 +93,7 @@ class Run(Generic[C]):
         """Write config.yaml, once it is sure that the settings are this run's."""
         if self.accelerator.is_main_process:
             temporary = self.directory / ".config.yaml.tmp"
-            temporary.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            temporary.write_text(yaml_files.dump(to_dict(self.config)))
             os.replace(temporary, self.directory / "config.yaml")
 
     def say(self, message: str) -> None:
