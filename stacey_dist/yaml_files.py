@@ -168,20 +168,25 @@ def read(path: Path, name: str | None = None) -> Any:
         SettingsError: as `load`, and for a file that cannot be read.
     """
     name = str(path) if name is None else name
+    return load(read_text(path, name), name)
+
+
+def read_text(path: Path, name: str | None = None) -> str:
+    """Return the text of a file of settings; arguments and errors as for `read`."""
+    name = str(path) if name is None else name
     try:
         mode = os.stat(path).st_mode
         of_shell = stat.S_ISFIFO(mode) and str(path).startswith(("/dev/", "/proc/"))
         if not stat.S_ISREG(mode) and not of_shell:
             raise SettingsError(f"{name}: cannot be read: it is not a regular file")
         with open(path, encoding="utf-8") as file:
-            text = file.read(_MAX_BYTES + 1)
+            return file.read(_MAX_BYTES + 1)
     except UnicodeDecodeError as error:
         raise SettingsError(f"{name}: cannot be read: it is not UTF-8 text (byte {error.start})") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(f"{name}: cannot be read: {error}") from error
-    return load(text, name)
 
 
 def dump(value: Any) -> str:

@@ -19,7 +19,7 @@ from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
-from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
@@ -177,6 +177,9 @@ def start(config: C) -> Run[C]:
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)
+        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+    elif requested_engine() == "fsdp2":
+        launch_settings.check_layer_classes(config.layer_classes)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
     arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
@@ -233,7 +236,8 @@ def user_errors(program: str) -> Iterator[None]:
     fail for one reason, one says it.
     """
     try:
-        yield
+        with signals.listening():
+            yield
     except Exception as error:
         known, mine = isinstance(error, SettingsError), heartbeat.report(error)
         of_memory = isinstance(error, torch.OutOfMemoryError)
