@@ -181,7 +181,8 @@ def _words(error: Exception) -> str:
         name = ".".join(str(part) for part in first["loc"])
         return f"{name}: {_short(first.get('input'))}: {first['msg']}"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    explains_itself = isinstance(error, (ValueError, AssertionError, ImportError, NotImplementedError))
+    return lines[0] if lines and explains_itself else ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _short(value: Any) -> str:
