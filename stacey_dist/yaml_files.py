@@ -39,7 +39,7 @@ _RESOLVERS = {
 class Loader(yaml.SafeLoader):
     """A loader of the core schema that raises a `yaml.YAMLError` for everything else, of bounded size and depth."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, text: str) -> None:
@@ -62,7 +62,7 @@ class Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Compose a mapping whose keys are text, each given once."""
         node: MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
