@@ -160,6 +160,10 @@ class RunConfig:
         """The dtype of the weights before the engine casts them."""
         return "float32"
 
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers, without weights."""
+        raise NotImplementedError
+
 
 DATA_CHANGE = "data"
 SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")

@@ -117,6 +117,16 @@ class ImageConfig(RunConfig):
         "train.label_smoothing",
     )
 
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers."""
+        import torch
+
+        from stacey_dist.models import build_resnet
+
+        with torch.device("meta"):
+            model = build_resnet(self.model.depth, ["a", "b"], stem=self.model.stem, width=self.model.width)
+        return {type(module).__name__ for module in model.modules()}
+
 
 def validate(config: ImageConfig) -> None:
     """Raise SettingsError for a value that is out of range, whatever it is combined with."""

@@ -103,6 +103,19 @@ class LLMConfig(RunConfig):
         """The dtype of the weights before the engine casts them."""
         return self.model.dtype
 
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with torch.device("meta"):
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+                )
+            )
+        return {type(module).__name__ for module in model.modules()}
+
 
 def validate(config: LLMConfig) -> None:
     """Raise SettingsError for a value that is out of range, whatever it is combined with."""

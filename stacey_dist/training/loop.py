@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
+from stacey_dist.training import signals
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import scheduled
@@ -149,6 +150,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             engine.keep_statistics()
             loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches_of_update(), start=1):
+                signals.progress()
                 with engine.micro_batch(last=number == micro_batches):
                     share = task.loss(engine.model, batch)
                     engine.backward(share)
@@ -197,7 +199,12 @@ def _evaluate(task: Task, engine: Engine, stopping: Callable[[], bool]) -> dict[
     engine.share_buffers()
     engine.model.eval()
     batches = itertools.count(1)
+
+    def asked() -> bool:
+        signals.progress()
+        return next(batches) % _ASK_EVERY == 0 and stopping()
+
     with torch.no_grad():
-        figures = task.evaluate(engine.module, lambda: next(batches) % _ASK_EVERY == 0 and stopping())
+        figures = task.evaluate(engine.module, asked)
     engine.model.train()
     return figures

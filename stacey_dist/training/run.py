@@ -12,15 +12,15 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
-from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
@@ -98,7 +98,7 @@ class Run(Generic[C]):
         """Write config.yaml, once it is sure that the settings are this run's."""
         if self.accelerator.is_main_process:
             temporary = self.directory / ".config.yaml.tmp"
-            temporary.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            temporary.write_text(yaml_files.dump(to_dict(self.config)))
             os.replace(temporary, self.directory / "config.yaml")
 
     def say(self, message: str) -> None:
@@ -182,6 +182,9 @@ def start(config: C) -> Run[C]:
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)
+        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+    elif requested_engine() == "fsdp2":
+        launch_settings.check_layer_classes(config.layer_classes)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
     arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
@@ -238,7 +241,8 @@ def user_errors(program: str) -> Iterator[None]:
     fail for one reason, one says it.
     """
     try:
-        yield
+        with signals.listening():
+            yield
     except Exception as error:
         known, mine = isinstance(error, SettingsError), heartbeat.report(error)
         of_memory = isinstance(error, torch.OutOfMemoryError)

@@ -9,6 +9,7 @@ from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.export import describe_model
 from stacey_dist.checkpoint.manifest import directory_name
 from stacey_dist.checkpoint.retain import retain
+from stacey_dist.training import signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
@@ -68,7 +69,8 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:
-            self._background.wait()
+            with signals.writing():
+                self._background.wait()
 
     @property
     def minutes_are_over(self) -> bool:
@@ -95,8 +97,9 @@ class Saver:
 
     def save_surely(self, progress: Progress) -> Path:
         """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
-        path = self._begin(progress)
-        self._background.wait()
+        with signals.writing():
+            path = self._begin(progress)
+            self._background.wait()
         if (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path

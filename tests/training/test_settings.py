@@ -147,7 +147,10 @@ FILES = [
     ("checkpoint: {keep_last: }", "checkpoint.keep_last: null is not allowed; it must be a whole number"),
     ("optimizer: {betas: null}", "optimizer.betas: null is not allowed; it must be 2 values, each a number"),
     ("seed:", "seed: null is not allowed; it must be a whole number"),
-    ("train: {mixed_precision: no}", "it must be one of no, bf16, fp16, or null (YAML reads no and yes as false and"),
+    (
+        "train: {mixed_precision: false}",
+        "train.mixed_precision: false is not allowed; it must be one of no, bf16",
+    ),
     ("model: {depth: 18}", "unknown setting model.depth; it is one of train_imagenet.py"),
     ("", "must hold settings"),
 ]
@@ -166,7 +169,7 @@ def test_mistyped_files(content, message, tmp_path, capsys):
 
 def test_null_and_false_where_they_are_allowed(tmp_path):
     path = tmp_path / "good.yaml"
-    path.write_text("checkpoint: {keep_every: null}\ntrain: {mixed_precision: null, compile: no}\ndata: {files: []}\n")
+    path.write_text("checkpoint: {keep_every: null}\ntrain: {mixed_precision: null, compile: No}\ndata: {files: []}\n")
     assert parse(LLMConfig, ["--config", str(path)]) == LLMConfig()
 
 
