@@ -97,9 +97,7 @@ def log2_in_parts(alpha: float) -> tuple[float, float]:
     return float(round(log)), log - round(log)
 
 
-def mirror_step(
-    z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None
-) -> Tensor:
+def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None) -> Tensor:
     """The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
 
     |z|^(p-1) underflows in float32 for ordinary weights at p = 16, and |z|^(p-1) followed by its root would lose

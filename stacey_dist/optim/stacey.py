@@ -144,7 +144,9 @@ class Stacey(ElementwiseOptimizer):
         require(self, is_integer and seed >= 0, "seed", seed, "it must be an integer >= 0")
         if group["lr_reference"] is not None:
             reference = group["lr_reference"] = as_float(self, "lr_reference", group["lr_reference"])
-            require(self, 0 < reference < math.inf, "lr_reference", reference, "it must be a finite number > 0, or None")
+            require(
+                self, 0 < reference < math.inf, "lr_reference", reference, "it must be a finite number > 0, or None"
+            )
         if group["capturable"]:
             require(self, group["fused"] is not False, "fused", False, "it must be None or True with capturable=True")
             group["fused"] = True

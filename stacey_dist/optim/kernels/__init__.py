@@ -98,7 +98,9 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
         if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not is_readable(tensor):
-            return f"the memory of a tensor of shape {tuple(tensor.shape)} is not its value (negative bit, or no memory)"
+            return (
+                f"the memory of a tensor of shape {tuple(tensor.shape)} is not its value (negative bit, or no memory)"
+            )
     if not all(tensor.is_contiguous() for tensor in tensors):
         # Any other dense order will do, channels_last for one, if it is the same for all.
         first = tensors[0]
