@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stacey_dist.checkpoint.shard import Range
 from stacey_dist.checkpoint.together import rank, world_size
 from stacey_dist.errors import SettingsError
+from stacey_dist.optim.base import ElementwiseOptimizer
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
 from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
 
@@ -68,7 +69,7 @@ def take(
             for key, value in f.state.items():
                 add(f"optimizer/{f.name}/{key}", f.shape, f.start + first, value.reshape(-1)[first:last])
         if f.step is not None and f.start == 0 and f.replica == 0:
-            add(f"optimizer/{f.name}/step", (), 0, f.step.to(torch.float32))
+            add(f"optimizer/{f.name}/step", (), 0, _exact(f.step))
     for name, param in trainable_parameters(model):  # an empty one has no fragment, but is a part of the model
         shape = getattr(param, "ds_shape", param.shape)
         if shape.numel() == 0:
@@ -117,7 +118,8 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
                 if key == "step":
                     # On the CPU, where optimizers keep it, unless they are fused for a GPU or capturable.
                     on_device = _steps_on_device(base, group_of(f))
-                    state[key] = torch.zeros((), device=f.owner.device if on_device else "cpu")
+                    dtype = _step_dtype(base)
+                    state[key] = torch.zeros((), dtype=dtype, device=f.owner.device if on_device else "cpu")
                 elif key not in state:
                     dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
                     state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
@@ -191,6 +193,16 @@ def misfits(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def _exact(step: Tensor) -> Tensor:
+    """A count of updates in a dtype that holds it: an integer as int64, one of torch's optimizers as float32."""
+    return step.to(torch.float32 if step.is_floating_point() else torch.int64)
+
+
+def _step_dtype(optimizer: Any) -> torch.dtype:
+    """The dtype in which an optimizer counts its updates. A count that was saved in another is converted."""
+    return torch.int64 if isinstance(optimizer, ElementwiseOptimizer) else torch.float32
 
 
 def _steps_on_device(optimizer: Any, group: dict[str, Any]) -> bool:

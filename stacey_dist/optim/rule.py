@@ -26,7 +26,10 @@ _HALF = 0.5 - 2.0**-26
 
 @dataclass(frozen=True, slots=True)
 class StaceySettings:
-    """The numbers of one STACEY step, as the paper names them."""
+    """The numbers of one STACEY step, as the paper names them.
+
+    `log2_alpha` is log2(alpha) as (whole, fraction) for a mirror step; None: worked out from alpha.
+    """
 
     lr: float
     p: float
@@ -37,6 +40,7 @@ class StaceySettings:
     beta2: float
     eps: float
     weight_decay: float
+    log2_alpha: tuple[float, float] | None = None
 
 
 def stacey_update(
@@ -55,7 +59,7 @@ def stacey_update(
     direction = c if s.variant == "2p" else steepest_direction(c, s.p, s.eps)
 
     # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
-    z_new = z - c * s.alpha if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p)
+    z_new = z - c * s.alpha if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p, s.log2_alpha)
 
     # coupling      theta' = tau z' + (1 - tau) y - eta lambda theta
     # as theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]: theta is rounded once and never multiplied by a
@@ -87,7 +91,13 @@ def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
     return x / (power(x.abs(), exponent) + eps).add_(x == 0)
 
 
-def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
+def log2_in_parts(alpha: float) -> tuple[float, float]:
+    """log2(alpha) as (whole, fraction); (0, 0) for alpha = 0, of which no use is made."""
+    log = math.log2(alpha) if alpha > 0.0 else 0.0
+    return float(round(log)), log - round(log)
+
+
+def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None) -> Tensor:
     """The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
 
     |z|^(p-1) underflows in float32 for ordinary weights at p = 16, and |z|^(p-1) followed by its root would lose
@@ -106,9 +116,9 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
     size_z, size_c = z.abs(), c.abs()
     z_whole, z_fraction = log2_parts(size_z)
     c_whole, c_fraction = log2_parts(size_c)
-    log_alpha_whole = round(math.log2(alpha))
-    c_whole.add_(float(log_alpha_whole))
-    c_fraction.add_(math.log2(alpha) - log_alpha_whole)
+    alpha_whole, alpha_fraction = log2_alpha or log2_in_parts(alpha)
+    c_whole.add_(alpha_whole)
+    c_fraction.add_(alpha_fraction)
     # gap = log2(|z|^(p-1)) - log2(alpha |c|);  |t| = 2^-|gap|
     high, low = split(p - 1.0)
     gap_high = (z_whole * high).sub_(c_whole)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from stacey_dist.optim.base import local
+from stacey_dist.optim.memory import local
 from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
 from stacey_dist.sharding.fragment import Fragment
 

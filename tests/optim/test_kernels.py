@@ -78,7 +78,7 @@ def test_an_element_gets_the_same_bits_wherever_it_lies(placement, case, weight,
             space = torch.zeros(offset + stop - start, dtype=tensor.dtype)
             space[offset:] = tensor[start:stop]
             tensors.append(space[offset:])
-        pieces.append(Row(*tensors, torch.tensor(0.0)))
+        pieces.append(Row(*tensors, torch.tensor(0)))
     call = Call(settings_of(*case), stochastic=True, seed=3)
     kernel = cpu.CpuKernel(*instruction_set)
     before = torch.get_num_threads()
@@ -122,7 +122,7 @@ def test_error_of_a_step_in_units_in_the_last_place(variant, p):
     m = m.abs() * g.sign()  # c does not cancel: what is left would be its terms' rounding
     s = settings_of(variant, p)
     weight_new, z_new, m_new = stacey_update(*(t.double() for t in (theta, g, z, m)), s)
-    ours = Row(theta.clone(), g, z.clone(), m.clone(), torch.tensor(0.0))
+    ours = Row(theta.clone(), g, z.clone(), m.clone(), torch.tensor(0))
     cpu.find()([ours], Call(s, stochastic=True, seed=0))
 
     def errors(result, exact, terms):

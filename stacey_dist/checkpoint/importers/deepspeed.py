@@ -137,7 +137,7 @@ def _tensors(state: dict[str, Any], directory: Path) -> dict[str, Tensor]:
     tensors = {key: torch.as_tensor(value) for key, value in state.items()}
     if "step" not in tensors:
         raise ForeignCheckpointError(f"{directory}: the optimizer's state has no step, but {sorted(tensors)}")
-    tensors["step"] = tensors["step"].to(torch.float32).reshape(())
+    tensors["step"] = tensors["step"].reshape(())
     return tensors
 
 
