@@ -259,7 +259,7 @@ def test_errors(info):
 @EACH
 def test_complex_is_refused(info):
     assert not info.supports_complex
-    with pytest.raises(ValueError, match="dtype torch.complex64 is not supported"):
+    with pytest.raises(ValueError, match=r"dtype torch\.complex64 is not supported"):
         info.optim_cls([Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
