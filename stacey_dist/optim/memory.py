@@ -20,7 +20,7 @@ def local(tensor: Tensor) -> Tensor:
     if to_local is not None:
         tensor = to_local()
     if type(tensor).__name__ == "AsyncCollectiveTensor":  # the result of a collective that may still be under way
-        tensor = tensor.wait()  # type: ignore[operator]
+        tensor = tensor.wait()  # type: ignore[attr-defined]
     return tensor
 
 
@@ -33,7 +33,7 @@ def is_readable(tensor: Tensor) -> bool:
 
 def readable(tensor: Tensor) -> Tensor:
     """Return a tensor of the same value without the negative bit and with memory; the tensor itself where it has."""
-    if tensor._is_zerotensor():  # type: ignore[attr-defined]
+    if tensor._is_zerotensor():
         return tensor.clone()
     return tensor.resolve_neg()
 
@@ -46,7 +46,7 @@ def defect(tensor: Tensor) -> str | None:
         return "it is a nested tensor"
     if type(tensor) not in PLAIN_TYPES:  # a subclass has its own memory
         return None
-    if tensor._is_zerotensor():  # type: ignore[attr-defined]
+    if tensor._is_zerotensor():
         return "it is a zero tensor without memory; clone() it"
     if is_cut_short(tensor):
         return "its storage holds fewer elements than it has; the storage was resized"

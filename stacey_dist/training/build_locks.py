@@ -35,7 +35,7 @@ def look_after() -> None:
     for path in root.glob("*/lock"):
         if _remove_if_left(path):
             print(f"{path}: removed, for the process that compiled there has ended", file=sys.stderr, flush=True)
-    FileBaton.wait = _wait  # type: ignore[method-assign]
+    FileBaton.wait = _wait  # type: ignore[method-assign, assignment]
 
 
 def _wait(baton: FileBaton) -> None:

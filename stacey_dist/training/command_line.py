@@ -34,7 +34,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None, pr
     name (with the nearest right one) or a value of the wrong type.
     """
     arguments = list(_as_yaml(config_class, sys.argv[1:] if arguments is None else arguments))
-    parser = _parser(config_class, program)
+    parser = _parser(config_class, program)  # type: ignore[arg-type]
     try:
         _check_options(arguments, parser.kinds)
         files, options = _split(arguments)
