@@ -15,6 +15,7 @@ from stacey_dist.checkpoint.manifest import (
     UnknownFormatError,
     find_checkpoints,
     read_manifest,
+    says_finite,
     verify,
 )
 from stacey_dist.errors import SettingsError, TrialError
@@ -156,6 +157,8 @@ def show(path: Path) -> int:
     print(_summary(manifest))
     parts = {kind: [n for n in manifest["tensors"] if n.startswith(f"{kind}/")] for kind in ("model", "optimizer")}
     print(", ".join(f"{len(names)} {kind} tensors" for kind, names in parts.items()))
+    known = {True: "finite", False: "not finite", None: "not known to be finite"}
+    print(f"trainable weights and optimizer states: {known[says_finite(manifest)]}")
     print(f"versions: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
     print(json.dumps(manifest["extra"], indent=1))
     return 0
@@ -164,7 +167,7 @@ def show(path: Path) -> int:
 def verify_checkpoint(path: Path) -> int:
     """Every file against its checksum."""
     manifest = verify(path)
-    print(f"{path}: {len(manifest['files'])} files as they were written")
+    print(f"{path}: {len(manifest['files'])} files as they were written{_if_not_finite(manifest)}")
     return 0
 
 
@@ -291,7 +294,12 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     processes = manifest["processes"]
-    return f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}"
+    several = "es" if processes > 1 else ""
+    return f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{several}{_if_not_finite(manifest)}"
+
+
+def _if_not_finite(manifest: dict[str, Any]) -> str:
+    return ", with weights or optimizer states that are not finite" if says_finite(manifest) is False else ""
 
 
 def program() -> None:
