@@ -16,6 +16,7 @@ from stacey_dist.checkpoint.manifest import (
     UnknownFormatError,
     find_checkpoints,
     read_manifest,
+    says_finite,
     verify,
 )
 from stacey_dist.errors import SettingsError, TrialError
@@ -179,6 +180,8 @@ def show(path: Path) -> int:
     print(", ".join(f"{len(names)} {kind} tensors" for kind, names in parts.items()))
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     print(f"versions: {printable(versions)}")
+    known = {True: "finite", False: "not finite", None: "not known to be finite"}
+    print(f"trainable weights and optimizer states: {known[says_finite(manifest)]}")
     print(json.dumps(manifest["extra"], indent=1))
     return 0
 
@@ -186,7 +189,7 @@ def show(path: Path) -> int:
 def verify_checkpoint(path: Path) -> int:
     """Every file against its checksum."""
     manifest = verify(path)
-    print(f"{path}: {len(manifest['files'])} files as they were written")
+    print(f"{path}: {len(manifest['files'])} files as they were written{_if_not_finite(manifest)}")
     return 0
 
 
@@ -308,7 +311,13 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     processes = manifest["processes"]
-    return printable(f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}")
+    several = "es" if processes > 1 else ""
+    size_and_place = f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{several}"
+    return printable(size_and_place + _if_not_finite(manifest))
+
+
+def _if_not_finite(manifest: dict[str, Any]) -> str:
+    return ", with weights or optimizer states that are not finite" if says_finite(manifest) is False else ""
 
 
 def program() -> None:

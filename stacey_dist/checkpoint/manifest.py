@@ -4,7 +4,8 @@
       shard-00001-….safetensors   what rank 0 wrote: ranges of flattened tensors, as torch.distributed.checkpoint's
                                   safetensors storage has them; one such file for each rank that wrote something
       manifest.json               written last: format, tensors, versions, what the program added (position, settings),
-                                  each file's size and SHA-256, its own
+                                  whether trainable weights and optimizer states are finite, each file's size and
+                              SHA-256, its own
 
 Tensors are model/NAME (weights, fp32 masters where there are some; buffers) and optimizer/NAME/KEY (z, m, step, ...).
 The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
@@ -93,6 +94,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, AttributeError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     return manifest
+
+
+def says_finite(manifest: dict[str, Any]) -> bool | None:
+    """Return whether all trainable weights and optimizer states of a checkpoint are finite; None if it is not known.
+
+    It is not known of checkpoints that an earlier version wrote, or that were imported.
+    """
+    finite = manifest.get("finite")
+    return finite if isinstance(finite, bool) else None
 
 
 def digest(manifest: dict[str, Any]) -> str:

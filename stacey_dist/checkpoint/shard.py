@@ -8,6 +8,7 @@ torch's reader opens every file on every rank; here a rank opens files until it 
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,17 +38,40 @@ DTYPES = {
 }
 
 
+# Elements whose finiteness is checked at a time: below it, torch works in the calling thread alone.
+_CHUNK = 1 << 15
+
+
 @dataclass(frozen=True)
 class Range:
-    """Elements [start, start + values.numel()) of a flattened tensor."""
+    """Elements [start, start + values.numel()) of a flattened tensor.
+
+    Attributes:
+        trained: whether they are of a trainable weight or an optimizer state, which must be finite for training to
+            go on. Frozen parameters and buffers may hold infinities, as attention masks do.
+    """
 
     start: int
     values: Tensor
+    trained: bool = False
 
     @property
     def stop(self) -> int:
         """The first element behind it."""
         return self.start + self.values.numel()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no element of a tensor in host memory is NaN or infinite. Whole numbers are finite."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    for chunk in values.reshape(-1).split(_CHUNK):
+        if chunk.element_size() == 1:  # torch has no aminmax of float8
+            chunk = chunk.float()
+        smallest, largest = chunk.aminmax()  # without a temporary; each is NaN if any element is
+        if not (math.isfinite(smallest.item()) and math.isfinite(largest.item())):
+            return False
+    return True
 
 
 def shard_name(rank: int) -> str:

@@ -43,7 +43,7 @@ def take(
     ranges: dict[str, Range] = {}
     contents: dict[str, tuple[tuple[int, ...], str]] = {}
 
-    def add(name: str, shape: Iterable[int], start: int, values: Tensor) -> None:
+    def add(name: str, shape: Iterable[int], start: int, values: Tensor, *, trained: bool = False) -> None:
         shape = torch.Size(shape)
         values = values.detach().reshape(-1)
         flat = host_memory.get(name)
@@ -51,7 +51,7 @@ def take(
             flat = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             host_memory[name] = flat
         flat.copy_(values, non_blocking=True)
-        ranges[name] = Range(start, flat)
+        ranges[name] = Range(start, flat, trained)
         contents[name] = (tuple(shape), dtype_name(flat.dtype))
 
     for f in fragments(model, optimizer):
@@ -65,9 +65,10 @@ def take(
         count = f.stop - f.start
         first, last = (count * replica // f.replicas for replica in (f.replica, f.replica + 1))
         if first < last:
-            add(f"model/{f.name}", f.shape, f.start + first, f.weight.reshape(-1)[first:last])
+            start, part = f.start + first, slice(first, last)
+            add(f"model/{f.name}", f.shape, start, f.weight.reshape(-1)[part], trained=True)
             for key, value in f.state.items():
-                add(f"optimizer/{f.name}/{key}", f.shape, f.start + first, value.reshape(-1)[first:last])
+                add(f"optimizer/{f.name}/{key}", f.shape, start, value.reshape(-1)[part], trained=True)
         if f.step is not None and f.start == 0 and f.replica == 0:
             add(f"optimizer/{f.name}/step", (), 0, _exact(f.step))
     for name, param in trainable_parameters(model):  # an empty one has no fragment, but is a part of the model

@@ -38,6 +38,8 @@ class Requests:
     """It is time for a checkpoint."""
     save_surely: bool = False
     """Checkpoints keep failing: the next one has to succeed."""
+    leave: bool = False
+    """run_dir is gone."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,19 @@ from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import occupy
 
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+# What a disk, a quota or a limit of the process refuses: no fault of the program.
+_OF_A_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -67,12 +79,45 @@ class Run(Generic[C]):
         )
         self.on_main(self._make_directory)
 
-    def _make_directory(self) -> None:
+    def _occupy_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = occupy(self.directory)
+            # While it is open, no other directory gets its number.
+            self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+
+    def directory_is_gone(self) -> bool:
+        """Return whether run_dir was renamed or removed while this process trains there. False on other processes."""
+        if not self.accelerator.is_main_process:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.directory), os.fstat(self._descriptor))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a file system that hiccups
+            return False
+
+    def make_directory_again(self) -> None:
+        """Make run_dir after it was renamed or removed, for a last checkpoint. All processes call it together.
+
+        Raises SettingsError if it cannot be written, or another process trains there by now.
+        """
+        self.say(
+            f"run_dir: {self.directory} was renamed or removed while the run goes on; it is made again for a last "
+            "checkpoint, then the run stops"
+        )
+
+        def occupy_again() -> None:
+            os.close(self._descriptor)
+            self._occupy_directory()
+
+        self.on_main(occupy_again)
+        self.write_config()
+
+    def _make_directory(self) -> None:
+        self._occupy_directory()
         try:  # it is written at the end, which is late to learn that it cannot be
             check_output(self.directory / "model", unlisted=True)
         except SettingsError as error:
