@@ -305,7 +305,16 @@ def test_an_archive_is_as_large_as_it_says():
         torch_file.load(io.BytesIO(damaged))
 
 
+# A tuple that holds another twice, sixty times over: its hash takes longer than the universe has lasted.
+DOUBLED = b")" + b"q\x00h\x00\x86" * 60
+
 HARM = {
+    "a key that is never hashed": b"}" + DOUBLED + b"K\x01s.",
+    "keys that are never hashed": b"}(" + DOUBLED + b"K\x01u.",
+    "a dictionary with a key that is never hashed": b"(" + DOUBLED + b"K\x01d.",
+    "a set that is never made": b"\x80\x04\x8f(" + DOUBLED + b"\x90.",
+    "a frozen set that is never made": b"\x80\x04(" + DOUBLED + b"\x91.",
+    "a key as deep as the stack": b"}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
     "a function": b"cos\nsystem\n(X\x04\x00\x00\x00true" + b"tR.",
     "a function, as a stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
     "a class, as an instance": b"(X\x01\x00\x00\x00xios\nsystem\n.",

@@ -88,6 +88,17 @@ _CHANGES: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
 }
 
 
+# What an instruction hashes, of the stack since the last mark. The hash of a tuple goes through all that lies in it: one
+# that holds another twice, and so on, takes for ever, and a deep one overflows the stack of the processor.
+_HASHED: dict[bytes, Callable[[list[Any]], list[Any]]] = {
+    pickle.SETITEM: lambda stack: stack[-2:-1],
+    pickle.SETITEMS: lambda stack: stack[::2],
+    pickle.DICT: lambda stack: stack[::2],
+    pickle.ADDITEMS: lambda stack: stack,
+    pickle.FROZENSET: lambda stack: stack,
+}
+
+
 class _Inert(pickle._Unpickler):
     """Python's unpickler in Python. That in C sets memory aside for as many objects as a pickle says it has."""
 
@@ -117,20 +128,24 @@ class _Inert(pickle._Unpickler):
 
 
 def _guarded(instruction: bytes) -> Callable[[Any], None]:
-    """Return what does an instruction if it changes an object of a kind that it is meant for (a tensor is none)."""
+    """Return what does an instruction if it changes what it is meant for (a tensor is not) and hashes no tuple."""
     work = pickle._Unpickler.dispatch[instruction[0]]
-    kinds, depth = _CHANGES[instruction]
+    kinds, depth = _CHANGES.get(instruction, (object, 1))
 
     def guarded(unpickler: Any) -> None:
-        changed = unpickler.metastack[-1][-1] if depth is None else unpickler.stack[-depth]
-        if not isinstance(changed, kinds):
-            raise pickle.UnpicklingError(f"it changes a {type(changed).__name__}")
+        if instruction in _CHANGES:
+            changed = unpickler.metastack[-1][-1] if depth is None else unpickler.stack[-depth]
+            if not isinstance(changed, kinds):
+                raise pickle.UnpicklingError(f"it changes a {type(changed).__name__}")
+        for key in _HASHED.get(instruction, lambda stack: [])(unpickler.stack):
+            if not isinstance(key, str | bytes | int | float | Record | None):
+                raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
         work(unpickler)
 
     return guarded
 
 
-_Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _CHANGES}
+_Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _CHANGES | _HASHED}
 
 
 def unpickle(
