@@ -98,7 +98,7 @@ class OtherText(str):
     ("names", "message"),
     [
         ((7, "7"), "there is a int where a name belongs"),
-        ((("a", "b"), "a.b"), "there is a tuple where a name belongs"),
+        ((("a", "b"), "a.b"), "a key that is a tuple"),
         ((None, "None"), "there is a NoneType where a name belongs"),
         ((b"a", "a"), "there is a bytes where a name belongs"),
         ((OtherText("a"), "b"), "OtherText has no place in it"),
