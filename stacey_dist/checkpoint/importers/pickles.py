@@ -88,8 +88,8 @@ _CHANGES: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
 }
 
 
-# What an instruction hashes, of the stack since the last mark. The hash of a tuple visits all that lies in it: that of one
-# that holds another twice, and so on, never ends, and that of a deep one overflows the stack of the processor.
+# What an instruction hashes, of the stack since the last mark. The hash of a tuple visits all that lies in it: for one
+# that holds another twice, and so on, it never ends; for a deep one it overflows the stack of the processor.
 _HASHED: dict[bytes, Callable[[list[Any]], list[Any]]] = {
     pickle.SETITEM: lambda stack: stack[-2:-1],
     pickle.SETITEMS: lambda stack: stack[::2],
