@@ -49,7 +49,7 @@ def table() -> str:
     lines = ["| package | extra | oldest tested | in CI | newest tested |", "|---|---|---|---|---|"]
     for extra, names in packages().items():
         for name in names:
-            oldest, newest = known["oldest"].get(name, "–"), known["newest"].get(name, "–")
+            oldest, newest = (known.get(which, {}).get(name, "–") for which in ("oldest", "newest"))
             lines.append(f"| {name} | {extra or '(library)'} | {oldest} | {ci[name.lower()]} | {newest} |")
     return "\n".join(lines) + "\n"
 
