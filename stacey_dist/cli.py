@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))),
         "stacey-dist",
         resumable=parsed.run in (reproduce, tune),
+        extra="experiments" if parsed.run in (reproduce, tune) else None,
     )
 
 
@@ -55,7 +56,9 @@ def _prepare(arguments: list[str]) -> int:
     return prepare(arguments)
 
 
-def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False) -> int:
+def _told(
+    work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False, extra: str | None = None
+) -> int:
     """The exit status of a command; an error that a user can do something about is one line, begun by its program."""
     try:
         return work()
@@ -72,7 +75,7 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if (missing := message(error)) is None:
+        if (missing := message(error, extra)) is None:
             raise
         print(f"{program}: {missing}", file=sys.stderr)
         return 2

@@ -29,9 +29,14 @@ def install_line(module: str) -> str | None:
     return None
 
 
-def message(error: ModuleNotFoundError) -> str | None:
-    """Return the line to print for an import that failed, or None if no extra installs the module."""
+def message(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
+    """Return the line to print for an import that failed, or None if no extra installs the module.
+
+    `extra` is named if it is given: a command of one extra may need modules of another that it contains.
+    """
     line = install_line(error.name or "")
+    if line is not None and extra is not None:
+        line = f"pip install 'stacey_dist[{extra}]'"
     return None if line is None else f"{error.name} is not installed; {line}"
 
 

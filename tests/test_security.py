@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.data.text import hub_documents
+from stacey_dist.data.hub import hub_documents
 from stacey_dist.data.tokenizer import load_pretrained
 from stacey_dist.data.tokens import INDEX, _read_index
 from stacey_dist.errors import SettingsError

@@ -170,7 +170,7 @@ def checkpoint_bytes(job: Job) -> tuple[int, int]:
     saved = MASTER if job.config.model.dtype == "float32" else 2
     saved += sum(job.setup.state.values())
     whole = saved * job.setup.elements
-    steps = 4 * len(job.model.parameters)
+    steps = 8 * len(job.model.parameters)
     if job.engine == "zero_redundancy":
         return whole + steps, saved * max(owned_elements(job.setup))
     return whole + steps, -(-whole // job.ranks)

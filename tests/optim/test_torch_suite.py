@@ -355,7 +355,12 @@ def test_state_dict_deterministic(info):
 
 
 def assert_same_state(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    """Names, settings and text are equal, and tensors are in every bit."""
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for key, state in a["state"].items():
+        assert state.keys() == b["state"][key].keys()
+        assert all(torch.equal(value, b["state"][key][name]) for name, value in state.items())
 
 
 @EACH
@@ -382,7 +387,7 @@ def test_can_load_from_to_named_state_dict(info, named_before, named_after):
     other = info.optim_cls(named if named_after else [weight, bias])
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.step(closure(other, loss_of))
-    assert ("param_names" in other.param_groups[0]) == named_after
+    assert ("param_names" in other.param_groups[0]) == (named_before or named_after)  # as torch loads names
     assert [int(state["step"]) for state in other.state.values()] == [2, 2]
 
 

@@ -191,7 +191,8 @@ def test_what_accelerate_refuses_is_one_line(monkeypatch):
 
     monkeypatch.setattr(launch, "Accelerator", refuse)
     with pytest.raises(
-        SettingsError, match=r"^accelerate launch: Expected a string path to an existing deepspeed config;"
+        SettingsError,
+        match=r"^what `accelerate launch` was told is not allowed: Expected a string path to an existing deepspeed config;",
     ):
         launch.start_accelerator(LLMConfig())
 

@@ -56,7 +56,7 @@ def make_task(processes, index, micro=2, batch=8):
         accelerator=SimpleNamespace(process_index=index, num_processes=processes, device=torch.device("cpu")),
     )
     task = LanguageModeling.__new__(LanguageModeling)
-    task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream()), batch
+    task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream(), verification=None), batch
     task.sampler, task._samples = GlobalSampler(37, seed=3), (-1, [])
     return task
 
@@ -228,7 +228,7 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(run, SimpleNamespace(train=FakeStream(), validation=FakeStream()), model)
+    task = LanguageModeling(run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None), model)
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 
