@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Not linked to OpenMP: see kernels/cpu.py. No -march: what is not asked for must not be used, and no contraction to
@@ -23,8 +23,8 @@ SOURCE = "stacey_dist/optim/kernels/cpu.cpp"
 # A library is used beside the very source that it is of.
 DIGEST = hashlib.sha256((Path(__file__).parent / SOURCE).read_bytes()).hexdigest()
 
+# One after the other: all are compiled into the same object file before they are linked.
 setup(
-    options={"build_ext": {"parallel": len(INSTRUCTION_SETS)}},  # a minute each
     ext_modules=[
         Extension(
             f"stacey_dist.optim.kernels._cpu_{name}",

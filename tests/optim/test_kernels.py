@@ -326,7 +326,7 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line
     assert result.stdout.strip() == "1"
 
 
-FLAGS = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"], "avx2": ["-mavx2"], "portable": []}
+FLAGS = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"], "avx2": ["-mavx2", "-mfma"], "portable": []}
 
 
 @pytest.mark.slow
