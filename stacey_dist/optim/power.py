@@ -11,6 +11,7 @@ A positive number is carried as its base-2 logarithm in two parts, `whole + frac
 needs.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -67,7 +68,12 @@ def multiply_add(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _rounded(x: Tensor | float) -> Tensor | float:
-    return x if isinstance(x, Tensor) else float(torch.tensor(x, dtype=torch.float32))
+    return x if isinstance(x, Tensor) else _rounded_number(x)
+
+
+@functools.lru_cache(4096)
+def _rounded_number(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
 
 
 def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:

@@ -25,6 +25,8 @@
 #else
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <immintrin.h>
 #endif
 #define WIDTH 4
 #define DEPTH 2
@@ -180,20 +182,25 @@ INLINE FloatRegister multiply_add(FloatRegister a, FloatRegister b, FloatRegiste
 #elif defined(__aarch64__)
     return (FloatRegister)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
+    FloatRegister result;
+#if defined(__SSE2__)
     // In double precision the product is exact, and rounding twice does harm only where the first result lies in the
     // middle between two floats, or where the second is subnormal.
-    typedef double Double __attribute__((vector_size(8 * WIDTH)));
-    typedef int32_t Words __attribute__((vector_size(8 * WIDTH)));
-    const Double total = __builtin_convertvector(a, Double) * __builtin_convertvector(b, Double) +
-                         __builtin_convertvector(c, Double);
-    FloatRegister result = __builtin_convertvector(total, FloatRegister);
-    const Words words = (Words)total;
-    const IntRegister low = {words[0], words[2], words[4], words[6]};
+    auto rounded = [](__m128 a, __m128 b, __m128 c) {
+        return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(a), _mm_cvtps_pd(b)), _mm_cvtps_pd(c));
+    };
+    auto upper_half = [](FloatRegister x) { return _mm_movehl_ps((__m128)x, (__m128)x); };
+    const __m128d first = rounded((__m128)a, (__m128)b, (__m128)c);
+    const __m128d second = rounded(upper_half(a), upper_half(b), upper_half(c));
+    result = (FloatRegister)_mm_movelh_ps(_mm_cvtpd_ps(first), _mm_cvtpd_ps(second));
+    const IntRegister low = (IntRegister)_mm_shuffle_ps((__m128)first, (__m128)second, 0x88);
+    const IntRegister high = (IntRegister)_mm_shuffle_ps((__m128)first, (__m128)second, 0xdd);
     const FloatRegister size = (FloatRegister)((IntRegister)result & INT32_MAX);
-    const IntRegister doubtful = ((low & 0x1fffffff) == 0x10000000) | ((size < 0x1p-126f) & (c != 0.0f));
-    if (doubtful[0] | doubtful[1] | doubtful[2] | doubtful[3]) {
-        for (int lane = 0; lane < WIDTH; lane++) result[lane] = std::fmaf(a[lane], b[lane], c[lane]);
-    }
+    const IntRegister middle = (low & 0x1fffffff) == 0x10000000;
+    const IntRegister subnormal = (size < 0x1p-126f) & ((high & INT32_MAX) != 0);
+    if (__builtin_expect(_mm_movemask_ps((__m128)(middle | subnormal)) == 0, 1)) return result;
+#endif
+    for (int lane = 0; lane < WIDTH; lane++) result[lane] = std::fmaf(a[lane], b[lane], c[lane]);
     return result;
 #endif
 }
@@ -372,14 +379,14 @@ struct Random {
 INLINE Random random_bits(Float first, Float second, int32_t key) {
     // The second is turned by 16 bits, so that bits that seldom change meet bits that do.
     Int turned = (bits(second) << 16) | upper(bits(second));
-    Int h = (turned ^ bits(first) ^ key) * (int32_t)0x9E3779B1;
+    Int h = turned ^ bits(first) ^ key;
 #if defined(__AVX512F__)
     EACH {
         const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)first.of[i], (__m512)second.of[i], _CMP_ORD_Q);
-        h.of[i] = (IntRegister)_mm512_maskz_mov_epi32(ordered, (__m512i)h.of[i]);
+        h.of[i] = (IntRegister)_mm512_maskz_mullo_epi32(ordered, (__m512i)h.of[i], _mm512_set1_epi32(0x9E3779B1));
     }
 #else
-    h = h & (first == first) & (second == second);
+    h = h * (int32_t)0x9E3779B1 & (first == first) & (second == second);
 #endif
     return {upper(h), (h ^ upper(h)) & 0xffff};
 }
@@ -446,13 +453,21 @@ INLINE void prefetch(const void *from, int64_t index, int32_t dtype) {
 
 // ------------------------------------------------------------------------------------------------------- rule.py
 
-constexpr int GROUPS = 256 / LANES;
+constexpr int GROUPS = 512 / LANES;
 constexpr int64_t TILE = GROUPS * LANES;
 
-// What one stage leaves for the next.
+// What one stage leaves for the next; two names where one array serves two pairs of stages.
 struct Buffers {
-    Float z[GROUPS], c[GROUPS], m_new[GROUPS], c_whole[GROUPS], c_fraction[GROUPS], z_whole[GROUPS], z_fraction[GROUPS];
-    Float direction[GROUPS], k[GROUPS], t[GROUPS], ratio[GROUPS], whole[GROUPS], fraction[GROUPS], z_new[GROUPS];
+    Float z[GROUPS], c[GROUPS], m_new[GROUPS], c_whole[GROUPS], c_fraction[GROUPS], direction[GROUPS];
+    union {
+        Float z_whole[GROUPS], k[GROUPS];
+    };
+    union {
+        Float z_fraction[GROUPS], t[GROUPS], whole[GROUPS], z_new[GROUPS];
+    };
+    union {
+        Float ratio[GROUPS], fraction[GROUPS];
+    };
 };
 
 #define STAGE __attribute__((noinline)) void
@@ -469,22 +484,20 @@ INLINE Float gradient_at(const Tensors &t, int64_t index, const Settings &s) {
 }
 
 // c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
+template <bool LOGARITHM>
 STAGE interpolation(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
     EACH_GROUP {
         const int64_t index = start + i * LANES;
         prefetch(t.gradient, index + TILE, s.gradient_dtype), prefetch(t.m, index + TILE, s.m_dtype);
         prefetch(t.weight, index + TILE, s.weight_dtype), prefetch(t.z, index + TILE, s.z_dtype);
         Float g = gradient_at(t, index, s), m = load(t.m, index, s.m_dtype);
-        b.c[i] = interpolate(m, g, s.beta1, s.beta1_rest);
+        Float c = interpolate(m, g, s.beta1, s.beta1_rest);
+        b.c[i] = c;
         b.m_new[i] = interpolate(m, g, s.beta2, s.beta2_rest);
-        b.z[i] = load(t.z, index, s.z_dtype);
-    }
-}
-
-STAGE logarithm(Float *whole, Float *fraction, const Float *x, int groups) {
-    EACH_GROUP {
-        Log2 log2 = log2_parts(x[i]);
-        whole[i] = log2.whole, fraction[i] = log2.fraction;
+        if (LOGARITHM) {
+            Log2 log2_c = log2_parts(c);
+            b.c_whole[i] = log2_c.whole, b.c_fraction[i] = log2_c.fraction;
+        }
     }
 }
 
@@ -502,8 +515,10 @@ STAGE steepest_direction(Buffers &b, int groups, const Settings &s) {
             power = power + (x - x);
 #endif
         }
+        power = power + s.eps;
         // 0 over any positive number is 0.
-        b.direction[i] = x / select(x != 0.0f, power + s.eps, all(1.0f));
+        if (s.eps == 0.0f) power = select(x != 0.0f, power, all(1.0f));
+        b.direction[i] = x / power;
     }
 }
 
@@ -513,7 +528,7 @@ STAGE direction_stage(Buffers &b, int groups, const Settings &s) {
         case ROOT: return steepest_direction<ROOT>(b, groups, s);
         case SAME: return steepest_direction<SAME>(b, groups, s);
         case GENERAL: return steepest_direction<GENERAL>(b, groups, s);
-        default: EACH_GROUP b.direction[i] = b.c[i];
+        default: return;  // c itself
     }
 }
 
@@ -521,14 +536,22 @@ STAGE direction_stage(Buffers &b, int groups, const Settings &s) {
 //     z' = z (1 + t)^r                        where |z|^(p-1) >= alpha |c|
 //     z' = -sign(c) (alpha |c|)^r (1 + t)^r   elsewhere,             r = 1 / (p - 1)
 
+STAGE z_stage(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
+    EACH_GROUP {
+        Float z = load(t.z, start + i * LANES, s.z_dtype);
+        Log2 log2_z = log2_parts(z);
+        b.z[i] = z, b.z_whole[i] = whole_or_zero(log2_z.whole, z), b.z_fraction[i] = log2_z.fraction;
+    }
+}
+
 // gap = log2(|z|^(p-1)) - log2(alpha |c|) = k + t. Leaves -|gap| as k + t, with the sign of gap in that of k.
 STAGE gap_stage(Buffers &b, int groups, const Settings &s) {
     EACH_GROUP {
-        Log2 log2_z{whole_or_zero(b.z_whole[i], b.z[i]), b.z_fraction[i]};
+        Log2 log2_z{b.z_whole[i], b.z_fraction[i]};
         // log2(alpha |c|)
         Float c_whole = whole_or_zero(b.c_whole[i] + s.log_alpha_whole, b.c[i]);
         Float c_fraction = b.c_fraction[i] + s.log_alpha_fraction;
-        b.z_whole[i] = c_whole, b.z_fraction[i] = c_fraction;
+        b.c_whole[i] = c_whole, b.c_fraction[i] = c_fraction;
         Float gap = multiply_add(log2_z.whole + log2_z.fraction, s.inner.value, -(c_whole + c_fraction));
         Float k = (gap + MAGIC) - MAGIC;
         Float t = product_less(log2_z, s.inner, k + c_whole) - c_fraction;
@@ -543,7 +566,10 @@ STAGE ratio_stage(Buffers &b, int groups) {
         // The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are
         // z's and -c's; the ratio is negative where they oppose each other.
         Float k = number(bits(b.k[i]) | INT32_MIN);
-        Float ratio = exp2_parts(select(k < -100.0f, all(-100.0f), k), b.t[i]);
+#if !defined(__AVX512F__)  // with it, a power takes any k
+        k = select(k < -100.0f, all(-100.0f), k);
+#endif
+        Float ratio = exp2_parts(k, b.t[i]);
         b.ratio[i] = number(bits(ratio) | (~(bits(b.z[i]) ^ bits(b.c[i])) & INT32_MIN)) + 1.0f;
     }
 }
@@ -553,8 +579,8 @@ STAGE log_ratio_stage(Buffers &b, int groups) {
     EACH_GROUP {
         Log2 log2 = log2_near_one(b.ratio[i]);
         Int c_larger = bits(b.k[i]) < 0;
-        b.whole[i] = select(c_larger, log2.whole + b.z_whole[i], log2.whole);
-        b.fraction[i] = select(c_larger, log2.fraction + b.z_fraction[i], log2.fraction);
+        b.whole[i] = select(c_larger, log2.whole + b.c_whole[i], log2.whole);
+        b.fraction[i] = select(c_larger, log2.fraction + b.c_fraction[i], log2.fraction);
     }
 }
 
@@ -573,22 +599,24 @@ STAGE growth_stage(Buffers &b, int groups, const Settings &s) {
     }
 }
 
-STAGE plain_dual_stage(Buffers &b, int groups, const Settings &s) {
-    EACH_GROUP {
-        Float z = b.z[i];
-        b.z_new[i] = s.variant != P2 && s.alpha_is_zero && !s.mirror_is_plain ? z + b.c[i] * 0.0f : multiply_add(b.c[i], -s.alpha, z);
-    }
-}
-
 struct Keys {
     int32_t states, weight;
 };
 
 // coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
+template <bool MIRROR>
 STAGE coupling_stage(Buffers &b, const Tensors &t, int64_t start, int groups, Keys keys, const Settings &s) {
+    const Float *direction = s.variant == TWO_P ? b.c : b.direction;
     EACH_GROUP {
         const int64_t index = start + i * LANES;
-        Float z_new = b.z_new[i], m_new = b.m_new[i];
+        Float z_new, m_new = b.m_new[i];
+        if (MIRROR) {
+            z_new = b.z_new[i];
+        } else {
+            Float z = load(t.z, index, s.z_dtype);
+            z_new = s.variant != P2 && s.alpha_is_zero && !s.mirror_is_plain ? z + b.c[i] * 0.0f
+                                                                              : multiply_add(b.c[i], -s.alpha, z);
+        }
         if (s.z_dtype == FLOAT32) {
             store(t.z, index, z_new), store(t.m, index, m_new);
         } else if (s.stochastic) {
@@ -600,7 +628,7 @@ STAGE coupling_stage(Buffers &b, const Tensors &t, int64_t start, int groups, Ke
         }
         Float theta = load(t.weight, index, s.weight_dtype);
         Float change = multiply_add(theta, -s.pull, z_new * s.tau);
-        change = multiply_add(b.direction[i], -s.primal_rate, change);
+        change = multiply_add(direction[i], -s.primal_rate, change);
         Float weight_new = change + theta;
         if (s.weight_dtype == FLOAT32) {
             store(t.weight, index, weight_new);
@@ -615,19 +643,18 @@ STAGE coupling_stage(Buffers &b, const Tensors &t, int64_t start, int groups, Ke
 
 // One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for at most a tile's groups from `start` on.
 void update(Buffers &b, const Tensors &t, int64_t start, int groups, Keys keys, const Settings &s) {
-    interpolation(b, t, start, groups, s);
-    if (s.variant != P2 || s.power == GENERAL) logarithm(b.c_whole, b.c_fraction, b.c, groups);
+    const bool mirror = s.variant != P2 && !s.mirror_is_plain && !s.alpha_is_zero;
+    const bool logarithm = mirror || (s.variant != TWO_P && s.power == GENERAL);
+    (logarithm ? interpolation<true> : interpolation<false>)(b, t, start, groups, s);
     direction_stage(b, groups, s);
-    if (s.variant == P2 || s.mirror_is_plain || s.alpha_is_zero) {
-        plain_dual_stage(b, groups, s);
-    } else {
-        logarithm(b.z_whole, b.z_fraction, b.z, groups);
+    if (mirror) {
+        z_stage(b, t, start, groups, s);
         gap_stage(b, groups, s);
         ratio_stage(b, groups);
         log_ratio_stage(b, groups);
         growth_stage(b, groups, s);
     }
-    coupling_stage(b, t, start, groups, keys, s);
+    (mirror ? coupling_stage<true> : coupling_stage<false>)(b, t, start, groups, keys, s);
 }
 
 inline int64_t bytes(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }

@@ -131,19 +131,19 @@ def _product_parts(whole, fraction, high, low, factor):
 def _power(whole, fraction, high, low, factor):
     """2^(factor (whole + fraction)), rounded once where it is subnormal, for logarithms of float32 and a factor < 1."""
     k, t = _product_parts(whole, fraction, high, low, factor)
-    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents.
-    k -= _MAGIC_BITS
+    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents. MAGIC's
+    # bits, and half of them, end in so many zeros that nothing is left of them.
     half = k >> 1
     first = _bits(tl.fma(_exp2_less_one(t), t, 1.0)) + (half << 23)
-    return _number(first) * _number((k - half + 127) << 23)
+    return _number(first) * _number(((k - half) << 23) + 0x3F800000)
 
 
 @triton.jit
 def _exp2_times(x, k, t):
     """x 2^(k + t), which is nearer to the true value the nearer the power is to one; k as in _product_parts."""
-    k = tl.maximum(k, _MAGIC_BITS - 250) - _MAGIC_BITS
+    k = tl.maximum(k, _MAGIC_BITS - 250)
     half = k >> 1
-    scaled = _number((half + 127) << 23) * _number((k - half + 127) << 23) * x
+    scaled = _number((half << 23) + 0x3F800000) * _number(((k - half) << 23) + 0x3F800000) * x
     return tl.fma(scaled, _exp2_less_one(t) * t, scaled)
 
 
@@ -230,9 +230,9 @@ def _pointers(address, index, NARROW: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def _load(pointers, mask, NARROW: tl.constexpr):
     if NARROW:
-        value = _number(tl.load(pointers, mask=mask, other=0).to(tl.int32) << 16)
+        value = _number(tl.load(pointers, mask=mask).to(tl.int32) << 16)
     else:
-        value = tl.load(pointers, mask=mask, other=0.0)
+        value = tl.load(pointers, mask=mask)
     return value
 
 
@@ -248,6 +248,7 @@ def stacey_step(
     exponent_high, exponent_low, exponent, inner_high, inner_low, inner, root_high, root_low, root,
     log_alpha_whole, log_alpha_fraction,
     VARIANT: tl.constexpr, POWER: tl.constexpr, MIRROR_IS_PLAIN: tl.constexpr, ALPHA_IS_ZERO: tl.constexpr,
+    EPS_IS_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr, WEIGHT_IS_NARROW: tl.constexpr, GRADIENT_IS_NARROW: tl.constexpr,
     STATE_IS_NARROW: tl.constexpr, BETA1_NEARER_M: tl.constexpr, BETA2_NEARER_M: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -307,8 +308,11 @@ def stacey_step(
         else:
             # size * 0 is 0, but NaN for infinity and NaN
             power = tl.fma(size, 0.0, _power(c_whole, c_fraction, exponent_high, exponent_low, exponent))
+        power += eps
         # 0 over any positive number is 0.
-        direction = tl.div_rn(c, tl.where(c != 0.0, power + eps, 1.0))
+        if EPS_IS_ZERO:
+            power = tl.where(c != 0.0, power, 1.0)
+        direction = tl.div_rn(c, power)
 
     # coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
     theta_new = tl.fma(direction, -primal_rate, tl.fma(theta, -pull, z_new * tau)) + theta
@@ -349,7 +353,7 @@ def compile_time_values(
     """What a compiled kernel is for: the parameters of `stacey_step` that are constants in it."""
     return dict(
         VARIANT=VARIANTS.index(s.variant), POWER=power_kind(s), MIRROR_IS_PLAIN=s.p == 2.0,
-        ALPHA_IS_ZERO=s.alpha == 0.0, STOCHASTIC=stochastic,
+        ALPHA_IS_ZERO=s.alpha == 0.0, EPS_IS_ZERO=s.eps <= 2.0**-150, STOCHASTIC=stochastic,
         WEIGHT_IS_NARROW=weight == torch.bfloat16, GRADIENT_IS_NARROW=gradient == torch.bfloat16,
         STATE_IS_NARROW=state == torch.bfloat16, BETA1_NEARER_M=s.beta1 >= HALF, BETA2_NEARER_M=s.beta2 >= HALF,
         LR_ON_DEVICE=lr_on_device, HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf, ALIGNED=aligned,
