@@ -108,7 +108,8 @@ def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function of this module returns in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports, but no memory of an optimizer and no thread
+    # Imports, but no memory of an optimizer and no thread. torch imports the second as an optimizer is made.
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     with context.Pool(1) as pool:
         return pool.apply(function, arguments)
 

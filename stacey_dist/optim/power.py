@@ -11,7 +11,7 @@ A positive number is carried as its base-2 logarithm in two parts, `whole + frac
 needs.
 """
 
-import functools
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -71,9 +71,9 @@ def _rounded(x: Tensor | float) -> Tensor | float:
     return x if isinstance(x, Tensor) else _rounded_number(x)
 
 
-@functools.lru_cache(4096)
+@torch.compiler.assume_constant_result
 def _rounded_number(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float32))
+    return ctypes.c_float(x).value
 
 
 def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
