@@ -32,6 +32,7 @@ VARIANTS = (("p2", 2.0), ("p2", 3.0), ("p2", 2.8), ("2p", 2.8), ("pp", 2.8))
 # By the first part of an instruction's name. What is in no list is counted as control.
 PIPES = {
     "float": ("FADD", "FMUL", "FFMA"),
+    "packed": ("FADD2", "FMUL2", "FFMA2"),  # two elements in one instruction, which takes the float pipe twice
     "integer": (
         *(
             "IADD",
@@ -102,7 +103,7 @@ class Code:
         """The least time of a step on a GPU, as a multiple of the time that memory takes."""
         cycles = {
             "all": self.instructions / SCHEDULED,
-            "float": self.pipes["float"] / gpu.float_lanes,
+            "float": (self.pipes["float"] + 2 * self.pipes["packed"]) / gpu.float_lanes,
             "integer": self.pipes["integer"] / gpu.integer_lanes,
             "special": self.pipes["special"] / SPECIAL,
         }
