@@ -169,7 +169,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sm", type=int, nargs="*", default=[80, 90, 100])
     chosen: Any = parser.parse_args()
     for sm in chosen.sm:

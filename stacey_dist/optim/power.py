@@ -71,7 +71,7 @@ def _rounded(x: Tensor | float) -> Tensor | float:
     return x if isinstance(x, Tensor) else _rounded_number(x)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _rounded_number(x: float) -> float:
     return ctypes.c_float(x).value
 
