@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -23,14 +25,33 @@ SOURCE = "stacey_dist/optim/kernels/cpu.cpp"
 # A library is used beside the very source that it is of.
 DIGEST = hashlib.sha256((Path(__file__).parent / SOURCE).read_bytes()).hexdigest()
 
+
+class BuildLibraries(build_ext):
+    """Build shared libraries that know nothing of Python: ctypes loads them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the file name without a Python version in it."""
+        return f"{fullname.replace('.', '/')}.so"
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tag the wheel for every Python 3 on this platform: its libraries use neither Python's nor torch's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the wheel's tag."""
+        return "py3", "none", super().get_tag()[2]
+
+
 # One after the other: all are compiled into the same object file before they are linked.
 setup(
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
     ext_modules=[
         Extension(
             f"stacey_dist.optim.kernels._cpu_{name}",
             sources=[SOURCE],
             define_macros=[("SOURCE", f'"{DIGEST}"')],
             extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-s"],  # no symbols but the exported ones
             # Without a compiler the installation succeeds, and the plain rule runs.
             optional=True,
         )

@@ -1,5 +1,7 @@
 """Train a ResNet with STACEY: accelerate launch train_imagenet.py [--config FILE.yaml] [--section.name value ...]."""
 
+from stacey_dist.extras import missing_extras_reported
+
 
 def main() -> None:
     """Read the settings, build the parts, train, export."""
@@ -32,4 +34,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with missing_extras_reported("train_imagenet.py"):
+        main()

@@ -1,5 +1,7 @@
 """Pretrain a LLaMA with STACEY: accelerate launch train_llm.py [--config FILE.yaml] [--section.name value ...]."""
 
+from stacey_dist.extras import missing_extras_reported
+
 
 def main() -> None:
     """Read the settings, build the parts, train, export."""
@@ -33,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with missing_extras_reported("train_llm.py"):
+        main()

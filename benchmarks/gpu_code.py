@@ -116,7 +116,7 @@ def compile_variant(variant: str, p: float, sm: int) -> Code:
     settings = StaceySettings(0.01, p, variant, 0.01, 1e-3, 0.9, 0.99, 1e-8, 0.1)  # type: ignore[arg-type]
     values = compile_time_values(settings, torch.float32, torch.float32, torch.bfloat16)
     pointers = dict(
-        table="*i64", block_rows="*i32", block_numbers="*i64", lr_and_doubles="*fp64", scale="*fp32", found_inf="*fp32"
+        table="*i64", block_rows="*i32", block_numbers="*i64", rates="*fp64", scale="*fp32", found_inf="*fp32"
     )
     signature = {name: pointers.get(name, "constexpr" if name in values else "fp32") for name in stacey_step.arg_names}
     compiled = triton.compile(

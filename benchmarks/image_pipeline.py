@@ -23,6 +23,7 @@ from PIL import Image
 from stacey_dist.bench import machine
 from stacey_dist.data.images import ImageSet, Transform, cached, read_pixels
 from stacey_dist.data.images.augment import random_rectangle
+from stacey_dist.data.images.decode import FORMATS
 from stacey_dist.data.images.folder import IMAGE_SUFFIXES
 from stacey_dist.data.images.uniform import uniforms
 
@@ -67,7 +68,7 @@ def made_photo(seed: int) -> bytes:
 
 def with_pillow(data: bytes, transform: Transform, sample: int) -> torch.Tensor:
     """The usual loader, with this pipeline's random numbers."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     numbers = uniforms(0, 0, sample, 23).tolist()
     top, left, height, width = random_rectangle(image.height, image.width, transform.min_scale, numbers)
     size = (transform.size, transform.size)

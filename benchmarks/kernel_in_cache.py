@@ -30,7 +30,7 @@ def main() -> None:
             torch.randn(ELEMENTS) * 1e-3,
             weight.bfloat16(),
             torch.zeros_like(weight).bfloat16(),
-            torch.zeros(()),
+            torch.zeros((), dtype=torch.int64),
         )
         nanoseconds = []
         for _ in range(ROUNDS):

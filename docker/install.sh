@@ -2,13 +2,14 @@
 # How stacey_dist is installed, for both Dockerfiles and for a virtual environment: install.sh STAGE, in this order.
 #   torch         torch, from the index that PIP_INDEX_TORCH names; that is what differs between CPU and CUDA
 #   dependencies  everything else that pyproject.toml of the current directory lists; not the package
+#                 (both in the versions of constraints.txt, so that an image built again is the same)
 #   package       the package of the current directory, with its C++ kernels
 #   check         the kernels are there, and every program starts
-# The first two read pyproject.toml alone, so that their layers stay when the source changes.
+# The first two read pyproject.toml and constraints.txt alone, so that their layers stay when the source changes.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
-EXTRAS=${EXTRAS:-deepspeed}
+EXTRAS=${EXTRAS:-train,deepspeed,wandb,tensorboard}
 
 # The requirements of pyproject.toml whose names match the pattern $1: the project's own, and those of the extra.
 requirements() {
@@ -22,7 +23,7 @@ END
 }
 
 install() {
-  "$PYTHON" -m pip install --no-cache-dir "$@"
+  "$PYTHON" -m pip install --no-cache-dir -c constraints.txt "$@"
 }
 
 stage_torch() {
@@ -33,7 +34,7 @@ stage_torch() {
 stage_dependencies() {
   mapfile -t wanted < <(requirements '(?!torch\b)')
   # What builds the package, and what DeepSpeed builds its own kernels with.
-  install 'setuptools>=77' wheel ninja "${wanted[@]}"
+  install 'setuptools>=77' ninja "${wanted[@]}"
 }
 
 stage_package() {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +16,13 @@ from stacey_dist.checkpoint.manifest import (
     UnknownFormatError,
     find_checkpoints,
     read_manifest,
+    says_finite,
     verify,
 )
 from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.extras import message
+from stacey_dist.files import printable
+from stacey_dist.version import __version__
 
 BENCH_CASES = ("flat", "llama_100m", "tiny")
 
@@ -27,19 +32,27 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # These take every setting of the launcher, and so have parsers of their own.
     if arguments[:1] == ["plan"]:
-        from stacey_dist.plan.command import main as plan
-
-        return _told(lambda: plan(arguments[1:]), "stacey-dist plan", refused="error: ")
+        return _told(lambda: _plan(arguments[1:]), "stacey-dist plan", refused="error: ")
     if arguments[:1] == ["prepare"]:
-        from stacey_dist.training.prepare_command import prepare
-
-        return _told(lambda: prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
+        return _told(lambda: _prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
     parsed = make_parser().parse_args(arguments)
     return _told(
         lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))),
         "stacey-dist",
         resumable=parsed.run in (reproduce, tune),
     )
+
+
+def _plan(arguments: list[str]) -> int:
+    from stacey_dist.plan.command import main
+
+    return main(arguments)
+
+
+def _prepare(arguments: list[str]) -> int:
+    from stacey_dist.training.prepare_command import prepare
+
+    return prepare(arguments)
 
 
 def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False) -> int:
@@ -52,9 +65,17 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
     except SettingsError as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
-    except (ForeignCheckpointError, OSError, TrialError) as error:
+    except (ForeignCheckpointError, OSError) as error:
+        print(f"{program}: {printable(error)}", file=sys.stderr)
+        return 1
+    except TrialError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (missing := message(error)) is None:
+            raise
+        print(f"{program}: {missing}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on" if resumable else ""
         print(f"{program}: interrupted{goes_on}", file=sys.stderr)
@@ -64,6 +85,7 @@ def _told(work: Callable[[], int], program: str, *, refused: str = "", resumable
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command but `plan` and `prepare`, of which it knows the names alone."""
     parser = argparse.ArgumentParser(prog="stacey-dist", description="Tools for runs of stacey_dist.")
+    parser.add_argument("--version", action="version", version=f"stacey_dist {__version__}")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoint = groups.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
     commands = checkpoint.add_subparsers(metavar="COMMAND", required=True)
@@ -148,7 +170,7 @@ def list_checkpoints(directory: Path) -> int:
 
 
 def _what_is_wrong(error: DamagedCheckpointError) -> str:
-    return str(error) if isinstance(error, UnknownFormatError) else f"damaged: {error}"
+    return printable(error) if isinstance(error, UnknownFormatError) else f"damaged: {printable(error)}"
 
 
 def show(path: Path) -> int:
@@ -157,7 +179,10 @@ def show(path: Path) -> int:
     print(_summary(manifest))
     parts = {kind: [n for n in manifest["tensors"] if n.startswith(f"{kind}/")] for kind in ("model", "optimizer")}
     print(", ".join(f"{len(names)} {kind} tensors" for kind, names in parts.items()))
-    print(f"versions: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    print(f"versions: {printable(versions)}")
+    known = {True: "finite", False: "not finite", None: "not known to be finite"}
+    print(f"trainable weights and optimizer states: {known[says_finite(manifest)]}")
     print(json.dumps(manifest["extra"], indent=1))
     return 0
 
@@ -165,7 +190,7 @@ def show(path: Path) -> int:
 def verify_checkpoint(path: Path) -> int:
     """Every file against its checksum."""
     manifest = verify(path)
-    print(f"{path}: {len(manifest['files'])} files as they were written")
+    print(f"{path}: {len(manifest['files'])} files as they were written{_if_not_finite(manifest)}")
     return 0
 
 
@@ -174,14 +199,16 @@ def diff(first: Path, second: Path) -> int:
     from stacey_dist.checkpoint.compare import differences
 
     lines = differences(first, second)
-    print("\n".join(lines) if lines else "equal to the bit")
+    print("\n".join(map(printable, lines)) if lines else "equal to the bit")
     return 1 if lines else 0
 
 
 def export(path: Path, out: Path) -> int:
     """A `transformers` model directory."""
     from stacey_dist.checkpoint.export import export_model
+    from stacey_dist.checkpoint.output import check_output
 
+    check_output(out)
     verify(path)
     export_model(path, out)
     print(f"model for transformers: {out}")
@@ -201,7 +228,7 @@ def import_foreign(
     from stacey_dist.checkpoint.export import describe_model
     from stacey_dist.checkpoint.importers import import_checkpoint
 
-    if out.exists():
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not os.listdir(out)):
         raise ForeignCheckpointError(f"{out} is there already")
     for option, count in (("--step", step or 0), ("--position", position)):
         if count < 0:
@@ -274,18 +301,11 @@ def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, ou
 
 def _shell(path: Path) -> Any:
     """The model of a configuration of transformers, without memory for its weights."""
-    import torch
-    import transformers
-
-    from stacey_dist.checkpoint.export import model_class
+    from stacey_dist.checkpoint.model_config import build_shell
+    from stacey_dist.files import read_json
 
     try:
-        described, _ = transformers.PretrainedConfig.get_config_dict(path)
-        made = model_class((described.get("architectures") or [""])[0])
-        with torch.device("meta"):
-            if made:
-                return made(made.config_class.from_dict(described))
-            return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+        return build_shell(read_json(path / "config.json" if path.is_dir() else path))
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
 
@@ -296,7 +316,13 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     processes = manifest["processes"]
-    return f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}"
+    several = "es" if processes > 1 else ""
+    size_and_place = f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{several}"
+    return printable(size_and_place + _if_not_finite(manifest))
+
+
+def _if_not_finite(manifest: dict[str, Any]) -> str:
+    return ", with weights or optimizer states that are not finite" if says_finite(manifest) is False else ""
 
 
 def program() -> None:

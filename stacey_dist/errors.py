@@ -11,6 +11,10 @@ class SettingsError(ValueError):
     """
 
 
+class StoppedWaitingError(SettingsError):
+    """The process was told to stop while it waited for data, and none came."""
+
+
 class TrialError(RuntimeError):
     """A training run of an experiment ended with an error that is not its settings'. The message has its last words."""
 

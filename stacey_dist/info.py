@@ -8,6 +8,7 @@ import subprocess
 
 import torch
 
+from stacey_dist.extras import install_line
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
 
@@ -16,7 +17,6 @@ PACKAGES = (
     *("sentencepiece", "safetensors", "triton", "wandb"),
 )
 INSTALL = {
-    "deepspeed": "pip install 'stacey_dist[deepspeed]'",
     "triton": "pip install triton",
     "compiler": "apt-get install g++, or the like; then install stacey_dist again",
 }
@@ -27,7 +27,7 @@ _ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_ELASTIC_", "CUDA_VISIBLE
 def lines() -> list[str]:
     """The report, line by line."""
     found = [f"Python {platform.python_version()} on {platform.platform()}"]
-    found += [f"{package} {_version(package) or 'is not installed'}" for package in PACKAGES]
+    found += [f"{package} {_version(package) or _how_to_install(package)}" for package in PACKAGES]
     capability = torch.backends.cpu.get_cpu_capability()
     found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {cores()} cores for this process")
     found += _gpus()
@@ -56,13 +56,18 @@ def kernel(device_type: str) -> str:
 def engines() -> dict[str, str]:
     """Whether each engine can be had here, and what installs it where not."""
     joined = "yes" if _backends() else "no: this torch was built without distributed"
-    lacking = "" if _version("deepspeed") else f"no: {INSTALL['deepspeed']}"
+    lacking = "" if _version("deepspeed") else f"no: {install_line('deepspeed')}"
     return {
         "one process": "yes",
         "DDP, ZeroRedundancyOptimizer": joined,
         "FSDP2, HSDP": joined,
         "DeepSpeed ZeRO-1, 2, 3": lacking or joined,
     }
+
+
+def _how_to_install(package: str) -> str:
+    line = install_line(package)
+    return "is not installed" + (f"; {line}" if line else "")
 
 
 def _version(package: str) -> str | None:

@@ -163,15 +163,12 @@ def test_grad_scale_example():
 
 def test_the_table_of_settings_has_the_defaults():
     text = (ROOT / "docs" / "optimizer.md").read_text()
-    table = text.split("| setting | class, `train_llm.py` | `train_imagenet.py` | |")[1].split("\n\n")[0]
+    table = text.split("| setting | class | `train_llm.py` | `train_imagenet.py` | |")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    written = {row[0].strip("`"): row[1:3] for row in rows}
+    written = {row[0].strip("`"): row[1:4] for row in rows}
     parameters = inspect.signature(Stacey).parameters
     for name in ("lr", "p", "variant", "alpha", "tau", "betas", "eps", "weight_decay", "z_init"):
-        own, images = written[name]
-        own, _, llm = own.partition("; ")  # "0; 0.1 in `train_llm.py`"
-        llm = llm.partition(" in ")[0] or own
-        images = llm if images == "the same" else images.partition(", in proportion")[0]
+        own, llm, images = (cell.partition(", in proportion")[0] for cell in written[name])
         assert ast.literal_eval(own.strip("`")) == parameters[name].default, name
         for shown, config in ((llm, LLMConfig()), (images, ImageConfig())):
             assert ast.literal_eval(shown.strip("`")) == getattr(config.optimizer, name), name

@@ -1,19 +1,31 @@
 """What SECURITY.md promises."""
 
 import ast
+import json
+import pickle
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
+from stacey_dist.data.text import hub_documents
+from stacey_dist.data.tokenizer import load_pretrained
+from stacey_dist.data.tokens import INDEX, _read_index
+from stacey_dist.errors import SettingsError
+from stacey_dist.experiments.sweep import read_sweep
 from tests.training.helpers import launch, write_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "stacey_dist").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
 # They read other makers' pickles, with a list of harmless classes.
 IMPORTERS = ROOT / "stacey_dist" / "checkpoint" / "importers"
-READ_PICKLES = {IMPORTERS / "foreign.py", IMPORTERS / "accelerate.py", ROOT / "stacey_dist/data/images/cifar.py"}
+READ_PICKLES = {IMPORTERS / "pickles.py", ROOT / "stacey_dist/data/images/cifar.py"}
 RUNS_CODE = {
+    "input",
+    "os.popen",
+    "os.system",
+    "runpy.run_path",
     "eval",
     "exec",
     "compile",
@@ -43,13 +55,78 @@ def test_no_code_is_loaded_from_data_or_checkpoints(path):
         assert not name.startswith(("pickle.load", "pickle.Unpickler")), where  # those of its subclasses are let in
         if path not in READ_PICKLES:
             assert name not in RUNS_CODE, where
-            assert name not in ("torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load"), where
-        if name == "torch.load":
-            assert keywords["weights_only"] == "True", where
-        if name.endswith((".from_pretrained", ".from_config", "load_dataset")):
-            assert keywords.get("trust_remote_code", "False") == "False", where
-        if name.endswith("safe_globals"):
-            assert path == IMPORTERS / "foreign.py", where
+        # These unpickle, or build whatever a file names.
+        assert name not in ("torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load"), where
+        assert not name.startswith("import torch.distributed.checkpoint"), where
+        assert not name.endswith(("safe_globals", "get_class_from_dynamic_module")), where
+        assert keywords.get("shell", "False") == "False", where
+        if name.endswith((".from_pretrained", ".from_config")):
+            assert keywords.get("trust_remote_code") == "False", where  # without it transformers asks
+        if name.endswith("load_dataset"):
+            assert "trust_remote_code" not in keywords, where  # scripts are no longer known to `datasets`
+
+
+def test_the_tests_that_are_named_are_there():
+    text = (ROOT / "SECURITY.md").read_text()
+    for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
+        folder = None
+        for name in re.findall(r"`((?:tests/[\w/]*)?test_\w+\.py)`", row):
+            folder = (ROOT / name).parent if "/" in name else folder
+            assert (folder / Path(name).name).is_file(), (name, row)
+
+
+@pytest.fixture
+def trap(monkeypatch, tmp_path):
+    """Code that makes a file if it is run, and the file; a question ends the test."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    marker = tmp_path / "ran"
+    return f"open({str(marker)!r}, 'w').close()\n", marker
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path, trap):
+    code, marker = trap
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    (directory / "code.py").write_text(code + "class Theirs: pass\n")
+    auto_map = {"AutoTokenizer": ["code.Theirs", "code.Theirs"], "AutoConfig": "code.Theirs"}
+    for name in ("config.json", "tokenizer_config.json"):
+        content = {"model_type": "theirs", "tokenizer_class": "Theirs", "auto_map": auto_map}
+        (directory / name).write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match=r"tokenizer\.name: "):
+        load_pretrained(str(directory))
+    assert not marker.exists()
+
+
+def test_a_script_in_the_place_of_a_dataset_is_not_run(tmp_path, trap):
+    code, marker = trap
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    (directory / "theirs.py").write_text(code)
+    for dataset in (directory, directory / "theirs.py"):
+        with pytest.raises(SettingsError, match="cannot be loaded"):
+            list(hub_documents(str(dataset), None, "train", "text", streaming=True))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["!!python/object/apply:os.system ['touch {marker}']", "!!python/name:os.system", "!!python/module:os"]
+)
+def test_a_sweep_file_names_no_code(tmp_path, trap, content):
+    _, marker = trap
+    file = tmp_path / "sweep.yaml"
+    file.write_text("program: " + content.format(marker=marker))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_sweep(file)
+    assert not marker.exists()
+
+
+def test_an_index_of_tokens_names_no_code(tmp_path, trap):
+    code, marker = trap
+    for content in (code.encode(), pickle.dumps({"format": 1})):
+        (tmp_path / INDEX).write_bytes(content)
+        with pytest.raises(SettingsError, match="damaged"):
+            _read_index(tmp_path)
+    assert not marker.exists()
 
 
 @pytest.fixture(scope="module")

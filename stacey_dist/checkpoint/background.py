@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.snapshot import take
 from stacey_dist.checkpoint.together import world_size
 from stacey_dist.checkpoint.write import write
@@ -47,6 +48,7 @@ class BackgroundSaver:
         `then` is called on each rank when the checkpoint is complete. A failure is what `failure` returns.
         """
         self.wait()
+        compare_once(model, optimizer, self._group)
         ranges, contents = take(model, optimizer, self._host_memory)
 
         def work() -> None:

@@ -4,21 +4,27 @@
       shard-00001-….safetensors   what rank 0 wrote: ranges of flattened tensors, as torch.distributed.checkpoint's
                                   safetensors storage has them; one such file for each rank that wrote something
       manifest.json               written last: format, tensors, versions, what the program added (position, settings),
-                                  each file's size and SHA-256, its own
+                                  whether trainable weights and optimizer states are finite, each file's size and
+                              SHA-256, its own
 
 Tensors are model/NAME (weights, fp32 masters where there are some; buffers) and optimizer/NAME/KEY (z, m, step, ...).
 The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
 name, every file in it was written and synced before.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
+import reprlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.checkpoint.schema import check_manifest
+from stacey_dist.files import open_regular, read_json
 from stacey_dist.version import __version__
 
 FORMAT = 2
@@ -27,6 +33,10 @@ MANIFEST = "manifest.json"
 # A network file system that hiccups must not cost a run its newest checkpoint.
 _READINGS = 5
 _READ_AGAIN_SECONDS = 2.0
+_BLOCK_BYTES = 1 << 20
+
+# Another reading finds the same.
+_FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO)
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -62,20 +72,37 @@ def find_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`. Raises DamagedCheckpointError."""
+    """The manifest of the checkpoint at `path`, with every entry as the format has it. Raises DamagedCheckpointError.
+
+    UnknownFormatError where another version wrote it.
+    """
     file = path / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        manifest = read_json(file)
         version = manifest["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if type(version) is not int:
+            raise ValueError(f"its format is {reprlib.repr(version)}")
+        if version != FORMAT:
+            raise UnknownFormatError(
+                f"{file}: format {version}, but this version of stacey_dist ({__version__}) reads format {FORMAT}"
+            )
+        if manifest.get("sha256") != digest(manifest):
+            raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
+        check_manifest(manifest)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{file}: {error}") from error
+    except (OSError, AttributeError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
-    if version != FORMAT:
-        raise UnknownFormatError(
-            f"{file}: format {version}, but this version of stacey_dist ({__version__}) reads format {FORMAT}"
-        )
-    if manifest.get("sha256") != digest(manifest):
-        raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
     return manifest
+
+
+def says_finite(manifest: dict[str, Any]) -> bool | None:
+    """Return whether all trainable weights and optimizer states of a checkpoint are finite; None if it is not known.
+
+    It is not known of checkpoints that an earlier version wrote, or that were imported.
+    """
+    finite = manifest.get("finite")
+    return finite if isinstance(finite, bool) else None
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -106,13 +133,14 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
 
 def _verify_file(file: Path, expected: dict[str, Any], readings: int = _READINGS) -> None:
     try:
-        size = file.stat().st_size
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
         if size != expected["bytes"]:
             raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
         if sha256(file) != expected["sha256"]:
             raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or readings == 1:
+        if error.errno in _FINAL or readings == 1:
             raise
         time.sleep(_READ_AGAIN_SECONDS)
         _verify_file(file, expected, readings - 1)
@@ -127,5 +155,8 @@ def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_regular(file) as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

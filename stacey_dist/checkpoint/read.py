@@ -1,5 +1,7 @@
 """Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
+import errno
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,10 +59,12 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
     manifest = read_manifest(path)
     kinds = tensors(manifest)
     kinds = {name: kinds[name] for name in (kinds if names is None else names)}
-    whole = {
-        name: torch.empty(torch.Size(shape).numel(), dtype=getattr(torch, dtype))
-        for name, (shape, dtype) in kinds.items()
-    }
+    try:
+        whole = {
+            name: torch.empty(math.prod(shape), dtype=getattr(torch, dtype)) for name, (shape, dtype) in kinds.items()
+        }
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"{path}: there is no memory for its tensors: {error}") from error
     _read(path, manifest, {name: Range(0, values) for name, values in whole.items()})
     return {name: values.view(kinds[name][0]) for name, values in whole.items()}
 

@@ -8,6 +8,7 @@ torch's reader opens every file on every rank; here a rank opens files until it 
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_DTYPES = {
+from stacey_dist.files import check_regular, parse_json
+
+# The dtypes that a checkpoint can hold, with safetensors' names of them.
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,17 +38,40 @@ _DTYPES = {
 }
 
 
+# Elements whose finiteness is checked at a time: below it, torch works in the calling thread alone.
+_CHUNK = 1 << 15
+
+
 @dataclass(frozen=True)
 class Range:
-    """Elements [start, start + values.numel()) of a flattened tensor."""
+    """Elements [start, start + values.numel()) of a flattened tensor.
+
+    Attributes:
+        trained: whether they are of a trainable weight or an optimizer state, which must be finite for training to
+            go on. Frozen parameters and buffers may hold infinities, as attention masks do.
+    """
 
     start: int
     values: Tensor
+    trained: bool = False
 
     @property
     def stop(self) -> int:
         """The first element behind it."""
         return self.start + self.values.numel()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no element of a tensor in host memory is NaN or infinite. Whole numbers are finite."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    for chunk in values.reshape(-1).split(_CHUNK):
+        if chunk.element_size() == 1:  # torch has no aminmax of float8
+            chunk = chunk.float()
+        smallest, largest = chunk.aminmax()  # without a temporary; each is NaN if any element is
+        if not (math.isfinite(smallest.item()) and math.isfinite(largest.item())):
+            return False
+    return True
 
 
 def shard_name(rank: int) -> str:
@@ -77,35 +104,59 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
 def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range]) -> None:
     """Fill the ranges, in any memory, from files of a directory, opened in this order until everything is found.
 
+    An element that several files have is taken from the first of them.
+
     Raises OSError naming a file that cannot be read, or tensors with elements that are in none.
     """
-    missing = {name: part.values.numel() for name, part in ranges.items() if part.values.numel()}
+    missing = {name: [(part.start, part.stop)] for name, part in ranges.items() if part.values.numel()}
     for file in files:
         if not missing:
             return
         try:
-            found = _read_shard(directory / file, {name: ranges[name] for name in missing})
+            found = _read_shard(directory / file, ranges, missing)
         except Exception as error:  # of many kinds where a header is damaged, or memory lacks
             number = getattr(error, "errno", None) or errno.EIO
             raise OSError(number, f"{directory / file}: cannot be read: {error!r}") from error
-        missing = {name: left for name, count in missing.items() if (left := count - found.get(name, 0))}
+        missing = {name: left for name, gaps in missing.items() if (left := _without(gaps, found.get(name)))}
     if missing:
         raise OSError(errno.EIO, f"{directory}: its files do not have all of {', '.join(sorted(missing)[:3])}")
 
 
-def _read_shard(path: Path, ranges: dict[str, Range]) -> dict[str, int]:
-    """Fill what one file has of the ranges; returns how many elements that were, by name."""
+def _read_shard(
+    path: Path, ranges: dict[str, Range], missing: dict[str, list[tuple[int, int]]]
+) -> dict[str, tuple[int, int]]:
+    """Fill what is missing and in one file; returns which elements of each tensor the file has, by name."""
     found = {}
+    check_regular(path)
     with safe_open(path, framework="pt") as opened:
-        offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-        for name in [name for name in offsets if name in ranges]:
-            wanted, written = ranges[name], opened.get_slice(name)
-            (offset,) = offsets[name]["saved_offsets"]
-            start, stop = max(wanted.start, offset), min(wanted.stop, offset + written.get_shape()[0])
-            if start < stop:
-                wanted.values[start - wanted.start : stop - wanted.start].copy_(written[start - offset : stop - offset])
-                found[name] = stop - start
+        offsets = parse_json(opened.metadata()["DCP_SHARDING_INFO"])
+        for name in [name for name in offsets if name in missing]:
+            (offset,), written, wanted = offsets[name]["saved_offsets"], opened.get_slice(name), ranges[name]
+            (count,) = written.get_shape()
+            if type(offset) is not int or offset < 0:
+                raise ValueError(f"the offset of {name} is {offset!r}")
+            for first, last in missing[name]:
+                start, stop = max(first, offset), min(last, offset + count)
+                if start < stop:
+                    target = wanted.values[start - wanted.start : stop - wanted.start]
+                    _copy(name, written[start - offset : stop - offset], target)
+            found[name] = (offset, offset + count)
     return found
+
+
+def _copy(name: str, values: Tensor, target: Tensor) -> None:
+    """Copy values into a tensor, which may have another dtype if that holds all of them. Raises ValueError."""
+    target.copy_(values)
+    if values.dtype != target.dtype and not torch.equal(target.to(values), values):
+        raise ValueError(f"{name} is {values.dtype}, which {target.dtype} does not hold")
+
+
+def _without(gaps: list[tuple[int, int]], found: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """Return what is left of ranges [start, stop) without one of them."""
+    if found is None:
+        return gaps
+    sides = [side for a, b in gaps for side in ((a, min(b, found[0])), (max(a, found[1]), b))]
+    return [(start, stop) for start, stop in sides if start < stop]
 
 
 def _header(ordered: list[tuple[str, Range]]) -> bytes:
@@ -118,11 +169,11 @@ def _header(ordered: list[tuple[str, Range]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, part in ordered:
-        if part.values.dtype not in _DTYPES:
+        if part.values.dtype not in DTYPES:
             raise TypeError(f"{name}: tensors of {part.values.dtype} can't be saved")
         stop = position + part.values.nbytes
         header[name] = {
-            "dtype": _DTYPES[part.values.dtype],
+            "dtype": DTYPES[part.values.dtype],
             "shape": [part.values.numel()],
             "data_offsets": [position, stop],
         }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stacey_dist.checkpoint.shard import Range
 from stacey_dist.checkpoint.together import rank, world_size
 from stacey_dist.errors import SettingsError
+from stacey_dist.optim.base import ElementwiseOptimizer
 from stacey_dist.sharding import base_optimizer, fragments, refresh_weights
 from stacey_dist.sharding.fragment import Fragment, canonical_name, trainable_parameters
 
@@ -42,7 +43,7 @@ def take(
     ranges: dict[str, Range] = {}
     contents: dict[str, tuple[tuple[int, ...], str]] = {}
 
-    def add(name: str, shape: Iterable[int], start: int, values: Tensor) -> None:
+    def add(name: str, shape: Iterable[int], start: int, values: Tensor, *, trained: bool = False) -> None:
         shape = torch.Size(shape)
         values = values.detach().reshape(-1)
         flat = host_memory.get(name)
@@ -50,7 +51,7 @@ def take(
             flat = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             host_memory[name] = flat
         flat.copy_(values, non_blocking=True)
-        ranges[name] = Range(start, flat)
+        ranges[name] = Range(start, flat, trained)
         contents[name] = (tuple(shape), dtype_name(flat.dtype))
 
     for f in fragments(model, optimizer):
@@ -64,11 +65,12 @@ def take(
         count = f.stop - f.start
         first, last = (count * replica // f.replicas for replica in (f.replica, f.replica + 1))
         if first < last:
-            add(f"model/{f.name}", f.shape, f.start + first, f.weight.reshape(-1)[first:last])
+            start, part = f.start + first, slice(first, last)
+            add(f"model/{f.name}", f.shape, start, f.weight.reshape(-1)[part], trained=True)
             for key, value in f.state.items():
-                add(f"optimizer/{f.name}/{key}", f.shape, f.start + first, value.reshape(-1)[first:last])
+                add(f"optimizer/{f.name}/{key}", f.shape, start, value.reshape(-1)[part], trained=True)
         if f.step is not None and f.start == 0 and f.replica == 0:
-            add(f"optimizer/{f.name}/step", (), 0, f.step.to(torch.float32))
+            add(f"optimizer/{f.name}/step", (), 0, _exact(f.step))
     for name, param in trainable_parameters(model):  # an empty one has no fragment, but is a part of the model
         shape = getattr(param, "ds_shape", param.shape)
         if shape.numel() == 0:
@@ -117,7 +119,8 @@ def put(contents: Contents, read: Callable[[dict[str, Range]], None], model: nn.
                 if key == "step":
                     # On the CPU, where optimizers keep it, unless they are fused for a GPU or capturable.
                     on_device = _steps_on_device(base, group_of(f))
-                    state[key] = torch.zeros((), device=f.owner.device if on_device else "cpu")
+                    dtype = _step_dtype(base)
+                    state[key] = torch.zeros((), dtype=dtype, device=f.owner.device if on_device else "cpu")
                 elif key not in state:
                     dtype = getattr(torch, contents[f"optimizer/{f.name}/{key}"][1])
                     state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
@@ -191,6 +194,16 @@ def misfits(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def _exact(step: Tensor) -> Tensor:
+    """A count of updates in a dtype that holds it: an integer as int64, one of torch's optimizers as float32."""
+    return step.to(torch.float32 if step.is_floating_point() else torch.int64)
+
+
+def _step_dtype(optimizer: Any) -> torch.dtype:
+    """The dtype in which an optimizer counts its updates. A count that was saved in another is converted."""
+    return torch.int64 if isinstance(optimizer, ElementwiseOptimizer) else torch.float32
 
 
 def _steps_on_device(optimizer: Any, group: dict[str, Any]) -> bool:

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
-from stacey_dist.checkpoint.shard import Range, shard_name, write_shard
+from stacey_dist.checkpoint.replicas import compare_once
+from stacey_dist.checkpoint.schema import check_manifest
+from stacey_dist.checkpoint.shard import Range, all_finite, shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Contents, take
 from stacey_dist.checkpoint.together import gathered, on_first, rank, world_size
+from stacey_dist.errors import SettingsError
+from stacey_dist.files import parse_json
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
@@ -27,6 +31,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
     The directory appears under its name when every file in it is complete and on the disk; one that is there already
     is replaced. That takes two renames, and a kill between them leaves neither under the name until the next save there
     brings the old one back: a name for each save is safer.
+    The manifest's entry `finite` says whether all trainable weights and optimizer states are finite. Buffers and frozen
+    parameters do not count.
 
     Args:
         path: the checkpoint's directory.
@@ -36,9 +42,12 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
         extra: anything JSON can hold; comes back from `load_checkpoint`.
 
     Raises:
+        NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
+        SettingsError: ranks that count as replicas differ, which is looked at in a model's first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
     """
+    compare_once(model, optimizer)
     ranges, contents = take(model, optimizer)
     write(path, ranges, contents, extra or {})
     return path
@@ -55,18 +64,21 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
-    def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]]]:
+    def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]], list[bool]]:
         _wait_for(temporary)
         name = shard_name(rank())
         files = {name: write_shard(temporary / name, ranges)} if ranges else {}
         spans = {key: [(part.start, part.stop)] for key, part in ranges.items()}
-        return files, contents, spans
+        finite = [all_finite(part.values) for part in ranges.values() if part.trained]
+        return files, contents, spans, finite
 
     def finish() -> None:
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
         spans: dict[str, list[tuple[int, int]]] = {}
-        for rank_files, rank_contents, rank_spans in written:
+        finite: list[bool] = []
+        for rank_files, rank_contents, rank_spans, rank_finite in written:
+            finite += rank_finite
             files.update(rank_files)
             tensors.update({name: list(kind) for name, kind in rank_contents.items()})
             for name, found in rank_spans.items():
@@ -82,7 +94,14 @@ def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[
             "extra": extra,
             "files": dict(sorted(files.items())),
         }
-        manifest["sha256"] = digest(json.loads(json.dumps(manifest)))
+        if finite:  # else it is not known: nobody has said which tensors are trained
+            manifest["finite"] = all(finite)
+        try:
+            as_read = parse_json(json.dumps(manifest))
+            check_manifest(as_read)
+        except ValueError as error:
+            raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
+        manifest["sha256"] = digest(as_read)
         with (temporary / MANIFEST).open("w") as opened:
             json.dump(manifest, opened, indent=1)
             opened.flush()

@@ -4,17 +4,20 @@ Importing this package loads neither torch nor transformers.
 """
 
 from stacey_dist.data.embedded import standard_library_documents
+from stacey_dist.data.hub import hub_documents
 from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
-from stacey_dist.data.text import Document, expand_files, hub_documents, read_documents
+from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
+from stacey_dist.data.text import BadRecord, Document, expand_files, read_documents, read_records
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 
 __all__ = [
     "IGNORED_LABEL",
+    "BadRecord",
     "Document",
     "GlobalSampler",
+    "Input",
     "Source",
     "TokenStream",
     "Tokenizer",
@@ -27,6 +30,7 @@ __all__ = [
     "load_sentencepiece",
     "prepare",
     "read_documents",
+    "read_records",
     "standard_library_documents",
     "train_sentencepiece",
 ]

@@ -37,17 +37,24 @@ def making(directory: Path, setting: str, when_full: str, *, announce: bool) -> 
 
 
 @contextlib.contextmanager
-def locked(path: Path, announce: bool) -> Iterator[None]:
+def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock file that the system gives back when the process ends, however it ends.
 
     Args:
         path: the lock file, made where it is not there; its directory is named in the message.
         announce: say on stderr when another process holds it and this one waits.
+        wait: wait for it.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+        SettingsError: the file system has no such locks.
     """
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise
             if announce:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -8,18 +8,93 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
+from stacey_dist.errors import SettingsError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 PROGRESS = "progress.json"
+ASIDE = ".damaged"
+"""What is put behind the name of a damaged part."""
+SPLITS = ("train", "validation")
 
 PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
+
+_NOTHING = {"documents": 0, "tokens": 0, "crc32": 0}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype that parts store ids below ``vocab_size`` in: little-endian uint16 or uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def split_of(name: str, held_out: int | None, number: int) -> str:
+    """Return the split that a pass's document goes to.
+
+    Args:
+        name: the pass.
+        held_out: every so many documents of a pass are for validation; None for none.
+        number: how many documents went before.
+    """
+    return name if held_out is None else "train" if number % held_out else "validation"
+
+
+def encode_ids(tokens: Sequence[int] | NDArray[Any], vocab_size: int) -> bytes:
+    """Return ids as they are stored.
+
+    Raises:
+        SettingsError: an id is not in the vocabulary.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        bad = int(ids.max() if ids.max() >= vocab_size else ids.min())
+        raise SettingsError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
+    return ids.astype(token_dtype(vocab_size)).tobytes()
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Return the index of a complete directory.
+
+    Raises:
+        SettingsError: there is none, it is damaged, or another version's.
+    """
+    path = directory / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("not an object")
+        if index.get("format") == FORMAT_VERSION:
+            _check_index(index)
+    except FileNotFoundError as error:
+        raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SettingsError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
+    if index.get("format") != FORMAT_VERSION:
+        raise SettingsError(
+            f"{directory} has format {index.get('format')} and this version reads {FORMAT_VERSION}: "
+            "delete the directory"
+        )
+    return index
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless the index says what a directory holds."""
+    vocab_size, end = index["vocab_size"], index["end_token_id"]
+    if not (_is_count(vocab_size) and _is_count(end) and end < vocab_size and isinstance(index["tokenizer"], str)):
+        raise ValueError("its vocabulary is not one")
+    if index["dtype"] not in ("<u2", "<u4"):
+        raise ValueError(f"dtype {index['dtype']!r}")
+    for split, content in index["splits"].items():
+        for number, part in enumerate(content["parts"]):
+            # A name from elsewhere is no path to follow.
+            if part["name"] != f"{split}-{number:05d}.bin" or not _is_count(part["tokens"]):
+                raise ValueError(f"part {number} of {split}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,35 +125,53 @@ class PartWriter:
     Args:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
-        dtype: of the stored ids.
+        vocab_size: every id is below it.
         state: what `state` returned before, to go on from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.
     """
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None):
+    def __init__(self, directory: Path, split: str, vocab_size: int, state: dict[str, Any] | None = None):
         self._directory = directory
         self._split = split
-        self._dtype = dtype
+        self._vocab_size = vocab_size
+        self._dtype = token_dtype(vocab_size)
         self._file: BinaryIO | None = None
         self._parts: list[dict[str, Any]] = [dict(part) for part in state["parts"]] if state else []
+        self._mark: dict[str, int] = dict(state["mark"]) if state else dict(_NOTHING)
         self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Append one document's ids. Raises OverflowError where an id does not fit the dtype."""
+    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any]) -> None:
+        """Append one document's ids, the end token included.
+
+        Args:
+            tokens: the ids, at least one.
+            place: how to find the document again, JSON-able; kept where it begins a part.
+
+        Raises:
+            SettingsError: an id is not in the vocabulary.
+        """
         if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
-            self._open_next()
+            self._open_next(place)
         assert self._file is not None
-        content = np.array(tokens, dtype=self._dtype).tobytes()
+        content = encode_ids(tokens, self._vocab_size)
         self._file.write(content)
         part = self._parts[-1]
         part["tokens"] += len(tokens)
         part["crc32"] = zlib.crc32(content, part["crc32"])
+        self._mark["documents"] += 1
+        self._mark["tokens"] += len(tokens)
+        self._mark["crc32"] = zlib.crc32(content, self._mark["crc32"])
         self.tokens += len(tokens)
         self.documents += 1
+
+    def mark(self) -> dict[str, int]:
+        """Return ``{"documents": n, "tokens": n, "crc32": n}`` of what was appended since the last call."""
+        since, self._mark = self._mark, dict(_NOTHING)
+        return since
 
     def flush(self) -> None:
         """Bring everything appended so far to the disk."""
@@ -94,14 +187,22 @@ class PartWriter:
             self._file = None
 
     def state(self) -> dict[str, Any]:
-        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n}, …]}``, JSON-able."""
-        return {"documents": self.documents, "parts": [dict(part) for part in self._parts]}
+        """Return the number of documents, the parts and the mark, JSON-able.
 
-    def _open_next(self) -> None:
+        A part is ``{"name": …, "tokens": n, "crc32": n, "start": …}``.
+        """
+        return {
+            "documents": self.documents,
+            "parts": [dict(part) for part in self._parts],
+            "mark": dict(self._mark),
+        }
+
+    def _open_next(self, place: dict[str, Any]) -> None:
         if self._file is not None:
             self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
-            self._parts.append({"name": f"{self._split}-{len(self._parts):05d}.bin", "tokens": 0, "crc32": 0})
+            name = f"{self._split}-{len(self._parts):05d}.bin"
+            self._parts.append({"name": name, "tokens": 0, "crc32": 0, "start": place})
         # After `_cut` the file ends where the state says, or is not there.
         self._file = open(self._directory / self._parts[-1]["name"], "ab")  # noqa: SIM115
 

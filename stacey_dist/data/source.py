@@ -1,17 +1,36 @@
 """Where training text comes from: files, a dataset of the Hub, or the embedded text."""
 
+import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
-from stacey_dist.data.text import Document, expand_files, hub_documents, read_documents
+from stacey_dist.data.hub import hub_records
+from stacey_dist.data.text import BadRecord, Document, expand_files, raising, read_records
 from stacey_dist.errors import SettingsError
+
+OnBadRecord = Literal["error", "skip"]
 
 # Bytes of English text in a byte of file, about; only for the progress bar.
 _TEXT_PER_BYTE = {".gz": 2.6, ".parquet": 1.7}
+
+
+@dataclass(frozen=True)
+class Input:
+    """A part of the text that is read as a whole: a file, a split of a data set, the embedded text.
+
+    Attributes:
+        records: opens the documents from the first, the same ones in the same order on every call, with a
+            `BadRecord` in the place of each that is to be skipped.
+        identity: a JSON-able value that differs wherever the documents may differ.
+    """
+
+    records: Callable[[], Iterator[Document | BadRecord]]
+    identity: Any
 
 
 @dataclass(frozen=True)
@@ -19,25 +38,38 @@ class Source:
     """Documents, and what tells them from other documents.
 
     Attributes:
-        documents: opens the documents from the first, the same ones in the same order on every call.
+        inputs: the parts of the text, in order.
         identity: a JSON-able value that differs wherever the documents may differ.
         size_bytes: about how many bytes of text there are, for the progress bar; None where unknown.
-        validation_documents: like documents, for validation; None to hold some of ``documents`` out.
+        validation_inputs: like inputs, for validation; None to hold some of the documents of ``inputs`` out.
+        on_bad_record: what ``inputs`` do with a bad record.
     """
 
-    documents: Callable[[], Iterator[Document]]
+    inputs: Sequence[Input]
     identity: Any
     size_bytes: int | None = None
-    validation_documents: Callable[[], Iterator[Document]] | None = None
+    validation_inputs: Sequence[Input] | None = None
+    on_bad_record: OnBadRecord = "error"
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents of all inputs, without the bad records."""
+        records = itertools.chain.from_iterable(each.records() for each in self.inputs)
+        return (record for record in records if isinstance(record, Document))
 
 
-def files_source(files: Sequence[str], validation_files: Sequence[str], text_column: str) -> Source:
-    """Return the documents of local files; see `read_documents` for the formats.
+def files_source(
+    files: Sequence[str],
+    validation_files: Sequence[str],
+    text_column: str,
+    on_bad_record: OnBadRecord = "error",
+) -> Source:
+    """Return the documents of local files; see `read_records` for the formats.
 
     Args:
         files: paths and glob patterns.
         validation_files: the same for validation; empty to hold out some of ``files``.
         text_column: the key or column of the text.
+        on_bad_record: what to do with a line or row without a document: raise SettingsError, or skip it.
 
     Raises:
         SettingsError: a pattern matches nothing or a file that cannot be read, or both match the same one.
@@ -47,15 +79,22 @@ def files_source(files: Sequence[str], validation_files: Sequence[str], text_col
     both = {os.path.realpath(file) for file in training} & {os.path.realpath(file) for file in validation}
     if both:
         raise SettingsError(f"data.validation_files: {min(both)} is one of data.files too: it would be trained on")
+
+    def input_of(file: str) -> Input:
+        records = _bad_records(on_bad_record, partial(read_records, file, text_column))
+        return Input(records, {"file": file_identity(file), "text_column": text_column})
+
+    identity = {
+        "files": [file_identity(file) for file in training],
+        "validation_files": [file_identity(file) for file in validation],
+        "text_column": text_column,
+    }
     return Source(
-        documents=lambda: read_documents(training, text_column),
-        identity={
-            "files": [_file_identity(file) for file in training],
-            "validation_files": [_file_identity(file) for file in validation],
-            "text_column": text_column,
-        },
+        inputs=[input_of(file) for file in training],
+        identity=identity | _if_skipping(on_bad_record),
         size_bytes=sum(_text_bytes(file) for file in training),
-        validation_documents=(lambda: read_documents(validation, text_column)) if validation else None,
+        validation_inputs=[input_of(file) for file in validation] if validation else None,
+        on_bad_record=on_bad_record,
     )
 
 
@@ -66,6 +105,7 @@ def hub_source(
     validation_split: str | None,
     text_column: str,
     streaming: bool,
+    on_bad_record: OnBadRecord = "error",
 ) -> Source:
     """Return the documents of a dataset of the Hugging Face Hub.
 
@@ -79,48 +119,62 @@ def hub_source(
         validation_split: the split for validation; None to hold out some of ``split``.
         text_column: the column of the text.
         streaming: read over the network as needed instead of downloading everything first.
+        on_bad_record: what to do with a row without a document: raise SettingsError, or skip it.
     """
+    identity = {
+        "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
+        "config": config,
+        "text_column": text_column,
+    }
 
-    def validation() -> Iterator[Document]:
-        assert validation_split is not None
+    def validation(split: str) -> Iterator[Document | BadRecord]:
         try:
-            yield from hub_documents(dataset, config, validation_split, text_column, streaming)
+            yield from hub_records(dataset, config, split, text_column, streaming)
         except SettingsError as error:
             what = "data.dataset_validation_split (null: documents held out of the training data)"
             raise SettingsError(f"{what}: {error}") from error
 
+    def input_of(split: str, read: Callable[[], Iterator[Document | BadRecord]]) -> Input:
+        return Input(_bad_records(on_bad_record, read), identity | {"split": split})
+
+    training = partial(hub_records, dataset, config, split, text_column, streaming)
+    held_out = [input_of(validation_split, partial(validation, validation_split))] if validation_split else None
     return Source(
-        documents=lambda: hub_documents(dataset, config, split, text_column, streaming),
-        identity={
-            "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
-            "config": config,
-            "split": split,
-            "validation_split": validation_split,
-            "text_column": text_column,
-        },
-        validation_documents=validation if validation_split else None,
+        inputs=[input_of(split, training)],
+        identity=identity | {"split": split, "validation_split": validation_split} | _if_skipping(on_bad_record),
+        validation_inputs=held_out,
+        on_bad_record=on_bad_record,
     )
 
 
 def embedded_source() -> Source:
     """Return the text that every Python carries: about 3 MB; see ``standard_library_documents``."""
-    return Source(
-        documents=standard_library_documents,
-        # The patch release too: docstrings differ between them.
-        identity={"embedded": EXTRACTOR_VERSION, "python": platform.python_version()},
-        size_bytes=3_200_000,
-    )
+    # The patch release too: docstrings differ between them.
+    identity = {"embedded": EXTRACTOR_VERSION, "python": platform.python_version()}
+    return Source([Input(standard_library_documents, identity)], identity, size_bytes=3_200_000)
 
 
-def _file_identity(file: str) -> dict[str, Any]:
+def file_identity(file: str) -> dict[str, Any]:
+    """Return what tells a file from another, or from itself after a change: path, size, time of modification."""
     status = os.stat(file)
     return {"path": os.path.realpath(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _bad_records(
+    action: OnBadRecord, read: Callable[[], Iterator[Document | BadRecord]]
+) -> Callable[[], Iterator[Document | BadRecord]]:
+    return read if action == "skip" else lambda: raising(read())
+
+
+def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
+    """Return the setting for an identity; without it where it is the default, so that older caches are found."""
+    return {} if on_bad_record == "error" else {"on_bad_record": on_bad_record}
 
 
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
     """Of all files in a local directory that ``datasets`` loads, at any depth."""
     files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names]
-    return [_file_identity(file) for file in sorted(files)]
+    return [file_identity(file) for file in sorted(files)]
 
 
 def _text_bytes(file: str) -> int:

@@ -1,16 +1,14 @@
-"""Documents from text files (JSON lines, parquet, plain text) and from the Hugging Face Hub."""
+"""Documents from text files: JSON lines, parquet, plain text."""
 
-import glob
 import gzip
-import itertools
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.data import paths
 from stacey_dist.errors import SettingsError
 
 PLAIN_TEXT_DOCUMENT = 8 * 1024
@@ -25,7 +23,7 @@ class Document:
     """One training text.
 
     Attributes:
-        text: the text, never empty, valid Unicode.
+        text: the text, never blank, valid Unicode.
         source: where it came from, for messages: a file and line, a dataset and row, a module.
     """
 
@@ -33,195 +31,209 @@ class Document:
     source: str
 
 
-def expand_files(setting: str, patterns: Sequence[str]) -> list[str]:
-    """Return the files that paths and glob patterns name, each pattern's matches sorted, each file once.
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A line or row that holds no document.
 
-    Args:
-        setting: the setting that the patterns come from, for messages.
-        patterns: paths or patterns; ``**`` matches any directories, ``~`` is the home directory.
-
-    Raises:
-        SettingsError: there are no patterns, one matches nothing, or a match is a directory, empty, or of a
-            format other than the seven that `read_documents` reads.
+    Attributes:
+        message: the file, the line or row, and what is wrong with it.
     """
-    if not patterns:
-        raise SettingsError(f"{setting}: no files were given")
-    files: list[str] = []
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        # A path that exists is taken as it stands, even with brackets in its name.
-        matches = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
-        if not matches:
-            raise SettingsError(f"{setting}: {pattern!r} matches no file")
-        files += matches
-    for file in files:
-        if os.path.isdir(file):
-            raise SettingsError(f"{setting}: {file} is a directory; to take its files, write {file}/*.json.gz")
-        _reader(file, setting)
-        if not os.path.exists(file):
-            raise SettingsError(f"{setting}: {file} is a link to a file that is not there")
-        if os.path.getsize(file) == 0:
-            raise SettingsError(f"{setting}: {file} is empty (0 bytes)")
-    return list(dict.fromkeys(files))
+
+    message: str
+
+
+def expand_files(setting: str, patterns: Sequence[str]) -> list[str]:
+    """Return the files that paths and glob patterns name, as `paths.expand_files` does, in formats that
+    `read_records` reads."""
+    return paths.expand_files(setting, patterns, list(_READERS))
 
 
 def read_documents(files: Sequence[str], text_column: str) -> Iterator[Document]:
-    """Yield the documents of files, in order.
+    """Yield the documents of files, in order; see `read_records` for the formats.
+
+    Raises:
+        SettingsError: as `read_records`, and for the first bad record.
+    """
+    for file in files:
+        yield from raising(read_records(file, text_column))
+
+
+def raising(records: Iterator[Document | BadRecord]) -> Iterator[Document]:
+    """Yield the documents up to the first bad record, for which SettingsError is raised."""
+    for record in records:
+        if isinstance(record, BadRecord):
+            raise SettingsError(f"{record.message}; mend it, or leave such out with data.on_bad_record skip")
+        yield record
+
+
+def read_records(file: str, text_column: str) -> Iterator[Document | BadRecord]:
+    """Yield the documents of a file, in order, and a `BadRecord` in the place of each that cannot be read.
 
     - ``.json.gz``, ``.jsonl.gz``, ``.json``, ``.jsonl``: one JSON object a line, the layout of C4 on the Hub.
     - ``.parquet``: one document a row.
     - ``.txt``, ``.txt.gz``: plain text, cut into documents at the first blank line after 8 KiB of text; where
       none comes within 64 KiB, at the next end of a line.
 
-    Blank lines of JSON files and documents without text are left out.
+    Documents that are empty or of white space alone are left out, and so are blank lines of JSON files. A byte order
+    mark at the start of a file is no part of the text. A damaged gzip or parquet file ends with a `BadRecord`.
 
     Args:
-        files: paths.
+        file: a path, taken literally.
         text_column: the key or column that holds the text; plain text has none.
 
     Raises:
-        SettingsError: a file cannot be read, is truncated, malformed or not UTF-8, lacks the text column, has
-            something other than a string there, or holds no text at all. The message names the file, and the
-            line or row.
+        SettingsError: the file cannot be opened, is parquet without the column, or has neither text nor a bad record.
     """
-    for file in files:
-        empty = True
-        for document in _reader(file, "data.files")(file, text_column):
-            if document.text:
-                empty = False
-                yield document
-        if empty:
-            raise SettingsError(f"{file}: no text in it")
+    empty = True
+    for record in _reader(file)(file, text_column):
+        empty = False
+        yield record
+    if empty:
+        raise SettingsError(f"{file}: no text in it")
 
 
-def hub_documents(
-    dataset: str, config: str | None, split: str, text_column: str, streaming: bool
-) -> Iterator[Document]:
-    """Yield the documents of a dataset of the Hugging Face Hub, or of a local directory that ``datasets``
-    loads.
+def document_of(row: Any, column: str, name: str, place: str, source: str) -> Document | BadRecord | None:
+    """Return the document of a row, a `BadRecord` if it has none, or None if its text is blank.
 
     Args:
-        dataset: its name, such as ``allenai/c4``.
-        config: its configuration, such as ``en``; None for the only one.
-        split: such as ``train``.
-        text_column: the column that holds the text.
-        streaming: read over the network as needed instead of downloading everything first.
-
-    Raises:
-        SettingsError: the dataset cannot be found, reached or read, or lacks text in that column.
+        row: a dictionary, or what stands in its place.
+        column: the key of the text.
+        name: the file or data set, for messages.
+        place: the line or row in it, for messages.
+        source: the `Document.source`.
     """
-    import datasets
-
-    name = f"dataset {dataset!r}" + (f", config {config!r}" if config else "") + f", split {split!r}"
-    # Every loader and file system behind `datasets` has its own exceptions: all of them mean that it cannot
-    # be read.
-    try:
-        rows = iter(datasets.load_dataset(dataset, config, split=split, streaming=streaming))
-    except Exception as error:
-        raise SettingsError(f"{name} cannot be loaded: {_one_line(error)}") from error
-    try:
-        for number in itertools.count(1):
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                raise SettingsError(f"{name}: row {number} cannot be read: {_one_line(error)}") from error
-            if row is None:
-                return
-            document = Document(_text(row, text_column, name, f"row {number}"), f"{name}, row {number}")
-            if document.text:
-                yield document
-    finally:
-        # An open parquet reader would hang the process at exit.
-        close = getattr(rows, "close", None)
-        if close is not None:
-            close()
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _text(row: Any, column: str, name: str, place: str) -> str:
-    """Return a row's text after checking that it is one."""
+    text = row.get(column) if isinstance(row, dict) else None
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
+            character = error.object[error.start]
+            return BadRecord(f"{name}, {place}: {character!r} is not a Unicode character")
+        return Document(text, source) if text and not text.isspace() else None
     if not isinstance(row, dict):
-        raise SettingsError(f"{name}, {place}: expected one JSON object a line, got {type(row).__name__}")
-    if column not in row:
-        raise SettingsError(f"{name}, {place}: no column {column!r} (text_column); it has {', '.join(row) or 'none'}")
-    text = row[column]
-    if not isinstance(text, str):
-        raise SettingsError(f"{name}, {place}: column {column!r} holds {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
-        raise SettingsError(f"{name}, {place}: {error.object[error.start]!r} is not a Unicode character") from error
-    return text
+        wrong = f"expected one JSON object a line, got {type(row).__name__}"
+    elif column not in row:
+        wrong = f"no column {column!r} (text_column); it has {_names(row)}"
+    else:
+        wrong = f"column {column!r} holds {type(text).__name__}, not a string"
+    return BadRecord(f"{name}, {place}: {wrong}")
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    """Yield (number, line without its end), decompressed if need be."""
+def one_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _names(columns: Any) -> str:
+    return ascii(", ".join(map(str, columns)) or "none")[1:-1][:300]
+
+
+def _lines(file: str) -> Iterator[tuple[int, str | BadRecord]]:
+    """Yield (number, line without its end), decompressed if need be; a `BadRecord` for a line that is not text."""
     number = 0
     try:
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                # Some editors on Windows begin a file with a byte order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
+                yield number, _decoded(line, file, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SettingsError(f"{file}: truncated or damaged gzip after line {number} ({error})") from error
+        yield number + 1, BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
     except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {_one_line(error)}") from error
+        raise SettingsError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
-def _read_json_lines(file: str, text_column: str) -> Iterator[Document]:
+def _decoded(line: bytes, file: str, number: int) -> str | BadRecord:
+    if b"\0" in line:
+        return BadRecord(f"{file}, line {number}: a NUL byte; text is read as UTF-8, not as UTF-16 or binary data")
+    try:
+        # Some editors on Windows begin a file with a byte order mark.
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return BadRecord(f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _read_json_lines(file: str, text_column: str) -> Iterator[Document | BadRecord]:
     for number, line in _lines(file):
-        if not line or line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SettingsError(f"{file}, line {number}: not one JSON object a line ({error})") from error
-        yield Document(_text(row, text_column, file, f"line {number}"), f"{file}:{number}")
+        if isinstance(line, BadRecord):
+            yield line
+        elif line and not line.isspace():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # a ValueError: an integer of more than 4 300 digits
+                yield BadRecord(f"{file}, line {number}: not one JSON object a line ({error})")
+                continue
+            record = document_of(row, text_column, file, f"line {number}", f"{file}:{number}")
+            if record is not None:
+                yield record
 
 
-def _read_plain_text(file: str, _text_column: str) -> Iterator[Document]:
+def _read_plain_text(file: str, _text_column: str) -> Iterator[Document | BadRecord]:
     block: list[str] = []
     first, size = 1, 0
     for number, line in _lines(file):
+        if isinstance(line, BadRecord):
+            yield line
+            continue
         block.append(line)
         size += len(line) + 1
         blank = not line or line.isspace()
         if (blank and size >= PLAIN_TEXT_DOCUMENT) or size >= _LONGEST_PARAGRAPHS:
-            yield Document("\n".join(block).strip("\n").rstrip(), f"{file}:{first}")
+            yield from _block(block, file, first)
             block, first, size = [], number + 1, 0
-    yield Document("\n".join(block).strip("\n").rstrip(), f"{file}:{first}")
+    yield from _block(block, file, first)
 
 
-def _read_parquet(file: str, text_column: str) -> Iterator[Document]:
+def _block(lines: list[str], file: str, first: int) -> Iterator[Document]:
+    text = "\n".join(lines).strip("\n").rstrip()
+    if text:
+        yield Document(text, f"{file}:{first}")
+
+
+def _read_parquet(file: str, text_column: str) -> Iterator[Document | BadRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0  # of rows read
     try:
         # Closed by `with` even when the reader stops early: an open one would hang the process at exit.
-        with pq.ParquetFile(file, memory_map=True) as parquet:
+        with pa.memory_map(file) as mapped, pq.ParquetFile(mapped, page_checksum_verification=True) as parquet:
             columns = parquet.schema_arrow.names
             if text_column not in columns:
-                raise SettingsError(f"{file}: no column {text_column!r} (text_column); it has {', '.join(columns)}")
+                raise SettingsError(f"{file}: no column {text_column!r} (text_column); it has {_names(columns)}")
             for batch in parquet.iter_batches(_PARQUET_ROWS, columns=[text_column]):
-                for text in batch.column(0).to_pylist():
+                for text in _values(batch.column(0)):
                     number += 1
-                    row = {text_column: text}
-                    yield Document(_text(row, text_column, file, f"row {number}"), f"{file}, row {number}")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}, after row {number}: not UTF-8 ({error.reason})") from error
+                    place = f"row {number}"
+                    if isinstance(text, UnicodeDecodeError):
+                        yield BadRecord(f"{file}, {place}: not UTF-8 ({text.reason} at byte {text.start})")
+                        continue
+                    record = document_of({text_column: text}, text_column, file, place, f"{file}, {place}")
+                    if record is not None:
+                        yield record
+            if number != (rows := parquet.metadata.num_rows):
+                yield BadRecord(f"{file}: damaged parquet: {number} rows where its footer says {rows}")
     except (OSError, pa.ArrowException) as error:
-        raise SettingsError(f"{file}: cannot be read as parquet: {_one_line(error)}") from error
+        if getattr(error, "errno", None) is not None:
+            raise SettingsError(f"{file}: cannot be read: {one_line(error)}") from error
+        yield BadRecord(f"{file}: cannot be read as parquet after row {number}: {one_line(error)}")
 
 
-_READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
+def _values(column: Any) -> Iterator[Any]:
+    """Yield a column's values as Python objects, with the exception in the place of text that is not UTF-8."""
+    try:
+        yield from column.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError as error:
+            yield error
+
+
+_READERS: dict[str, Callable[[str, str], Iterator[Document | BadRecord]]] = {
     ".json.gz": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".json": _read_json_lines,
@@ -232,8 +244,5 @@ _READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
 }
 
 
-def _reader(file: str, setting: str) -> Callable[[str, str], Iterator[Document]]:
-    for suffix, reader in _READERS.items():
-        if Path(file).name.endswith(suffix):
-            return reader
-    raise SettingsError(f"{setting}: {file} has none of the endings that can be read: {', '.join(_READERS)}")
+def _reader(file: str) -> Callable[[str, str], Iterator[Document | BadRecord]]:
+    return next(reader for suffix, reader in _READERS.items() if Path(file).name.endswith(suffix))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.data.parts import FORMAT_VERSION, INDEX
+from stacey_dist.data.parts import read_index
 from stacey_dist.errors import SettingsError
 
 IGNORED_LABEL = -100
@@ -22,7 +22,8 @@ class TokenStream:
     lies in. There are ``ceil((N - 1) / L)`` windows, the length of this object; the last may be partly
     padding.
 
-    `identity` is a text that differs where the tokens or the tokenizer differ, wherever their files lie.
+    `identity` is a text that differs where the tokens, the tokenizer or the number of records that were skipped
+    differ, wherever their files lie.
 
     It can be pickled, for loader processes, which map the files anew.
 
@@ -42,14 +43,18 @@ class TokenStream:
         self.directory = Path(directory)
         self.split = split
         self.sequence_length = sequence_length
-        index = _read_index(self.directory)
+        index = read_index(self.directory)
         if split not in index["splits"]:
             raise SettingsError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
         parts = index["splits"][split]["parts"]
         dtype = np.dtype(index["dtype"])
         self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
         self._starts = np.cumsum([0] + [part["tokens"] for part in parts])
-        self.identity: str = json.dumps([index["tokenizer"], split, parts], sort_keys=True)
+        skipped = index.get("skipped", {}).get("count", 0)
+        content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
+        self.identity: str = json.dumps(
+            [index["tokenizer"], split, content] + ([{"skipped": skipped}] if skipped else []), sort_keys=True
+        )
         self.vocab_size: int = index["vocab_size"]
         self.end_token_id: int = index["end_token_id"]
         self.tokens: int = int(self._starts[-1])
@@ -80,6 +85,7 @@ class TokenStream:
 
         Raises:
             IndexError: i is not in [0, len(self)).
+            SettingsError: an id is not in the vocabulary.
         """
         count = self.label_count(i)
         start = i * self.sequence_length
@@ -109,22 +115,13 @@ class TokenStream:
             offset = int(self._starts[part])
             result[at - start : end - start] = self._parts[part][at - offset : end - offset]
             at, part = end, part + 1
+        if result.size and result.max() >= self.vocab_size:
+            # An embedding on a GPU would end the process without a word about the data.
+            raise SettingsError(
+                f"{self.directory}: {self.split} holds the token id {result.max()}, and the vocabulary ends at "
+                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` makes what is damaged anew"
+            )
         return result
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
-    except ValueError as error:
-        raise SettingsError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
-    if index.get("format") != FORMAT_VERSION:
-        raise SettingsError(
-            f"{directory} has format {index.get('format')} and this version reads {FORMAT_VERSION}: "
-            "delete the directory"
-        )
-    return index
 
 
 def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -132,6 +129,6 @@ def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     if size != tokens * dtype.itemsize:
         raise SettingsError(
             f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
-            f"it was truncated or altered; delete {path.parent} to have it prepared again"
+            f"it was truncated or altered; `stacey-dist prepare` makes it anew, or delete {path.parent}"
         )
     return np.memmap(path, dtype=dtype, mode="r")

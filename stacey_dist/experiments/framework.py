@@ -199,7 +199,7 @@ def _draw(figure: Figure, file: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     reduced = io.BytesIO()
-    Image.open(drawn).convert("RGB").quantize(128).save(reduced, format="PNG", optimize=True)
+    Image.open(drawn, formats=["PNG"]).convert("RGB").quantize(128).save(reduced, format="PNG", optimize=True)
     replace_file(file, reduced.getvalue())
 
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
+from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.trial import METRICS, Program
 
@@ -68,10 +67,7 @@ def read_sweep(file: Path) -> Sweep:
     Raises:
         SettingsError: the file cannot be read, or asks for what this does not know.
     """
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file}: cannot be read: {error}") from error
+    content = yaml_files.read(file)
     try:
         program, command, metric = content["program"], [str(word) for word in content["command"]], content["metric"]
         name, goal, parameters = metric["name"], metric.get("goal", "minimize"), dict(content["parameters"])
@@ -121,10 +117,7 @@ def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
             raise SettingsError(f"{file}: command: {word} is not known here; after {program} there may be options")
         value = text if given else next(words, "")
         if name != "config" and not name.startswith("tracking."):
-            try:
-                options[name] = _kept(yaml.safe_load(value))
-            except yaml.YAMLError as error:
-                raise SettingsError(f"{file}: command: --{name} {value} is not valid YAML") from error
+            options[name] = _kept(yaml_files.load(value, f"{file}: command: --{name} {value}"))
     return options
 
 

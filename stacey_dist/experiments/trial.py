@@ -20,8 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.info import cores
 from stacey_dist.training.rows import read_rows
@@ -138,7 +137,7 @@ class Trial:
 
     def length(self) -> int:
         """Updates of the whole run, which is known once it has begun to train."""
-        return int(yaml.safe_load((self.directory / "config.yaml").read_text())["train"]["max_steps"])
+        return int(yaml_files.read(self.directory / "config.yaml")["train"]["max_steps"])
 
     def _train(self, on_evaluation: OnEvaluation, stop: threading.Event | None) -> bool:
         """Train; whether the run is complete, not ended on the way."""

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from scipy.stats.qmc import LatinHypercube
 from tqdm import tqdm
 
+from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError, TrialError
 from stacey_dist.experiments.framework import (
     BAR_OF_RUNS,
@@ -75,12 +75,10 @@ class Tuner:
         stop: threading.Event | None = None,
         advance: Callable[[float], object] = lambda share: None,
     ) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise SettingsError("optuna is not installed; pip install 'stacey_dist[tune]'") from error
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.sweep, self.directory, self.trials, self.seed = optuna, sweep, directory, trials, seed
         self.overrides, self.workers, self.threads = overrides or {}, workers, threads
@@ -265,7 +263,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     for name, value in {**sweep.fixed, **found[0]["settings"], **users_data(sweep.program, data)}.items():
         section, _, setting = name.rpartition(".")
         (best.setdefault(section, {}) if section else best)[setting] = math.inf if value == INFINITY else value
-    write(directory / "best.yaml", yaml.safe_dump(best, sort_keys=False))
+    write(directory / "best.yaml", yaml_files.dump(best))
     for row in found[:_SHOWN]:
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         chosen = row["settings"].items()

@@ -17,7 +17,8 @@ from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
 from stacey_dist.optim.group_settings import state_dtype
-from stacey_dist.optim.kernels import PLAIN_TYPES, Call, Kernel, NoKernelError, Row
+from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
+from stacey_dist.optim.memory import PLAIN_TYPES, defect, is_cut_short, local, readable
 from stacey_dist.optim.registry import support_in_deepspeed
 
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
@@ -31,9 +32,9 @@ ChunkUpdate = Callable[..., None]
 class ElementwiseOptimizer(Optimizer):
     """An optimizer whose update of an element depends on that element alone.
 
-    State of a parameter: `step`, the number of updates, a float32 scalar on the CPU as in torch's own optimizers
-    (on the parameter's device if the group is `capturable`), and the tensors named in `state_names`, shaped and placed
-    as the parameter (DTensors for a DTensor).
+    State of a parameter: `step`, the number of updates, an int64 scalar on the CPU (on the parameter's device if the
+    group is `capturable`; torch's own optimizers have a float32, which stops at 2^24), and the tensors named in
+    `state_names`, shaped and placed as the parameter (DTensors for a DTensor).
 
     As with torch's fused optimizers, `step` looks at two attributes that may be set before it is called, by
     `torch.amp.GradScaler` if `fused=True`: `grad_scale`, a one-element tensor by whose reciprocal, rounded to float32,
@@ -82,6 +83,8 @@ class ElementwiseOptimizer(Optimizer):
                         f"{type(self).__name__}: a parameter of dtype {param.dtype} is not supported; "
                         "allowed are float64, float32, bfloat16 and float16"
                     )
+                if reason := defect(local(param)):
+                    raise ValueError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
         except Exception:
             self.param_groups.pop()
             raise
@@ -94,7 +97,8 @@ class ElementwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place. Returns what `closure` returns, if given.
 
-        Raises RuntimeError for sparse gradients and for a gradient laid out over ranks unlike its parameter.
+        Raises RuntimeError for sparse gradients, for a gradient laid out over ranks unlike its parameter, and for a
+        parameter or gradient whose memory is shared between its elements or was freed. Nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -125,13 +129,15 @@ class ElementwiseOptimizer(Optimizer):
             state = self.state[param]
             held = not state and float(group["lr"]) == 0.0
             if not state:
-                state["step"] = _step_count(0.0, param, group)
+                state["step"] = _step_count(0, param, group)
                 state.update(self._init_state(param, group))
+            _check_step(state, param, group)
             for name in self.state_names:  # an engine's own loader may have made them float32
                 if state[name].dtype != dtype_of_states:
                     state[name] = state[name].to(dtype_of_states)
             if call is not None and not held:
-                row = Row(local(param), local(gradient), local(state["z"]), local(state["m"]), state["step"])
+                states = local(state["z"]), local(state["m"])
+                row = Row(local(param), readable(local(gradient)), *states, state["step"])
                 kind = kernels.kind(row)
                 if kind is not None and (found := kernel(kind[0].type)) is not None:
                     launches.setdefault((found, *kind), []).append(row)
@@ -150,9 +156,10 @@ class ElementwiseOptimizer(Optimizer):
         """By the plain rule; `held` if the step is to make state alone."""
         scale = self._inverse_scale()
         states = (self.state[param][name] for name in self.state_names)
+        assert param.grad is not None
         tensors = [local(t).detach() for t in (param, param.grad, *states)]
         for weight, gradient, *parts in chunks(tensors):
-            gradient = gradient.to(dtype)
+            gradient = readable(gradient).to(dtype)
             if scale is not None:
                 gradient = gradient * scale
             if held:
@@ -173,6 +180,10 @@ class ElementwiseOptimizer(Optimizer):
                 f"{type(self).__name__}: a gradient of layout {gradient.layout} is not supported; "
                 "use dense gradients (nn.Embedding(..., sparse=False))"
             )
+        if reason := defect(local(param)):
+            raise RuntimeError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
+        if gradient.is_nested or is_cut_short(local(gradient)):
+            raise RuntimeError(f"{type(self).__name__}: a gradient is nested, or its storage was resized and freed")
         plain = type(param) in PLAIN_TYPES and type(gradient) in PLAIN_TYPES  # what is left is asked for less quickly
         if not plain and getattr(param, "placements", None) != getattr(gradient, "placements", None):
             raise RuntimeError(
@@ -180,7 +191,7 @@ class ElementwiseOptimizer(Optimizer):
                 f"its parameter, placed {getattr(param, 'placements', None)}"
             )
         if group.get("fused"):
-            reason = kernels.refusal((local(param), local(gradient)))
+            reason = kernels.refusal((local(param), readable(local(gradient))))
             if reason is not None:
                 raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
 
@@ -226,7 +237,12 @@ class ElementwiseOptimizer(Optimizer):
                     what = f"{', '.join(state)} and no {' and '.join(missing)}"
                     raise ValueError(f"the state of parameter {saved_id} has {what}: it is another optimizer's")
                 for name, value in state.items():
-                    if name in self.state_names and value.shape != param.shape:
+                    if name not in self.state_names:
+                        continue
+                    if value.layout is not torch.strided or value.is_nested or not value.is_floating_point():
+                        what = f"state {name} of parameter {saved_id}"
+                        raise ValueError(f"{what} is not a dense tensor of floating point numbers")
+                    if value.shape != param.shape:
                         shapes = f"{tuple(value.shape)}, and its parameter {tuple(param.shape)}"
                         raise ValueError(f"state {name} of parameter {saved_id} has the shape {shapes}")
 
@@ -238,24 +254,24 @@ class ElementwiseOptimizer(Optimizer):
                 for name in self.state_names:
                     if name in saved:
                         value = saved[name].to(param.device, state_dtype(group))
-                        if value.stride() != param.stride():  # kernels want one order of elements in memory
+                        # Kernels want one order of elements in memory, and in it the value.
+                        if value.stride() != param.stride() or readable(value) is not value:
                             value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
                         self.state[param][name] = value
                 if "step" in saved:
-                    self.state[param]["step"] = _step_count(float(saved["step"]), param, group)
+                    self.state[param]["step"] = _step_count(int(saved["step"]), param, group)
 
 
-def _step_count(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
-    """A parameter's count of updates, where its group keeps it."""
-    return torch.full((), value, dtype=torch.float32, device=param.device if group.get("capturable") else "cpu")
+def _step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a parameter's count of updates, on the device where its group keeps it."""
+    return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    if type(tensor) in PLAIN_TYPES:
-        return tensor
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+def _check_step(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Make the count of updates what kernels take; an engine's own loader may have made it a number or a float32."""
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != bool(group.get("capturable")):
+        state["step"] = _step_count(int(step), param, group)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What a parameter group's settings may be, and as what the rule takes them."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 def require(optimizer: Optimizer, condition: bool, setting: str, value: object, allowed: str) -> None:
     """Raise ValueError naming the setting, its value and what is allowed, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{type(optimizer).__name__}: {setting}={value!r} is not allowed; {allowed}")
+        raise ValueError(f"{type(optimizer).__name__}: {setting}={_shown(value)} is not allowed; {allowed}")
 
 
 def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -19,10 +20,10 @@ def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
         group[setting] = as_float(optimizer, setting, group[setting])
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        require(optimizer, lr.numel() == 1, "lr", lr, "a tensor must have one element")
+        require(optimizer, lr.numel() == 1, "lr", lr, "Tensor lr must be 1-element")
     else:
         group["lr"] = as_float(optimizer, "lr", lr)
-    require(optimizer, 0 <= float(lr) < float("inf"), "lr", lr, "it must be a finite number >= 0")
+    require(optimizer, 0 <= float(group["lr"]) < float("inf"), "lr", lr, "it must be a finite number >= 0")
     require(optimizer, group["p"] >= 2, "p", group["p"], "it must be a number >= 2, or infinity")
     for setting in ("eps", "weight_decay"):
         value = group[setting]
@@ -30,11 +31,16 @@ def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
 
 
 def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
-    """`value` as a float; numbers written as text ("1e-8", "inf") are numbers. ValueError otherwise."""
+    """Return `value` as a float; text ("1e-8", "inf") is a number if it reads as one.
+
+    An integer that is too large for a float is infinity. ValueError for what is no number.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
     except (TypeError, ValueError):
         require(optimizer, False, setting, value, "it must be a number")
         raise
@@ -52,3 +58,12 @@ def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
     So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
     """
     return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))
+
+
+def _shown(value: object) -> str:
+    """Return a value's text for a message, cut where it is long; Python refuses to print integers of 4300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "<an integer of thousands of digits>"
+    return text if len(text) <= 80 else f"{text[:77]}..."

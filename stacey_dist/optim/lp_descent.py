@@ -25,7 +25,7 @@ class LpDescent(ElementwiseOptimizer):
         eps: added to the denominator of s, outside the power.
         weight_decay: lambda, decoupled: multiplied by lr, acting on the old weight.
 
-    State of a parameter: ``step`` alone (float32 scalar on the CPU).
+    State of a parameter: ``step`` alone (int64 scalar on the CPU).
 
     Raises:
         ValueError: a setting is out of range, or a parameter is complex or an integer.

@@ -11,7 +11,6 @@ A positive number is carried as its base-2 logarithm in two parts, `whole + frac
 needs.
 """
 
-import ctypes
 import math
 from collections.abc import Sequence
 
@@ -67,13 +66,8 @@ def multiply_add(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     return total.to(torch.float32)
 
 
-def _rounded(x: Tensor | float) -> Tensor | float:
-    return x if isinstance(x, Tensor) else _rounded_number(x)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rounded_number(x: float) -> float:
-    return ctypes.c_float(x).value
+def _rounded(x: Tensor | float) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:

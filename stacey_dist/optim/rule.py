@@ -33,11 +33,16 @@ Variant = Literal["p2", "pp", "2p"]
 
 # What rounds to a half in float32, in which kernels have beta.
 HALF = 0.5 - 2.0**-26
+# Of the logarithm of alpha in a mirror step: alpha |c| then has an exponent that `power.exp2_times` takes.
+MAX_LOG2_ALPHA = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class StaceySettings:
-    """The numbers of one STACEY step, as the paper names them."""
+    """The numbers of one STACEY step, as the paper names them.
+
+    `log2_alpha` is log2(alpha) as (whole, fraction) for a mirror step; None: worked out from alpha.
+    """
 
     lr: float
     p: float
@@ -48,6 +53,7 @@ class StaceySettings:
     beta2: float
     eps: float
     weight_decay: float
+    log2_alpha: tuple[float, float] | None = None
 
 
 def stacey_update(
@@ -66,7 +72,7 @@ def stacey_update(
     direction = c if s.variant == "2p" else steepest_direction(c, s.p, s.eps)
 
     # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
-    z_new = multiply_add(c, -s.alpha, z) if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p)
+    z_new = multiply_add(c, -s.alpha, z) if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p, s.log2_alpha)
 
     # coupling      theta' = tau z' + (1 - tau) y - eta lambda theta
     # as theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]: theta is rounded once and never multiplied by a
@@ -99,7 +105,13 @@ def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
     return x / (power(x.abs(), exponent) + eps).add_(x == 0)
 
 
-def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
+def log2_in_parts(alpha: float) -> tuple[float, float]:
+    """Return log2(alpha), at most `MAX_LOG2_ALPHA`, as (whole, fraction); (0, 0) for alpha = 0, which has no use."""
+    log = min(math.log2(alpha), MAX_LOG2_ALPHA) if alpha > 0.0 else 0.0
+    return float(round(log)), log - round(log)
+
+
+def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None) -> Tensor:
     """The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
 
     |z|^(p-1) underflows in float32 for ordinary weights at p = 16, and |z|^(p-1) followed by its root would lose
@@ -120,7 +132,7 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
     z_whole.masked_fill_(z == 0.0, ZERO_EXPONENT)
     # log2(alpha |c|)
     c_whole, c_fraction = log2_parts(size_c)
-    alpha_whole, alpha_fraction = log2_of_rate(alpha)
+    alpha_whole, alpha_fraction = log2_alpha or log2_in_parts(alpha)
     c_whole.add_(alpha_whole).masked_fill_(c == 0.0, ZERO_EXPONENT)
     c_fraction.add_(alpha_fraction)
     # gap = log2(|z|^(p-1)) - log2(alpha |c|) = k + t
@@ -139,9 +151,3 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float) -> Tensor:
     start = torch.where(c_larger, torch.ones_like(c).copysign_(-c), z)
     z_new = exp2_times(start, *product_parts(whole, fraction, 1.0 / (p - 1.0)))
     return z_new.add_(z - z).add_(c - c)
-
-
-def log2_of_rate(alpha: float) -> tuple[float, float]:
-    """The base-2 logarithm of a dual step above 0 as (whole, fraction), of no more than what float32 can hold."""
-    whole = round(min(math.log2(alpha), 120.0))
-    return float(whole), min(math.log2(alpha), 120.0) - whole

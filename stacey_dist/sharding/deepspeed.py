@@ -64,7 +64,12 @@ def _zero_1_2(name: str, param: Any, optimizer: Any) -> Iterator[Fragment]:
 
 def _zero_3(name: str, param: Any) -> Iterator[Fragment]:
     zero = param._z3_optimizer
-    group, offset, partition_size = zero.grad_position[zero.get_param_id(param)]
+    place = zero.grad_position.get(zero.get_param_id(param))
+    if place is None:
+        raise NotImplementedError(
+            f"{name} is trainable, but DeepSpeed's optimizer does not update it: give it to the optimizer, or freeze it"
+        )
+    group, offset, partition_size = place
     flat = zero.fp32_partitioned_groups_flat[group]
     if flat is None or flat.numel() == 0:
         raise NotImplementedError(f"{name}: weights or states that DeepSpeed offloads to NVMe are not supported")

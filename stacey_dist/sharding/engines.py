@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from stacey_dist.optim.base import local
+from stacey_dist.errors import SettingsError
+from stacey_dist.optim.memory import local
 from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
 from stacey_dist.sharding.fragment import Fragment
+from stacey_dist.sharding.unsupported import refuse_unsupported
 
 
 def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empty: bool = False) -> list[Fragment]:
@@ -25,13 +27,16 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
 
     Raises:
         RuntimeError: the accelerator was to shard the model, and it is not sharded.
-        NotImplementedError: a way to shard that is not supported.
+        NotImplementedError: a way to shard that is not supported; the message names it.
+        SettingsError: the optimizer updates parameters that are not the model's.
     """
     optimizer = _engine_optimizer(optimizer)
     adapter = _adapter(model, optimizer)
     if accelerator is not None:
         _check(adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
-    return [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
+    found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
+    _refuse_strangers(model, optimizer, adapter)  # after FSDP2 has let go of what it had gathered
+    return found
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:
@@ -66,6 +71,7 @@ def _engine_optimizer(optimizer: Any) -> Any:
 
 
 def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
+    refuse_unsupported(model, optimizer)
     params = list(model.parameters())
     by_deepspeed = any(type(made).__module__.startswith("deepspeed.") for made in (model, optimizer))
     if by_deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in params):
@@ -75,6 +81,22 @@ def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
     if fsdp2.shards(model):
         return fsdp2
     return ddp
+
+
+def _refuse_strangers(model: nn.Module, optimizer: Any, adapter: ModuleType) -> None:
+    """Raise SettingsError if the optimizer updates parameters that the model lacks: their state would be lost."""
+    if adapter is deepspeed:
+        groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None) or []
+    else:
+        groups = [group["params"] for group in base_optimizer(optimizer).param_groups]
+    known = {id(param) for param in model.parameters()}
+    strangers = [param for params in groups for param in params if id(param) not in known]
+    if strangers:
+        shape = tuple(getattr(strangers[0], "ds_shape", strangers[0].shape))
+        raise SettingsError(
+            f"the optimizer updates {len(strangers)} parameters that are not the model's, the first of shape {shape}; "
+            "give a model that holds all of them, or an optimizer of this model's parameters alone"
+        )
 
 
 def _check(adapter: ModuleType, distributed_type: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -49,6 +50,11 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
         raise NotImplementedError(
             f"{name} is placed {param.placements}; supported are parameters sharded by rows, Shard(0), over one "
             "mesh dimension, and replicated over the others"
+        )
+    if mesh.size() != dist.get_world_size():
+        raise NotImplementedError(
+            f"{name} is placed on a mesh of {mesh.size()} of the {dist.get_world_size()} ranks; supported are meshes "
+            "of all ranks"
         )
     rows = param.shape[0] if param.dim() else 1
     row_size = param.shape[1:].numel()

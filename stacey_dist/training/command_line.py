@@ -1,20 +1,25 @@
 """A configuration from YAML files and command-line options.
 
-jsonargparse does the parsing, the types and `--help`; this adds the nearest right name for a mistyped one.
+jsonargparse checks the types and writes `--help`; YAML is read by `stacey_dist.yaml_files`. This adds the nearest right
+name for a mistyped one.
 """
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 
 Config = TypeVar("Config")
@@ -29,31 +34,34 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None, pr
     name (with the nearest right one) or a value of the wrong type.
     """
     arguments = list(_as_yaml(config_class, sys.argv[1:] if arguments is None else arguments))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        prog=program,
-        usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
-        description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
-        "as an option (--section.name value); later ones win.",
-    )
-    parser.add_argument("--config", action="config", help="A YAML file of settings.")
-    parser.add_class_arguments(config_class, as_group=False)
-    parser.kinds = dict(_fields(config_class))
-    known = ["config", *parser.kinds]
+    parser = _parser(config_class, program)  # type: ignore[arg-type]
     try:
-        _check_options(arguments, known)
-        _check_files(arguments, parser.kinds, config_class)
+        _check_options(arguments, parser.kinds)
+        files, options = _split(arguments)
+        settings = parser.get_defaults()
+        for path in files:
+            parser.source = f"--config {path}: "
+            settings = parser.parse_object(_read(path, parser.kinds, config_class), namespace=settings)
+        parser.source = ""
+        parsed = parser.instantiate(parser.parse_args(options, namespace=settings))
+        values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+        config = config_class(**values)
+        _check_values(config)
     except SettingsError as error:
         parser.error(str(error))
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**values)
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False) or "")
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -67,16 +75,37 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@functools.cache
+def _parser(config_class: type, program: str | None) -> "_Parser":
+    """Return the parser of a configuration's settings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
+        description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
+        "as an option (--section.name value); options win over files, and later ones over earlier ones.",
+    )
+    parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
+    parser.add_class_arguments(config_class, as_group=False)
+    parser.kinds = dict(_fields(config_class))
+    return parser
+
+
 class _Parser(ArgumentParser):
     kinds: dict[str, Any]
+    source: str = ""
+    """Where the settings come from that are being parsed: what messages begin with."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
         key = re.search(r'Parser key "([\w.]+)":', message)
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         if key and value and key[1] in self.kinds:
-            message = f"{key[1]}: {value[1]} is not allowed; it must be {_describe(self.kinds[key[1]])}"
-        print(f"{self.prog}: error: {message.strip()}", file=sys.stderr)
+            shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
+            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
+        line = message.strip().encode("utf-8", "backslashreplace").decode()
+        print(f"{self.prog}: error: {line}", file=sys.stderr)
         print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
         sys.exit(2)
 
@@ -127,51 +156,100 @@ def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", field.type
 
 
-def _check_options(arguments: Sequence[str], known: list[str]) -> None:
-    for argument in arguments:
-        if argument.startswith("--") and argument not in ("--help", "--print_config"):
-            name = argument[2:].split("=")[0].removesuffix("+")
-            if not name.startswith("print_config") and name not in known:
-                raise SettingsError(f"unknown option --{name}{_nearest(name, known, '--')}")
-
-
-def _check_files(arguments: Sequence[str], kinds: Mapping[str, Any], config_class: Any) -> None:
-    """Raise SettingsError for what jsonargparse does not find in files, or tells of in words of its own."""
+def _check_options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> None:
+    """Raise SettingsError for an option that is not known, or whose value is not YAML."""
     known = ["config", *kinds]
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            path = Path(arguments[index + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.removeprefix("--config="))
-        else:
+    for option, value in _pairs(arguments):
+        name = option[2:].removesuffix("+")
+        if option in ("--help", "-h") or name.startswith("print_config"):
             continue
-        try:
-            settings = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--config {path}: cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--config {path}: is not valid YAML: {error}") from error
-        if not isinstance(settings, dict):
-            raise SettingsError(f"--config {path}: it must hold settings, as in 'train: {{max_steps: 100}}'")
-        sections = {name.split(".")[0] for name in known if "." in name}
-        for section in sections & settings.keys():
-            if not isinstance(settings[section], dict):
-                raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
-        for name, value in flatten(settings).items():
-            if value == "inf":
-                raise SettingsError(f"--config {path}: {name}: YAML writes infinity as .inf")
-            if name not in known:
-                hint = _launcher_that_knows(name, config_class) or _nearest(name, known)
-                raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
-            kind, is_bool = kinds.get(name), isinstance(value, bool)
-            kinds_of_value = (kind, *get_args(kind))
-            if is_bool and bool not in kinds_of_value:
-                raise SettingsError(
-                    f"--config {path}: {name}: {str(value).lower()} is not allowed; it must be {_describe(kind)} "
-                    '(YAML reads no and yes as false and true: write "no" in quotes)'
-                )
-            if value is None and type(None) not in kinds_of_value:
-                raise SettingsError(f"--config {path}: {name}: null is not allowed; it must be {_describe(kind)}")
+        if name not in known:
+            raise SettingsError(f"unknown option --{name}{_nearest(name, known, '--')}")
+        if value is None:
+            raise SettingsError(f"--{name}: a value is missing")
+        if name != "config" and str not in (kinds[name], *get_args(kinds[name])):
+            yaml_files.load(value, f"--{name}")
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Return every option with its value; None where there is none."""
+    waiting: str | None = None
+    for argument in arguments:
+        if argument.startswith("--") or argument == "-h":
+            if waiting is not None:
+                yield waiting, None
+            waiting, equals, value = argument.partition("=")
+            if equals or waiting in ("--help", "-h") or waiting.startswith("--print_config"):
+                yield waiting, value
+                waiting = None
+        elif waiting is None:
+            raise SettingsError(f"{argument}: an option, as in --section.name value, must come before it")
+        else:
+            yield waiting, argument
+            waiting = None
+    if waiting is not None:
+        yield waiting, None
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files that --config names, and the other arguments."""
+    files: list[str] = []
+    options: list[str] = []
+    for option, value in _pairs(arguments):
+        if option == "--config":
+            files.append(str(value))
+        else:
+            options.append(f"{option}={value}" if value else option)
+    return files, options
+
+
+def _read(path: str, kinds: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
+    """Return a file's settings by their full names.
+
+    Raises SettingsError for what jsonargparse does not find, or tells of in its own words.
+    """
+    settings = yaml_files.read(Path(path), f"--config {path}")
+    if not isinstance(settings, dict):
+        raise SettingsError(f"--config {path}: it must hold settings, as in 'train: {{max_steps: 100}}'")
+    sections = {name.split(".")[0] for name in kinds if "." in name}
+    for section in sections & settings.keys():
+        if not isinstance(settings[section], dict):
+            raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
+    checked: dict[str, Any] = {}
+    for name, value in flatten(settings).items():
+        if name not in kinds:
+            hint = _launcher_that_knows(name, config_class) or _nearest(name, ["config", *kinds])
+            raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
+        if name in checked:
+            raise SettingsError(f"--config {path}: {name} is given twice, once with a dot in its name")
+        checked[name] = _value(f"--config {path}: {name}", value, kinds[name])
+    return checked
+
+
+def _value(where: str, value: Any, kind: Any) -> Any:
+    """Return a file's value for a setting of this type."""
+    kinds = (kind, *get_args(kind))
+    if value == "inf" and float in kinds:
+        raise SettingsError(f"{where}: YAML writes infinity as .inf")
+    if isinstance(value, bool) and bool not in kinds:
+        raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
+    if value is None and type(None) not in kinds:
+        raise SettingsError(f"{where}: null is not allowed; it must be {_describe(kind)}")
+    if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
+        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    return value
+
+
+def _check_values(config: Any) -> None:
+    """Raise SettingsError for a value that no setting can have."""
+    for name, values in flatten(to_dict(config)).items():
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise SettingsError(f"{name}: {value} is not allowed; it must be less than 2^63")
+            if isinstance(value, float) and math.isnan(value):
+                raise SettingsError(f"{name}: nan is not allowed; it must be a number")
+            if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+                raise SettingsError(f"{name}: {value!r} is not allowed; it must be UTF-8 without control characters")
 
 
 def _launcher_that_knows(name: str, config_class: Any) -> str:

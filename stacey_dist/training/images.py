@@ -1,6 +1,7 @@
 """Image classification as a task of the training loop: data, model, loss, evaluation, export."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from stacey_dist.data.images import (
     ImageSet,
     Transform,
     cached,
+    check_shared_memory,
     evaluation_batches,
     open_images,
 )
@@ -28,6 +30,7 @@ from stacey_dist.models import build_resnet
 from stacey_dist.training.config import check
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.run import Run, cores_per_process
+from stacey_dist.training.signals import stop_requested
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,20 @@ class ImageData:
 def prepare_data(run: Run[ImageConfig]) -> ImageData:
     """Find the configured images, and put them into the cache if one is asked for.
 
-    Raises SettingsError for a path or data set that holds no images in a form that is known, and for a setting of the
-    model that this device does not have.
+    Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
+    that this device does not have, for batches that are too small for batch norms or too large for shared memory.
     """
     if run.config.model.sync_batch_norm:
         device = run.accelerator.device.type
         check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
     data = run.config.data
+    _check_batch_norms(run)
+    check_shared_memory(
+        _workers(data, run.accelerator.device),
+        data.prefetch,
+        run.micro_batch_size * (3 * data.image_size**2 + 8),  # pixels and a label
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
 
     def work() -> tuple[ImageSet, ImageSet]:
@@ -116,6 +126,8 @@ class ImageClassification:
             workers=_workers(settings.data, accelerator.device),
             prefetch=settings.data.prefetch,
             pin_memory=accelerator.device.type == "cuda",
+            timeout=settings.data.timeout_seconds,
+            stopping=stop_requested,
         )
         self._broken: set[int] = set()
         """Held-out images that cannot be read and were named."""
@@ -198,6 +210,22 @@ class ImageClassification:
         return ImageBatch(pixels.contiguous() if self._row_major else pixels, labels)
 
 
+def _check_batch_norms(run: Run[ImageConfig]) -> None:
+    """Raise SettingsError where a batch norm would get a single value a channel, of which there is no variance."""
+    settings, size = run.config.model, run.config.data.image_size
+    if run.micro_batch_size > 1 or (settings.sync_batch_norm and run.accelerator.num_processes > 1):
+        return
+    with torch.device("meta"):
+        model = build_resnet(settings.depth, ["one", "other"], stem=settings.stem, width=settings.width)
+        try:
+            model(pixel_values=torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            raise SettingsError(
+                f"train.micro_batch_size: 1 is not allowed with data.image_size {size} and model.stem {settings.stem}: "
+                "the images shrink to one pixel, and a batch norm needs more than one; use at least 2"
+            ) from error
+
+
 def _forward_flops(model: nn.Module, image_size: int) -> int:
     """Floating-point operations of one image's forward pass."""
     described: Any = model
@@ -223,7 +251,6 @@ def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
     data = run.config.data
 
     def work() -> None:
-        export_model(checkpoint, directory)
         # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
         processor = {
             "image_processor_type": "ConvNextImageProcessor",
@@ -237,7 +264,10 @@ def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
             "image_mean": list(data.mean),
             "image_std": list(data.std),
         }
-        (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        text = json.dumps(processor, indent=2) + "\n"
+        export_model(
+            checkpoint, directory, beside=lambda new: (new / "preprocessor_config.json").write_text(text), unlisted=True
+        )
 
     run.on_main(work)
     return directory

@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import rendezvous
+from stacey_dist.training import build_locks, launch_settings, rendezvous
 from stacey_dist.training.config import RunConfig
 
 ZERO_REDUNDANCY = "zero_redundancy"
@@ -43,6 +43,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     Raises SettingsError if Accelerate brings up another engine or another number of processes.
     """
     requested = requested_engine()
+    launch_settings.check_environment()
     # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
     device = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
@@ -58,11 +59,13 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
+    if requested == "deepspeed":
+        build_locks.look_after()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    try:
+    with launch_settings.one_line("what `accelerate launch` was told"):
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
@@ -70,9 +73,6 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             log_with=list(config.tracking.trackers) or None,
             project_dir=config.run_dir,
         )
-    except ValueError as error:  # how it refuses a DeepSpeed configuration and the like
-        told = (str(error).splitlines() or [""])[0]
-        raise SettingsError(f"accelerate launch: {told}; look at the files and options it was given") from error
     if requested != "deepspeed":  # the environment may hold another number, and losses are scaled in the loop
         accelerator.gradient_accumulation_steps = 1
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:

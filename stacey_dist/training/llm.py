@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from transformers.initialization import no_init_weights
 
 from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.lock import making
-from stacey_dist.data.prepare import prepare
+from stacey_dist.data.prepare import prepare, skipped_records
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
+from stacey_dist.data.verify import Verification
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.launch import gives_out_weights
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
@@ -39,6 +41,8 @@ class TextData:
     vocab_size: int
     end_token_id: int
     tokenizer: Tokenizer | None
+    verification: Verification | None = None
+    """On one process of each host: it compares the tokens with what was written, beside training."""
 
 
 def prepare_data(run: Run[LLMConfig]) -> TextData:
@@ -56,29 +60,46 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     directory, vocab_size, end_token_id = run.on_main(work)
     length = run.config.data.sequence_length
     train, validation = (TokenStream(directory, split, length) for split in ("train", "validation"))
+    if not train.vocab_size == validation.vocab_size == vocab_size:
+        run.fail(
+            f"{directory} has tokens of a vocabulary of {train.vocab_size}, and the tokenizer one of {vocab_size}; "
+            "delete the directory"
+        )
+    verification = Verification(directory) if run.accelerator.is_local_main_process else None
     run.say(
         f"data: {train.total_labels:,} training and {validation.total_labels:,} held-out tokens, "
         f"vocabulary {vocab_size:,}"
     )
-    return TextData(train, validation, vocab_size, end_token_id, tokenizers[0] if tokenizers else None)
+    tokenizer = tokenizers[0] if tokenizers else None
+    return TextData(train, validation, vocab_size, end_token_id, tokenizer, verification)
 
 
-def tokenize(config: LLMConfig) -> tuple[Path, Tokenizer]:
+def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenizer]:
     """The directory of the configured text's tokens, made if it is not there yet, and their tokenizer.
 
-    Raises SettingsError as `prepare_data` does.
+    With `verify`, all tokens that are there are read, and damaged parts made anew. Raises SettingsError as
+    `prepare_data` does.
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
     source = _source(data)
     tokenizer = _tokenizer(config, source, cache)
-    directory = prepare(source, tokenizer, cache, max_tokens=data.max_tokens, validation_every=data.validation_every)
+    directory = prepare(
+        source,
+        tokenizer,
+        cache,
+        max_tokens=data.max_tokens,
+        validation_every=data.validation_every,
+        verify=verify,
+    )
+    if skipped := skipped_records(directory):
+        print(skipped, file=sys.stderr, flush=True)
     return directory, tokenizer
 
 
 def _source(data: DataConfig) -> Source:
     if data.files:
-        return files_source(data.files, data.validation_files, data.text_column)
+        return files_source(data.files, data.validation_files, data.text_column, data.on_bad_record)
     if data.dataset:
         return hub_source(
             data.dataset,
@@ -87,6 +108,7 @@ def _source(data: DataConfig) -> Source:
             data.dataset_validation_split,
             data.text_column,
             data.streaming,
+            data.on_bad_record,
         )
     return embedded_source()
 
@@ -181,7 +203,9 @@ class LanguageModeling:
         return sum(self.data.train.label_count(i) for i in self.samples(position))
 
     def micro_batches(self, position: int) -> Iterator[TokenBatch]:
-        """This process's share of the update's windows, in order."""
+        """This process's share of the update's windows, in order. Raises SettingsError for damaged tokens."""
+        if self.data.verification is not None:
+            self.data.verification.check()
         labels = self.units(position)
         share = self.run.process_batch_size
         first = self.run.accelerator.process_index * share
@@ -237,13 +261,15 @@ def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
     """Write the model of a checkpoint and its tokenizer as `transformers` loads them; returns the directory.
 
     The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
+    Raises SettingsError if they were trained on damaged tokens.
     """
     directory = run.directory / "model"
 
     def work() -> None:
         assert data.tokenizer is not None
-        export_model(checkpoint, directory)
-        data.tokenizer.save(directory)
+        if data.verification is not None:
+            data.verification.check(finish=True)
+        export_model(checkpoint, directory, beside=data.tokenizer.save, unlisted=True)
 
     run.on_main(work)
     return directory

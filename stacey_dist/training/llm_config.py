@@ -44,7 +44,7 @@ class DataConfig:
     """What to train on. Without files or dataset: the documentation of Python's standard library."""
 
     files: list[str] = field(default_factory=list)
-    """Files or patterns: JSON lines (.json, .jsonl, also .gz) as C4 has them, .parquet, .txt."""
+    """Files or patterns: JSON lines (.json, .jsonl, also .gz) as C4 has them, .parquet, .txt. Paths are literal."""
     validation_files: list[str] = field(default_factory=list)
     """Files or patterns to evaluate on. Empty: documents held out of the training data."""
     dataset: str | None = None
@@ -59,6 +59,8 @@ class DataConfig:
     """Read the hub's dataset while it arrives, instead of downloading all of it first."""
     text_column: str = "text"
     """The column or key that holds a document's text."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What a line or row without a valid text does: end the preparation, or be left out, counted and named."""
     sequence_length: int = 128
     """Tokens of one training sequence."""
     max_tokens: int | None = None
@@ -100,6 +102,19 @@ class LLMConfig(RunConfig):
     def weights_dtype(self) -> str:
         """The dtype of the weights before the engine casts them."""
         return self.model.dtype
+
+    def layer_classes(self) -> set[str]:
+        """Return the names of the classes of the model's layers."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with torch.device("meta"):
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+                )
+            )
+        return {type(module).__name__ for module in model.modules()}
 
 
 def validate(config: LLMConfig) -> None:

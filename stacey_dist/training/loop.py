@@ -2,14 +2,16 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.errors import DivergedError
+from stacey_dist.checkpoint.manifest import read_manifest, says_finite
+from stacey_dist.errors import DivergedError, StoppedWaitingError
+from stacey_dist.training import signals
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import scheduled
@@ -71,7 +73,9 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     Returns the checkpoint of the last update.
 
     Raises:
-        SettingsError: the run's checkpoints do not fit the settings, or too many updates in a row were skipped.
+        SettingsError: the run's checkpoints do not fit the settings, or
+            run_dir was renamed or removed.
+        DivergedError: too many updates in a row were skipped, or weights or states are not finite in the end.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
     config, accelerator = run.config, run.accelerator
@@ -91,6 +95,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
     metrics = Metrics(run, task.unit, task.flops_per_unit, progress)
     micro_batches = run.process_batch_size // run.micro_batch_size
     skipped_in_a_row = 0
+    save_is_due = False
     engine.model.train()
 
     def stopping() -> bool:
@@ -98,12 +103,34 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
 
     def evaluate() -> tuple[bool, bool]:
         """Whether it is the best so far, and whether it was left because a process was told to stop."""
-        figures = _evaluate(task, engine, stopping)
+        try:
+            figures = _evaluate(task, engine, stopping)
+        except StoppedWaitingError:
+            if accelerator.num_processes > 1:
+                raise
+            engine.model.train()
+            return False, True
         if figures is None:
             return False, True
         metrics.evaluation(progress.step, figures)
         progress.evaluated_step = progress.step
         return progress.improves(task.score(figures)), False
+
+    def micro_batches_of_update() -> Iterator[Any]:
+        """Yield them; one process that is told to stop and gets none saves what it has, and leaves.
+
+        Of several, the others are in the middle of an update, which this one cannot finish: it ends with an error, and
+        they with it.
+        """
+        try:
+            yield from metrics.timed(task.micro_batches(progress.position))
+        except StoppedWaitingError:
+            if accelerator.num_processes > 1:
+                raise
+            engine.restore_statistics()
+            metrics.say(f"saved {saver.save_surely(progress, delete_older=skipped_in_a_row == 0)}")
+            metrics.plot(surely=True)
+            leave()
 
     def leave() -> NoReturn:
         number = int(stop.received or 15)
@@ -126,13 +153,15 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             engine.set_group_settings(settings)
             engine.keep_statistics()
             loss = torch.zeros((), device=accelerator.device)
-            batches = metrics.timed(task.micro_batches(progress.position))
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in enumerate(micro_batches_of_update(), start=1):
+                signals.progress()
                 with engine.micro_batch(last=number == micro_batches):
                     share = task.loss(engine.model, batch)
                     engine.backward(share)
                 loss += share.detach()
-            requests = Requests(stop.received is not None, saver.minutes_are_over, saver.keeps_failing)
+            requests = Requests(
+                stop.received is not None, saver.minutes_are_over, saver.keeps_failing, run.directory_is_gone()
+            )
             update = engine.finish_update(loss, requests, config.train.max_grad_norm)
             units = task.units(progress.position)
             progress.step += 1
@@ -145,29 +174,57 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
                 run.fail(
                     f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {progress.step} had "
                     f"a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
-                    "lower optimizer.lr, or look at the data",
+                    f"lower optimizer.lr, or look at the data; {saver.what_is_left()}",
                     DivergedError,
                 )
             saver.report()
+            gone = update.requests.leave
+            if gone:
+                run.make_directory_again()
             epoch = progress.position / task.samples_per_epoch
             metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=settings["lr"], grad_norm=update.grad_norm)
             metrics.pause()
             improved, stopped = False, update.requests.stop
-            evaluating = is_evaluated(progress.step) and not stopped  # who asked for a stop kills soon: saving is first
+            # Whoever asked for a stop kills soon: saving is first.
+            evaluating = is_evaluated(progress.step) and not (stopped or gone)
             if evaluating:
                 improved, stopped = evaluate()
-            ending = stopped or progress.step == last
+            ending = stopped or gone or progress.step == last
+            if ending and not gone and engine.any_process(run.directory_is_gone()):  # during the evaluation
+                gone = True
+                run.make_directory_again()
+            best = improved and config.checkpoint.keep_best
+            save_is_due |= update.requests.save or update.requests.save_surely or saver.is_due(progress.step)
+            # Skipped updates may mean that the weights are ruined. A save that is due waits for one that is applied.
+            # What has just been evaluated as the best is not ruined.
             if ending:
-                metrics.say(f"saved {saver.save_surely(progress)}")
-            elif update.requests.save_surely:
-                saver.save_surely(progress)
-            elif update.requests.save or saver.is_due(progress.step) or (improved and config.checkpoint.keep_best):
-                saver.save(progress)
+                metrics.say(f"saved {saver.save_surely(progress, delete_older=update.applied)}")
+            elif best or (save_is_due and update.applied):
+                save = saver.save_surely if update.requests.save_surely else saver.save
+                save(progress, delete_older=update.applied)
+                save_is_due = False
             if evaluating or ending:
                 metrics.plot(surely=ending)
+            if gone:
+                metrics.flush()
+                run.fail(
+                    f"run_dir: {run.directory} was renamed or removed while the run went on. All of the training is "
+                    f"in {checkpoint_path(run, progress.step)}, in a new directory of that name; the same command "
+                    "goes on from there. Older checkpoints and metrics are where the old directory is, if it is"
+                )
             if stopped:
                 leave()
             metrics.go_on()
+    if engine.any_process(metrics.flush() > 0):
+        run.fail(
+            f"run_dir: {metrics.path} could not be written to the end; the checkpoint of update {last} is complete"
+        )
+    if run.on_main(lambda: says_finite(read_manifest(checkpoint_path(run, last)))) is False:
+        run.fail(
+            f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
+            f"optimizer.lr, or look at the data; {saver.what_is_left()}",
+            DivergedError,
+        )
     run.say(engine.state_report())
     return checkpoint_path(run, last)
 
@@ -176,7 +233,12 @@ def _evaluate(task: Task, engine: Engine, stopping: Callable[[], bool]) -> dict[
     engine.share_buffers()
     engine.model.eval()
     batches = itertools.count(1)
+
+    def asked() -> bool:
+        signals.progress()
+        return next(batches) % _ASK_EVERY == 0 and stopping()
+
     with torch.no_grad():
-        figures = task.evaluate(engine.module, lambda: next(batches) % _ASK_EVERY == 0 and stopping())
+        figures = task.evaluate(engine.module, asked)
     engine.model.train()
     return figures

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.loss_plot import draw_losses
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.rows import read_lines
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
 
@@ -88,16 +89,25 @@ class Metrics:
         self._total_busy = 0.0
         self._drawn = self._since
         if self.main:
-            rows = read_rows(self.path)
-            # Evaluations write eval_*, and come again if the checkpoint does not know of them.
-            kept = [
-                row for row in rows if row["step"] <= (progress.evaluated_step if "eval_loss" in row else progress.step)
-            ]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, self.path)
+            self._drop_later_rows(progress)
         _init_trackers(run)
+
+    def _drop_later_rows(self, progress: Progress) -> None:
+        if self.path.exists() and not self.path.is_file():
+            raise SettingsError(f"run_dir: {self.path} is no regular file; move it away")
+        lines, bad = read_lines(self.path)
+        if bad:
+            shown = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
+            self.say(f"warning: {self.path}: dropped {len(bad)} of its lines, which hold no row: line {shown}")
+        # Evaluations write eval_*, and come again if the checkpoint does not know of them.
+        kept = [
+            line
+            for line, row in lines
+            if row["step"] <= (progress.evaluated_step if "eval_loss" in row else progress.step)
+        ]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(temporary, self.path)
 
     def pause(self) -> None:
         """Stop the clock: what follows (evaluation, saving) does not count as training."""
@@ -182,26 +192,33 @@ class Metrics:
             # JSON has no NaN and no infinity.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._unwritten.append(json.dumps(finite, allow_nan=False) + "\n")
-            self._append()
+            self.flush()
         figures = {name: value for name, value in row.items() if name != "step"}
         if self.run.accelerator.trackers:
             self.run.accelerator.log(figures, step=row["step"])
 
-    def _append(self) -> None:
-        """Write the rows that wait for it: on a full disk they go on waiting."""
+    def flush(self) -> int:
+        """Write the rows that wait for it: on a full disk they go on waiting. Returns how many still wait."""
+        if not self._unwritten:
+            return 0
+        new = not self.path.exists()
         try:
-            end = self.path.stat().st_size
+            end = 0 if new else self.path.stat().st_size
             try:
                 with self.path.open("a") as file:
                     file.writelines(self._unwritten)
             except OSError:
-                os.truncate(self.path, end)  # no row twice, and none by half
+                if self.path.exists():
+                    os.truncate(self.path, end)  # no row twice, and none by half
                 raise
         except OSError as error:
             if len(self._unwritten) == 1:
                 self.say(f"{self.path} could not be written, its rows are kept until it can: {error}")
-            return
+            return len(self._unwritten)
+        if new:
+            self.say(f"{self.path} was renamed or removed while the run goes on; later rows are in a new one")
         self._unwritten.clear()
+        return 0
 
     def _print(self, row: dict[str, Any], seconds_left: float, due: bool) -> None:
         parts = [

@@ -8,14 +8,14 @@ from stacey_dist.training.llm_config import LLMConfig, validate
 def prepare(arguments: list[str]) -> int:
     """Fill the cache that the run with the same settings finds; returns 0.
 
-    Killed, it goes on from its last commit when it is started again. Raises SettingsError for bad settings or text,
-    OSError for a full disk.
+    Tokens that are there are read, and damaged ones made anew. Killed, it goes on from its last commit when it is
+    started again. Raises SettingsError for bad settings or text, OSError for a full disk.
     """
     config = parse(LLMConfig, arguments, "stacey-dist prepare")
     validate(config)
     from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
 
-    directory, tokenizer = tokenize(config)
+    directory, tokenizer = tokenize(config, verify=True)
     train, validation = (
         TokenStream(directory, split, config.data.sequence_length).total_labels for split in ("train", "validation")
     )

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
-from stacey_dist.checkpoint.manifest import UnknownFormatError
+from stacey_dist.checkpoint.manifest import UnknownFormatError, says_finite
 from stacey_dist.checkpoint.read import verify_together
+from stacey_dist.checkpoint.schema import check_progress
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
@@ -20,6 +21,8 @@ _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")
 
 def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
+
+    One whose weights or optimizer states are not finite is passed over: every update from it would be skipped.
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
@@ -49,30 +52,51 @@ def _choose(run: Run, data_identity: str) -> Path | None:
     """The checkpoint to go on from. What is passed over is said. All processes call it together."""
     source = run.config.checkpoint.resume_from
     found = run.on_main(lambda: _find(run.directory / "checkpoints"))
+    reasons = set()
     for path in found:
         try:
-            extra = verify_together(path)["extra"]
+            manifest = _verified(path)
         except UnknownFormatError as error:
             run.fail(f"run_dir: {error}; give another run_dir, or the version that wrote it")
         except DamagedCheckpointError as error:
             run.say(f"passed over a damaged checkpoint: {error}")
+            reasons.add("damaged")
             continue
+        if says_finite(manifest) is False:
+            run.say(f"warning: passed over {path}: it holds weights or optimizer states that are not finite")
+            reasons.add("not finite")
+            continue
+        extra = manifest["extra"]
         run.on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
         return path
     if found:
         # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
         run.fail(
-            f"run_dir: every checkpoint in {run.directory / 'checkpoints'} is damaged (each is named above); repair "
-            "them, or delete them to begin anew, or give another run_dir"
+            f"run_dir: every checkpoint in {run.directory / 'checkpoints'} is {' or '.join(sorted(reasons))} (each is "
+            "named above); repair them, or delete them to begin anew, or give another run_dir"
         )
     if source is None:
         return None
     try:
-        extra = verify_together(Path(source))["extra"]
+        manifest = _verified(Path(source))
     except DamagedCheckpointError as error:
         run.fail(f"checkpoint.resume_from: {error}")
-    run.on_main(lambda: _check_source(run, Path(source), extra, data_identity))
+    if says_finite(manifest) is False:
+        run.fail(
+            f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
+        )
+    run.on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
     return Path(source)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose files are as they were written. Raises DamagedCheckpointError."""
+    manifest = verify_together(path)
+    try:
+        check_progress(manifest["extra"])
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path}: {error}") from error
+    return manifest
 
 
 def _find(directory: Path) -> list[Path]:
@@ -137,7 +161,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         for name, text in changed.items()
         if name in _NEVER_CHANGED or (name in run.config.changes_to_allow and name not in allowed)
     ]
-    if data_identity != extra["data_identity"] and DATA_CHANGE not in allowed:
+    if data_identity != extra.get("data_identity") and DATA_CHANGE not in allowed:
         refused += [f"{DATA_CHANGE}: the training or held-out data are not those it was trained on"]
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:

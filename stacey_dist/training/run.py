@@ -12,20 +12,33 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
+from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
-from stacey_dist.training import deepspeed_config, heartbeat
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import occupy
 
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+# What a disk, a quota or a limit of the process refuses: no fault of the program.
+_OF_A_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -66,12 +79,49 @@ class Run(Generic[C]):
         )
         self.on_main(self._make_directory)
 
-    def _make_directory(self) -> None:
+    def _occupy_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = occupy(self.directory)
+            # While it is open, no other directory gets its number.
+            self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
+
+    def directory_is_gone(self) -> bool:
+        """Return whether run_dir was renamed or removed while this process trains there. False on other processes."""
+        if not self.accelerator.is_main_process:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.directory), os.fstat(self._descriptor))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a file system that hiccups
+            return False
+
+    def make_directory_again(self) -> None:
+        """Make run_dir after it was renamed or removed, for a last checkpoint. All processes call it together.
+
+        Raises SettingsError if it cannot be written, or another process trains there by now.
+        """
+        self.say(
+            f"run_dir: {self.directory} was renamed or removed while the run goes on; it is made again for a last "
+            "checkpoint, then the run stops"
+        )
+
+        def occupy_again() -> None:
+            os.close(self._descriptor)
+            self._occupy_directory()
+
+        self.on_main(occupy_again)
+        self.write_config()
+
+    def _make_directory(self) -> None:
+        self._occupy_directory()
+        try:  # it is written at the end, which is late to learn that it cannot be
+            check_output(self.directory / "model", unlisted=True)
+        except SettingsError as error:
+            raise SettingsError(f"run_dir: {error}") from error
         source = self.config.checkpoint.resume_from
         if source is not None and not find_checkpoints(self.directory / "checkpoints"):
             try:  # what it holds is looked at later; that it is none is said before data are prepared
@@ -93,7 +143,7 @@ class Run(Generic[C]):
         """Write config.yaml, once it is sure that the settings are this run's."""
         if self.accelerator.is_main_process:
             temporary = self.directory / ".config.yaml.tmp"
-            temporary.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            temporary.write_text(yaml_files.dump(to_dict(self.config)))
             os.replace(temporary, self.directory / "config.yaml")
 
     def say(self, message: str) -> None:
@@ -177,6 +227,9 @@ def start(config: C) -> Run[C]:
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)
+        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+    elif requested_engine() == "fsdp2":
+        launch_settings.check_layer_classes(config.layer_classes)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
     arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
@@ -233,7 +286,8 @@ def user_errors(program: str) -> Iterator[None]:
     fail for one reason, one says it.
     """
     try:
-        yield
+        with signals.listening():
+            yield
     except Exception as error:
         known, mine = isinstance(error, SettingsError), heartbeat.report(error)
         of_memory = isinstance(error, torch.OutOfMemoryError)

@@ -2,13 +2,15 @@
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.export import describe_model
-from stacey_dist.checkpoint.manifest import directory_name
-from stacey_dist.checkpoint.retain import retain
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, read_manifest, says_finite
+from stacey_dist.checkpoint.retain import newest_usable, retain
+from stacey_dist.training import signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
@@ -62,13 +64,15 @@ class Saver:
         self.settings = run.config.checkpoint
         self._background = BackgroundSaver()
         self._since = time.monotonic()
+        self._has_saved = False
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:
-            self._background.wait()
+            with signals.writing():
+                self._background.wait()
 
     @property
     def minutes_are_over(self) -> bool:
@@ -86,27 +90,39 @@ class Saver:
         """Whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
         return self.settings.every_steps is not None and step % self.settings.every_steps == 0
 
-    def save(self, progress: Progress) -> None:
-        """Save, beside training if the settings say so. A failure is reported, and training goes on."""
-        self._begin(progress)
+    def save(self, progress: Progress, *, delete_older: bool = True) -> None:
+        """Save, beside training if the settings say so. A failure is reported, and training goes on.
+
+        `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
+        """
+        self._begin(progress, delete_older)
         if not self.settings.asynchronous:
             self._background.wait()
             self.report()
 
-    def save_surely(self, progress: Progress) -> Path:
+    def save_surely(self, progress: Progress, *, delete_older: bool = True) -> Path:
         """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
-        path = self._begin(progress)
-        self._background.wait()
+        with signals.writing():
+            path = self._begin(progress, delete_older)
+            self._background.wait()
         if (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path
+
+    def what_is_left(self) -> str:
+        """Return what the same command would go on from, for people, after a save in progress has ended."""
+        self._background.wait()
+        usable = newest_usable(self.run.directory / "checkpoints")
+        if usable is None:
+            return "there is no checkpoint with finite weights and states to go on from"
+        return f"the same command goes on from {usable}, the newest checkpoint with finite weights and states"
 
     def report(self) -> None:
         """Say why the last save failed, if it did and this was not yet said."""
         if (error := self._background.failure()) is not None:
             self.run.say(f"a checkpoint failed, training goes on: {error}")
 
-    def _begin(self, progress: Progress) -> Path:
+    def _begin(self, progress: Progress, delete_older: bool) -> Path:
         self._background.wait()
         self.report()
         self._since = time.monotonic()
@@ -120,18 +136,38 @@ class Saver:
             "trackers": self.run.tracker_ids,
         }
         path = checkpoint_path(self.run, progress.step)
+        if self._has_saved and not path.parent.is_dir():
+            self.run.say(f"{path.parent} was renamed or removed while the run goes on; it is made again")
+        self._has_saved = True
         best = progress.best_step if self.settings.keep_best else None
-        self._background.save(
-            path, self.engine.model, self.engine.optimizer, extra, lambda: self._retain(path, best, progress)
-        )
+
+        def then() -> None:
+            if self.run.accelerator.is_main_process:
+                _warn_unless_finite(path)
+                self._retain(path, best, progress, delete_older)
+
+        self._background.save(path, self.engine.model, self.engine.optimizer, extra, then)
         return path
 
-    def _retain(self, saved: Path, best: int | None, progress: Progress) -> None:
-        if self.run.accelerator.is_main_process:
-            try:
-                # A better one whose save failed is not there; the best that is stays until the next is complete.
-                if best is not None and checkpoint_path(self.run, best).exists():
-                    progress.kept_best_step = best
+    def _retain(self, saved: Path, best: int | None, progress: Progress, delete_older: bool = True) -> None:
+        try:
+            # A better one whose save failed is not there; the best that is stays until the next is complete.
+            if best is not None and checkpoint_path(self.run, best).exists():
+                progress.kept_best_step = best
+            if delete_older:
                 retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
-            except OSError as error:
-                print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
+        except OSError as error:
+            print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
+
+
+def _warn_unless_finite(saved: Path) -> None:
+    finite: bool | None = None
+    with suppress(DamagedCheckpointError):  # a file system that hiccups: resuming looks again
+        finite = says_finite(read_manifest(saved))
+    if finite is False:
+        usable = newest_usable(saved.parent)
+        print(
+            f"warning: {saved} holds weights or optimizer states that are not finite; a resumed run passes it over, "
+            + (f"and goes on from {usable}" if usable else "and there is no other"),
+            flush=True,
+        )

@@ -1,23 +1,51 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and leave so that a scheduler can start the run again."""
+"""SIGTERM and Ctrl-C: finish the update, save, and leave so that a scheduler can start the run again.
+
+A main thread that waits (for data, a collective, a lock, a compiler) does not come to the end of its update, and one
+that waits in C code does not even run Python's signal handlers. So a thread hears of every signal as well, through
+`signal.set_wakeup_fd`. It ends the process where the main thread has not gone on in time.
+"""
 
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # A person who presses Ctrl-C again has read the first answer; a launcher that forwards the same Ctrl-C is faster.
 _SAME_CTRL_C_SECONDS = 1.0
+# Slurm sends SIGTERM to every process, and torchrun's agent passes its own on.
+_SAME_SIGTERM_SECONDS = 5.0
+# Schedulers and torchrun kill 30 seconds after SIGTERM.
+_PATIENCE_SECONDS = 20.0
+_UNWINDING_SECONDS = 5.0
+# A process that has written its part of a checkpoint waits for the slowest disk of all.
+_PATIENCE_WITH_OTHERS_SECONDS = 300.0
+_WRITTEN_BYTES = 4096
+
+
+_entered: "StopSignal | None" = None
+
+
+def stop_requested() -> bool:
+    """Return whether this process was told to stop, while a `StopSignal` is entered."""
+    return _entered is not None and _entered.received is not None
 
 
 class StopSignal:
     """While entered, remembers the first SIGTERM or SIGINT in `received`.
 
     SIGTERM may come again while the checkpoint is written: Slurm sends it to every process, and torchrun's agent
-    passes its own on. So only a second Ctrl-C, from a person, stops at once.
+    passes its own on. So only a second Ctrl-C, from a person, stops at once; a second SIGTERM that comes 5 seconds
+    after the first does so where no checkpoint is being written.
     """
 
     def __init__(self) -> None:
@@ -26,11 +54,19 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in _SIGNALS:
+        global _entered
+        _entered = self
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
+        _state.training = True
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        global _entered
+        _entered = None
+        _state.training = False
+        if self.received is not None and kind is not None and _state.listening:
+            signal.alarm(int(_PATIENCE_SECONDS))  # whatever keeps the interpreter from ending
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -45,3 +81,199 @@ class StopSignal:
         elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
+
+
+class _State:
+    """What the listening thread knows of the main thread."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.training = False
+        """A signal is taken notice of at the end of an update."""
+        self.writing = False
+        """The main thread waits for a checkpoint."""
+        self.progress_at = 0.0
+
+
+_state = _State()
+
+
+def progress() -> None:
+    """Note that the main thread goes on: a micro-batch is done, a part of an evaluation."""
+    _state.progress_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """While entered, the main thread waits for a checkpoint, which no signal cuts short while bytes are written."""
+    _state.writing = True
+    try:
+        yield
+    finally:
+        _state.writing = False
+        progress()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """While entered, SIGTERM and Ctrl-C end this process and its children in time, whatever the main thread waits for.
+
+    Outside `StopSignal` they raise SystemExit (with 128 + the signal's number) and KeyboardInterrupt. A process that
+    does not end by itself is ended, with one line that says where its main thread was.
+    """
+    if threading.current_thread() is not threading.main_thread() or _state.listening:
+        yield
+        return
+    # Not what is ignored, as SIGINT by a shell's background job.
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    listener = _Listener()
+    for number in before:
+        signal.signal(number, listener.interrupt)
+    _state.listening = True
+    try:
+        yield
+    finally:
+        _state.listening = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        listener.close()
+
+
+class _Listener:
+    """The thread that hears of signals, and what it does about them."""
+
+    def __init__(self) -> None:
+        self._children: list[psutil.Process] = []
+        self._main = threading.main_thread().ident
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._heard: dict[int, float] = {}
+        self._insists = False
+        self._thread = threading.Thread(target=self._listen, name="listens for signals", daemon=True)
+        self._thread.start()
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Leave what the main thread does; its children are remembered while they are still its own."""
+        self._children = self._children or _children()
+        signal.alarm(2 * int(_UNWINDING_SECONDS))  # whatever keeps the interpreter from ending
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: stopped\n".encode())
+        sys.exit(128 + number)
+
+    def close(self) -> None:
+        """End the thread and, after a signal, the children."""
+        signal.set_wakeup_fd(self._fd_before)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._reader)
+        os.close(self._writer)
+        _end_all(self._children)
+
+    def _listen(self) -> None:
+        while number := os.read(self._reader, 1)[0]:
+            if number in SIGNALS:
+                if not self._heard:
+                    threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
+                else:
+                    self._hear_again(number)
+                self._heard.setdefault(number, time.monotonic())
+
+    def _hear_again(self, number: int) -> None:
+        ago = time.monotonic() - min(self._heard.values())
+        if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
+            self._insists = True  # the handler raises, if it comes to run
+        elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
+            self._end(number)
+
+    def _watch(self, number: int) -> None:
+        """End the process where the main thread does not go on after a signal."""
+        progress()
+        written = _bytes_written()
+        if not _state.training:
+            self._children = self._children or _children()
+        while _state.listening:
+            time.sleep(0.2)
+            now = time.monotonic()
+            if _state.writing and (written + _WRITTEN_BYTES <= _bytes_written() or _waits_for_a_disk()):
+                written = _bytes_written()
+                progress()
+            if self._insists or not _state.training:
+                patience = _UNWINDING_SECONDS
+            elif _state.writing and _waits_for_others():
+                patience = _PATIENCE_WITH_OTHERS_SECONDS
+            else:
+                patience = _PATIENCE_SECONDS
+            if now - _state.progress_at > patience:
+                self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        """End this process and its children at once, with a line that says where the main thread was."""
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        place = _place(sys._current_frames().get(self._main or 0))
+        saved = "without a save; the same command goes on from the newest checkpoint" if _state.training else "at once"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
+        _end_all([*self._children, *_children()])
+        os._exit(128 + number)
+
+
+def _place(frame: FrameType | None) -> str:
+    """Return where a thread is: its innermost function, and which of this package called it."""
+    if frame is None:
+        return "at the end of the program"
+    place = "in " + _name(frame)
+    caller: FrameType | None = frame
+    while caller is not None and "stacey_dist" not in caller.f_code.co_filename:
+        caller = caller.f_back
+    return place if caller in (None, frame) else f"{place}, called by {_name(caller)}"
+
+
+def _name(frame: FrameType) -> str:
+    parts = Path(frame.f_code.co_filename).parts
+    return f"{frame.f_code.co_name} ({'/'.join(parts[-3:])}:{frame.f_lineno})"
+
+
+def _children() -> list[psutil.Process]:
+    """Return the processes under this one, but for those that end by themselves and clean up after it."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if not any("resource_tracker" in word or "torch_shm_manager" in word for word in child.cmdline()):
+                    found.append(child)
+    return found
+
+
+def _end_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _bytes_written() -> int:
+    """Return how many bytes this process has written to files; 0 where the system does not say."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+    return 0
+
+
+def _waits_for_a_disk() -> bool:
+    """Whether a thread of this process is in the kernel, at a disk or its network."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[0] == "D":
+                return True
+    return False
+
+
+def _waits_for_others() -> bool:
+    """Whether the thread that writes a checkpoint is in a collective."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0) if thread.name.startswith("writes ") else None
+        if frame is not None and "distributed" in Path(frame.f_code.co_filename).parts:
+            return True
+    return False

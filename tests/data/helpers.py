@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data import Document, Source
+from stacey_dist.data import Document, Input, Source
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -22,6 +22,7 @@ class ByteTokenizer:
         self.vocab_size = vocab_size
         self.end_token_id = 256
         self.fingerprint = fingerprint
+        self.difference: str | None = None
         self.encoded = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -35,11 +36,13 @@ class ByteTokenizer:
         raise NotImplementedError
 
 
-def list_source(texts: list[str], validation: list[str] | None = None) -> Source:
-    def opener(items: list[str]) -> Any:
-        return lambda: (Document(text, f"list:{i}") for i, text in enumerate(items))
+def list_input(texts: list[str], name: str = "list") -> Input:
+    return Input(lambda: (Document(text, f"{name}:{i}") for i, text in enumerate(texts)), [name, texts])
 
-    return Source(opener(texts), [texts, validation], None, None if validation is None else opener(validation))
+
+def list_source(texts: list[str], validation: list[str] | None = None) -> Source:
+    held_out = None if validation is None else [list_input(validation)]
+    return Source([list_input(texts)], [texts, validation], None, held_out)
 
 
 def write_c4(path: Path, texts: list[str], **changes: Any) -> Path:

@@ -49,7 +49,7 @@ def test_docstrings_and_comments_in_source_order(tmp_path: Path) -> None:
 def test_source() -> None:
     source = embedded_source()
     assert next(source.documents()).source.startswith("python:")
-    assert source.validation_documents is None
+    assert source.validation_inputs is None
 
 
 def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,15 @@
 
 import errno
 import fcntl
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stacey_dist.data import Document, Source, TokenStream, files_source, parts, prepare, readahead
-from stacey_dist.data import prepare as prepare_function
+from stacey_dist.data import Document, Input, Source, TokenStream, files_source, parts, preparation, prepare, readahead
 from stacey_dist.errors import SettingsError
-from tests.data.helpers import ByteTokenizer, list_source, texts, tree, write_c4
-
-module = sys.modules[prepare_function.__module__]
+from tests.data.helpers import ByteTokenizer, list_input, list_source, texts, tree, write_c4
 
 
 def tokens_of(directory: Path, split: str) -> list[int]:
@@ -32,7 +28,7 @@ def expected(documents: list[str]) -> list[int]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_TOKENS", 500)
     monkeypatch.setattr(readahead, "BATCH_BYTES", 300)
-    monkeypatch.setattr(module, "_COMMIT_TOKENS", 1000)
+    monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
 
 
 @pytest.mark.usefixtures("small")
@@ -60,7 +56,7 @@ def test_separate_validation_documents(tmp_path: Path, monkeypatch: pytest.Monke
     directory = prepare(source, ByteTokenizer(), tmp_path, max_tokens=None, validation_every=10)
     assert tokens_of(directory, "train") == expected(texts(100))
     assert tokens_of(directory, "validation") == expected(texts(100, seed=1))
-    monkeypatch.setattr(module, "_LEAST_VALIDATION", 20)
+    monkeypatch.setattr(preparation, "_LEAST_VALIDATION", 20)
     directory = prepare(source, ByteTokenizer(), tmp_path, max_tokens=1000, validation_every=10)
     assert tokens_of(directory, "train") == expected(texts(100))[:1000]
     assert tokens_of(directory, "validation") == expected(texts(100, seed=1))[:100]
@@ -83,7 +79,9 @@ def test_limit_stops_reading_and_closes(tmp_path: Path) -> None:
         opened.append(endless())
         return opened[-1]
 
-    directory = prepare(Source(open_one, "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2)
+    directory = prepare(
+        Source([Input(open_one, "e")], "e"), ByteTokenizer(), tmp_path, max_tokens=10**6, validation_every=2
+    )
     assert TokenStream(directory, "train", 8).tokens == 10**6
     assert events == ["closed"]
 
@@ -94,7 +92,7 @@ def test_reading_error_comes_through(tmp_path: Path) -> None:
         raise SettingsError("line 2 is bad")
 
     with pytest.raises(SettingsError, match="line 2 is bad"):
-        prepare(Source(bad, "b"), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
+        prepare(Source([Input(bad, "b")], "b"), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
 
 
 def test_validation_that_cannot_be_read_is_said_before_training_text_is_read(tmp_path: Path) -> None:
@@ -104,7 +102,7 @@ def test_validation_that_cannot_be_read_is_said_before_training_text_is_read(tmp
         raise SettingsError("no such split")
         yield
 
-    source = Source(list_source(texts(50)).documents, "v", validation_documents=bad)
+    source = Source([list_input(texts(50))], "v", validation_inputs=[Input(bad, "bad")])
     with pytest.raises(SettingsError, match="no such split"):
         prepare(source, tokenizer, tmp_path, max_tokens=None, validation_every=2)
     assert tokenizer.encoded == 0
@@ -120,7 +118,7 @@ def test_complete_cache_is_not_tokenized_again(tmp_path: Path) -> None:
         raise AssertionError("read again")
 
     again = prepare(
-        Source(unread, list_source(texts(50)).identity),
+        Source([Input(unread, "unread")], list_source(texts(50)).identity),
         tokenizer,
         tmp_path,
         max_tokens=None,

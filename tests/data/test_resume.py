@@ -21,9 +21,11 @@ from pathlib import Path
 # The data package alone: the whole one loads torch, which takes seconds.
 sys.modules["stacey_dist"] = types.ModuleType("stacey_dist")
 sys.modules["stacey_dist"].__path__ = ["stacey_dist"]
-from stacey_dist.data import parts, prepare, readahead
-from tests.data.helpers import ByteTokenizer, list_source, texts
-sys.modules[prepare.__module__]._COMMIT_TOKENS = 700
+from stacey_dist.data import parts, preparation, prepare, readahead
+from stacey_dist.data import Source, reuse
+from tests.data.helpers import ByteTokenizer, list_input, list_source, texts
+reuse._CHUNK = 100
+preparation._COMMIT_TOKENS = 700
 parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
 
 class Slow(ByteTokenizer):
@@ -32,7 +34,14 @@ class Slow(ByteTokenizer):
         return super().encode_batch(batch)
 
 tokenizer = Slow()
-source = list_source(texts(1500), texts(300, seed=1) if sys.argv[3] == "separate" else None)
+kind = sys.argv[3]
+source = list_source(texts(1500), texts(300, seed=1) if kind == "separate" else None)
+if kind in ("inputs", "reuse"):
+    inputs = [list_input(texts(count, seed=count), str(count)) for count in range(1, 60)]
+    source = Source(inputs, "inputs")
+if kind == "reuse" and Path(sys.argv[1]).name == "killed" and not Path(sys.argv[1]).exists():
+    prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=30_000, validation_every=7, progress=False)
+    tokenizer.encoded = 0
 print("ready", flush=True)
 prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=40_000, validation_every=10, progress=False)
 print("encoded", tokenizer.encoded, flush=True)
@@ -51,7 +60,7 @@ def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
     return child
 
 
-@pytest.mark.parametrize("kind", ["separate", "held out"])
+@pytest.mark.parametrize("kind", ["separate", "held out", "inputs", "reuse"])
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
     everything = int(start(tmp_path / "whole", 0, kind).communicate()[0].split()[1])
     (whole,) = (tmp_path / "whole").iterdir()
@@ -67,8 +76,9 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     with open(max(killed.glob("train-*.bin")), "ab") as file:
         file.write(b"junk")
     (killed / "train-00099.bin").write_bytes(b"junk")
-    position = json.loads((killed / "progress.json").read_text())["position"]
-    done = sum(place["documents"] for place in position.values())
+    progress = json.loads((killed / "progress.json").read_text())
+    finished = [record for records in progress["inputs"].values() for record in records]
+    done = sum(place["read"] for place in (*progress["position"].values(), *finished))
     assert done > 0
     last = start(tmp_path / "killed", 0, kind)
     output = last.communicate()[0]
@@ -81,13 +91,17 @@ def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
     whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
-    place = {"documents": 30, "bytes": 900, "finished": False}
-    state = {"documents": 30, "parts": [{"name": "train-00000.bin", "tokens": 10**6}]}
-    longer_than_its_part = {
-        "position": {"train": place, "validation": place},
-        "splits": {"train": state, "validation": {"documents": 0, "parts": []}},
+    state = {"documents": 30, "parts": [], "mark": {"documents": 30, "tokens": 10**6, "crc32": 0}}
+    good = {
+        "position": {"train": {"read": 30}, "validation": {}},
+        "inputs": {"train": [], "validation": []},
+        "difference": None,
+        "splits": {"train": state, "validation": state | {"documents": 0}},
     }
-    for progress in ("{", "{}", json.dumps(longer_than_its_part)):
+    longer_than_its_part = json.loads(json.dumps(good))
+    longer_than_its_part["splits"]["train"]["parts"] = [{"name": "train-00000.bin", "tokens": 10**6, "crc32": 0}]
+    of_an_older_version = {"position": good["position"], "splits": good["splits"]}
+    for progress in ("{", "{}", "[]", json.dumps(longer_than_its_part), json.dumps(of_an_older_version)):
         (directory / "progress.json").write_text(progress)
         (directory / "index.json").unlink(missing_ok=True)
         prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "b", max_tokens=None, validation_every=9)

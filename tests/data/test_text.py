@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stacey_dist.data import expand_files, files_source, hub_documents, hub_source, read_documents
+from stacey_dist.data import Document, expand_files, files_source, hub_documents, hub_source, read_documents
 from stacey_dist.data.text import PLAIN_TEXT_DOCUMENT
 from stacey_dist.errors import SettingsError
 from tests.data.helpers import write_c4
@@ -190,8 +190,10 @@ def test_files_source_names_the_setting(tmp_path: Path) -> None:
         files_source([str(file)], ["/nowhere/*"], "text")
     other = write_c4(tmp_path / "b.json.gz", TEXTS[::-1])
     source = files_source([str(file)], [str(other)], "text")
-    assert source.validation_documents is not None
-    assert [d.text for d in source.validation_documents()] == [d.text for d in source.documents()][::-1] == TEXTS[::-1]
+    assert source.validation_inputs is not None
+    held_out = [record for each in source.validation_inputs for record in each.records()]
+    assert held_out == list(read_documents([str(other)], "text"))
+    assert [d.text for d in source.documents()] == TEXTS
 
 
 def test_held_out_text_that_would_be_trained_on_is_refused(tmp_path: Path) -> None:
@@ -260,9 +262,9 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", broken)
     source = hub_source("allenai/c4", "en", "train", "validation", "text", True)
-    assert source.validation_documents is not None
-    documents = source.validation_documents()
-    assert next(documents).text == "first"
+    assert source.validation_inputs is not None
+    documents = source.validation_inputs[0].records()
+    assert next(documents) == Document("first", "dataset 'allenai/c4', config 'en', split 'validation', row 1")
     with pytest.raises(SettingsError, match=r"^data\.dataset_validation_split .* row 2 cannot be read: OSError: conn"):
         next(documents)
     assert json.dumps(source.identity)

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from stacey_dist.data import Document, Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.conversion import TRICKY_TEXTS
-from stacey_dist.data.tokenizer import _NativeTokenizer
 from stacey_dist.errors import SettingsError
 
 VOCABULARY = 4096
@@ -40,7 +39,7 @@ def test_ids_equal_sentencepiece(trained: tuple[Tokenizer, Path], texts: list[st
     tokenizer, model = trained
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     samples = [*TRICKY_TEXTS, *texts]
-    assert isinstance(tokenizer, _NativeTokenizer)
+    assert tokenizer.difference is None
     assert tokenizer.encode_batch(samples) == processor.encode(samples)
     assert tokenizer.vocab_size == len(processor) == VOCABULARY
     assert processor.encode("a  1\n", out_type=str) == ["a", "▁▁", "1", "<0x0A>"]
@@ -154,6 +153,143 @@ def test_pretrained(tmp_path: Path) -> None:
     auto = AutoTokenizer.from_pretrained(tmp_path / "b")
     assert auto(texts, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch(texts)
     assert load_pretrained(str(tmp_path / "b")).fingerprint == tokenizer.fingerprint
+
+
+def spelling(*tokens: str) -> list[str]:
+    return [
+        text.format(t) for t in tokens for text in ("{0}", "a {0} b", "a{0}b", "{0}{0}", " {0} ", "({0}).", "\n{0}")
+    ]
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """As BERT's, but for the splitting at punctuation: its model has the special tokens among its words."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    letters = "abcdefghijklmnopqrstuvwxyz[]SEPCLUNKD().,"
+    words = ["[UNK]", "[SEP]", "[CLS]", "[PAD]", *letters, *(f"##{letter}" for letter in letters)]
+    fast = Fast(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    fast.normalizer = normalizers.NFKC()
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.decoder = decoders.WordPiece()
+    fast.add_special_tokens(words[:4])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="[SEP]", cls_token="[CLS]", unk_token="[UNK]")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """As T5's: the model prefers its control pieces to everything else."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("ab", -3.0)]
+    pieces += [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz</>().,\n"]
+    fast = Fast(models.Unigram(pieces, unk_id=2))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def t5() -> Any:
+    """The class makes steps of its own, whatever tokenizer.json says."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("ab", -3.0)]
+    pieces += [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz</>().,"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def whole_words() -> PreTrainedTokenizerFast:
+    """As Llama 3's, which takes a word of its vocabulary without merging; the end token is an ordinary added one."""
+    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    fast = Fast(models.BPE(alphabet | {"<|end|>": 256, "<|pad|>": 257}, [], ignore_merges=True))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    fast.add_tokens([AddedToken("<|end|>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+SPECIAL = {
+    "word pieces": (word_piece, ["[SEP]", "[CLS]", "[PAD]"], "［SEP］"),
+    "unigram": (unigram, ["</s>", "<pad>"], None),
+    "T5": (t5, ["</s>", "<pad>"], None),
+    "whole words": (whole_words, ["<|end|>", "<|pad|>"], None),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_text_never_becomes_a_special_token(tmp_path: Path, kind: str) -> None:
+    make, special, compatible = SPECIAL[kind]
+    make().save_pretrained(tmp_path / "a")
+    tokenizer = load_pretrained(str(tmp_path / "a"))
+    reference = make()
+    unwanted = set(reference.convert_tokens_to_ids(special))
+    samples = spelling(*special, *([compatible] if compatible else []))
+    ids = tokenizer.encode_batch(samples)
+    assert not any(unwanted & set(each) for each in ids)
+    assert any(unwanted & set(each) for each in reference(samples)["input_ids"])  # these samples tell
+    plain = ["abc", "ab ab.", "a (b) c", ""]
+    assert tokenizer.encode_batch(plain) == reference(plain, add_special_tokens=False)["input_ids"]
+    tokenizer.save(tmp_path / "b")
+    assert not (tmp_path / "b" / "README.txt").exists()
+    auto = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert auto(samples, add_special_tokens=False)["input_ids"] == ids
+    assert auto.eos_token_id == tokenizer.end_token_id == reference.eos_token_id
+    again = load_pretrained(str(tmp_path / "b"))
+    assert again.encode_batch(samples) == ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["[SEP]", "[CL", "S]", "[", "SEP", "]", " ", "a", "\n", "［", "[PAD]", "[UNK]"]))
+)
+def test_no_mixture_of_text_becomes_a_special_token(pieces: list[str]) -> None:
+    pretrained = _cached(word_piece)
+    ids = pretrained.backend_tokenizer.encode("".join(pieces), add_special_tokens=False).ids
+    assert not {1, 2, 3} & set(ids)
+
+
+_made: dict[Any, Any] = {}
+
+
+def _cached(make: Any) -> Any:
+    from stacey_dist.data.special import read_literally
+
+    if make not in _made:
+        _made[make] = read_literally(make())
+    return _made[make]
+
+
+def test_trained_and_given_models_read_no_special_tokens(trained: tuple[Tokenizer, Path], tmp_path: Path) -> None:
+    tokenizer, model = trained
+    samples = spelling("</s>", "<s>", "<unk>", "<0x0A>")
+    for each in (tokenizer, load_sentencepiece(model)):
+        ids = each.encode_batch(samples)
+        assert not any({0, 1, 2} & set(i) for i in ids)
+        assert [each.decode(i) for i in ids] == samples
+    tokenizer.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(samples)["input_ids"] == ids
+
+
+def test_a_special_token_that_text_cannot_be_kept_from_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    fast = Fast(models.BPE({"a": 0, "b": 1, "$": 2}, []))
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="$").save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match=r"^tokenizer\.name: .* text that spells '\$' becomes that token"):
+        load_pretrained(str(tmp_path))
+
+
+def test_an_export_that_gives_other_ids_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_pretrained(str(byte_level(tmp_path / "a", eos_token="<|end|>")))
+    monkeypatch.setattr("stacey_dist.data.tokenizer._export_difference", lambda *_: "some text")
+    with pytest.warns(UserWarning, match="AutoTokenizer gives other ids for 'some text' than training saw"):
+        tokenizer.save(tmp_path / "b")
+    assert "not quite that of training" in (tmp_path / "b" / "README.txt").read_text()
 
 
 def test_pretrained_without_end_token(tmp_path: Path) -> None:

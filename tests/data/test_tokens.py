@@ -25,7 +25,7 @@ def write(directory: Path, parts: list[list[int]], dtype: str = "<u2") -> Path:
     index = {
         "format": 1,
         "dtype": dtype,
-        "vocab_size": 10,
+        "vocab_size": 60_001,
         "end_token_id": END,
         "tokenizer": "t",
         "splits": splits,

@@ -41,7 +41,7 @@ int main(int, char **arguments) {
         s.log_alpha_whole = -7.0f, s.log_alpha_fraction = 0.356f;
         std::vector<Memory> memory;
         std::vector<Tensors> tensors, ones;
-        std::vector<float> steps(3), single_steps;
+        std::vector<int64_t> steps(3), single_steps;
         std::vector<Memory> copies;
         int64_t sizes[3], total = 0;
         for (auto &size : sizes) total += size = draw(3) ? draw(300) : draw(3);
@@ -54,7 +54,7 @@ int main(int, char **arguments) {
             Memory *of = &memory[4 * i], *copy = &copies[4 * i];
             tensors.push_back({of[0].at(0), of[1].at(0), of[2].at(0), of[3].at(0), &steps[i], sizes[i]});
             for (int64_t k = 0; k < sizes[i]; k++) {
-                float *step = &single_steps[ones.size()];
+                int64_t *step = &single_steps[ones.size()];
                 ones.push_back({copy[0].at(k), copy[1].at(k), copy[2].at(k), copy[3].at(k), step, 1});
             }
         }

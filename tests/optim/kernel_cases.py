@@ -76,7 +76,7 @@ def copied(row):
 def make_row(count, weight, gradient, state, step=0.0):
     return Row(
         numbers(count, 1, 0.02).to(weight), numbers(count, 2, 1.0).to(gradient),
-        numbers(count, 3, 0.02).to(state), numbers(count, 4, 0.1).to(state), torch.tensor(step),
+        numbers(count, 3, 0.02).to(state), numbers(count, 4, 0.1).to(state), torch.tensor(int(step)),
     )  # fmt: skip
 
 

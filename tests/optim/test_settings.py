@@ -11,7 +11,10 @@ BAD = [
     (dict(lr=-1.0), r"lr=-1.0 .* finite number >= 0"),
     (dict(lr=math.nan), "lr=nan"),
     (dict(lr="fast"), "lr='fast' .* must be a number"),
-    (dict(lr=torch.ones(2)), "lr=.* one element"),
+    (dict(lr=10**400), r"lr=1000.*\.\.\. is not allowed; it must be a finite number >= 0"),
+    (dict(lr=10**5000), "lr=<an integer of thousands of digits>"),
+    (dict(eps=-(10**400)), "eps=-inf"),
+    (dict(lr=torch.ones(2)), "lr=.* Tensor lr must be 1-element"),
     (dict(p=1.9), "p=1.9 .* >= 2"),
     (dict(p=math.nan), "p=nan"),
     (dict(p="three"), "p='three'"),
@@ -37,6 +40,7 @@ BAD_STACEY = [
     (dict(rounding="up"), "rounding='up'"),
     (dict(seed=-1), "seed=-1"),
     (dict(seed=0.5), "seed=0.5"),
+    (dict(seed=True), "seed=True"),
 ]
 
 
@@ -69,3 +73,13 @@ def test_settings_as_json_and_yaml_write_them():
     assert group["betas"] == (0.9, 0.99)
     assert group["lr"] == 1e-3
     assert group["state_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_fused_on_meta_parameters_is_refused(fused):
+    params = [torch.nn.Parameter(torch.ones(2, device="meta"))]
+    if fused is None:
+        Stacey(params, fused=None)
+        return
+    with pytest.raises(RuntimeError, match="Stacey: fused=True, but no kernel is written for devices of type meta"):
+        Stacey(params, fused=True)

@@ -139,6 +139,25 @@ def test_every_scheduler_drives_it(name, lr):
     assert torch.equal(param, run(Stacey, theta, gradients, lrs)[0])
 
 
+@pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
+def test_cycle_momentum_changes_beta1_and_leaves_the_decay_of_m(name):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = Stacey([param], betas=(0.9, 0.97))
+    make = {
+        "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=3),
+        "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    }
+    scheduler = make[name](optimizer)
+    betas = []
+    for _ in range(6):
+        param.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+        betas.append(optimizer.param_groups[0]["betas"])
+    assert len({beta1 for beta1, _ in betas}) > 2
+    assert {beta2 for _, beta2 in betas} == {0.97}
+
+
 def test_reduce_lr_on_plateau():
     model = make_model()
     optimizer = Stacey(model.parameters(), lr=0.1)
@@ -172,7 +191,7 @@ def test_state_dict_keeps_dtypes_and_the_trajectory(param_dtype, state_dtype):
     other.load_state_dict(saved["model"])
     other_optimizer.load_state_dict(saved["optimizer"])
     assert all(s[k].dtype == state_dtype for s in other_optimizer.state.values() for k in ("z", "m"))
-    assert all(s["step"].dtype == torch.float32 for s in other_optimizer.state.values())
+    assert all(s["step"].dtype == torch.int64 for s in other_optimizer.state.values())
     assert_equal_runs((model, optimizer), (other, other_optimizer))
     train(model, optimizer, 5, seed=1)
     train(other, other_optimizer, 5, seed=1)

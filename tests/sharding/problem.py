@@ -13,8 +13,10 @@ LR = 0.02
 # Each group differs from the other in every way that an engine could lose.
 SECOND_GROUP = {"p": 4.0, "weight_decay": 0.1, "tau": 0.05, "alpha": 0.02, "state_dtype": "float32", "lr": 0.5 * LR}
 
+# Large enough for an error anywhere to show.
+SETTINGS = {"p": 2.8, "lr": LR, "tau": 0.02, "alpha": 1.0, "betas": (0.5, 0.7)}
 CASES = {
-    f"{variant}-{rounding}": (Stacey, {"variant": variant, "rounding": rounding, "p": 2.8, "lr": LR, "tau": 0.02})
+    f"{variant}-{rounding}": (Stacey, {"variant": variant, "rounding": rounding, **SETTINGS})
     for variant in ("p2", "pp", "2p")
     for rounding in ("stochastic", "nearest")
 } | {"lp_descent": (LpDescent, {"p": 2.8, "lr": LR})}

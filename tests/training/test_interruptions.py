@@ -220,3 +220,30 @@ def wait_until_stopped(pid):
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.005)
     return pid
+
+
+@pytest.mark.parametrize(("limit", "message"), [("FSIZE", "File too large"), ("NOFILE", "Too many open files")])
+def test_a_run_outlives_a_limit_of_the_process_for_a_while(config, tmp_path, limit, message):
+    run = tmp_path / "run"
+    arguments = ("--config", config, "--run_dir", run, "--checkpoint.asynchronous", "false")
+    # Under it for the checkpoints after updates 4 and 6; the next one has to succeed.
+    output, status = Forked(*arguments, program="tests/training/limited.py", LIMIT=f"{limit} 4 7").wait()
+    assert status == 0, output
+    assert output.count("a checkpoint failed, training goes on: ") == 2, output
+    assert message in output
+    assert step_of(find_checkpoints(run / "checkpoints")[0]) == STEPS
+    verify(last(run))
+    assert [row["step"] for row in training_rows(run)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("limit", "message"), [("FSIZE", "File too large"), ("NOFILE", "Too many open files")])
+def test_a_limit_that_stays_ends_the_run_with_one_line(config, tmp_path, limit, message):
+    run = tmp_path / "run"
+    arguments = ("--config", config, "--run_dir", run)
+    output, status = Forked(*arguments, program="tests/training/limited.py", LIMIT=f"{limit} 3 99").wait()
+    assert status == 2, output
+    assert "train_llm.py: error: run_dir: the checkpoint after update" in output
+    assert message in output
+    assert "Traceback" not in output
+    # Without a free file the hidden directory of a failed save cannot be deleted; the next start does that.
+    assert [step_of(path) for path in find_checkpoints(run / "checkpoints")] == [2]

@@ -27,7 +27,7 @@ def train(run_dir, *arguments):
 @pytest.mark.exhaustive  # the launcher's quickstart, in test_images.py, is the default
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_digits_are_learned(tmp_path, name):
-    # 141 updates. Guessing: 0.10.
+    # 157 updates. Guessing: 0.10; measured: p2 .945, pp .938.
     assert train(tmp_path / "run", *OPTIMIZERS[name].split(), "--train.epochs", 2, "--model.width", 8) > 0.7
 
 

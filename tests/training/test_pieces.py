@@ -1,6 +1,7 @@
 """The loop's parts by themselves: samples, schedule, groups, metrics, signals."""
 
 import errno
+import functools
 import io
 import math
 import signal
@@ -13,12 +14,14 @@ import torch
 import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.errors import SettingsError
 from stacey_dist.training import llm, metrics, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
+from stacey_dist.training.rows import read_rows
 from stacey_dist.training.run import separate_runs_of_a_sweep, user_errors
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
 from tests.sharding.processes import spawn
@@ -166,7 +169,46 @@ def test_peak_flops_and_durations():
 def test_rows_survive_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert metrics.read_rows(path) == [{"step": 1, "loss": 2.0}]
+    assert read_rows(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_lines_that_hold_no_row_are_named_and_the_others_kept(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    bad = [
+        b"garbage",
+        b"{}",
+        b"[1, 2]",
+        b"7",
+        b'"step"',
+        b"null",
+        b"[" * 100_000,
+        b'{"step": ' * 5_000,
+        b'{"step": "3"}',
+        b'{"step": true}',
+        b'{"step": 1.5}',
+        b'{"step": -1}',
+        b'{"step": null}',
+        b'{"step": ' + b"9" * 5_000 + b"}",
+        b'{"step": 2, "loss": \xff}',
+        b"\x00" * 50,
+        b'{"step": 3, "lo',
+    ]
+    good = [b'{"step": 1, "loss": 0.1}', b'{"step": 2, "loss": 1e-07}', b'{"step": 2, "eval_loss": 3.0}']
+    later = b'{"step": 3, "loss": 0.5}'
+    path.write_bytes(b"\n".join([good[0], *bad[:9], b"", good[1], *bad[9:], good[2], later]) + b"\n")
+    say = functools.partial(print, flush=True)
+    run = SimpleNamespace(say=say, directory=tmp_path)
+    written = SimpleNamespace(path=path, say=say, run=run)
+    metrics.Metrics._drop_later_rows(written, Progress(step=2, evaluated_step=2))
+    assert path.read_bytes() == b"".join(line + b"\n" for line in good)
+    warning = f"warning: {path}: dropped {len(bad)} of its lines, which hold no row: line 2, 3, 4, ..."
+    assert warning in capsys.readouterr().out
+    metrics.Metrics._drop_later_rows(written, Progress(step=2, evaluated_step=2))
+    assert capsys.readouterr().out == ""
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SettingsError, match="is no regular file"):
+        metrics.Metrics._drop_later_rows(written, Progress())
 
 
 def test_flops_per_token_of_the_papers_model():

@@ -1,6 +1,8 @@
 """`stacey-dist prepare`: what a run then finds."""
 
+import json
 import re
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from stacey_dist.cli import main
 from stacey_dist.training import llm
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
-from tests.training.helpers import write_config
+from tests.training.helpers import launch, write_config
 
 
 def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
@@ -19,7 +21,7 @@ def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
     assert main(["prepare", "--config", str(config)]) == 0
     directory, *_ = capsys.readouterr().out.splitlines()[-1].partition(": ")
     monkeypatch.setattr(llm, "train_sentencepiece", None)  # nothing is made again
-    monkeypatch.setattr(sys.modules["stacey_dist.data.prepare"], "_Preparation", None)
+    monkeypatch.setattr(sys.modules["stacey_dist.data.prepare"], "Preparation", None)
     found, _ = llm.tokenize(parse(LLMConfig, ["--config", str(config)]))
     assert str(found) == directory
 
@@ -38,6 +40,77 @@ def test_runs_that_start_together_train_one_tokenizer(tmp_path, monkeypatch):
         found = list(pool.map(llm.tokenize, [config] * 3))
     assert len(trained) == 1
     assert len({tokenizer.fingerprint for _, tokenizer in found}) == 1
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_tokens_stop_the_run_and_the_next_start_makes_them_anew(tmp_path, processes):
+    config = write_config(tmp_path, train={"max_steps": 2, "eval_every_steps": 2}, schedule={"warmup_steps": 1})
+    arguments = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
+    assert main(["prepare", *arguments]) == 0
+    (part,) = tmp_path.glob("cache/*/train-00000.bin")
+    content = part.read_bytes()
+    flip(part)
+    output = launch(*arguments, processes=processes, expect=2)
+    assert output.count(f"train_llm.py: error: {part} has another content than was written") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    output = launch(*arguments, processes=processes)
+    assert output.count(f"{part} is missing: it is made anew") == 1
+    assert part.read_bytes() == content
+
+
+def test_prepare_makes_damaged_tokens_anew(tmp_path, capsys):
+    arguments = ["prepare", "--config", str(write_config(tmp_path))]
+    assert main(arguments) == 0
+    (part,) = tmp_path.glob("cache/*/validation-00000.bin")
+    content = part.read_bytes()
+    flip(part)
+    assert main(arguments) == 0
+    assert f"{part} has another content than was written: it is made anew" in capsys.readouterr().err
+    assert part.read_bytes() == content
+
+
+def test_bad_records_are_one_line_or_are_skipped(tmp_path, capsys):
+    file = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": f"document {i} of words"}) for i in range(200)]
+    rows[150] = '{"text": "x", "id": ' + "7" * 5000 + "}"
+    file.write_text("\n".join(rows))
+    arguments = ["prepare", "--data.files", str(file), "--data.cache_dir", str(tmp_path / "cache")]
+    arguments += ["--tokenizer.vocab_size", "290"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"stacey-dist prepare: error: {file}, line 151: not one JSON object a line (Exceeds")
+    assert main([*arguments, "--data.on_bad_record", "skip"]) == 0
+    captured = capsys.readouterr()
+    assert f"data.on_bad_record skip: 1 bad records were left out; {file}, line 151: " in captured.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "x::y", "with space"])
+def test_a_run_in_a_folder_that_looks_like_a_pattern(tmp_path, name):
+    """All paths of it, beside a folder that the pattern would match; then it goes on from its checkpoint."""
+    decoy = tmp_path / {"run[1]": "run1", "a*b": "aXb", "x::y": "x", "with space": "with"}[name]
+    config = write_config(tmp_path, train={"max_steps": 2, "eval_every_steps": 2}, schedule={"warmup_steps": 1})
+    for folder in (tmp_path / name, decoy):
+        folder.mkdir()
+        shutil.copy(tmp_path / "text.txt", folder)
+    with open(decoy / "text.txt", "a") as file:
+        file.write("decoy " * 3000)
+    paths = [f"--data.files={tmp_path / name}/*.txt", f"--data.cache_dir={tmp_path / name}/cache"]
+    launch("--config", str(config), *paths, "--run_dir", str(tmp_path / name / "run"))
+    assert sorted(path.name for path in decoy.iterdir()) == ["text.txt"]
+    (index,) = (tmp_path / name / "cache").rglob("index.json")
+    assert json.loads(index.read_text())["source"]["files"][0]["path"] == str(tmp_path / name / "text.txt")
+    checkpoint = tmp_path / name / "run" / "checkpoints" / "step_00000002"
+    branch = [f"--checkpoint.resume_from={checkpoint}", "--train.max_steps=3", f"--run_dir={tmp_path / name / 'more'}"]
+    output = launch("--config", str(config), *paths, *branch)
+    assert f"resumed from {checkpoint} after 2 updates" in output
 
 
 def test_without_a_cache_it_is_in_the_directory_of_the_run(tmp_path, capsys):

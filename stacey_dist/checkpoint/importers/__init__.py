@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters
-from stacey_dist.checkpoint.shard import Range
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters, one_line
+from stacey_dist.checkpoint.shard import DTYPES, Range
 from stacey_dist.checkpoint.snapshot import dtype_name
 from stacey_dist.checkpoint.write import write
+
+_LARGEST_STEP = 2**63 - 1
 
 __all__ = ["ForeignCheckpointError", "import_checkpoint"]
 
@@ -45,10 +47,14 @@ def import_checkpoint(
         found = (deepspeed if deepspeed.made(source) else accelerate).read(source, parameters)
         tensors = _tensors(source, found, parameters)
         step = max(int(state["step"]) for state in found.states.values() if "step" in state)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not 0 <= step <= _LARGEST_STEP:
+            raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
+    except (ForeignCheckpointError, OSError):
+        raise
+    except Exception as error:
         # Pickles may hold anything: what does not look as its name promises shows at the first look that fails.
         raise ForeignCheckpointError(
-            f"{source}: its files do not fit together, or are not what they are named ({type(error).__name__}: {error})"
+            f"{source}: its files do not fit together, or are not what they are named ({one_line(error)})"
         ) from error
     ranges = {name: Range(0, tensor.contiguous().reshape(-1)) for name, tensor in tensors.items()}
     contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
@@ -63,9 +69,18 @@ def _tensors(source: Path, found: Imported, parameters: Sequence[Sequence[str]] 
     if not any("step" in state for state in found.states.values()):
         raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")
     tensors = {f"model/{name}": tensor for name, tensor in found.weights.items()}
+    states = [tensor for state in found.states.values() for tensor in state.values()]
+    for tensor in [*tensors.values(), *states]:
+        if tensor.dtype not in DTYPES:
+            raise ForeignCheckpointError(f"{source}: tensors of {tensor.dtype} can't be saved")
+    # Files may name one tensor many times, and what follows makes copies.
+    size = sum(tensor.nbytes for tensor in [*tensors.values(), *states] if tensor.dim())
+    if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
+        raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
     for name, state in found.states.items():
         if name not in found.weights:
             raise ForeignCheckpointError(f"{source}: there is state of {name}, but no such weight")
         # Copies, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
+        state = state | ({"step": state["step"].reshape(())} if "step" in state else {})
         tensors |= {f"optimizer/{name}/{key}": value.clone() for key, value in state.items()}
     return tensors

@@ -1,27 +1,26 @@
 """What `Accelerator.save_state` makes on one process, DDP and FSDP2."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
+from stacey_dist.checkpoint.importers.distributed import read_tensors
 from stacey_dist.checkpoint.importers.foreign import (
     ForeignCheckpointError,
     Imported,
-    MetadataUnpickler,
     check_parameters,
     load,
+    one_line,
 )
+from stacey_dist.files import check_regular
 from stacey_dist.sharding.fragment import canonical_name
+
+T = TypeVar("T")
 
 
 def read(source: Path, parameters: Sequence[Sequence[str]] | None) -> Imported:
@@ -61,8 +60,7 @@ def _named(
     parameters: Sequence[Sequence[str]] | None,
 ) -> Imported:
     """Without what wrappers add to names, and with a tied parameter under its first name alone."""
-    weights = {canonical_name(name): tensor for name, tensor in weights.items()}
-    states = {canonical_name(name): state for name, state in states.items()}
+    weights, states = (_renamed(found, canonical_name) for found in (weights, states))
     for names in parameters or []:
         for alias in names[1:]:
             weights.pop(alias, None)
@@ -80,9 +78,10 @@ def _weights(source: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(source.glob("model*.safetensors")):
         try:
+            check_regular(file)
             weights |= load_file(file)
-        except SafetensorError as error:
-            raise ForeignCheckpointError(f"{file}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise ForeignCheckpointError(f"{file}: {one_line(error)}") from error
     if weights:
         return weights
     files = sorted(source.glob("pytorch_model*.bin"))
@@ -134,8 +133,16 @@ def _assigned(
     return states
 
 
+def _renamed(values: dict[str, T], rename: Callable[[str], str]) -> dict[str, T]:
+    """By other names. Raises ForeignCheckpointError where two have one name then."""
+    renamed = {rename(name): value for name, value in values.items()}
+    if len(renamed) != len(values):
+        raise ForeignCheckpointError(f"two of its tensors would have one name: {', '.join(sorted(values)[:6])}, ...")
+    return renamed
+
+
 def _stripped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return _renamed(tensors, lambda name: name.removeprefix(prefix))
 
 
 def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -147,31 +154,10 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return states
 
 
-class _Reader(FileSystemReader):
-    """torch's reader, but for the unpickling of what describes the files."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as opened:
-            metadata: Metadata = MetadataUnpickler(opened).load()
-        return metadata
-
-
 def _distributed(directory: Path) -> dict[str, Tensor]:
-    """The tensors that torch.distributed.checkpoint saved, as wholes."""
-    reader = _Reader(str(directory))
+    """The tensors that torch.distributed.checkpoint saved, as wholes. Raises ForeignCheckpointError."""
     try:
-        kinds = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(kind.size, dtype=kind.properties.dtype)
-            for name, kind in kinds.items()
-            if isinstance(kind, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():  # this process means to work by itself
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load_distributed(dict(tensors), storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as raised:  # of many kinds, for files cut short, altered or missing
-        error: Any = raised
-        if isinstance(raised, CheckpointException):
-            ((error, _),) = raised.failures.values()
-        raise ForeignCheckpointError(f"{directory}: {type(error).__name__}: {error}") from error
-    return tensors
+        return read_tensors(directory)
+    except Exception as error:  # of many kinds, for files cut short, altered or missing
+        named = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        raise ForeignCheckpointError(f"{directory}: {one_line(error)}{named}") from error

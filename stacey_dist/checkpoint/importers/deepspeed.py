@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, load
+from stacey_dist.checkpoint.schema import is_count
+from stacey_dist.files import open_regular
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
@@ -26,7 +28,11 @@ def _tag(source: Path) -> Path | None:
     candidates = [source]
     latest = source / "latest"
     if latest.is_file():
-        candidates.append(source / latest.read_text().strip())
+        with open_regular(latest) as opened:
+            tag = opened.read(1000).decode().strip()
+        if "/" in tag or "\0" in tag or tag == "..":
+            raise ForeignCheckpointError(f"{latest}: {tag!a} is not the name of a directory beside it")
+        candidates.append(source / tag)
     return next((path for path in candidates if any(path.glob("*zero_pp_rank_*_optim_states.pt"))), None)
 
 
@@ -40,16 +46,18 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
         if match is None or int(match[2]) != 0:
             raise ForeignCheckpointError(f"{file}: model-parallel checkpoints are not read")
         files[int(match[1])] = file
-    states = [load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
+    states = [_load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
     counts = states[0]["partition_count"]
     world_size = max(counts) if isinstance(counts, list) else int(counts)
-    if sorted(files) != list(range(world_size)):
+    if len(files) != world_size or sorted(files) != list(range(world_size)):
         raise ForeignCheckpointError(f"{directory}: there are files of ranks {sorted(files)} out of {world_size}")
     stage_3 = "fp32_flat_groups" in states[0]
     described = _model_states(directory, world_size if stage_3 else 1)
     weights: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor]] = {}
     shapes = described[0]["param_shapes"]
+    if not all(is_count(n) for group in shapes for shape in group.values() for n in shape):
+        raise ForeignCheckpointError(f"{directory}: param_shapes has what is no shape")
     if stage_3:
         groups = _groups_3(states, directory)
         _split_3(groups, {name: shape for group in shapes for name, shape in group.items()}, weights, found)
@@ -61,10 +69,18 @@ def read(source: Path, parameters: Sequence[Sequence[str]] | None = None) -> Imp
     return Imported(f"DeepSpeed ZeRO-{3 if stage_3 else '1 or 2'} on {world_size}", weights, found)
 
 
+def _load(file: Path) -> dict[str, Any]:
+    """What a file holds, if that is a dictionary. Raises ForeignCheckpointError."""
+    content = load(file)
+    if not isinstance(content, dict):
+        raise ForeignCheckpointError(f"{file}: it holds a {type(content).__name__} where a dictionary belongs")
+    return content
+
+
 def _model_states(directory: Path, count: int) -> list[dict[str, Any]]:
     """What describes the model, by rank: ZeRO-3 has one for each, the others one for all."""
     if count == 1 and (directory / "mp_rank_00_model_states.pt").exists():
-        return [load(directory / "mp_rank_00_model_states.pt")]
+        return [_load(directory / "mp_rank_00_model_states.pt")]
     prefixes = ("zero_pp_rank", "bf16_zero_pp_rank")
     names = [[f"{prefix}_{rank}_mp_rank_00_model_states.pt" for prefix in prefixes] for rank in range(count)]
     described = []
@@ -72,7 +88,7 @@ def _model_states(directory: Path, count: int) -> list[dict[str, Any]]:
         file = next((directory / name for name in either if (directory / name).exists()), None)
         if file is None:
             raise ForeignCheckpointError(f"{directory / either[0]} is missing")
-        described.append(load(file))
+        described.append(_load(file))
     return described
 
 
@@ -121,7 +137,7 @@ def _tensors(state: dict[str, Any], directory: Path) -> dict[str, Tensor]:
     tensors = {key: torch.as_tensor(value) for key, value in state.items()}
     if "step" not in tensors:
         raise ForeignCheckpointError(f"{directory}: the optimizer's state has no step, but {sorted(tensors)}")
-    tensors["step"] = tensors["step"].to(torch.float32).reshape(())
+    tensors["step"] = tensors["step"].reshape(())
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Images for training: folders, parquet, CIFAR, embedded digits; decoding, random crops, caches, batches.
+"""Images for training: folders, parquet, CIFAR, drawn digits; decoding, random crops, caches, batches.
 
 Importing this package loads torch, and not transformers.
 """
@@ -13,6 +13,7 @@ from stacey_dist.data.images.folder import FolderImages, folder_images
 from stacey_dist.data.images.image_set import ArrayImages, ImageSet
 from stacey_dist.data.images.loader import ImageBatch, ImageLoader, evaluation_batches
 from stacey_dist.data.images.open import open_images
+from stacey_dist.data.images.workers import check_shared_memory
 from stacey_dist.data.tokens import IGNORED_LABEL
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ImageSet",
     "Transform",
     "cached",
+    "check_shared_memory",
     "cifar_images",
     "decode",
     "embedded_images",

@@ -1,5 +1,7 @@
 """Images in parquet files as the Hugging Face Hub keeps them, or from the Hub: memory-mapped Arrow."""
 
+import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.images.decode import BrokenImageError
+from stacey_dist.data.images.files import read_file
 from stacey_dist.data.images.image_set import identity_of, sampled
+from stacey_dist.data.images.parquet import load_parquet, parquet_features
 from stacey_dist.errors import SettingsError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -71,7 +75,7 @@ class ArrowImages:
         path = self._paths[chunk][row].as_py() if self._paths else None
         if path is None:
             raise BrokenImageError("neither bytes nor a path")
-        return Path(path).read_bytes()
+        return read_file(path)
 
     def _read_or_empty(self, i: int) -> bytes:
         try:
@@ -113,7 +117,7 @@ def parquet_images(
     """Return (train, validation) of local parquet files, converted once to Arrow in ``cache_dir``.
 
     Args:
-        train: paths or glob patterns.
+        train: paths, taken literally.
         validation: the same.
         image_column: None for the one that the files declare as images, or one called image or img.
         label_column: None for label or fine_label, or the only one that the files declare as class labels.
@@ -122,12 +126,18 @@ def parquet_images(
     Raises:
         SettingsError: files that cannot be read, no such columns, labels that are none.
     """
-    # One name a split: with two `datasets` would compare their number of rows with what the files claim of all.
-    loaded = [
-        _load("parquet", split="train", data_files={"train": list(files)}, cache_dir=cache_dir)
-        for files in (train, validation)
-    ]
-    return _image_sets(loaded, ("data.path: train", "data.path: validation"), image_column, label_column)
+    import datasets
+
+    directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
+    places = ("data.path: train", "data.path: validation")
+    loaded = []
+    for files, place in zip((train, validation), places, strict=True):
+        # Absolute: pyarrow takes a leading ~ for the home directory, and file: for the beginning of an address.
+        paths = [Path(file).absolute() for file in files]
+        features = parquet_features(paths[0])
+        columns = [_image_column(features, image_column, place), _label_column(features, label_column, place)]
+        loaded.append(load_parquet(paths, columns, features, directory))
+    return _image_sets(loaded, places, image_column, label_column)
 
 
 def hub_images(
@@ -153,22 +163,31 @@ def hub_images(
     Raises:
         SettingsError: the dataset cannot be loaded, it has no such columns, labels that are none.
     """
-    loaded = [_load(dataset, name=config, split=name, cache_dir=cache_dir) for name in (split, validation_split)]
+    loaded = [_load(dataset, config, name, cache_dir) for name in (split, validation_split)]
     places = (f"data.dataset: {dataset}, split {split}", f"data.dataset: {dataset}, split {validation_split}")
     return _image_sets(loaded, places, image_column, label_column)
 
 
-def _load(path: str, **options: Any) -> Any:
+def _load(dataset: str, config: str | None, split: str, cache_dir: str | None) -> Any:
     import datasets
 
+    # Where a folder of such a name is, `datasets` would read it, and take its name for a pattern.
+    if re.fullmatch(r"[\w./\\ -]+", dataset) is None:
+        raise SettingsError(f"data.dataset: {dataset!r} is no name of a data set; data.path names a directory")
+    # fsspec, through which `datasets` writes, takes this for a chain of file systems.
+    if cache_dir is not None and "::" in os.path.abspath(cache_dir):
+        raise SettingsError(f"data.cache_dir: {os.path.abspath(cache_dir)} must not hold '::' for data.dataset")
     # Every loader and file system behind `datasets` has its own exceptions: all of them mean that it cannot be read.
     try:
-        return datasets.load_dataset(path, **options)
+        # Absolute, for a leading ~ is taken for the home directory.
+        cache = None if cache_dir is None else os.path.abspath(cache_dir)
+        return datasets.load_dataset(dataset, name=config, split=split, cache_dir=cache)
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip().splitlines() or [""])[0]
-        setting = "data.path" if path == "parquet" else f"data.dataset: {path}, split {options['split']}"
-        raise SettingsError(f"{setting}: cannot be loaded: {type(cause).__name__}: {reason}") from error
+        raise SettingsError(
+            f"data.dataset: {dataset}, split {split}: cannot be loaded: {type(cause).__name__}: {reason}"
+        ) from error
 
 
 def _image_sets(

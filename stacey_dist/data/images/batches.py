@@ -1,18 +1,13 @@
 """What worker processes do: decode and crop the images of a batch."""
 
-import atexit
-import signal
-from collections.abc import Callable
-from multiprocessing import util
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from stacey_dist.data.images.augment import Transform
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet
+from stacey_dist.data.images.workers import MORE_SHARED_MEMORY
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.tokens import IGNORED_LABEL
 from stacey_dist.errors import SettingsError
@@ -35,6 +30,8 @@ class TrainingBatches(Dataset):
         size = self.transform.size
         pixels = torch.empty((count, size, size, 3), dtype=torch.uint8)
         labels = torch.empty(count, dtype=torch.int64)
+        if (full := _share(pixels, labels)) is not None:
+            return full
         broken: list[tuple[int, str]] = []
         rows = pixels.numpy()
         for row, sample in enumerate(self.sampler.samples(first, count).tolist()):
@@ -71,6 +68,8 @@ class EvaluationBatches(Dataset):
         size = self.transform.size
         pixels = torch.zeros((count, size, size, 3), dtype=torch.uint8)
         labels = torch.full((count,), IGNORED_LABEL)
+        if (full := _share(pixels, labels)) is not None:
+            return full
         broken: list[tuple[int, str]] = []
         rows = pixels.numpy()
         for row in range(count):
@@ -91,76 +90,18 @@ def _gone(images: ImageSet, i: int, error: OSError) -> SettingsError:
     return SettingsError(f"data: {images.name(i)} can no longer be read: {error}")
 
 
-def data_loader(dataset: Dataset, places: Any, workers: int, prefetch: int, pin_memory: bool) -> DataLoader:
-    """Return a loader whose workers run ahead through ``dataset[place]`` in the order of ``places``.
+def _share(*tensors: Tensor) -> SettingsError | None:
+    """Put what a worker is about to fill where the training process can map it; returns what is wrong if it cannot.
 
-    Raises:
-        SettingsError: workers or prefetch is out of range.
+    Torch would do so when the batch is sent, in a thread whose error nobody hears of.
     """
-    if workers < 0:
-        raise SettingsError(f"data.workers must be at least 0, got {workers}")
-    if prefetch < 1:
-        raise SettingsError(f"data.prefetch must be at least 1, got {prefetch}")
-    return DataLoader(
-        dataset,
-        sampler=places,
-        batch_size=None,  # a place is a whole batch
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
-        # Not a fork server, Python's default from 3.14 on: it ends by the SIGTERM that a scheduler sends to everyone,
-        # and the workers with it. They share the index of the images, too.
-        multiprocessing_context="fork" if workers else None,
-        # Its own: workers' seeds would be drawn from the training process's generator.
-        generator=torch.Generator(),
-    )
-
-
-def start(loader: DataLoader) -> Any:
-    """Return an iterator over a loader, whose workers no signal meets before they ignore it."""
-    # Workers inherit what is blocked; what comes meanwhile reaches this process afterwards.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    if get_worker_info() is None:
+        return None
     try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ending(batches: Any, owner: object = None) -> Callable[[], None]:
-    """Return what ends the workers of a running iterator over a loader, if it has any.
-
-    It is called by itself when ``owner`` is forgotten, and at the latest when this process ends: multiprocessing would
-    then send the signal that they ignore, and wait for them for ever.
-    """
-    # Before the queues by which workers are told to end: those close at 10.
-    finalizer = util.Finalize(owner, _shut_down, (batches,), exitpriority=100)
-    # At the end of a program torch may give up its workers before multiprocessing calls its finalizers: this comes
-    # before both. In a child of multiprocessing there are the finalizers only.
-    atexit.register(finalizer)
-
-    def end() -> None:
-        atexit.unregister(finalizer)
-        finalizer()
-
-    return end
-
-
-def _shut_down(batches: Any) -> None:
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Let the training process finish its step and save: a scheduler, or Ctrl-C, signals all processes at once.
-
-    A worker ends when it is told to, or within seconds of its parent, which torch's loop in it looks for.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in tensors) / 1e6
+        reason = str(error).splitlines()[0]
+        return SettingsError(f"data.workers: no room for a batch of {size:.1f} MB ({reason}); {MORE_SHARED_MEMORY}")
+    return None

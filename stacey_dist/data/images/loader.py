@@ -8,16 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
-from stacey_dist.data.images.batches import (
-    EvaluationBatches,
-    TrainingBatches,
-    data_loader,
-    ending,
-    start,
-)
+from stacey_dist.data.images.batches import EvaluationBatches, TrainingBatches
 from stacey_dist.data.images.image_set import ImageSet
+from stacey_dist.data.images.workers import Workers
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
+
+TIMEOUT_SECONDS = 300.0
+
+
+def never() -> bool:
+    """Return False: nobody tells this process to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class ImageLoader:
         workers: processes that prepare batches; 0 to prepare them when they are asked for.
         prefetch: batches that each worker prepares ahead.
         pin_memory: put batches into page-locked memory, for copies to a GPU beside its work.
+        timeout: seconds after which a batch that the workers do not give is an error.
+        stopping: whether this process was told to stop: then it does not wait for workers much longer.
 
     Raises:
         SettingsError: the batch cannot be shared out evenly, or a number is out of range.
@@ -71,6 +75,8 @@ class ImageLoader:
         workers: int,
         prefetch: int = 2,
         pin_memory: bool = False,
+        timeout: float = TIMEOUT_SECONDS,
+        stopping: Callable[[], bool] = never,
     ) -> None:
         if sampler.size != len(images):
             raise ValueError(f"the sampler is of {sampler.size} samples and there are {len(images)} images")
@@ -90,11 +96,15 @@ class ImageLoader:
             (at, min(micro_batch_size, first + share - at)) for at in range(first, first + share, micro_batch_size)
         ]
         self._schedule = _Schedule(global_batch_size, self._parts)
-        self._loader = data_loader(
-            TrainingBatches(images, transform, sampler, seed), self._schedule, workers, prefetch, pin_memory
+        self._workers = Workers(
+            TrainingBatches(images, transform, sampler, seed),
+            self._schedule,
+            workers=workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            stopping=stopping,
         )
-        self._batches: Iterator[Any] = iter(())
-        self._end: Callable[[], None] | None = None
         # The update whose first batch comes next; None where that is not known.
         self._coming: int | None = None
         self._broken: set[int] = set()
@@ -110,16 +120,16 @@ class ImageLoader:
         The batches that follow are prepared meanwhile. Another position than the next begins anew there.
 
         Raises:
-            SettingsError: 1000 images in a row, or all, are broken; or a file has gone.
+            SettingsError: 1000 images in a row, or all, are broken; a file has gone; a worker died, or none gave a
+                batch in time.
+            StoppedWaitingError: none did after this process was told to stop.
         """
         if position != self._coming:
             self._coming = None
             self._schedule.start = position
-            self._batches = start(self._loader)  # the same workers, if there are any
-            if self._end is None:
-                self._end = ending(self._batches, self)
+            self._workers.start()
         for number in range(len(self._parts)):
-            batch = _batch(next(self._batches), self._images, self._broken)
+            batch = _batch(self._workers.next(), self._images, self._broken)
             last = number == len(self._parts) - 1
             self._coming = position + self._global_batch_size if last else None
             yield batch
@@ -127,11 +137,7 @@ class ImageLoader:
     def close(self) -> None:
         """End the workers. The loader can be used again, which starts others."""
         self._coming = None
-        self._batches = iter(())
-        self._loader._iterator = None
-        if self._end is not None:
-            self._end()
-            self._end = None
+        self._workers.close()
 
 
 def evaluation_batches(
@@ -144,6 +150,8 @@ def evaluation_batches(
     workers: int,
     prefetch: int = 2,
     pin_memory: bool = False,
+    timeout: float = TIMEOUT_SECONDS,
+    stopping: Callable[[], bool] = never,
     broken: set[int] | None = None,
 ) -> Iterator[ImageBatch]:
     """Yield this process's part of all images: those at process_index, process_index + num_processes, and so on.
@@ -160,23 +168,33 @@ def evaluation_batches(
         workers: processes that prepare batches; 0 for none. They end with the iterator.
         prefetch: batches that each worker prepares ahead.
         pin_memory: put batches into page-locked memory.
+        timeout: see `ImageLoader`.
+        stopping: see `ImageLoader`.
         broken: the numbers of broken images that were named before, to which those named now are added.
 
     Raises:
-        SettingsError: a file has gone.
+        SettingsError: a file has gone; a worker died, or none gave a batch in time.
+        StoppedWaitingError: none did after this process was told to stop.
     """
     places = -(-len(images) // num_processes)
     schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]
     task = EvaluationBatches(images, transform, process_index, num_processes)
-    loader = data_loader(task, schedule, workers, prefetch, pin_memory)
-    batches = start(loader)
-    end = ending(batches)
+    batches = Workers(
+        task,
+        schedule,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        timeout=timeout,
+        stopping=stopping,
+    )
     named = set() if broken is None else broken
     try:
-        for answer in batches:
+        batches.start()
+        while (answer := batches.next()) is not None:
             yield _batch(answer, images, named)
     finally:
-        end()
+        batches.close()
 
 
 class _Schedule:

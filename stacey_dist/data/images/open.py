@@ -31,7 +31,7 @@ def open_images(
 
     Args:
         path: ``data.path``, a directory of images in one of three layouts: folders of classes, the Hub's parquet,
-            CIFAR's Python files. None for a dataset of the Hub, or the embedded digits where that is None too.
+            CIFAR's Python files. None for a dataset of the Hub, or drawn digits where that is None too.
         dataset: ``data.dataset``, the name of a dataset of the Hugging Face Hub.
         dataset_config: ``data.dataset_config``, its configuration; None for the only one.
         split: ``data.dataset_split``, to train on.
@@ -71,7 +71,7 @@ def _open(
 ) -> tuple[ImageSet, ImageSet]:
     if dataset is not None:
         return hub_images(dataset, dataset_config, split, validation_split, image_column, label_column, cache_dir)
-    directory = None if path is None else Path(path).expanduser()
+    directory = None if path is None else _directory(path)
     if directory is not None and (files := _parquet_files(directory)):
         return parquet_images(*files, image_column, label_column, cache_dir)
     for setting, value in (("data.image_column", image_column), ("data.label_column", label_column)):
@@ -88,6 +88,12 @@ def _open(
     raise SettingsError(f"data.path: {path} holds no images in a layout that can be read; looked for {_LOOKED_FOR}")
 
 
+def _directory(path: str) -> Path:
+    """Return the directory of that very name, else the one that a leading ~/ means in a shell."""
+    literal = Path(path)
+    return literal.expanduser() if path.startswith("~/") and not literal.exists() else literal
+
+
 def _parquet_files(directory: Path) -> tuple[list[str], list[str]] | None:
     """Return the files for training and validation, sorted; None where there are none of either.
 
@@ -96,7 +102,8 @@ def _parquet_files(directory: Path) -> tuple[list[str], list[str]] | None:
     """
     for place in (directory, directory / "data"):
         train, validation, test = (
-            sorted(str(file) for file in place.glob(f"{split}*.parquet")) for split in ("train", "val", "test")
+            sorted(str(file) for file in place.glob(f"{split}*.parquet") if file.is_file())
+            for split in ("train", "val", "test")
         )
         if train and not (validation or test):
             raise SettingsError(f"data.path: {place} has train*.parquet and neither val*.parquet nor test*.parquet")

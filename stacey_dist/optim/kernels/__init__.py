@@ -12,17 +12,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from stacey_dist.optim.memory import PLAIN_TYPES, is_readable
 from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES_OF_ROWS = frozenset(itertools.product(DTYPES, repeat=3))
-PLAIN_TYPES = (Tensor, Parameter)
 
 
 class Row(NamedTuple):
-    """What a kernel updates in place: one parameter's tensors, all of one shape, and its count of updates."""
+    """What a kernel updates in place: one parameter's tensors, all of one shape, and its count of updates (int64)."""
 
     weight: Tensor
     gradient: Tensor
@@ -44,6 +43,8 @@ class Call:
     """The step counts lie on the device, and so do `lr` and `found_inf`; the host must not wait for any of them."""
     lr: Tensor | None = None
     """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
+    lr_reference: float | None = None
+    """With `lr`: what `settings.alpha` and `settings.tau` follow it from, as in `following.py`."""
     found_inf: Tensor | None = None
     """If it is not 0 nothing is to change, for a kernel that is `capturable`."""
 
@@ -83,7 +84,7 @@ def kind(row: Row) -> tuple[torch.device, torch.dtype, torch.dtype, torch.dtype]
         raise ValueError(f"a parameter, its gradient, z and m must have one shape and device, and are {shapes}")
     found = (weight.device, weight.dtype, gradient.dtype, z.dtype)
     # In the order of how often it settles the matter: this is done for each parameter in each step.
-    alike = found[1:] in _DTYPES_OF_ROWS and type(weight) in PLAIN_TYPES
+    alike = found[1:] in _DTYPES_OF_ROWS and all(map(is_readable, row[:4]))
     if alike and weight.is_contiguous() and gradient.is_contiguous() and z.is_contiguous() and m.is_contiguous():
         return found
     return found if refusal(row[:4]) is None else None
@@ -96,6 +97,10 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
         if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
+        if not is_readable(tensor):
+            return (
+                f"the memory of a tensor of shape {tuple(tensor.shape)} is not its value (negative bit, or no memory)"
+            )
     if not all(tensor.is_contiguous() for tensor in tensors):
         # Any other dense order will do, channels_last for one, if it is the same for all.
         first = tensors[0]

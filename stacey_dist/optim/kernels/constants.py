@@ -3,7 +3,7 @@
 import math
 
 from stacey_dist.optim.power import split
-from stacey_dist.optim.rule import StaceySettings, log2_of_rate
+from stacey_dist.optim.rule import StaceySettings, log2_in_parts
 
 VARIANTS = ("p2", "pp", "2p")
 # |x|^0, |x|^(1/2), |x|^1, and |x|^exponent, as in power.power
@@ -28,7 +28,6 @@ def float_constants(s: StaceySettings) -> dict[str, float]:
     exponent = _exponent(s)
     inner = s.p - 1.0 if math.isfinite(s.p) else 1.0
     root = 1.0 / inner
-    log_alpha = log2_of_rate(s.alpha) if s.alpha > 0.0 else (0.0, 0.0)
     highs_and_lows = [split(value) for value in (exponent, inner, root)]
     values = (
         *(
@@ -43,7 +42,7 @@ def float_constants(s: StaceySettings) -> dict[str, float]:
             s.eps,
         ),
         *(*highs_and_lows[0], exponent, *highs_and_lows[1], inner, *highs_and_lows[2], root),
-        *log_alpha,
+        *(s.log2_alpha or log2_in_parts(s.alpha)),
     )
     return dict(zip(FLOATS, values, strict=True))
 

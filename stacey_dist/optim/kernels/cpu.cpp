@@ -62,7 +62,7 @@ struct Tensors {
     void *weight;
     const void *gradient;
     void *z, *m;
-    float *step;  // is counted up
+    int64_t *step;  // is counted up
     int64_t size;
 };
 
@@ -702,7 +702,7 @@ EXPORT void stacey_step(const Settings *settings, const Tensors *tensors, int64_
     const Settings &s = *settings;
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) {
-        *tensors[i].step += 1.0f;
+        *tensors[i].step += 1;
         total += tensors[i].size;
     }
     if (total <= ALONE) threads = 1;

@@ -4,7 +4,6 @@ import array
 import ctypes
 import functools
 import hashlib
-import importlib.machinery
 import platform
 import sys
 from collections.abc import Callable
@@ -80,7 +79,7 @@ def _find(name: str) -> Callable[..., Any]:
     # package is installed.
     here = Path(__file__).parent
     directories = [here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)]
-    files = [path / f"{name}{suffix}" for path in directories for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    files = [path / f"{name}.so" for path in directories]
     digest = hashlib.sha256((here / "cpu.cpp").read_bytes()).hexdigest()
     others = None
     for file in files:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
-from stacey_dist.optim.rule import HALF, StaceySettings
+from stacey_dist.optim.rule import HALF, StaceySettings, log2_in_parts
 
 try:
     import triton
@@ -243,7 +244,7 @@ def _store_upper(pointers, mask, bits):
 
 @triton.jit
 def stacey_step(
-    table, block_rows, block_numbers, lr_and_doubles, scale, found_inf,
+    table, block_rows, block_numbers, rates, scale, found_inf,
     primal_rate, pull, alpha, tau, beta1, beta1_rest, beta2, beta2_rest, eps,
     exponent_high, exponent_low, exponent, inner_high, inner_low, inner, root_high, root_low, root,
     log_alpha_whole, log_alpha_fraction,
@@ -261,16 +262,20 @@ def stacey_step(
     gradient = _pointers(tl.load(row + 1), index, GRADIENT_IS_NARROW, ALIGNED)
     z_pointers = _pointers(tl.load(row + 2), index, STATE_IS_NARROW, ALIGNED)
     m_pointers = _pointers(tl.load(row + 3), index, STATE_IS_NARROW, ALIGNED)
-    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
+    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.int64)))
     mask = index < tl.load(row + 5)
     if ALIGNED:
         mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
         mask = tl.where(tl.load(found_inf) == 0.0, mask, False)
     if LR_ON_DEVICE:  # (1 - tau) lr and tau + lr lambda, as Python works them out
-        lr = tl.load(lr_and_doubles)
-        primal_rate = (tl.load(lr_and_doubles + 1) * lr).to(tl.float32)
-        pull = (tl.load(lr_and_doubles + 2) + lr * tl.load(lr_and_doubles + 3)).to(tl.float32)
+        lr = tl.load(rates)
+        primal_rate = (tl.load(rates + 1) * lr).to(tl.float32)
+        pull = (tl.load(rates + 2) + lr * tl.load(rates + 3)).to(tl.float32)
+        tau = tl.load(rates + 2).to(tl.float32)
+        alpha = tl.load(rates + 4).to(tl.float32)
+        log_alpha_whole = tl.load(rates + 5).to(tl.float32)
+        log_alpha_fraction = tl.load(rates + 6).to(tl.float32)
     g = _load(gradient, mask, GRADIENT_IS_NARROW)
     if HAS_SCALE:
         g = g * tl.load(scale)
@@ -294,6 +299,8 @@ def stacey_step(
             z, c, c_whole, c_fraction, log_alpha_whole, log_alpha_fraction,
             inner_high, inner_low, inner, root_high, root_low, root,
         )  # fmt: skip
+        if LR_ON_DEVICE:  # alpha is 0 where it follows a learning rate of 0
+            z_new = tl.where(tl.load(rates + 4) == 0.0, z + c * 0.0, z_new)
 
     # primal step   eta s(c)    or, for (2,p),    eta c;    s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0
     if VARIANT == _TWO_P:
@@ -398,18 +405,18 @@ class TritonKernel:
         s, first = call.settings, rows[0]
         steps = [row.step for row in rows]
         if call.capturable:
-            applied: Any = 1.0 if call.found_inf is None else (1.0 - call.found_inf).reshape(())
+            applied: Any = 1 if call.found_inf is None else (call.found_inf == 0).reshape(()).to(torch.int64)
             torch._foreach_add_(steps, applied)
         else:
-            torch._foreach_add_(steps, 1.0)
+            torch._foreach_add_(steps, 1)
         tables = self._find_tables(rows, call)
         if not call.capturable:
             tables.steps.copy_(_pinned(torch.stack(steps), tables.steps.device), non_blocking=True)
         unused = tables.steps
-        lr = unused if call.lr is None else self._rates(call.lr, s, tables.rows.device)
+        rates = unused if call.lr is None else self._rates(call, tables.rows.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
         stacey_step[(len(tables.block_rows),)](
-            tables.rows, tables.block_rows, tables.block_numbers, lr, scale,
+            tables.rows, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
             **compile_time_values(
@@ -421,12 +428,20 @@ class TritonKernel:
         )  # fmt: skip
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
-    def _rates(self, lr: Tensor, s: StaceySettings, device: torch.device) -> Tensor:
-        """On the device, in float64: the learning rate, which must be there, 1 - tau, tau and lambda."""
-        host = _pinned(torch.tensor([1.0 - s.tau, s.tau, s.weight_decay], dtype=torch.float64, device="cpu"), device)
+    def _rates(self, call: Call, device: torch.device) -> Tensor:
+        """On the device, in float64: lr, which must be there, 1 - tau, tau, lambda, alpha and log2(alpha) in parts."""
+        s = call.settings
+        assert call.lr is not None
+        lr = call.lr.detach().reshape(1).float().double()
+        numbers = [1.0 - s.tau, s.tau, s.weight_decay, s.alpha, *log2_in_parts(s.alpha)]
+        host = _pinned(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device)
         if _is_capturing(device):
             self._captured.append(host)
-        return torch.cat([lr.detach().reshape(1).float().double(), host.to(device, non_blocking=True)])
+        rest = host.to(device, non_blocking=True)
+        if call.lr_reference is not None:
+            alpha, tau, *log2_alpha = follow(lr, call.lr_reference, s.alpha, s.tau, torch.float32).split(1)
+            rest = torch.cat([1.0 - tau, tau, rest[2:3], alpha, *log2_alpha])
+        return torch.cat([lr, rest])
 
     def _find_tables(self, rows: list[Row], call: Call) -> _Tables:
         device = rows[0].weight.device
@@ -449,12 +464,12 @@ class TritonKernel:
         return found
 
     def _make_tables(self, rows: list[Row], call: Call, key: list[Any], device: torch.device) -> _Tables:
-        steps = torch.empty(len(rows), dtype=torch.float32, device=device)
+        steps = torch.empty(len(rows), dtype=torch.int64, device=device)
         numbers = [key_base(call.seed, STATES), key_base(call.seed, WEIGHT)]
         block_rows: list[int] = []
         block_numbers: list[int] = []
         for i, (weight, gradient, z, m, step) in enumerate(rows):
-            at = step.data_ptr() if call.capturable else steps.data_ptr() + 4 * i
+            at = step.data_ptr() if call.capturable else steps.data_ptr() + 8 * i
             numbers += [weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), at, weight.numel()]
             blocks = range(-(-weight.numel() // BLOCK))
             block_numbers += blocks

@@ -157,7 +157,7 @@ def test_rows_without_bytes(tmp_path: Path) -> None:
 def test_damaged_parquet(tmp_path: Path) -> None:
     write(tmp_path / "val.parquet", rows(2))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(SettingsError, match=r"^data\.path: cannot be loaded: [^\n]+$"):
+    with pytest.raises(SettingsError, match=r"^data\.path: .*/train\.parquet cannot be read: ArrowInvalid: [^\n]+$"):
         open_images(str(tmp_path), cache_dir=str(tmp_path / "arrow"))
 
 

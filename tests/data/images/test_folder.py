@@ -11,6 +11,7 @@ import pytest
 
 from stacey_dist.data.images import (
     ArrayImages,
+    BrokenImageError,
     folder_images,
     open_images,
     read_pixels,
@@ -119,7 +120,7 @@ def empty(path: str) -> Any:
     [
         (remove("val/n02"), r"data\.path: .*/val has no folder for class 'n02'"),
         (remove("train/n01"), r"data\.path: .*/val has a folder 'n01', which is none of the training classes"),
-        (empty("train/n02"), r"data\.path: .*/train/n02 has no images; their names end in \.jpeg"),
+        (empty("train/n02"), r"data\.path: .*/train/n02 has no images; they are files whose names end in \.jpeg"),
         (empty("val/n01"), r"data\.path: .*/val/n01 has no images"),
         (remove("val"), r"data\.path: .* has train and none of val, validation, test beside it"),
         (lambda root: [shutil.rmtree(f) for f in (root / "train").iterdir()], r"train has no class folders"),
@@ -138,3 +139,57 @@ def test_file_that_goes_is_an_error_of_its_own(tmp_path: Path) -> None:
     os.unlink(train.name(0))
     with pytest.raises(FileNotFoundError, match="n01_0"):
         train.read(0)
+
+
+LEFT_OUT = "@eaDir", "__MACOSX", ".thumbnails", ".ipynb_checkpoints", "lost+found", "#recycle"
+
+
+def test_folders_that_are_no_classes_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_tree(tmp_path)
+    for name in LEFT_OUT:
+        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name / "a.jpg").write_bytes(encoded(picture()))
+    train, validation = open_images(str(tmp_path))
+    assert train.classes == validation.classes == ["n01", "n02"]
+    (line,) = capsys.readouterr().err.splitlines()  # none of validation, where there are no others
+    assert line == f"data: {tmp_path}/train: left out '#recycle' and 5 more: no class folder, or no image file"
+
+
+def test_what_is_no_image_file_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_tree(tmp_path)
+    expected = len(open_images(str(tmp_path))[0])
+    place = tmp_path / "train/n01"
+    (place / "folder.jpg").mkdir()
+    (place / "folder.jpg/inside.jpg").write_bytes(encoded(picture()))
+    os.mkfifo(place / "pipe.png")
+    (place / "device.jpg").symlink_to("/dev/zero")
+    (place / "link to a pipe.jpg").symlink_to("pipe.png")
+    (place / "link to a folder.jpg").symlink_to(tmp_path)
+    for name in ("Thumbs.db", "without an extension", ".DS_Store"):
+        (place / name).write_bytes(encoded(picture()))
+    (place / "linked.jpg").symlink_to(tmp_path / "train/n02/n02_0.JPEG")
+    train, _ = open_images(str(tmp_path))
+    assert len(train) == expected + 1
+    assert train.identity
+    assert all(len(read_pixels(train, i)) == 60 for i in range(len(train)))
+    assert capsys.readouterr().err.splitlines() == [
+        f"data: {tmp_path}/train: left out 'n01/.DS_Store' and 7 more: no class folder, or no image file"
+    ]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_takes_the_place_of_a_file_is_a_broken_image(tmp_path: Path, make: Any) -> None:
+    train, _ = folder_images(image_tree(tmp_path))
+    os.unlink(train.name(2))
+    make(train.name(2))
+    with pytest.raises(BrokenImageError, match=r"^no regular file$"):
+        train.read(2)
+    assert train.identity
+
+
+def test_a_file_too_large_for_an_image(tmp_path: Path) -> None:
+    train, _ = folder_images(image_tree(tmp_path))
+    os.truncate(train.name(1), 2**30 + 1)
+    with pytest.raises(BrokenImageError, match="1,073,741,825 bytes are too many for an image"):
+        train.read(1)
+    assert train.identity

@@ -1,0 +1,165 @@
+"""Read pickles without running them.
+
+A pickle names classes and functions, and has the reader call them and set their attributes. Here every name that may
+stand in a pickle leads to an object of this package that does nothing but keep what it is given; no name leads to
+anything of torch's, of Python's, or of the program's. What comes out are dictionaries, lists, tuples, texts, numbers
+and `Record` objects, which the importers look at with `type(x) is ...`.
+"""
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+
+class _Fixed(type):
+    """The type of classes without attributes that can be set: a pickle can ask for that as well."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} of a class")
+
+    def __delattr__(cls, name: str) -> None:
+        raise pickle.UnpicklingError(f"it deletes {name} of a class")
+
+
+class Record(metaclass=_Fixed):
+    """Keeps what an object of another class was made with and was given as its state."""
+
+    __slots__ = ("arguments", "state")
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any) -> "Record":
+        """Keep the arguments."""
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state."""
+        self.state = state
+
+
+def record(name: str) -> type[Record]:
+    """Return a class that stands for the class `name` of another package."""
+    made: type[Record] = _Fixed(name, (Record,), {"__slots__": ()})  # type: ignore[assignment]
+    return made
+
+
+class Function(metaclass=_Fixed):
+    """Stands for a function of another package; calls `work` in its place. It has no attribute that can be set."""
+
+    __slots__ = ("_work",)
+    _work: Callable[..., Any]
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_work", work)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Do the work."""
+        return self._work(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse."""
+        raise pickle.UnpicklingError(f"it sets {name} of a function")
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuse."""
+        raise pickle.UnpicklingError("it gives a state to a function")
+
+
+class Ordered(dict[Any, Any], metaclass=_Fixed):
+    """Stands for OrderedDict, which can have attributes (a state dict has); they are left out."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Leave the attributes out."""
+
+
+# What an instruction of a pickle may change, and how many objects above it on the stack: None for all since a mark.
+_CHANGES: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
+    pickle.BUILD: ((Record, Ordered), 2),
+    pickle.SETITEM: (dict, 3),
+    pickle.SETITEMS: (dict, None),
+    pickle.APPEND: (list, 2),
+    pickle.APPENDS: (list, None),
+    pickle.ADDITEMS: (set, None),
+}
+
+
+# What an instruction hashes, of the stack since the last mark. The hash of a tuple visits all that lies in it: for one
+# that holds another twice, and so on, it never ends; for a deep one it overflows the stack of the processor.
+_HASHED: dict[bytes, Callable[[list[Any]], list[Any]]] = {
+    pickle.SETITEM: lambda stack: stack[-2:-1],
+    pickle.SETITEMS: lambda stack: stack[::2],
+    pickle.DICT: lambda stack: stack[::2],
+    pickle.ADDITEMS: lambda stack: stack,
+    pickle.FROZENSET: lambda stack: stack,
+}
+
+
+class _Inert(pickle._Unpickler):
+    """Python's unpickler in Python. That in C sets memory aside for as many objects as a pickle says it has."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Any) -> None:
+        super().__init__(io.BytesIO(content))
+        self._known = known
+        self._load_storage = load_storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what is known."""
+        try:
+            return self._known[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in it") from None
+
+    def get_extension(self, code: int) -> Any:
+        """Refuse classes by number: which they are depends on what the program has loaded."""
+        raise pickle.UnpicklingError(f"a class by its number ({code}) has no place in it")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Storages of tensors, which lie beside the pickle."""
+        if self._load_storage is None:
+            raise pickle.UnpicklingError("a reference to another file has no place in it")
+        return self._load_storage(pid)
+
+
+def _guarded(instruction: bytes) -> Callable[[Any], None]:
+    """Return what does an instruction if it changes what it is meant for (a tensor is not) and hashes no tuple."""
+    work = pickle._Unpickler.dispatch[instruction[0]]
+    kinds, depth = _CHANGES.get(instruction, (object, 1))
+
+    def guarded(unpickler: Any) -> None:
+        if instruction in _CHANGES:
+            changed = unpickler.metastack[-1][-1] if depth is None else unpickler.stack[-depth]
+            if not isinstance(changed, kinds):
+                raise pickle.UnpicklingError(f"it changes a {type(changed).__name__}")
+        for key in _HASHED.get(instruction, lambda stack: [])(unpickler.stack):
+            if not isinstance(key, str | bytes | int | float | Record | None):
+                raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
+        work(unpickler)
+
+    return guarded
+
+
+_Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _CHANGES | _HASHED}
+
+
+def unpickle(
+    content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Callable[[Any], Any] | None = None
+) -> Any:
+    """Return what a pickle holds.
+
+    Args:
+        content: the pickle.
+        known: what stands for each (module, name) that it may have: a `Function`, a class made by `record`, or a
+            constant that has no attributes to set.
+        load_storage: what to do for a persistent id.
+
+    Raises:
+        Exception: the pickle is damaged, or names something that is not known.
+    """
+    return _Inert(content, known, load_storage).load()

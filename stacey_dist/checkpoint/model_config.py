@@ -1,0 +1,117 @@
+"""Build models of `transformers` and `stacey_dist` from configurations that others have written.
+
+A configuration can name code to import and kernels to download. Nothing of that is looked at: the classes are
+those of the two packages, and what a configuration says beyond sizes and settings of the network is left out.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Names of code, kernels and quantizers, each of which transformers would import or fetch.
+_LEFT_OUT = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "compression_config",
+    "custom_pipelines",
+    "experts_implementation",
+    "kernel_config",
+    "quantization_config",
+    "use_kernels",
+}
+# A model is built a module at a time: a number of them that no model has would never come to an end.
+_COUNT = re.compile(r"layer|block|depth|stage|expert")
+_MOST_MODULES = 100_000
+
+
+def model_class(name: Any) -> Any:
+    """Return the model of transformers or stacey_dist that has this name; None if it is of neither."""
+    import transformers
+
+    from stacey_dist import models
+
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    for package, home in ((transformers, "transformers.models."), (models, "stacey_dist.models.")):
+        found = getattr(package, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found if found.__module__.startswith(home) and found.__name__ == name else None
+    return None
+
+
+def build_shell(described: Any, name: Any = None) -> Any:
+    """Return the model of a configuration, without memory for its weights.
+
+    Args:
+        described: the configuration, as in transformers' `config.json`.
+        name: the model's class. Without one it is the first that the configuration names, or transformers' causal
+            language model.
+
+    Raises:
+        ValueError: there is no such model, or the configuration does not fit it. The message is one line.
+    """
+    if not isinstance(described, dict):
+        raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
+    try:
+        with _without_network():
+            return _build(_plain(described), name)
+    except Exception as error:  # of many kinds, as configurations can hold anything
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(text[0]) from error
+
+
+def _build(described: dict[str, Any], name: Any) -> Any:
+    import torch
+    import transformers
+
+    if name is None:
+        named = described.get("architectures")
+        name = named[0] if isinstance(named, list) and named else None
+    # The class itself: `from_config` would partition the model among the processes of a ZeRO-3 run.
+    if made := model_class(name):
+        config = made.config_class.from_dict(described)
+        if hasattr(config, "use_cache"):
+            config.use_cache = True
+        with torch.device("meta"):
+            return made(config)
+    kind = described.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{name or kind!a} is not a model of transformers or stacey_dist, and code that comes with a model is not "
+            "run"
+        )
+    config = transformers.CONFIG_MAPPING[kind].from_dict(described)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration without names of code, at every level of it."""
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    for key, inner in value.items():
+        if type(inner) is int and inner > _MOST_MODULES and _COUNT.search(key):
+            raise ValueError(f"{key}: {inner} is more than {_MOST_MODULES}")
+    return {key: _plain(inner) for key, inner in value.items() if key not in _LEFT_OUT}
+
+
+@contextmanager
+def _without_network() -> Iterator[None]:
+    """Within it, huggingface_hub downloads nothing: some models would fetch parts that their configurations name."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

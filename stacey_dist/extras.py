@@ -1,0 +1,51 @@
+"""Which extra installs a package that is missing, so that an error can say it."""
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Modules that are named otherwise than their packages.
+_PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
+_REQUIREMENT = re.compile(r"""([\w.-]+).*;.*\bextra\s*==\s*["']([\w-]+)["']""")
+# Extras that contain others: the narrowest is named.
+_COLLECTIONS = ("test", "dev", "docs")
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a top-level module can be imported. Nothing is imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def install_line(module: str) -> str | None:
+    """Return the command that installs a missing module, or None if no extra of stacey_dist has it."""
+    package = _normalized(_PACKAGES.get(module.partition(".")[0], module.partition(".")[0]))
+    for requirement in importlib.metadata.requires("stacey_dist") or []:
+        match = _REQUIREMENT.match(requirement)
+        if match and _normalized(match[1]) == package and match[2] not in _COLLECTIONS:
+            return f"pip install 'stacey_dist[{match[2]}]'"
+    return None
+
+
+def message(error: ModuleNotFoundError) -> str | None:
+    """Return the line to print for an import that failed, or None if no extra installs the module."""
+    line = install_line(error.name or "")
+    return None if line is None else f"{error.name} is not installed; {line}"
+
+
+@contextmanager
+def missing_extras_reported(program: str) -> Iterator[None]:
+    """End the program with status 2 and one line where a module of an extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (line := message(error)) is None:
+            raise
+        print(f"{program}: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _normalized(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()

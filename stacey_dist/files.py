@@ -1,0 +1,107 @@
+"""Open and read files that others have made, so that none of them makes the program wait or fail without a reason."""
+
+import errno
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+_LARGEST_JSON = 1 << 30
+# Python's own parser and writers of JSON call themselves for each level.
+_DEEPEST_JSON = 100
+
+
+def open_regular(path: Path, *, follow_links: bool = True) -> io.BufferedReader:
+    """Open a regular file for reading. A pipe or a device is refused at once and not waited for.
+
+    Args:
+        path: the file.
+        follow_links: whether `path` may be a symbolic link to a regular file.
+
+    Raises:
+        OSError: `path` is no regular file, or cannot be read; the message names it.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
+    except ValueError as error:  # a null byte in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow_links:
+            raise OSError(errno.ELOOP, "it is a symbolic link, where a regular file belongs", str(path)) from error
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "it is a socket or a device, where a regular file belongs", str(path)) from error
+        raise
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something')}, where a regular file belongs", str(path))
+    return open(descriptor, "rb")
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError unless `path` is a regular file, for libraries that open files by their names."""
+    open_regular(path).close()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: its content is not JSON, names a key twice in one object, is nested deeper than 100 levels, or is
+            larger than 1 GiB.
+    """
+    with open_regular(path) as opened:
+        content = opened.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise ValueError(f"it is larger than {_LARGEST_JSON} bytes")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError as `read_json` does."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels") from error
+    if _is_deep(value):
+        raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
+    return value
+
+
+def printable(text: object) -> str:
+    """Return text of others in one line that every terminal shows as it is: control characters are spelled."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated[:100]!r} is there twice")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True

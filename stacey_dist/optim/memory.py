@@ -1,0 +1,84 @@
+"""Where a tensor's memory does not hold its value, or holds fewer elements than the tensor has.
+
+Kernels go by addresses. PyTorch has tensors whose value is not what lies there: the negative bit says that every
+element is to be negated, a zero tensor has no memory, a subclass computes its value from other tensors, and in an
+expanded tensor many elements are one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+PLAIN_TYPES = (Tensor, Parameter)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, sharing its memory, once it has arrived; any other tensor as it is."""
+    if type(tensor) in PLAIN_TYPES:
+        return tensor
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is not None:
+        tensor = to_local()
+    if type(tensor).__name__ == "AsyncCollectiveTensor":  # the result of a collective that may still be under way
+        tensor = tensor.wait()  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether the memory at `data_ptr()` holds the value, so that a kernel may take it."""
+    if type(tensor) not in PLAIN_TYPES or tensor.is_neg():
+        return False
+    return tensor.data_ptr() != 0 or tensor.numel() == 0  # zero tensors, and functional ones, have no address
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same value without the negative bit and with memory; the tensor itself where it has."""
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    return tensor.resolve_neg()
+
+
+def defect(tensor: Tensor) -> str | None:
+    """Return why a tensor is not one that can be updated in place; None if it can. Complex ones are not looked at."""
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.is_nested:
+        return "it is a nested tensor"
+    if type(tensor) not in PLAIN_TYPES:  # a subclass has its own memory
+        return None
+    if tensor._is_zerotensor():
+        return "it is a zero tensor without memory; clone() it"
+    if is_cut_short(tensor):
+        return "its storage holds fewer elements than it has; the storage was resized"
+    if not tensor.is_contiguous() and overlaps(tensor):
+        return "more than one of its elements refers to a single memory location; clone() it"
+    return None
+
+
+def is_cut_short(tensor: Tensor) -> bool:
+    """Return whether a plain tensor's storage ends before its last element. Known of CPUs and GPUs only."""
+    if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
+        return False
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Return whether two elements of a strided tensor lie at one address."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:  # the dimensions interleave: elements may still lie apart
+            return stride == 0 or _count_addresses(tensor) < tensor.numel()
+        reach += stride * (size - 1)
+    return False
+
+
+def _count_addresses(tensor: Tensor) -> int:
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).reshape(-1).unique()
+    return len(offsets)

@@ -1,0 +1,77 @@
+"""Ways to split a model over ranks that are not supported: each is refused by its name, none is taken for a replica."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+# Where the classes of modules and optimizers are defined, and what they are called here. They are told by name, so
+# that none of these libraries has to be installed.
+_CLASSES = {
+    "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel; FSDP2's fully_shard is)",
+    "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",
+    "torch.distributed.optim.": "an optimizer of torch.distributed.optim other than ZeroRedundancyOptimizer",
+    "deepspeed.runtime.pipe.": "DeepSpeed's pipeline parallelism",
+    "deepspeed.moe.": "DeepSpeed's mixture of experts",
+    "fairscale.": "fairscale",
+    "megatron.": "Megatron",
+    "colossalai.": "ColossalAI",
+    "apex.contrib.optimizers.distributed": "a distributed optimizer of apex",
+    "horovod.": "Horovod",
+    "torchrec.": "TorchRec",
+    "torch_xla.": "PyTorch/XLA's sharding",
+    "neuronx_distributed.": "NeuronX Distributed",
+    "nanotron.": "nanotron",
+    "vescale.": "veScale",
+}
+
+
+def refuse_unsupported(model: Any, optimizer: Any) -> None:
+    """Raise NotImplementedError naming the first thing in a model or its optimizer that splits it in an unknown way.
+
+    Raises TypeError if the model is no `torch.nn.Module`.
+    """
+    for made in (model, *_wrapped(optimizer)):
+        _refuse_class(type(made))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__qualname__}")
+    for module in model.modules():
+        _refuse_class(type(module))
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    for name, param in model.named_parameters():
+        if getattr(param, "_is_flat_param", False) or hasattr(param, "_fsdp_flattened"):
+            raise _error(_CLASSES["torch.distributed.fsdp.fully_sharded_data_parallel."], f"parameter {name}")
+        dim = getattr(param, "partition_dim", None)
+        if several and (getattr(param, "tensor_model_parallel", False) or (isinstance(dim, int) and dim >= 0)):
+            raise _error("tensor parallelism", f"parameter {name}, which is marked as split (tensor_model_parallel)")
+        if several and not getattr(param, "allreduce", True):
+            raise _error("expert parallelism", f"parameter {name}, which is marked as an expert's (allreduce = False)")
+    engine: Any = model
+    if type(model).__module__.startswith("deepspeed.") and getattr(engine, "mp_world_size", 1) > 1:
+        raise _error("model parallelism", "the DeepSpeed engine")
+
+
+def _wrapped(optimizer: Any) -> Iterator[Any]:
+    """The optimizer and those inside it."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
+
+
+def _refuse_class(made: type) -> None:
+    if issubclass(made, ZeroRedundancyOptimizer):
+        return
+    for ancestor in made.__mro__:
+        where = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        for prefix, name in _CLASSES.items():
+            if where.startswith(prefix):
+                raise _error(name, made.__qualname__)
+
+
+def _error(name: str, found: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} is not supported (found {found}). Supported are DistributedDataParallel, ZeroRedundancyOptimizer, "
+        "DeepSpeed ZeRO-0/1/2/3, and fully_shard (FSDP2, HSDP)"
+    )

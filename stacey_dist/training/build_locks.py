@@ -1,0 +1,105 @@
+"""The locks of `torch.utils.cpp_extension`, with which DeepSpeed compiles its helpers, and what killed processes left.
+
+torch's `FileBaton` makes an empty file and removes it when the build ends. Where the process is killed meanwhile, the
+file stays, and everyone who comes later waits for it for ever, in silence. (Inductor's locks are the system's, which
+end with their process; Triton has none.) The file says nothing about its owner, but the owner keeps it open.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
+
+from stacey_dist.errors import SettingsError
+
+# Where all who open a file are processes of this machine; what is not known may be shared with others.
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs", "apfs"}
+_BUILT_BY_THEN_SECONDS = 1800.0
+_JUST_MADE_SECONDS = 2.0
+_SAY_AFTER_SECONDS = 10.0
+_LOOK_EVERY_SECONDS = 2.0
+
+
+def look_after() -> None:
+    """Remove what killed processes have left in the extensions cache, and have later waits reported.
+
+    Each process calls it before it may compile.
+    """
+    root = Path(cpp_extension._get_build_directory("", verbose=False))
+    for path in root.glob("*/lock"):
+        if _remove_if_left(path):
+            print(f"{path}: removed, for the process that compiled there has ended", file=sys.stderr, flush=True)
+    FileBaton.wait = _wait  # type: ignore[method-assign, assignment]
+
+
+def _wait(baton: FileBaton) -> None:
+    """Wait as `FileBaton.wait` does, but say so, and raise SettingsError when nobody is left to wait for."""
+    path, since, said = Path(baton.lock_file_path), time.monotonic(), False
+    look_at = since + _LOOK_EVERY_SECONDS
+    while path.exists():
+        time.sleep(baton.wait_seconds)
+        now = time.monotonic()
+        if not said and now - since > _SAY_AFTER_SECONDS:
+            said = True
+            print(f"waiting for {path}: {_who(path)} compiles there", file=sys.stderr, flush=True)
+        if now > look_at:
+            look_at = now + _LOOK_EVERY_SECONDS
+            if _remove_if_left(path):
+                raise SettingsError(
+                    f"{path}: the process that compiled there ended before it was done; start the same command again"
+                )
+
+
+def _who(path: Path) -> str:
+    owners = list(_openers(path))
+    return f"process {owners[0]}" if owners else "a process that cannot be seen from here"
+
+
+def _remove_if_left(path: Path) -> bool:
+    """Remove a lock whose owner is gone; return whether this process did. One process at a time looks and removes."""
+    try:
+        with open(path.with_name("lock.check"), "a") as guard:
+            with contextlib.suppress(OSError):  # a file system without flock
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            if not _is_left(path):
+                return False
+            path.unlink()
+            return True
+    except OSError:  # it is gone, or another user's
+        return False
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the owner of a lock is gone: on a local file system nobody has it open; elsewhere it is very old."""
+    age = time.time() - path.stat().st_mtime
+    if age < _JUST_MADE_SECONDS or any(True for _ in _openers(path)):
+        return False
+    return _file_system(path) in _LOCAL or age > _BUILT_BY_THEN_SECONDS
+
+
+def _openers(path: Path) -> Iterator[int]:
+    """Return the processes of this machine that have a file open, as far as this user may see them."""
+    wanted = path.stat()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(descriptor.stat(), wanted):
+                yield int(descriptor.parts[2])
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system that a file is on; empty where the system does not say."""
+    place, best, kind = str(path.resolve()), "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            point = before.split()[4].replace("\\040", " ")
+            inside = place == point or place.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best):
+                best, kind = point, after.split()[0]
+    return kind

@@ -1,0 +1,173 @@
+"""Installing: what the wheel and the sdist contain, and the library beside torch, numpy and safetensors alone."""
+
+import email
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from stacey_dist import extras
+from stacey_dist.cli import main
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CORE = ["torch", "numpy", "safetensors"]
+TEST_TOOLS = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "psutil"]
+
+
+def run(*command, **options):
+    result = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+def without_the_source_tree():
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
+    out = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "build", "--outdir", out, ROOT, env=without_the_source_tree())
+    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Makes a virtual environment with packages in the versions of constraints.txt; returns its bin directory."""
+
+    def make(*requirements):
+        directory = tmp_path_factory.mktemp("environment")
+        run(sys.executable, "-m", "venv", directory)
+        install = [directory / "bin/python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+        run(*install, *requirements, env=without_the_source_tree())
+        return directory / "bin"
+
+    return make
+
+
+@pytest.mark.slow
+def test_the_wheel_serves_every_python_and_has_the_kernels(built):
+    wheel = zipfile.ZipFile(built[1])
+    assert re.search(r"-py3-none-\w*linux\w*\.whl$", built[1].name)
+    names = wheel.namelist()
+    libraries = {Path(name).name for name in names if name.endswith(".so")}
+    assert "_cpu_portable.so" in libraries
+    assert libraries <= {"_cpu_portable.so", "_cpu_avx2.so", "_cpu_avx512.so"}
+    assert "stacey_dist/py.typed" in names
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"stacey_dist"}, "nothing beside the package"
+    assert sum(entry.file_size for entry in wheel.infolist()) < 5_000_000
+    (metadata,) = [wheel.read(name) for name in names if name.endswith(".dist-info/METADATA")]
+    requirements = email.message_from_bytes(metadata).get_all("Requires-Dist")
+    needed = [text for text in requirements if "extra ==" not in text]
+    assert [re.match(r"[\w-]+", text)[0] for text in needed] == CORE
+    assert not [text for text in needed if "<" in text or "==" in text], "no upper bounds"
+
+
+@pytest.mark.slow
+def test_the_sdist_has_what_builds_and_tests_it_and_nothing_else(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for file in ("setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "CITATION.cff", "train_llm.py"):
+        assert file in names
+    for file in ("stacey_dist/optim/kernels/cpu.cpp", "tests/optim/oracle.py", "configs/llm/quickstart.yaml"):
+        assert file in names
+    assert not [name for name in names if name.endswith((".so", ".pyc", ".png"))]
+    tops = {name.split("/")[0] for name in names if name}
+    assert not tops & {"docs", "docker", "benchmarks", "build", ".ci", ".github"}
+
+
+@pytest.mark.slow
+def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(built, bare, tmp_path):
+    programs = bare(built[1], *TEST_TOOLS)
+    run(programs / "pip", "check")
+    installed = {line.split("==")[0].lower() for line in run(programs / "pip", "freeze").splitlines()}
+    assert not installed & {"transformers", "accelerate", "datasets", "matplotlib", "pyyaml", "deepspeed"}
+    assert "stacey_dist 0." in run(programs / "stacey-dist", "--version")
+    assert "kernel on cpu: C++" in run(programs / "stacey-dist", "info", cwd=tmp_path)
+    for command, extra in (("plan", "train"), ("prepare", "train"), ("reproduce list", "experiments")):
+        result = subprocess.run([programs / "stacey-dist", *command.split()], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert re.search(rf"is not installed; pip install 'stacey_dist\[{extra}\]'$", result.stderr.strip())
+        assert result.stderr.count("\n") == 1
+    # The tests without the source tree, so that they run what the wheel installed.
+    for name in ("tests", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    parts = ("tests/optim", "tests/sharding", "tests/checkpoint")
+    quick = ("-m", "not slow and not exhaustive", "-n", "1", "-p", "no:cacheprovider")
+    output = run(programs / "pytest", "--core", "-q", *quick, *parts, cwd=tmp_path, env=without_the_source_tree())
+    passed = int(re.search(r"(\d+) passed", output)[1])
+    assert passed > 500, output[-2000:]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("extra", "tests"),
+    [
+        ("train", ["tests/training/test_quickstart.py", "tests/training/test_images.py::test_quickstart"]),
+        ("train,deepspeed", ["tests/training/test_engines.py", "-k", "trains_as_one_process"]),
+    ],
+)
+def test_an_extra_runs_its_launchers(built, bare, tmp_path, extra, tests):
+    programs = bare(f"{built[1]}[{extra}]", *TEST_TOOLS)
+    run(programs / "pip", "check")
+    for name in ("tests", "configs", "train_llm.py", "train_imagenet.py", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    run(programs / "pytest", "-n", "0", *tests, cwd=tmp_path, env=without_the_source_tree())
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it():
+    assert extras.install_line("yaml") == "pip install 'stacey_dist[train]'"
+    assert extras.install_line("lion_pytorch") == "pip install 'stacey_dist[train]'"
+    assert extras.install_line("deepspeed.ops") == "pip install 'stacey_dist[deepspeed]'"
+    assert extras.install_line("optuna") == "pip install 'stacey_dist[experiments]'"
+    assert extras.install_line("nothing_of_ours") is None
+
+
+def test_a_tracker_that_is_not_installed_is_refused_at_the_start(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    assert main(["prepare", "--tracking.trackers", "[wandb]"]) == 2
+    error = capsys.readouterr().err
+    assert "tracking.trackers: wandb is not allowed; wandb is not installed; pip install 'stacey_dist[wandb]'" in error
+
+
+def test_importing_the_library_imports_none_of_the_extras():
+    heavy = "transformers accelerate datasets matplotlib yaml jsonargparse deepspeed scipy optuna wandb PIL pyarrow"
+    code = (
+        "import sys, stacey_dist, stacey_dist.optim, stacey_dist.sharding, stacey_dist.checkpoint, stacey_dist.cli\n"
+        "import stacey_dist.checkpoint.importers, stacey_dist.info, stacey_dist.bench\n"
+        f"print(sorted(set({heavy.split()!r}) & sys.modules.keys()))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
+
+
+def test_constraints_hold_every_package_that_the_project_names():
+    pinned = {
+        re.sub(r"[-_.]+", "-", line.split("==")[0]).lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    named = [*PROJECT["dependencies"], *(text for group in PROJECT["optional-dependencies"].values() for text in group)]
+    for text in named:
+        name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", text)[0]).lower()
+        assert name in pinned or name == "stacey-dist", text
+
+
+def test_the_table_of_versions_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    assert (ROOT / "docs" / "versions.md").read_text() == versions.page()

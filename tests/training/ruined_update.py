@@ -1,0 +1,45 @@
+"""train_llm.py with an update that ruins one element of a state or weight; later losses are not finite.
+
+RUIN="STEP KIND": after the update of this number one element of KIND, which is a key of the optimizer's state or
+"weight", is NaN on the last process. RECOVER=STEP: so is the loss alone, up to this update.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train_llm
+from stacey_dist.sharding import fragments
+from stacey_dist.training import engine, llm
+
+ruined_step, kind = os.environ.get("RUIN", "0 none").split()
+recover = int(os.environ.get("RECOVER", "1000000"))
+last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+updates = [0]
+
+
+def finish_update(original):
+    def finish(self, loss, *arguments):
+        updates[0] += 1
+        if int(ruined_step) < updates[0] <= recover:
+            loss = loss + torch.nan
+        update = original(self, loss, *arguments)
+        if updates[0] == int(ruined_step) and kind != "none" and last:
+            for fragment in fragments(self.model, self.optimizer):
+                flat = fragment.weight if kind == "weight" else fragment.state[kind]
+                with torch.no_grad():
+                    flat.reshape(-1)[-1:].fill_(torch.nan)
+        return update
+
+    return finish
+
+
+if __name__ == "__main__":
+    for owner in (engine.Engine, engine.DeepSpeedEngine):
+        owner.finish_update = finish_update(owner.finish_update)
+    assert llm
+    train_llm.main()

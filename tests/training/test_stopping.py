@@ -1,0 +1,149 @@
+"""SIGTERM and Ctrl-C end a run in time, and its children with it, whatever the main process waits for."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training.forked import Forked, command, environment
+from tests.training.helpers import write_config
+
+pytestmark = pytest.mark.slow
+PROGRAM = "tests/training/waiting.py"
+# Less than the 30 seconds after which schedulers kill, with room for a busy machine.
+IN_TIME = 28
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("stopping"))
+
+
+def wait_for(path, text, alive):
+    deadline = time.monotonic() + 200
+    while text not in Path(path).read_text():
+        assert alive(), Path(path).read_text()
+        assert time.monotonic() < deadline, Path(path).read_text()
+        time.sleep(0.02)
+
+
+def stop(config, run, kind, place, number=signal.SIGTERM, then=None, **variables):
+    """Start a run that waits, send it a signal; return (output, exit status, seconds until the end)."""
+    arguments = ("--config", config, "--run_dir", run)
+    variables |= {"KIND": kind, "PLACE": place, "LOCK": run.parent / "lock"}
+    group = Forked(*arguments, program=PROGRAM, engine="cpu_ddp", **variables)
+    wait_for(group.output.name, "waiting\n", group.alive)
+    time.sleep(0.5)
+    sent = time.monotonic()
+    group.send(number)
+    if then is not None:
+        time.sleep(then[0])
+        group.send(then[1])
+    try:
+        output, status = group.wait(60)
+    finally:
+        group.send(signal.SIGKILL)
+    children = [int(pid) for pid in re.findall(r"^child (\d+)$", output, re.MULTILINE)]
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=5)
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+    return output, status, time.monotonic() - sent
+
+
+# (what the main thread waits in, where, whether its stack is told: it did not end by itself)
+WAITS = [
+    ("child", "data preparation", False),
+    ("fifo", "data preparation", False),
+    ("lock", "data preparation", False),
+    ("c", "model", True),
+    ("child", "engine", False),
+    ("python", "update", True),
+    ("c", "update", True),
+    pytest.param("child", "update", True, marks=pytest.mark.exhaustive),
+    pytest.param("lock", "update", True, marks=pytest.mark.exhaustive),
+    ("python", "save", True),
+    pytest.param("python", "evaluation", True, marks=pytest.mark.exhaustive),
+    ("c", "export", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "place", "told"), WAITS)
+def test_sigterm_ends_a_run_in_time(config, tmp_path, kind, place, told):
+    output, status, seconds = stop(config, tmp_path / "run", kind, place, PATIENCE=4)
+    assert status == 128 + signal.SIGTERM, output
+    assert seconds < IN_TIME
+    said = [line for line in output.splitlines() if line.startswith("SIGTERM: stopped")]
+    assert len(said) == 1, output
+    assert said[0].startswith("SIGTERM: stopped in ") == told, output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("kind", "place"), [("python", "model"), ("c", "model"), ("c", "update")])
+def test_two_ctrl_c_end_a_run_at_once(config, tmp_path, kind, place):
+    output, status, seconds = stop(config, tmp_path / "run", kind, place, signal.SIGINT, then=(1.5, signal.SIGINT))
+    assert status == 128 + signal.SIGINT, output
+    assert seconds < 15
+    assert "Traceback" not in output
+
+
+def test_a_second_sigterm_later_on_ends_a_run_at_once(config, tmp_path):
+    output, status, seconds = stop(config, tmp_path / "run", "c", "update", then=(6, signal.SIGTERM))
+    assert status == 128 + signal.SIGTERM, output
+    assert seconds < 12
+    assert "without a save" in output
+
+
+def test_a_collective_that_another_process_does_not_come_to(config, tmp_path):
+    log = tmp_path / "log"
+    launch = command("--config", config, "--run_dir", tmp_path / "run", processes=2, program=PROGRAM)
+    variables = {"KIND": "collective", "PLACE": "update", "COUNT": "3"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(launch, env={**environment(), **variables}, stdout=file, stderr=subprocess.STDOUT) as launcher,
+    ):
+        while log.read_text().count("waiting\n") < 2:
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.05)
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        sent = time.monotonic()
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(60)
+    output = log.read_text()
+    assert time.monotonic() - sent < 33, output  # torchrun's agent waits for 30 seconds at most
+    assert launcher.returncode != 0
+    for rank in (0, 1):
+        assert len(re.findall(rf"^rank {rank}: SIGTERM: stopped in ", output, re.MULTILINE)) == 1, output
+    _, alive = psutil.wait_procs(processes, timeout=2)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
+    """Bytes that are written count as progress, and nothing else does."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from stacey_dist.training import signals\n"
+        "signals._PATIENCE_SECONDS = 1.0\n"
+        "def write():\n"
+        "    for _ in range(20):\n"
+        "        time.sleep(0.2)\n"
+        "        os.write(file, bytes(100_000))\n"
+        "    print('saved', flush=True)\n"
+        "    time.sleep(100 if sys.argv[2] == 'then hangs' else 0)\n"
+        "file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "with signals.listening(), signals.StopSignal():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    with signals.writing():\n"
+        "        thread = threading.Thread(target=write, daemon=True)\n"
+        "        thread.start()\n"
+        "        thread.join()\n"
+    )
+    for then, status in (("ends", 0), ("then hangs", 128 + signal.SIGTERM)):
+        how = ["python", "-c", code, tmp_path / "file", then]
+        result = subprocess.run(how, capture_output=True, text=True, timeout=50, env=os.environ)
+        assert "saved" in result.stdout, result
+        assert result.returncode == status
+        assert ("SIGTERM: stopped in " in result.stderr) == (status != 0)
