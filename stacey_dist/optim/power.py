@@ -53,17 +53,32 @@ def multiply_add(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """
     if a.dtype == torch.float64:
         return (a * b).add_(c)
-    # In float64 the product is exact. The sum is rounded to odd: its last bit is 1 where it is not exact, which keeps
-    # the final rounding to float32 from taking for a tie what is none (Boldo and Melquiond, 2008).
+    # In float64 the product is exact. Rounding the sum twice, to float64 and then to float32, is as good as once unless
+    # the float64 is a tie, midway between two float32 numbers.
     product = a.to(torch.float64).mul_(_rounded(b))
     c = _rounded(c)
     total = product + c
+    # A GPU is not waited for, and a compiler does not see values: there every sum is taken for a tie.
+    if total.device.type == "cpu" and not torch.compiler.is_compiling() and not _may_have_ties(total):
+        return total.to(torch.float32)
+    # The sum is rounded to odd: its last bit is 1 where it is not exact, which keeps the final rounding to float32 from
+    # taking for a tie what is none (Boldo and Melquiond, 2008).
     back = total - product
     error = product.sub_(total - back).add_(c - back)  # exact (Knuth's TwoSum); NaN where the sum is not finite
     bits = total.view(torch.int64)
     beyond = (error * total).lt_(0.0)
     bits.sub_(beyond.to(torch.int8)).bitwise_or_((error.abs_() > 0.0).view(torch.int8))
     return total.to(torch.float32)
+
+
+def _may_have_ties(x: Tensor) -> bool:
+    """Return False only if no float64 in `x` lies midway between two float32 numbers."""
+    bits = x.view(torch.int64)
+    # Of a tie's last 29 bits, which float32 lacks, the first alone is 1; a subnormal float32 lacks more bits.
+    if bits.bitwise_and(0x0FFFFFFF).all():
+        return False
+    tie = bits.bitwise_and(0x1FFFFFFF).eq_(0x10000000)  # and not 0, as a float32's own are
+    return bool(tie.any()) or bool(((x.abs() < SMALLEST_NORMAL) & (x != 0.0)).any())
 
 
 def _rounded(x: Tensor | float) -> Tensor:

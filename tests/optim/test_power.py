@@ -90,7 +90,7 @@ def hard_cases(count, generator):
         return draw(-(2**31), 2**31).to(torch.int32).view(torch.float32)
 
     a, b, c = any_float(), any_float(), any_float()
-    kind = draw(0, 6)
+    kind = draw(0, 7)
     # A sum near zero, of opposite signs: what is left is the product's last bits.
     opposite = -(a.double() * b.double() * (1.0 + (draw(0, 3) - 1) * 2.0 ** -draw(20, 60).double())).float()
     c = torch.where(kind == 0, opposite, c)
@@ -108,6 +108,10 @@ def hard_cases(count, generator):
     a = torch.where(kind == 3, draw(2**23, 2**24) * 2.0**41, a)
     b = torch.where(kind == 3, draw(2**23, 2**24) * 2.0**39, b)
     c = torch.where(kind == 3, draw(-(2**24), 2**24) * 2.0**104, c)
+    # The middle between two subnormal neighbours, as above.
+    for_a, for_b = ((1.0 + (draw(0, 3) - 1) * 2.0**-23).float() * 2.0**-75 for _ in range(2))
+    a, b = torch.where(kind == 5, for_a, a), torch.where(kind == 5, (draw(0, 2) * 2 - 1) * for_b, b)
+    c = torch.where(kind == 5, draw(2**21, 2**23).to(torch.int32).view(torch.float32), c)
     # Zeros of both signs.
     a = torch.where(kind == 4, (draw(0, 3) - 1) * 0.0, a)
     c = torch.where((kind == 4) & (draw(0, 2) == 0), -0.0, c)
@@ -122,6 +126,9 @@ def test_multiply_add_is_the_processors():
     number = ~expected.isnan()
     different = (ours.view(torch.int32) != expected.view(torch.int32)) & number
     assert not different.any(), [t[different][:3].tolist() for t in (a, b, c, ours, expected)]
+    # One at a time: together, all take the longer road that only some of them need.
+    alone = torch.cat([multiply_add(*case) for case in zip(*(t[:10_000].split(1) for t in (a, b, c)), strict=True)])
+    assert torch.equal(alone.view(torch.int32)[number[:10_000]], ours[:10_000].view(torch.int32)[number[:10_000]])
     # The cases are hard: rounded twice, by way of float64, or by way of float32, many come out otherwise.
     twice = (a.double() * b.double() + c.double()).float()
     assert ((twice != expected) & number).sum() > 300
