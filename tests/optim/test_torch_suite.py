@@ -19,6 +19,7 @@ from torch.testing._internal.common_optimizers import (
     OptimizerInfo,
     OptimizerInput,
 )
+from torch.utils._pytree import tree_flatten
 
 from stacey_dist import LpDescent, Stacey
 
@@ -355,7 +356,10 @@ def test_state_dict_deterministic(info):
 
 
 def assert_same_state(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    (leaves, tree), (other_leaves, other_tree) = tree_flatten(a), tree_flatten(b)
+    assert tree == other_tree
+    for leaf, other in zip(leaves, other_leaves, strict=True):  # assert_close does not take text
+        assert torch.equal(leaf, other) if isinstance(leaf, torch.Tensor) else leaf == other
 
 
 @EACH
