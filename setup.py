@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Not linked to OpenMP: see kernels/cpu.py. No -march: what is not asked for must not be used, and no contraction to
@@ -42,9 +42,9 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# One after the other: all are compiled into the same object file before they are linked.
 setup(
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
-    options={"build_ext": {"parallel": len(INSTRUCTION_SETS)}},
     ext_modules=[
         Extension(
             f"stacey_dist.optim.kernels._cpu_{name}",

@@ -1,19 +1,24 @@
 """What a step of the optimizers costs on this machine: `stacey-dist bench`.
 
-All rivals of a case take turns, round by round, and ratios are medians of a round's pairs, so that whatever else the
-machine does hits all alike. Each round has an order of its own: what one leaves in the caches, the next has to clear.
+Each rival is measured beside torch's fused AdamW, the peer, and beside it alone: in processes of their own, in which
+the two take turns and another one goes first in each round. So neither runs among the memory of many others, whatever
+else the machine does hits both alike, and what one leaves in the caches the other has to clear as often. A process
+gives the median of the ratios of its rounds; several give their median and how far they are apart.
+
 Bytes are what a step has to move at least: weights, gradients and states, read or written.
 """
 
+import importlib
 import json
+import math
+import multiprocessing
 import platform
-import random
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +32,31 @@ from stacey_dist.optim.rule import stacey_update
 
 PEER = "torch AdamW, fused"
 SETTINGS = dict(lr=1e-2, alpha=1e-2, tau=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-VARIANTS = (("p2", 2.8), ("p2", 3.0), ("pp", 2.8), ("2p", 2.8))
+VARIANTS = (("p2", 2.8), ("p2", 3.0), ("pp", 2.8), ("2p", 2.8), ("p2", 30.0), ("pp", 30.0))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rival:
-    """An optimizer on parameters of its own."""
+    """An optimizer that is measured."""
 
-    name: str
-    step: Callable[[], object]
     bytes_per_element: int
-    seconds: list[float] = field(default_factory=list)
-    extra_bytes: int = 0
-    """Memory that a step takes, at most, and gives back."""
+    make: Callable[[list[Parameter]], Callable[[], object]]
+    """The function that makes a step, for parameters that have their gradients."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one process has measured: seconds of each round."""
+
+    rival: list[float]
+    peer: list[float]
+    extra_bytes: int
+    """Memory that the rival's step takes, at most, and gives back."""
+
+    @property
+    def ratio(self) -> float:
+        """The median of the rounds' ratios."""
+        return statistics.median(a / b for a, b in zip(self.rival, self.peer, strict=True))
 
 
 def llama_100m_shapes() -> list[tuple[int, ...]]:
@@ -56,84 +73,132 @@ CASES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 """One tensor of 32 M elements; a real list of parameters; many tensors that are over before they have begun."""
 
 
-def run(case: str, device: str, rounds: int, slow: bool) -> dict[str, Any]:
+def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> dict[str, Any]:
     """Measure a case; returns the machine and a row for each rival.
 
     Args:
         case: a name in `CASES`.
         device: "cpu" or "cuda".
-        rounds: how often each rival steps.
+        rounds: how often each of a pair steps in a process.
         slow: with the plain rule and the compiled one too.
+        processes: how many measure each pair, one after the other.
     """
     shapes = CASES[case]()
+    count = sum(math.prod(shape) for shape in shapes)
+    pairs: dict[str, list[Pair]] = {}
+    for name in rivals(slow):
+        if name == PEER:
+            continue
+        for process in range(processes):
+            pair = _in_a_process(measure_pair, name, shapes, device, rounds, process % 2 == 0)
+            if pair is None:  # not installed here
+                break
+            pairs.setdefault(name, []).append(pair)
+    copy_seconds = _in_a_process(measure_copy, min(count, 1 << 27), device, rounds)
+    bandwidth = 8 * min(count, 1 << 27) / copy_seconds
+    peers = [Pair(pair.peer, pair.peer, 0) for found in pairs.values() for pair in found]
+    rows = [
+        {"optimizer": name, **_figures(found, count, rivals(slow)[name].bytes_per_element, bandwidth)}
+        for name, found in {PEER: peers, **pairs}.items()
+    ]
+    return {"case": case, "tensors": len(shapes), "elements": count, "machine": machine(device),
+            "processes": processes, "copy_gigabytes_per_second": bandwidth / 1e9, "rows": rows}  # fmt: skip
+
+
+def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of this module returns in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    # Imports, but no memory of an optimizer and no thread. torch imports the second as an optimizer is made.
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def measure_pair(
+    name: str, shapes: list[tuple[int, ...]], device: str, rounds: int, rival_is_first: bool
+) -> Pair | None:
+    """Let a rival and the peer take turns. None if the rival's package is not there, or doesn't run here."""
     torch.manual_seed(0)
     gradients = [torch.randn(shape, device=device) * 1e-3 for shape in shapes]
-    rivals = list(_rivals(shapes, gradients, device, slow))
-    count = sum(g.numel() for g in gradients)
-    copied = torch.empty(min(count, 1 << 27), device=device)
-    source = torch.empty_like(copied).normal_()
-    copy = Rival("copy", lambda: copied.copy_(source), 8)
-    for rival in rivals:
-        rival.step()
-        rival.step()
-        rival.extra_bytes = _extra_bytes(rival.step, device)
-    copy.step()
-    order, shuffled = [copy, *rivals], random.Random(0)
-    for _ in range(rounds):
-        shuffled.shuffle(order)
-        for rival in order:
-            rival.seconds.append(_timed(rival.step, device))
-    bandwidth = copy.bytes_per_element * copied.numel() / statistics.median(copy.seconds)
-    peer = next(rival for rival in rivals if rival.name == PEER)
-    rows = []
-    for rival in rivals:
-        nanoseconds = [second / count * 1e9 for second in rival.seconds]
-        rate = rival.bytes_per_element / statistics.median(nanoseconds)
-        rows.append(
-            {
-                "optimizer": rival.name,
-                "ns_median": statistics.median(nanoseconds),
-                "ns_minimum": min(nanoseconds),
-                "ratio": statistics.median(a / b for a, b in zip(rival.seconds, peer.seconds, strict=True)),
-                "bytes": rival.bytes_per_element,
-                "gigabytes_per_second": rate,
-                "share_of_copy": rate * 1e9 / bandwidth,
-                "extra_mebibytes": rival.extra_bytes / 2**20,
-            }
-        )
-    return {"case": case, "tensors": len(shapes), "elements": count, "machine": machine(device),
-            "copy_gigabytes_per_second": bandwidth / 1e9, "rows": rows}  # fmt: skip
 
-
-def _rivals(shapes: list[tuple[int, ...]], gradients: list[Tensor], device: str, slow: bool) -> Iterator[Rival]:
-    def parameters() -> list[Parameter]:
+    def made(rival: str) -> Callable[[], object]:
         torch.manual_seed(1)
-        made = [Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
-        for param, gradient in zip(made, gradients, strict=True):
+        params = [Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+        for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
-        return made
+        return rivals(slow=True)[rival].make(params)
 
-    yield Rival(PEER, torch.optim.AdamW(parameters(), fused=True).step, 28)
+    try:
+        steps = {"rival": made(name), "peer": made(PEER)}
+    except (ImportError, RuntimeError):
+        return None
+    for step in steps.values():
+        step()
+        step()
+    extra_bytes = _extra_bytes(steps["rival"], device)
+    seconds: dict[str, list[float]] = {"rival": [], "peer": []}
+    for number in range(rounds):
+        order = ("rival", "peer") if (number % 2 == 0) == rival_is_first else ("peer", "rival")
+        for one in order:
+            seconds[one].append(_timed(steps[one], device))
+    return Pair(seconds["rival"], seconds["peer"], extra_bytes)
+
+
+def measure_copy(count: int, device: str, rounds: int) -> float:
+    """The median time of a copy of float32 elements."""
+    copied, source = torch.zeros(count, device=device), torch.ones(count, device=device)
+    copied.copy_(source)
+    return statistics.median(_timed(lambda: copied.copy_(source), device) for _ in range(rounds))
+
+
+def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: float) -> dict[str, float]:
+    def nanoseconds(seconds: float) -> float:
+        return seconds / count * 1e9
+
+    median = nanoseconds(statistics.median(statistics.median(pair.rival) for pair in pairs))
+    best, best_peer = (min(min(getattr(pair, one)) for pair in pairs) for one in ("rival", "peer"))
+    ratios = [pair.ratio for pair in pairs]
+    return {
+        "ns_median": median,
+        "ns_minimum": nanoseconds(best),
+        "ratio": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "ratio_of_best": best / best_peer,
+        "bytes": bytes_per_element,
+        "gigabytes_per_second": bytes_per_element / median,
+        "share_of_copy": bytes_per_element / median * 1e9 / bandwidth,
+        "extra_mebibytes": max(pair.extra_bytes for pair in pairs) / 2**20,
+    }
+
+
+def rivals(slow: bool) -> dict[str, Rival]:
+    """What is measured, by name; `slow` with the plain rule."""
+
+    def stacey(variant: str, p: float, compiled: bool = False, **changes: Any) -> Rival:
+        def make(params: list[Parameter]) -> Callable[[], object]:
+            optimizer = Stacey(params, p=p, variant=variant, **SETTINGS, **changes)  # type: ignore[arg-type]
+            return Compiled(optimizer).step if compiled else optimizer.step
+
+        return Rival(20, make)
+
+    def other(module: str, class_name: str) -> Callable[[list[Parameter]], Callable[[], object]]:
+        return lambda params: getattr(importlib.import_module(module), class_name)(params, lr=1e-4).step
+
+    found = {PEER: Rival(28, lambda params: torch.optim.AdamW(params, fused=True).step)}
     for variant, p in VARIANTS:
         name = f"Stacey {variant}, p = {p:g}"
-        yield Rival(f"{name}, kernel", Stacey(parameters(), p=p, variant=variant, **SETTINGS).step, 20)  # type: ignore[arg-type]
+        found[f"{name}, kernel"] = stacey(variant, p)
         if slow:
-            plain = Stacey(parameters(), p=p, variant=variant, fused=False, **SETTINGS)  # type: ignore[arg-type]
-            yield Rival(f"{name}, plain rule", plain.step, 20)
-            yield Rival(f"{name}, plain rule compiled", Compiled(plain).step, 20)
-    yield Rival("torch AdamW, foreach", torch.optim.AdamW(parameters(), foreach=True).step, 28)
-    yield Rival("torch SGD, momentum, foreach", torch.optim.SGD(parameters(), 1e-3, momentum=0.9).step, 20)
-    for module, class_name, name, size in (
-        ("lion_pytorch", "Lion", "lion-pytorch", 20),
-        ("optimi", "StableAdamW", "torch-optimi StableAdamW", 28),
-        ("torchao.optim", "AdamW8bit", "torchao AdamW8bit", 16),
-        ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes AdamW8bit", 16),
-    ):
-        try:
-            optimizer_class = getattr(__import__(module, fromlist=[class_name]), class_name)
-            yield Rival(name, optimizer_class(parameters(), lr=1e-4).step, size)
-        except (ImportError, RuntimeError):
-            continue
+            found[f"{name}, plain rule"] = stacey(variant, p, fused=False)
+            found[f"{name}, plain rule compiled"] = stacey(variant, p, compiled=True, fused=False)
+    found["torch AdamW, foreach"] = Rival(28, lambda params: torch.optim.AdamW(params, foreach=True).step)
+    found["torch SGD, momentum, foreach"] = Rival(20, lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9).step)
+    found["lion-pytorch"] = Rival(20, other("lion_pytorch", "Lion"))
+    found["torch-optimi StableAdamW"] = Rival(28, other("optimi", "StableAdamW"))
+    found["torchao AdamW8bit"] = Rival(16, other("torchao.optim", "AdamW8bit"))
+    found["bitsandbytes AdamW8bit"] = Rival(16, other("bitsandbytes.optim", "AdamW8bit"))
+    return found
 
 
 class Compiled:
@@ -229,12 +294,14 @@ def table(result: dict[str, Any]) -> str:
     """A result in Markdown."""
     head = (
         f"{result['case']}: {result['elements']:,} elements in {result['tensors']:,} tensors; {result['machine']}; "
-        f"copy {result['copy_gigabytes_per_second']:.1f} GB/s\n\n"
-        f"| optimizer | ns an element, median (minimum) | × {PEER} | bytes | GB/s | of copy | extra MiB |\n"
-        "|---|---|---|---|---|---|---|"
+        f"{result['processes']} processes a pair; copy {result['copy_gigabytes_per_second']:.1f} GB/s\n\n"
+        f"| optimizer | ns an element, median (minimum) | × {PEER}, median (lowest to highest of the processes) "
+        "| of the best times | bytes | GB/s | of copy | extra MiB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     rows = [
-        f"| {row['optimizer']} | {row['ns_median']:.3f} ({row['ns_minimum']:.3f}) | {row['ratio']:.2f} "
+        f"| {row['optimizer']} | {row['ns_median']:.3f} ({row['ns_minimum']:.3f}) "
+        f"| {row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f}) | {row['ratio_of_best']:.2f} "
         f"| {row['bytes']} | {row['gigabytes_per_second']:.1f} "
         f"| {row['share_of_copy']:.0%} | {row['extra_mebibytes']:.1f} |"
         for row in result["rows"]
@@ -242,11 +309,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([head, *rows])
 
 
-def bench(cases: list[str], device: str, rounds: int, slow: bool, json_file: Path | None) -> int:
+def bench(cases: list[str], device: str, rounds: int, slow: bool, json_file: Path | None, processes: int = 3) -> int:
     """Measure the cases, print their tables, and write everything to `json_file`."""
     results = []
     for case in cases:
-        results.append(run(case, device, rounds, slow and case == "flat"))
+        results.append(run(case, device, rounds, slow and case == "flat", processes))
         print(table(results[-1]), flush=True)
         print()
     if json_file is not None:

@@ -114,10 +114,11 @@ def make_parser() -> argparse.ArgumentParser:
     from_bench = groups.add_parser("bench", help="measure what a step of the optimizers costs here")
     from_bench.add_argument("--case", action="append", choices=BENCH_CASES, help="one of them; all if not given")
     from_bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    from_bench.add_argument("--rounds", type=int, default=9, help="how often each steps (9)")
+    from_bench.add_argument("--rounds", type=int, default=9, help="how often each of a pair steps in a process (9)")
+    from_bench.add_argument("--processes", type=int, default=3, help="how many measure each pair (3)")
     from_bench.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
     from_bench.add_argument("--json", type=Path, help="a file for the figures")
-    from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json"])
+    from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json", "processes"])
     again = groups.add_parser("reproduce", help="run an experiment of the paper again; `reproduce list` names them")
     again.add_argument("name", metavar="NAME", help="an experiment, or list")
     again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
@@ -260,7 +261,9 @@ def info() -> int:
     return 0
 
 
-def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_file: Path | None) -> int:
+def measure(
+    cases: list[str] | None, device: str, rounds: int, slow: bool, json_file: Path | None, processes: int
+) -> int:
     """Time the optimizers."""
     import torch
 
@@ -268,9 +271,11 @@ def measure(cases: list[str] | None, device: str, rounds: int, slow: bool, json_
 
     if rounds < 1:
         raise SettingsError(f"--rounds must be at least 1, got {rounds}")
+    if processes < 1:
+        raise SettingsError(f"--processes must be at least 1, got {processes}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: torch sees no GPU here")
-    return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file)
+    return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file, processes)
 
 
 def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None, workers: int, data: str | None) -> int:

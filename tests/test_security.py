@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stacey_dist.data.hub import hub_documents
+from stacey_dist.data.parts import INDEX, read_index
 from stacey_dist.data.tokenizer import load_pretrained
-from stacey_dist.data.tokens import INDEX, _read_index
 from stacey_dist.errors import SettingsError
 from stacey_dist.experiments.sweep import read_sweep
 from tests.training.helpers import launch, write_config
@@ -125,7 +125,7 @@ def test_an_index_of_tokens_names_no_code(tmp_path, trap):
     for content in (code.encode(), pickle.dumps({"format": 1})):
         (tmp_path / INDEX).write_bytes(content)
         with pytest.raises(SettingsError, match="damaged"):
-            _read_index(tmp_path)
+            read_index(tmp_path)
     assert not marker.exists()
 
 

@@ -14,7 +14,11 @@ from stacey_dist.optim.kernels import NoKernelError
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(("--rounds", "0"), "--rounds must be at least 1, got 0"), (("--device", "cuda"), "torch sees no GPU here")],
+    [
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--processes", "-1"), "--processes must be at least 1, got -1"),
+        (("--device", "cuda"), "torch sees no GPU here"),
+    ],
 )
 def test_bench_refuses_what_it_cannot_measure(arguments, complaint, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -34,10 +38,26 @@ def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
     assert {"Stacey p2, p = 2.8, kernel", "torch SGD, momentum, foreach", "lion-pytorch"} <= rows.keys()
     for row in rows.values():
         assert 0 < row["ns_minimum"] <= row["ns_median"]
+        assert 0 < row["ratio_lowest"] <= row["ratio"] <= row["ratio_highest"]
+        assert row["ratio_of_best"] > 0
         assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / row["ns_median"])
     printed = capsys.readouterr().out
     assert printed.count(f"| {bench.PEER} |") == 2
     assert "3,000 elements in 1 tensors" in printed
+
+
+def test_a_pair_takes_turns_and_another_one_goes_first_each_time(monkeypatch):
+    turns = []
+
+    def spy(name):
+        return bench.Rival(20, lambda params: lambda: turns.append(name))
+
+    monkeypatch.setattr(bench, "rivals", lambda slow: {bench.PEER: spy("peer"), "ours": spy("ours")})
+    pair = bench.measure_pair("ours", [(3,)], "cpu", 4, rival_is_first=True)
+    assert turns[-8:] == ["ours", "peer", "peer", "ours"] * 2
+    assert len(pair.rival) == len(pair.peer) == 4
+    bench.measure_pair("ours", [(3,)], "cpu", 1, rival_is_first=False)
+    assert turns[-2:] == ["peer", "ours"]
 
 
 def test_the_compiled_plain_rule_that_is_measured_is_an_update():

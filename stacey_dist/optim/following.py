@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stacey_dist.optim.power import log2_parts
-from stacey_dist.optim.rule import log2_in_parts
+from stacey_dist.optim.rule import MAX_LOG2_ALPHA, log2_in_parts
 
 
 def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.dtype) -> Tensor:
@@ -26,9 +26,10 @@ def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.
         dtype: float32 or float64, in which the update is computed; the share is rounded to it.
     """
     share = (lr / reference).to(dtype)
-    whole, fraction = log2_parts(share)
+    whole, fraction = (part.double() for part in log2_parts(share))
     alpha_whole, alpha_fraction = log2_in_parts(alpha)
+    fraction += alpha_fraction  # within [-1, 2]: its integer goes to the whole
+    carry = fraction.round()
+    whole = (whole + alpha_whole + carry).clamp(max=MAX_LOG2_ALPHA)
     share = share.double()
-    return torch.cat(
-        [share * alpha, (share * tau).clamp(max=1.0), whole.double() + alpha_whole, fraction.double() + alpha_fraction]
-    )
+    return torch.cat([share * alpha, (share * tau).clamp(max=1.0), whole, fraction - carry])

@@ -38,7 +38,7 @@ def key_base(seed: int, which: int) -> int:
 
 
 def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
-    """32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where their sum is NaN.
+    """32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where one is NaN.
 
     A NaN's bits are not the same on all machines, and adding to them may make a number of it.
     """
@@ -46,8 +46,7 @@ def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
     turned = second.view(torch.int32)
     turned = (turned << 16).bitwise_or_(_upper(turned))
     h = turned.bitwise_xor_(first.view(torch.int32)).bitwise_xor_(key).mul_(_MIX)
-    total = first + second
-    return h.bitwise_xor_(_upper(h)).mul_(total == total)
+    return h.bitwise_xor_(_upper(h)).mul_((first == first) & (second == second))
 
 
 def _upper(bits: Tensor) -> Tensor:

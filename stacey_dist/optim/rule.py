@@ -16,12 +16,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stacey_dist.optim.power import exp2_sum, log2_parts, power, split
+from stacey_dist.optim.power import (
+    ZERO_EXPONENT,
+    exp2_parts,
+    exp2_times,
+    log2_near_one,
+    log2_parts,
+    multiply_add,
+    nearest_integer,
+    power,
+    product_less,
+    product_parts,
+)
 
 Variant = Literal["p2", "pp", "2p"]
 
 # What rounds to a half in float32, in which kernels have beta.
-_HALF = 0.5 - 2.0**-26
+HALF = 0.5 - 2.0**-26
+# Of the logarithm of alpha in a mirror step: alpha |c| then has an exponent that `power.exp2_times` takes.
+MAX_LOG2_ALPHA = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +72,21 @@ def stacey_update(
     direction = c if s.variant == "2p" else steepest_direction(c, s.p, s.eps)
 
     # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
-    z_new = z - c * s.alpha if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p, s.log2_alpha)
+    z_new = multiply_add(c, -s.alpha, z) if s.variant == "p2" else mirror_step(z, c, s.alpha, s.p, s.log2_alpha)
 
     # coupling      theta' = tau z' + (1 - tau) y - eta lambda theta
     # as theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]: theta is rounded once and never multiplied by a
     # number near one.
-    change = (z_new * s.tau).sub_(theta * (s.tau + s.lr * s.weight_decay)).sub_(direction * ((1.0 - s.tau) * s.lr))
+    change = multiply_add(theta, -(s.tau + s.lr * s.weight_decay), z_new * s.tau)
+    change = multiply_add(direction, -((1.0 - s.tau) * s.lr), change)
     return change.add_(theta), z_new, m_new
 
 
 def interpolate(m: Tensor, g: Tensor, beta: float) -> Tensor:
     """beta m + (1 - beta) g, from the nearer end: coefficients rounded by themselves would not add up to one."""
-    if beta >= _HALF:
-        return (g - m).mul_(1.0 - beta).add_(m)
-    return (m - g).mul_(beta).add_(g)
+    if beta >= HALF:
+        return multiply_add(g - m, 1.0 - beta, m)
+    return multiply_add(g - m, -beta, g)
 
 
 def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float) -> Tensor:
@@ -92,8 +106,8 @@ def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
 
 
 def log2_in_parts(alpha: float) -> tuple[float, float]:
-    """log2(alpha) as (whole, fraction); (0, 0) for alpha = 0, of which no use is made."""
-    log = math.log2(alpha) if alpha > 0.0 else 0.0
+    """Return log2(alpha), at most `MAX_LOG2_ALPHA`, as (whole, fraction); (0, 0) for alpha = 0, which has no use."""
+    log = min(math.log2(alpha), MAX_LOG2_ALPHA) if alpha > 0.0 else 0.0
     return float(round(log)), log - round(log)
 
 
@@ -110,34 +124,30 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[
     as it is. NaN or infinity in z or c gives NaN or infinity.
     """
     if p == 2.0:
-        return z - c * alpha
+        return multiply_add(c, -alpha, z)
     if alpha == 0.0:
         return z + c * 0.0
     size_z, size_c = z.abs(), c.abs()
     z_whole, z_fraction = log2_parts(size_z)
+    z_whole.masked_fill_(z == 0.0, ZERO_EXPONENT)
+    # log2(alpha |c|)
     c_whole, c_fraction = log2_parts(size_c)
     alpha_whole, alpha_fraction = log2_alpha or log2_in_parts(alpha)
-    c_whole.add_(alpha_whole)
+    c_whole.add_(alpha_whole).masked_fill_(c == 0.0, ZERO_EXPONENT)
     c_fraction.add_(alpha_fraction)
-    # gap = log2(|z|^(p-1)) - log2(alpha |c|);  |t| = 2^-|gap|
-    high, low = split(p - 1.0)
-    gap_high = (z_whole * high).sub_(c_whole)
-    gap_low = (z_whole * low).add_(z_fraction * (p - 1.0)).sub_(c_fraction)
-    gap = gap_high + gap_low
-    c_larger = (gap < 0).to(z.dtype)
-    z_larger = 1.0 - c_larger
-    toward_larger = c_larger - z_larger  # the sign of -gap
-    t = exp2_sum(gap_high.mul_(toward_larger), gap_low.mul_(toward_larger))
-    # The two terms of u are z's and -c's; t is negative where they oppose each other.
-    t.copysign_(z).mul_(torch.ones_like(c).copysign_(c).neg_())
-    # |z'| = larger^r (1 + t)^r = [|z| or 1] * 2^(r log2(1 + t) + [0 or r log2(alpha |c|)])
-    ratio_whole, ratio_fraction = log2_parts(t.add_(1.0))
-    root = 1.0 / (p - 1.0)
-    high, low = split(root)
-    c_whole.mul_(c_larger)
-    whole = ratio_whole.add_(c_whole)
-    fraction = ratio_fraction.add_(c_fraction.mul_(c_larger))
-    growth = exp2_sum(whole * high, (whole * low).add_(fraction.mul_(root)))
-    size = growth.mul_(size_z.mul_(z_larger).add_(c_larger))
-    sign = torch.copysign(z_larger, z).sub_(c_larger.copysign_(c))
-    return size.mul_(sign).add_(z - z).add_(c - c)
+    # gap = log2(|z|^(p-1)) - log2(alpha |c|) = k + t
+    gap = multiply_add(z_whole + z_fraction, p - 1.0, -(c_whole + c_fraction))
+    k = nearest_integer(gap)
+    t = product_less(z_whole, z_fraction, p - 1.0, k + c_whole).sub_(c_fraction)
+    # The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are z's
+    # and -c's; the ratio is negative where they oppose each other.
+    c_larger = gap < 0.0
+    ratio = exp2_parts(-k.abs().clamp_max_(100.0), torch.where(c_larger, t, -t))
+    ratio.copysign_(z).mul_(torch.ones_like(c).copysign_(c).neg_())
+    # z' = [z or -sign(c)] 2^(r (log2(1 + ratio) + [0 or log2(alpha |c|)]))
+    whole, fraction = log2_near_one(ratio.add_(1.0))
+    whole = torch.where(c_larger, whole + c_whole, whole)
+    fraction = torch.where(c_larger, fraction + c_fraction, fraction)
+    start = torch.where(c_larger, torch.ones_like(c).copysign_(-c), z)
+    z_new = exp2_times(start, *product_parts(whole, fraction, 1.0 / (p - 1.0)))
+    return z_new.add_(z - z).add_(c - c)

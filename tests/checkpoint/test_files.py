@@ -99,9 +99,10 @@ def test_tensors_without_elements_are_a_part_of_the_model(tmp_path):
     load_checkpoint(path, other, other_optimizer)
     assert torch.equal(other.weight, model.weight)
     assert read_tensors(path)["model/trained"].shape == (0, 3)
+    smaller = torch.nn.Linear(2, 1)
+    smaller_optimizer = build_optimizer(smaller, OptimizerConfig(), seed=0)
     with pytest.raises(DamagedCheckpointError, match=r"\(0,\) float32 there, and absent here"):
-        smaller = torch.nn.Linear(2, 1)
-        load_checkpoint(path, smaller, build_optimizer(smaller, OptimizerConfig(), seed=0))
+        load_checkpoint(path, smaller, smaller_optimizer)
 
 
 def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):

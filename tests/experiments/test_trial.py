@@ -59,8 +59,8 @@ def test_refused_settings_are_said_in_the_launchers_words(config, tmp_path):
 
 def test_an_error_shows_the_end_of_the_output(config, tmp_path):
     # A directory is where the run's file is to be.
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(TrialError, match=r"metrics\.jsonl"):
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(TrialError, match=r"config\.yaml"):
         Trial("train_llm.py", config, {}, tmp_path).run()
 
 

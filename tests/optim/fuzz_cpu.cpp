@@ -37,7 +37,7 @@ int main(int, char **arguments) {
         s.seed = generator();
         s.primal_rate = 0.01f, s.pull = 0.002f, s.alpha = 0.01f, s.tau = 0.001f, s.eps = 1e-8f;
         s.beta1 = 0.9f, s.beta1_rest = 0.1f, s.beta2 = 0.99f, s.beta2_rest = 0.01f, s.inverse_scale = 0.5f;
-        s.exponent_high = s.exponent = 0.375f, s.inner_high = s.inner = 1.5f, s.root_high = s.root = 0.625f;
+        s.exponent = {0.375f, 0.0f, 0.375f}, s.inner = {1.5f, 0.0f, 1.5f}, s.root = {0.625f, 0.0f, 0.625f};
         s.log_alpha_whole = -7.0f, s.log_alpha_fraction = 0.356f;
         std::vector<Memory> memory;
         std::vector<Tensors> tensors, ones;

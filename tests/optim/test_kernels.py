@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -324,7 +325,7 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line
     assert result.stdout.strip() == "1"
 
 
-FLAGS = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"], "avx2": ["-mavx2"], "portable": []}
+FLAGS = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"], "avx2": ["-mavx2", "-mfma"], "portable": []}
 
 
 @pytest.mark.slow
@@ -344,6 +345,49 @@ def test_lengths_and_alignments_under_sanitizers(tmp_path, instruction_set):
     result = subprocess.run([tmp_path / "fuzz", "200"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == "200 rounds"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64-static") is None,
+    reason="needs g++-aarch64-linux-gnu and qemu-user-static",
+)
+def test_the_bits_of_the_plain_rule_on_an_emulated_aarch64(tmp_path):
+    source, include = Path(__file__).with_name("step_from_file.cpp"), f"-I{Path(kernels.__file__).parent}"
+    compiler = [
+        "aarch64-linux-gnu-g++",
+        "-std=c++17",
+        "-O3",
+        "-fwrapv",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-static",
+    ]
+    subprocess.run([*compiler, include, "-o", tmp_path / "step", source], check=True)
+    seen = []
+    kernel = cpu.CpuKernel(*cpu.PORTABLE)
+    kernel._step = lambda settings, *rest: seen.append(bytes(settings._obj))  # what the library would be called with
+    for variant, p in CASES:
+        for weight, gradient, state, stochastic, scale in KINDS:
+            row = make_row(4_003, weight, gradient, state, step=6.0)
+            scale_tensor = None if scale is None else torch.tensor(scale)
+            call = Call(settings_of(variant, p), stochastic, seed=2**40 + 7, grad_scale=scale_tensor)
+            tensors = [tensor.view(torch.uint8).numpy().tobytes() for tensor in row[:4]]
+            size = row.weight.numel().to_bytes(8, "little")
+            kernel([copied(row)], call)
+            result = subprocess.run(
+                ["qemu-aarch64-static", tmp_path / "step"],
+                input=b"".join([seen[-1], size, *tensors]),
+                capture_output=True,
+                check=True,
+            )
+            ours, rest = copied(row), result.stdout
+            for tensor in (ours.weight, ours.z, ours.m):
+                count = tensor.numel() * tensor.element_size()
+                tensor.copy_(torch.frombuffer(bytearray(rest[:count]), dtype=tensor.dtype))
+                rest = rest[count:]
+            assert rest == b""
+            assert_same_bits(plainly(row, call, step=7), ours, variant, p)
 
 
 @pytest.mark.parametrize("rows", [99, 101])

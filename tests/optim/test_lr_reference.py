@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim import lr_scheduler
 from stacey_dist import Stacey
 from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call
+from stacey_dist.optim.rule import MAX_LOG2_ALPHA, log2_in_parts
 from tests.optim.helpers import make_problem, run
 from tests.optim.kernel_cases import BF16, F32, assert_same_bits, make_row
 
@@ -210,3 +212,22 @@ def test_a_state_dict_and_a_pickle_from_before_there_was_the_setting():
 def test_bad_references(value):
     with pytest.raises(ValueError, match="Stacey: lr_reference="):
         Stacey([nn.Parameter(torch.ones(3))], lr_reference=value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.9999, 1.9999, 1e-6, 1e-40, 40.0, 2.0**-100])
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.0, 1.4, 1e-9])
+def test_parts_of_the_logarithm_are_an_integer_and_at_most_a_half(dtype, share, alpha):
+    lr = torch.tensor([share], dtype=torch.float64)
+    alpha_now, _, whole, fraction = follow(lr, 1.0, alpha, 0.1, dtype).tolist()
+    assert whole == round(whole)
+    assert abs(fraction) <= 0.5
+    assert whole + fraction == pytest.approx(math.log2(alpha_now), abs=2e-7)  # log2_parts' error in float32
+
+
+def test_the_logarithm_of_a_large_alpha_is_bounded_with_a_share_too():
+    # More would exceed the exponents of float32 in the mirror step.
+    *_, whole, fraction = follow(torch.tensor([1e30], dtype=torch.float64), 1.0, 1e30, 0.1, torch.float32).tolist()
+    assert whole == MAX_LOG2_ALPHA
+    assert abs(fraction) <= 0.5
+    assert sum(log2_in_parts(1e60)) == MAX_LOG2_ALPHA

@@ -1,24 +1,36 @@
 // The update rule of rule.py, power.py and rounding.py for float32 arithmetic on CPUs: the same operations, hence the
 // same bits. Names and comment lines are those of the Python files, to be read side by side.
 //
-// Compiled once for each instruction set, always without contraction to fused multiply-adds (-ffp-contract=off), and
-// without a header of torch's: Python hands over pointers, sizes and settings (cpu.py). Each LANES elements take the
-// same road, the last, incomplete ones through a padded copy, so an element's bits do not depend on its position, on
-// the alignment, or on how many threads there are.
+// Compiled once for each instruction set, always without a compiler's own contraction to fused multiply-adds
+// (-ffp-contract=off), and without a header of torch's: Python hands over pointers, sizes and settings (cpu.py).
+//
+// Elements go through the rule a tile at a time, in short stages whose results lie in buffers that stay in the L1 cache.
+// A processor looks some hundred instructions ahead, so it finds independent work only where the chain of operations from
+// loading an element to storing it is short. Each vector of a tile takes the same road, the last, incomplete one
+// through a padded copy, so an element's bits do not depend on its position, on the alignment, or on how many threads
+// there are.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define WIDTH 16
+#define DEPTH 4
 #elif defined(__AVX2__)
 #include <immintrin.h>
 #define WIDTH 8
+#define DEPTH 2
 #else
-#define WIDTH 4
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <immintrin.h>
 #endif
-#define DEPTH 8
+#define WIDTH 4
+#define DEPTH 2
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -30,14 +42,17 @@ enum Variant : int32_t { P2, PP, TWO_P };
 enum Power : int32_t { ONE, ROOT, SAME, GENERAL };  // |x|^0, ^(1/2), ^1, ^exponent
 enum Dtype : int32_t { FLOAT32, BFLOAT16 };
 
+// A number as float32, and as a sum whose first term times an exponent is exact.
+struct Factor {
+    float high, low, value;
+};
+
 struct Settings {
     int32_t variant, power, mirror_is_plain, alpha_is_zero, stochastic, has_scale;
     int32_t weight_dtype, gradient_dtype, z_dtype, m_dtype;
     uint64_t seed;
     float primal_rate, pull, alpha, tau, beta1, beta1_rest, beta2, beta2_rest, eps;
-    float exponent_high, exponent_low, exponent;
-    float inner_high, inner_low, inner;  // p - 1
-    float root_high, root_low, root;     // 1 / (p - 1)
+    Factor exponent, inner, root;  // (p - 2) / (p - 1), p - 1, 1 / (p - 1)
     float log_alpha_whole, log_alpha_fraction;
     float inverse_scale;
 };
@@ -53,12 +68,11 @@ struct Tensors {
 
 // ------------------------------------------------------------------------------------------------------ vectors
 
-// LANES elements as DEPTH registers that go through each operation one after the other: a single one would spend most
-// of its time waiting for its own last result.
+// DEPTH registers that go through each operation one after the other, so that none waits for its own last result.
 constexpr int LANES = DEPTH * WIDTH;
 
 typedef float FloatRegister __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t IntRegister __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t IntRegister __attribute__((vector_size(4 * WIDTH)));  // also a mask: all bits, or none
 typedef uint32_t UnsignedRegister __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t HalfRegister __attribute__((vector_size(2 * WIDTH)));
 
@@ -66,9 +80,6 @@ struct Float {
     FloatRegister of[DEPTH];
 };
 struct Int {
-    IntRegister of[DEPTH];
-};
-struct Mask {  // all bits, or none
     IntRegister of[DEPTH];
 };
 
@@ -90,30 +101,31 @@ OPERATOR(Float, Float, +)
 OPERATOR(Float, Float, -)
 OPERATOR(Float, Float, *)
 OPERATOR(Float, Float, /)
-OPERATOR(Mask, Float, ==)
+OPERATOR(Int, Float, ==)
 OPERATOR_WITH_NUMBER(Float, Float, float, +)
 OPERATOR_WITH_NUMBER(Float, Float, float, -)
 OPERATOR_WITH_NUMBER(Float, Float, float, *)
-OPERATOR_WITH_NUMBER(Mask, Float, float, <)
-OPERATOR_WITH_NUMBER(Mask, Float, float, >)
-OPERATOR_WITH_NUMBER(Mask, Float, float, !=)
+OPERATOR_WITH_NUMBER(Int, Float, float, ==)
+OPERATOR_WITH_NUMBER(Int, Float, float, !=)
+OPERATOR_WITH_NUMBER(Int, Float, float, <)
 OPERATOR(Int, Int, +)
 OPERATOR(Int, Int, -)
 OPERATOR(Int, Int, |)
+OPERATOR(Int, Int, &)
 OPERATOR(Int, Int, ^)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, +)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, -)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, *)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, &)
+OPERATOR_WITH_NUMBER(Int, Int, int32_t, |)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, ^)
+OPERATOR_WITH_NUMBER(Int, Int, int32_t, <)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, <<)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, >>)
 
-template <class Vector, class Number>
-INLINE Vector all(Number x) {
-    Vector result;
-    EACH result.of[i] = x - decltype(result.of[i] + result.of[i]){};
-    return result;
+INLINE Float operator-(Float x) {
+    EACH x.of[i] = -x.of[i];
+    return x;
 }
 
 INLINE Int operator~(Int x) {
@@ -121,8 +133,16 @@ INLINE Int operator~(Int x) {
     return x;
 }
 
+template <class Vector, class Number>
+INLINE Vector all(Number x) {
+    Vector result;
+    EACH result.of[i] = x - decltype(result.of[i] + result.of[i]){};
+    return result;
+}
+INLINE Float all(float x) { return all<Float>(x); }
+
 template <class Vector>
-INLINE Vector select(Mask where, Vector a, Vector b) {
+INLINE Vector select(Int where, Vector a, Vector b) {
     EACH a.of[i] = where.of[i] ? a.of[i] : b.of[i];
     return a;
 }
@@ -139,13 +159,58 @@ INLINE Float number(Int bits) {
     return result;
 }
 
+INLINE Float converted(Int x) {
+    Float result;
+    EACH result.of[i] = __builtin_convertvector(x.of[i], FloatRegister);
+    return result;
+}
+
 INLINE Int upper(Int x) {  // the upper 16 bits, moved down
     EACH x.of[i] = (IntRegister)((UnsignedRegister)x.of[i] >> 16);
     return x;
 }
 
-INLINE Float size_of(Float x) { return number(bits(x) & 0x7fffffff); }
+INLINE Float size_of(Float x) { return number(bits(x) & INT32_MAX); }
 INLINE Int sign_of(Float x) { return bits(x) & INT32_MIN; }
+
+// a * b + c, rounded once.
+INLINE FloatRegister multiply_add(FloatRegister a, FloatRegister b, FloatRegister c) {
+#if defined(__AVX512F__)
+    return (FloatRegister)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (FloatRegister)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (FloatRegister)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    FloatRegister result;
+#if defined(__SSE2__)
+    // In double precision the product is exact, and rounding twice does harm only where the first result lies in the
+    // middle between two floats, or where the second is subnormal.
+    auto rounded = [](__m128 a, __m128 b, __m128 c) {
+        return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(a), _mm_cvtps_pd(b)), _mm_cvtps_pd(c));
+    };
+    auto upper_half = [](FloatRegister x) { return _mm_movehl_ps((__m128)x, (__m128)x); };
+    const __m128d first = rounded((__m128)a, (__m128)b, (__m128)c);
+    const __m128d second = rounded(upper_half(a), upper_half(b), upper_half(c));
+    result = (FloatRegister)_mm_movelh_ps(_mm_cvtpd_ps(first), _mm_cvtpd_ps(second));
+    const IntRegister low = (IntRegister)_mm_shuffle_ps((__m128)first, (__m128)second, 0x88);
+    const IntRegister high = (IntRegister)_mm_shuffle_ps((__m128)first, (__m128)second, 0xdd);
+    const FloatRegister size = (FloatRegister)((IntRegister)result & INT32_MAX);
+    const IntRegister middle = (low & 0x1fffffff) == 0x10000000;
+    const IntRegister subnormal = (size < 0x1p-126f) & ((high & INT32_MAX) != 0);
+    if (__builtin_expect(_mm_movemask_ps((__m128)(middle | subnormal)) == 0, 1)) return result;
+#endif
+    for (int lane = 0; lane < WIDTH; lane++) result[lane] = std::fmaf(a[lane], b[lane], c[lane]);
+    return result;
+#endif
+}
+INLINE Float multiply_add(Float a, Float b, Float c) {
+    EACH a.of[i] = multiply_add(a.of[i], b.of[i], c.of[i]);
+    return a;
+}
+INLINE Float multiply_add(Float a, float b, Float c) { return multiply_add(a, all(b), c); }
+INLINE Float multiply_add(Float a, Float b, float c) { return multiply_add(a, b, all(c)); }
+INLINE Float multiply_add(Float a, float b, float c) { return multiply_add(a, all(b), all(c)); }
 
 INLINE Float root_of(Float x) {
 #if defined(__AVX512F__)
@@ -160,134 +225,140 @@ INLINE Float root_of(Float x) {
 
 // ------------------------------------------------------------------------------------------------------ power.py
 
-constexpr float ZERO_EXPONENT = -0x1p20f;
+[[maybe_unused]] constexpr float ZERO_EXPONENT = -0x1p20f;
+[[maybe_unused]] constexpr int32_t ZERO_EXPONENT_BITS = (int32_t)0xc9800000;
+constexpr float MAGIC = 0x1.8p23f;
+
+constexpr float LOG2[] = {1.4426898956298828f,  -0.7211660742759705f,  0.47868552803993225f, -0.3473072350025177f,
+                               0.24187606573104858f, -0.13753284513950348f, 0.05206507816910744f, -0.009310458786785603f};
+constexpr float LOG2_NEAR_ONE[] = {1.4426963329315186f,  -0.72132807970047f,    0.48062604665756226f, -0.36156418919563293f,
+                                   0.29827117919921875f, -0.24252602458000183f, 0.11968280375003815f};
+constexpr float EXP2[] = {0.6931469440460205f, 0.24022284150123596f, 0.055508024990558624f, 0.00966894906014204f,
+                          0.0013235454680398107f};
+
+template <int COUNT>
+INLINE Float polynomial(Float x, const float (&coefficients)[COUNT]) {
+    Float result = multiply_add(x, coefficients[COUNT - 1], coefficients[COUNT - 2]);
+    for (int i = COUNT - 3; i >= 0; i--) result = multiply_add(result, x, coefficients[i]);
+    return result;
+}
 
 struct Log2 {
     Float whole, fraction;
 };
 
-// Base-2 logarithm of a finite |x| > 0 as (whole, fraction).
-INLINE Log2 log2_parts(Float x) {
-    Float whole, mantissa;  // in [3/4, 3/2)
 #if defined(__AVX512F__)
-    EACH mantissa.of[i] =
-        (FloatRegister)_mm512_getmant_ps((__m512)x.of[i], _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
-    EACH whole.of[i] = (FloatRegister)_mm512_getexp_ps((__m512)x.of[i]) -
-                       (FloatRegister)_mm512_getexp_ps((__m512)mantissa.of[i]);
-#else
-    // Subnormal numbers are scaled up by 2^24 (times 1.0 otherwise) to have a full mantissa.
-    x = size_of(x);
-    Int subnormal = (bits(x) - 0x00800000) >> 31;
-    Float scale = number((subnormal & (24 << 23)) + (127 << 23));
-    Int normal_bits = bits(scale * x);
-    Int exponent = normal_bits - 0x3f400000;
-    mantissa = number(normal_bits - (exponent & (int32_t)0xff800000));
-    exponent = (exponent >> 23) - (subnormal & 24);
-    EACH whole.of[i] = __builtin_convertvector(exponent.of[i], FloatRegister);
-#endif
-    // log2(m) = s (a0 + s^2 (a1 + s^2 a2)), s = (m - 1) / (m + 1)
-    Float s = (mantissa - 1.0f) / (mantissa + 1.0f), square = s * s;
-    return {whole, ((square * 0.6027452945709229f + 0.9614068269729614f) * square + 2.8853909969329834f) * s};
+INLINE Float exponent_of(Float x) {
+    EACH x.of[i] = (FloatRegister)_mm512_getexp_ps((__m512)x.of[i]);
+    return x;
 }
 
-// x = 0 gets a whole of ZERO_EXPONENT.
+template <_MM_MANTISSA_NORM_ENUM RANGE>
+INLINE Float mantissa_of(Float x) {
+    EACH x.of[i] = (FloatRegister)_mm512_getmant_ps((__m512)x.of[i], RANGE, _MM_MANT_SIGN_zero);
+    return x;
+}
+#endif
+
+// The base-2 logarithm of a finite |x| > 0 as (whole, fraction).
+INLINE Log2 log2_parts(Float x) {
+#if defined(__AVX512F__)
+    Float whole = exponent_of(x), r = mantissa_of<_MM_MANT_NORM_1_2>(x) - 1.0f;
+#else
+    // Subnormal numbers are scaled up by 2^24 to have a full mantissa.
+    x = size_of(x);
+    Int small = x < 0x1p-126f;
+    Int scaled = bits(select(small, x * 0x1p24f, x));
+    Float whole = converted((scaled >> 23) - (small & 24) - 127);
+    Float r = number((scaled & 0x007fffff) | 0x3f800000) - 1.0f;
+#endif
+    return {whole, polynomial(r, LOG2) * r};
+}
+
+// `whole` of a logarithm of x, but ZERO_EXPONENT where x is zero.
 INLINE Float whole_or_zero(Float whole, [[maybe_unused]] Float x) {
 #if defined(__AVX512F__)
-    EACH whole.of[i] = (FloatRegister)_mm512_max_ps((__m512)whole.of[i], _mm512_set1_ps(ZERO_EXPONENT));
+    // It is -infinity, the only negative number here whose bits are above those of ZERO_EXPONENT. An integer operation
+    // leaves the adders to additions.
+    EACH whole.of[i] = (FloatRegister)_mm512_min_epu32((__m512i)whole.of[i], _mm512_set1_epi32(ZERO_EXPONENT_BITS));
     return whole;
 #else
-    return select(x != 0.0f, whole, all<Float>(ZERO_EXPONENT));
+    return select(x == 0.0f, all(ZERO_EXPONENT), whole);
 #endif
 }
 
-// 2^(high + low), high exact and low small beside it; 0 below the range, infinity above it, but NaN for a high of
-// -infinity.
-INLINE Float exp2_sum(Float high, Float low, [[maybe_unused]] bool high_is_finite = true) {
-    // k = round(high + low), t = (high - k) + low in [-1/2, 1/2]
-    Float k = high + low;
+// The base-2 logarithm of a normal x as (whole, fraction), exact to a relative error also near x = 1.
+INLINE Log2 log2_near_one(Float x) {
 #if defined(__AVX512F__)
-    k = (k + 0x1.8p23f) - 0x1.8p23f;
-    Float t = (high - k) + low;
+    Float mantissa = mantissa_of<_MM_MANT_NORM_p75_1p5>(x);
+    Float whole = exponent_of(x) - exponent_of(mantissa), r = mantissa - 1.0f;
 #else
-    k = select(k < -250.0f, all<Float>(-250.0f), k);
-    k = select(k > 250.0f, all<Float>(250.0f), k);
-    k = (k + 0x1.8p23f) - 0x1.8p23f;
-    Float t = (high - k) + low;
-    t = select(t < -1.0f, all<Float>(-1.0f), t);  // matters only where k was clamped
-    t = select(t > 1.0f, all<Float>(1.0f), t);
+    Int exponent = bits(x) - 0x3f400000;
+    Float r = number(bits(x) - (exponent & (int32_t)0xff800000)) - 1.0f;  // mantissas are in [3/4, 3/2)
+    Float whole = converted(exponent >> 23);
 #endif
-    // 2^t = 1 + t (b1 + t (b2 + t (b3 + t (b4 + t b5))))
-    Float result = t * 0.001326472731307149f + 0.009671512991189957f;
-    result = result * t + 0.05550733581185341f;
-    result = result * t + 0.24022242426872253f;
-    result = result * t + 0.6931470036506653f;
-    result = result * t + 1.0f;
+    return {whole_or_zero(whole, x), polynomial(r, LOG2_NEAR_ONE) * r};
+}
+
+// An integer within 1/2, and a rounding error, of factor * x, where that is below 2^22 in size.
+INLINE Float nearest_integer(Float x, float factor) { return multiply_add(x, factor, MAGIC) - MAGIC; }
+
 #if defined(__AVX512F__)
-    // vscalefps makes 0 of NaN 2^-infinity.
-    if (!high_is_finite) EACH k.of[i] = (FloatRegister)_mm512_max_ps((__m512)k.of[i], _mm512_set1_ps(-300.0f));
-    EACH result.of[i] = (FloatRegister)_mm512_scalef_ps((__m512)result.of[i], (__m512)k.of[i]);
-    return result;
+INLINE Float scaled(Float x, Float k) {  // x 2^k
+    EACH x.of[i] = (FloatRegister)_mm512_scalef_ps((__m512)x.of[i], (__m512)k.of[i]);
+    return x;
+}
 #else
-    // 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents.
+// Two powers of two whose product is 2^k, since k alone may lie outside the exponents of float32.
+struct TwoPowers {
+    Float first, second;
+};
+
+INLINE TwoPowers two_powers(Float k) {
     Int whole;
+    k = select(k < -250.0f, all(-250.0f), k);
     EACH whole.of[i] = __builtin_convertvector(k.of[i], IntRegister);
     Int half = whole >> 1;
-    return result * number((half + 127) << 23) * number((whole - half + 127) << 23);
+    return {number((half + 127) << 23), number((whole - half + 127) << 23)};
+}
 #endif
-}
 
-// ------------------------------------------------------------------------------------------------------- rule.py
-
-// beta m + (1 - beta) g, from the nearer end
-INLINE Float interpolate(Float m, Float g, float beta, float rest) {
-    return beta >= 0.5f ? (g - m) * rest + m : (m - g) * beta + g;
-}
-
-// s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0; log2_x is of |x|, where POWER is GENERAL
-template <Power POWER>
-INLINE Float steepest_direction(Float x, Log2 log2_x, const Settings &s) {
-    Float power = all<Float>(1.0f);
-    if (POWER == ROOT) power = root_of(size_of(x));
-    if (POWER == SAME) power = size_of(x);
-    if (POWER == GENERAL) {
-        power = exp2_sum(log2_x.whole * s.exponent_high, log2_x.whole * s.exponent_low + log2_x.fraction * s.exponent);
-#if !defined(__AVX512F__)  // with it, infinity and NaN have come out as such by themselves
-        power = power + (x - x);
-#endif
-    }
-    // 0 over any positive number is 0.
-    return x / select(x != 0.0f, power + s.eps, all<Float>(1.0f));
-}
-
-// The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
-//     z' = z (1 + t)^r                        where |z|^(p-1) >= alpha |c|
-//     z' = -sign(c) (alpha |c|)^r (1 + t)^r   elsewhere,             r = 1 / (p - 1)
-INLINE Float mirror_step(Float z, Float c, Log2 log2_c, const Settings &s) {
-    Log2 log2_z = log2_parts(z);
-    log2_z.whole = whole_or_zero(log2_z.whole, z);
-    Float c_whole = log2_c.whole + s.log_alpha_whole, c_fraction = log2_c.fraction + s.log_alpha_fraction;
-    // gap = log2(|z|^(p-1)) - log2(alpha |c|);  |t| = 2^-|gap|
-    Float gap_high = log2_z.whole * s.inner_high - c_whole;
-    Float gap_low = (log2_z.whole * s.inner_low + log2_z.fraction * s.inner) - c_fraction;
-    Mask c_larger = gap_high + gap_low < 0.0f;
-    Int toward_larger = select(c_larger, all<Int>(0), all<Int>(INT32_MIN));  // the sign of -gap
-    Float t = exp2_sum(number(bits(gap_high) ^ toward_larger), number(bits(gap_low) ^ toward_larger), false);
-    // The two terms of u are z's and -c's; t is negative where they oppose each other.
-    t = number(bits(t) | (~(bits(z) ^ bits(c)) & INT32_MIN));
-    // |z'| = larger^r (1 + t)^r = [|z| or 1] * 2^(r log2(1 + t) + [0 or r log2(alpha |c|)])
-    t = t + 1.0f;
-    Log2 ratio = log2_parts(t);
-    ratio.whole = whole_or_zero(ratio.whole, t);
-    Float whole = select(c_larger, ratio.whole + c_whole, ratio.whole);
-    Float fraction = select(c_larger, ratio.fraction + c_fraction, ratio.fraction);
-    Float growth = exp2_sum(whole * s.root_high, whole * s.root_low + fraction * s.root);
-    Float size = growth * select(c_larger, all<Float>(1.0f), size_of(z));
-    Float z_new = number(bits(size) ^ select(c_larger, ~bits(c) & INT32_MIN, sign_of(z)));
+// 2^(k + t), rounded once where it is subnormal: k an integer, at most 250, and t in [-1/2, 1/2].
+INLINE Float exp2_parts(Float k, Float t) {
+    Float power = multiply_add(polynomial(t, EXP2), t, 1.0f);
 #if defined(__AVX512F__)
-    return z_new + 0.0f;  // NaN and infinity have come out as NaN by themselves
+    return scaled(power, k);
 #else
-    return z_new + (z - z) + (c - c);
+    TwoPowers powers = two_powers(k);  // the product with the first is exact
+    return power * powers.first * powers.second;
 #endif
+}
+
+// x 2^(k + t), which is nearer to the true value the nearer the power is to one.
+INLINE Float exp2_times(Float x, Float k, Float t) {
+#if defined(__AVX512F__)
+    Float product = scaled(x, k);
+#else
+    TwoPowers powers = two_powers(k);
+    Float product = powers.first * powers.second * x;
+#endif
+    return multiply_add(product, polynomial(t, EXP2) * t, product);
+}
+
+// factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself.
+INLINE Float product_less(Log2 x, Factor factor, Float k) {
+    Float t = multiply_add(x.whole, factor.high, -k);
+    return multiply_add(x.fraction, factor.value, multiply_add(x.whole, factor.low, t));
+}
+
+// factor (whole + fraction) as an integer and what is left, within [-1/2, 1/2].
+struct Parts {
+    Float k, t;
+};
+
+INLINE Parts product_parts(Log2 x, Factor factor) {
+    Float k = nearest_integer(x.whole + x.fraction, factor.value);
+    return {k, product_less(x, factor, k)};
 }
 
 // --------------------------------------------------------------------------------------------------- rounding.py
@@ -300,7 +371,7 @@ INLINE int32_t round_key(uint64_t seed, uint64_t step, uint64_t which) {
     return (int32_t)(x ^ (x >> 31));
 }
 
-// Twice 16 random bits an element: a hash of two numbers of it and a key; 0 where their sum is NaN.
+// Twice 16 random bits an element: a hash of two numbers of it and a key; 0 where one is NaN.
 struct Random {
     Int upper, lower;
 };
@@ -308,11 +379,16 @@ struct Random {
 INLINE Random random_bits(Float first, Float second, int32_t key) {
     // The second is turned by 16 bits, so that bits that seldom change meet bits that do.
     Int turned = (bits(second) << 16) | upper(bits(second));
-    Int h = (turned ^ bits(first) ^ key) * (int32_t)0x9E3779B1;
-    Float sum = first + second;
-    Mask number = sum == sum;
-    Int high = upper(h);
-    return {select(number, high, all<Int>(0)), select(number, (h ^ high) & 0xffff, all<Int>(0))};
+    Int h = turned ^ bits(first) ^ key;
+#if defined(__AVX512F__)
+    EACH {
+        const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)first.of[i], (__m512)second.of[i], _CMP_ORD_Q);
+        h.of[i] = (IntRegister)_mm512_maskz_mullo_epi32(ordered, (__m512i)h.of[i], _mm512_set1_epi32(0x9E3779B1));
+    }
+#else
+    h = h * (int32_t)0x9E3779B1 & (first == first) & (second == second);
+#endif
+    return {upper(h), (h ^ upper(h)) & 0xffff};
 }
 
 // Bits whose upper half is the bfloat16: up or down as 16 random bits say.
@@ -348,15 +424,6 @@ INLINE Float load(const void *from, int64_t index, int32_t dtype) {
     return value;
 }
 
-// The processor's own prefetching does not get far enough ahead of seven streams.
-constexpr int64_t AHEAD = 320;
-
-INLINE void prefetch(const void *from, int64_t index, int32_t dtype) {
-    const int size = dtype == FLOAT32 ? 4 : 2;
-    const char *at = (const char *)from + size * (index + AHEAD);
-    for (int i = 0; i < size * LANES; i += 64) __builtin_prefetch(at + i);
-}
-
 INLINE void store(void *to, int64_t index, Float value) {
     EACH memcpy((float *)to + index + i * WIDTH, &value.of[i], sizeof value.of[i]);
 }
@@ -377,77 +444,230 @@ INLINE void store_upper(void *to, int64_t index, Int x) {
     }
 }
 
+// The processor's own prefetching does not get far enough ahead of seven streams.
+INLINE void prefetch(const void *from, int64_t index, int32_t dtype) {
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    const char *at = (const char *)from + size * index;
+    for (int i = 0; i < size * LANES; i += 64) __builtin_prefetch(at + i);
+}
+
+// ------------------------------------------------------------------------------------------------------- rule.py
+
+constexpr int GROUPS = 512 / LANES;
+constexpr int64_t TILE = GROUPS * LANES;
+
+// What one stage leaves for the next; two names where one array serves two pairs of stages.
+struct Buffers {
+    Float z[GROUPS], c[GROUPS], m_new[GROUPS], c_whole[GROUPS], c_fraction[GROUPS], direction[GROUPS];
+    union {
+        Float z_whole[GROUPS], k[GROUPS];
+    };
+    union {
+        Float z_fraction[GROUPS], t[GROUPS], whole[GROUPS], z_new[GROUPS];
+    };
+    union {
+        Float ratio[GROUPS], fraction[GROUPS];
+    };
+};
+
+#define STAGE __attribute__((noinline)) void
+#define EACH_GROUP for (int i = 0; i < groups; i++)
+
+// beta m + (1 - beta) g, from the nearer end
+INLINE Float interpolate(Float m, Float g, float beta, float rest) {
+    return beta >= 0.5f ? multiply_add(g - m, rest, m) : multiply_add(g - m, -beta, g);
+}
+
+INLINE Float gradient_at(const Tensors &t, int64_t index, const Settings &s) {
+    Float g = load(t.gradient, index, s.gradient_dtype);
+    return s.has_scale ? g * s.inverse_scale : g;
+}
+
+// c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
+template <bool LOGARITHM>
+STAGE interpolation(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
+    EACH_GROUP {
+        const int64_t index = start + i * LANES;
+        prefetch(t.gradient, index + TILE, s.gradient_dtype), prefetch(t.m, index + TILE, s.m_dtype);
+        prefetch(t.weight, index + TILE, s.weight_dtype), prefetch(t.z, index + TILE, s.z_dtype);
+        Float g = gradient_at(t, index, s), m = load(t.m, index, s.m_dtype);
+        Float c = interpolate(m, g, s.beta1, s.beta1_rest);
+        b.c[i] = c;
+        b.m_new[i] = interpolate(m, g, s.beta2, s.beta2_rest);
+        if (LOGARITHM) {
+            Log2 log2_c = log2_parts(c);
+            b.c_whole[i] = log2_c.whole, b.c_fraction[i] = log2_c.fraction;
+        }
+    }
+}
+
+// s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0
+template <Power POWER>
+STAGE steepest_direction(Buffers &b, int groups, const Settings &s) {
+    EACH_GROUP {
+        Float x = b.c[i], power = all(1.0f);
+        if (POWER == ROOT) power = root_of(size_of(x));
+        if (POWER == SAME) power = size_of(x);
+        if (POWER == GENERAL) {
+            Parts parts = product_parts({b.c_whole[i], b.c_fraction[i]}, s.exponent);
+            power = exp2_parts(parts.k, parts.t);
+#if !defined(__AVX512F__)  // with it, infinity and NaN have come out as such by themselves
+            power = power + (x - x);
+#endif
+        }
+        power = power + s.eps;
+        // 0 over any positive number is 0.
+        if (s.eps == 0.0f) power = select(x != 0.0f, power, all(1.0f));
+        b.direction[i] = x / power;
+    }
+}
+
+STAGE direction_stage(Buffers &b, int groups, const Settings &s) {
+    switch (s.variant == TWO_P ? -1 : s.power) {
+        case ONE: return steepest_direction<ONE>(b, groups, s);
+        case ROOT: return steepest_direction<ROOT>(b, groups, s);
+        case SAME: return steepest_direction<SAME>(b, groups, s);
+        case GENERAL: return steepest_direction<GENERAL>(b, groups, s);
+        default: return;  // c itself
+    }
+}
+
+// The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
+//     z' = z (1 + t)^r                        where |z|^(p-1) >= alpha |c|
+//     z' = -sign(c) (alpha |c|)^r (1 + t)^r   elsewhere,             r = 1 / (p - 1)
+
+STAGE z_stage(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
+    EACH_GROUP {
+        Float z = load(t.z, start + i * LANES, s.z_dtype);
+        Log2 log2_z = log2_parts(z);
+        b.z[i] = z, b.z_whole[i] = whole_or_zero(log2_z.whole, z), b.z_fraction[i] = log2_z.fraction;
+    }
+}
+
+// gap = log2(|z|^(p-1)) - log2(alpha |c|) = k + t. Leaves -|gap| as k + t, with the sign of gap in that of k.
+STAGE gap_stage(Buffers &b, int groups, const Settings &s) {
+    EACH_GROUP {
+        Log2 log2_z{b.z_whole[i], b.z_fraction[i]};
+        // log2(alpha |c|)
+        Float c_whole = whole_or_zero(b.c_whole[i] + s.log_alpha_whole, b.c[i]);
+        Float c_fraction = b.c_fraction[i] + s.log_alpha_fraction;
+        b.c_whole[i] = c_whole, b.c_fraction[i] = c_fraction;
+        Float gap = multiply_add(log2_z.whole + log2_z.fraction, s.inner.value, -(c_whole + c_fraction));
+        Float k = (gap + MAGIC) - MAGIC;
+        Float t = product_less(log2_z, s.inner, k + c_whole) - c_fraction;
+        b.k[i] = number((bits(k) & INT32_MAX) | sign_of(gap));
+        b.t[i] = number(bits(t) ^ (~bits(gap) & INT32_MIN));
+    }
+}
+
+// 1 + ratio
+STAGE ratio_stage(Buffers &b, int groups) {
+    EACH_GROUP {
+        // The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are
+        // z's and -c's; the ratio is negative where they oppose each other.
+        Float k = number(bits(b.k[i]) | INT32_MIN);
+#if !defined(__AVX512F__)  // with it, a power takes any k
+        k = select(k < -100.0f, all(-100.0f), k);
+#endif
+        Float ratio = exp2_parts(k, b.t[i]);
+        b.ratio[i] = number(bits(ratio) | (~(bits(b.z[i]) ^ bits(b.c[i])) & INT32_MIN)) + 1.0f;
+    }
+}
+
+// log2(larger (1 + ratio)), or log2(1 + ratio) where z's term is the larger one
+STAGE log_ratio_stage(Buffers &b, int groups) {
+    EACH_GROUP {
+        Log2 log2 = log2_near_one(b.ratio[i]);
+        Int c_larger = bits(b.k[i]) < 0;
+        b.whole[i] = select(c_larger, log2.whole + b.c_whole[i], log2.whole);
+        b.fraction[i] = select(c_larger, log2.fraction + b.c_fraction[i], log2.fraction);
+    }
+}
+
+// z' = [z or -sign(c)] 2^(r (log2(1 + ratio) + [0 or log2(alpha |c|)]))
+STAGE growth_stage(Buffers &b, int groups, const Settings &s) {
+    EACH_GROUP {
+        Float z = b.z[i], c = b.c[i];
+        Parts parts = product_parts({b.whole[i], b.fraction[i]}, s.root);
+        Float start = select(bits(b.k[i]) < 0, number((~bits(c) & INT32_MIN) | 0x3f800000), z);
+        Float z_new = exp2_times(start, parts.k, parts.t);
+#if defined(__AVX512F__)
+        b.z_new[i] = z_new + 0.0f;  // NaN and infinity have come out as NaN by themselves
+#else
+        b.z_new[i] = z_new + (z - z) + (c - c);
+#endif
+    }
+}
+
 struct Keys {
     int32_t states, weight;
 };
 
-// One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for the elements from `index` on.
-template <Variant VARIANT, Power POWER>
-INLINE void update(const Tensors &t, int64_t index, Keys keys, const Settings &s) {
-    prefetch(t.weight, index, s.weight_dtype), prefetch(t.gradient, index, s.gradient_dtype);
-    prefetch(t.z, index, s.z_dtype), prefetch(t.m, index, s.m_dtype);
-    Float m_new, c;
-    {
-        Float g = load(t.gradient, index, s.gradient_dtype);
-        if (s.has_scale) g = g * s.inverse_scale;
-        Float m = load(t.m, index, s.m_dtype);
-        // c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
-        c = interpolate(m, g, s.beta1, s.beta1_rest);
-        m_new = interpolate(m, g, s.beta2, s.beta2_rest);
+// coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
+template <bool MIRROR>
+STAGE coupling_stage(Buffers &b, const Tensors &t, int64_t start, int groups, Keys keys, const Settings &s) {
+    const Float *direction = s.variant == TWO_P ? b.c : b.direction;
+    EACH_GROUP {
+        const int64_t index = start + i * LANES;
+        Float z_new, m_new = b.m_new[i];
+        if (MIRROR) {
+            z_new = b.z_new[i];
+        } else {
+            Float z = load(t.z, index, s.z_dtype);
+            z_new = s.variant != P2 && s.alpha_is_zero && !s.mirror_is_plain ? z + b.c[i] * 0.0f
+                                                                              : multiply_add(b.c[i], -s.alpha, z);
+        }
+        if (s.z_dtype == FLOAT32) {
+            store(t.z, index, z_new), store(t.m, index, m_new);
+        } else if (s.stochastic) {
+            Random random = random_bits(z_new, m_new, keys.states);
+            store_upper(t.z, index, round_stochastic(z_new, random.upper));
+            store_upper(t.m, index, round_stochastic(m_new, random.lower));
+        } else {
+            store_upper(t.z, index, round_nearest(z_new)), store_upper(t.m, index, round_nearest(m_new));
+        }
+        Float theta = load(t.weight, index, s.weight_dtype);
+        Float change = multiply_add(theta, -s.pull, z_new * s.tau);
+        change = multiply_add(direction[i], -s.primal_rate, change);
+        Float weight_new = change + theta;
+        if (s.weight_dtype == FLOAT32) {
+            store(t.weight, index, weight_new);
+        } else if (s.stochastic) {
+            Random random = random_bits(weight_new, gradient_at(t, index, s), keys.weight);
+            store_upper(t.weight, index, round_stochastic(weight_new, random.upper));
+        } else {
+            store_upper(t.weight, index, round_nearest(weight_new));
+        }
     }
-    Log2 log2_c{};
-    if (VARIANT != P2 || POWER == GENERAL) log2_c = log2_parts(c);
-    if (VARIANT != P2) log2_c.whole = whole_or_zero(log2_c.whole, c);
+}
 
-    // dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
-    Float z = load(t.z, index, s.z_dtype);
-    Float z_new;
-    if (VARIANT == P2 || s.mirror_is_plain) {
-        z_new = z - c * s.alpha;
-    } else if (s.alpha_is_zero) {
-        z_new = z + c * 0.0f;
-    } else {
-        z_new = mirror_step(z, c, log2_c, s);
+// One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for at most a tile's groups from `start` on.
+void update(Buffers &b, const Tensors &t, int64_t start, int groups, Keys keys, const Settings &s) {
+    const bool mirror = s.variant != P2 && !s.mirror_is_plain && !s.alpha_is_zero;
+    const bool logarithm = mirror || (s.variant != TWO_P && s.power == GENERAL);
+    (logarithm ? interpolation<true> : interpolation<false>)(b, t, start, groups, s);
+    direction_stage(b, groups, s);
+    if (mirror) {
+        z_stage(b, t, start, groups, s);
+        gap_stage(b, groups, s);
+        ratio_stage(b, groups);
+        log_ratio_stage(b, groups);
+        growth_stage(b, groups, s);
     }
-    if (s.z_dtype == FLOAT32) {
-        store(t.z, index, z_new), store(t.m, index, m_new);
-    } else if (s.stochastic) {
-        Random random = random_bits(z_new, m_new, keys.states);
-        store_upper(t.z, index, round_stochastic(z_new, random.upper));
-        store_upper(t.m, index, round_stochastic(m_new, random.lower));
-    } else {
-        store_upper(t.z, index, round_nearest(z_new)), store_upper(t.m, index, round_nearest(m_new));
-    }
-
-    // primal step   eta s(c)    or, for (2,p),    eta c
-    Float direction = VARIANT == TWO_P ? c : steepest_direction<POWER>(c, log2_c, s);
-    Float primal_step = direction * s.primal_rate;
-
-    // coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
-    Float theta = load(t.weight, index, s.weight_dtype);
-    Float change = z_new * s.tau - theta * s.pull - primal_step;
-    Float weight_new = change + theta;
-    if (s.weight_dtype == FLOAT32) {
-        store(t.weight, index, weight_new);
-    } else if (s.stochastic) {
-        Float g = load(t.gradient, index, s.gradient_dtype);
-        if (s.has_scale) g = g * s.inverse_scale;
-        Random random = random_bits(weight_new, g, keys.weight);
-        store_upper(t.weight, index, round_stochastic(weight_new, random.upper));
-    } else {
-        store_upper(t.weight, index, round_nearest(weight_new));
-    }
+    (mirror ? coupling_stage<true> : coupling_stage<false>)(b, t, start, groups, keys, s);
 }
 
 inline int64_t bytes(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-template <Variant VARIANT, Power POWER>
-void update_range(const Tensors &whole, int64_t start, int64_t stop, Keys keys, const Settings &shared) {
-    const Settings s = shared;  // a copy that no store can change
-    const Tensors t = whole;
+void update_range(const Tensors &t, int64_t start, int64_t stop, Keys keys, const Settings &s) {
+    Buffers buffers;
     int64_t index = start;
-    for (; index + LANES <= stop; index += LANES) update<VARIANT, POWER>(t, index, keys, s);
-    if (int64_t left = stop - index) {
+    for (; index + LANES <= stop; index += TILE) {
+        const int64_t groups = (stop - index) / LANES;
+        update(buffers, t, index, groups < GROUPS ? (int)groups : GROUPS, keys, s);
+    }
+    if (const int64_t left = (stop - start) % LANES) {
+        index = stop - left;
         float weight[LANES] = {}, gradient[LANES] = {}, z[LANES] = {}, m[LANES] = {};
         Tensors padded{weight, gradient, z, m, nullptr, LANES};
         auto copy = [&](void *to, const void *from, int32_t dtype) { memcpy(to, from, left * bytes(dtype)); };
@@ -456,30 +676,10 @@ void update_range(const Tensors &whole, int64_t start, int64_t stop, Keys keys, 
         copy(gradient, at(t.gradient, s.gradient_dtype), s.gradient_dtype);
         copy(z, at(t.z, s.z_dtype), s.z_dtype);
         copy(m, at(t.m, s.m_dtype), s.m_dtype);
-        update<VARIANT, POWER>(padded, 0, keys, s);
+        update(buffers, padded, 0, 1, keys, s);
         copy(at(t.weight, s.weight_dtype), weight, s.weight_dtype);
         copy(at(t.z, s.z_dtype), z, s.z_dtype);
         copy(at(t.m, s.m_dtype), m, s.m_dtype);
-    }
-}
-
-using Update = void (*)(const Tensors &, int64_t, int64_t, Keys, const Settings &);
-
-template <Variant VARIANT>
-Update choose(int32_t power) {
-    switch (power) {
-        case ONE: return update_range<VARIANT, ONE>;
-        case ROOT: return update_range<VARIANT, ROOT>;
-        case SAME: return update_range<VARIANT, SAME>;
-        default: return update_range<VARIANT, GENERAL>;
-    }
-}
-
-Update choose(const Settings &s) {
-    switch (s.variant) {
-        case P2: return choose<P2>(s.power);
-        case PP: return choose<PP>(s.power);
-        default: return update_range<TWO_P, GENERAL>;
     }
 }
 
@@ -500,7 +700,6 @@ EXPORT const char *stacey_source() { return SOURCE; }
 // all their elements.
 EXPORT void stacey_step(const Settings *settings, const Tensors *tensors, int64_t count, int64_t threads) {
     const Settings &s = *settings;
-    const Update update = choose(s);
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) {
         *tensors[i].step += 1;
@@ -518,7 +717,7 @@ EXPORT void stacey_step(const Settings *settings, const Tensors *tensors, int64_
             const int64_t stop = to - before < t.size ? to - before : t.size;
             if (start < stop) {
                 const uint64_t step = (uint64_t)*t.step;
-                update(t, start, stop, {round_key(s.seed, step, 1), round_key(s.seed, step, 2)}, s);
+                update_range(t, start, stop, {round_key(s.seed, step, 1), round_key(s.seed, step, 2)}, s);
             }
             before += t.size;
         }

@@ -15,7 +15,7 @@ import torch
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import FLOATS, VARIANTS, float_constants, power_kind
 
-# What torch.backends.cpu.get_cpu_capability() calls them, and what a person does.
+# What torch.backends.cpu.get_cpu_capability() calls them, and what a person does. torch's AVX2 includes FMA3.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "AVX-512"), "AVX2": ("avx2", "AVX2")}
 PORTABLE = ("portable", "any processor")
 

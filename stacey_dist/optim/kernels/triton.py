@@ -1,7 +1,8 @@
 """The update rule of rule.py, power.py and rounding.py in Triton: the same operations, hence the same bits.
 
 Names and comment lines are those of the Python files and of cpu.cpp, to be read side by side. Divisions and roots are
-the correctly rounded ones, and nothing is contracted to fused multiply-adds. bfloat16 travels as its 16 bits.
+the correctly rounded ones, and multiply-adds are fused where `tl.fma` stands, and nowhere else. bfloat16 travels as its
+16 bits.
 
 One launch updates all rows: it finds their tensors through a table of pointers, in which each program looks up which
 block of which row is its own. What changes from step to step (step counts, and with `capturable` learning rate, loss
@@ -19,8 +20,9 @@ from torch import Tensor
 from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
+from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
-from stacey_dist.optim.rule import log2_in_parts
+from stacey_dist.optim.rule import HALF, StaceySettings, log2_in_parts
 
 try:
     import triton
@@ -28,7 +30,14 @@ try:
 except ImportError as error:
     raise NoKernelError(f"the kernel for GPUs needs triton, which can't be imported: {error}") from error
 
-BLOCK = 1024
+BLOCK, WARPS = 1024, 4
+
+
+def _constants(coefficients: tuple[float, ...]) -> list[Any]:
+    """A polynomial's coefficients as Triton takes global numbers."""
+    return [tl.constexpr(coefficient) for coefficient in coefficients]
+
+
 _COLUMNS = 6  # weight, gradient, z, m, step, size
 _MOST_TABLES = 1000
 
@@ -37,7 +46,12 @@ _ROOT: Any = tl.constexpr(ROOT)
 _SAME: Any = tl.constexpr(SAME)
 _P2: Any = tl.constexpr(VARIANTS.index("p2"))
 _TWO_P: Any = tl.constexpr(VARIANTS.index("2p"))
-_ZERO_EXPONENT: Any = tl.constexpr(-(2.0**20))
+_ZERO_EXPONENT: Any = tl.constexpr(ZERO_EXPONENT)
+_MAGIC: Any = tl.constexpr(MAGIC)
+_MAGIC_BITS: Any = tl.constexpr(0x4B400000)
+_LOG2_0, _LOG2_1, _LOG2_2, _LOG2_3, _LOG2_4, _LOG2_5, _LOG2_6, _LOG2_7 = _constants(LOG2)
+_NEAR_ONE_0, _NEAR_ONE_1, _NEAR_ONE_2, _NEAR_ONE_3, _NEAR_ONE_4, _NEAR_ONE_5, _NEAR_ONE_6 = _constants(LOG2_NEAR_ONE)
+_EXP2_0, _EXP2_1, _EXP2_2, _EXP2_3, _EXP2_4 = _constants(EXP2)
 _SIGN: Any = tl.constexpr(-(2**31))
 
 
@@ -58,52 +72,89 @@ def _upper(bits):
 
 @triton.jit
 def _log2_parts(x):
-    """Base-2 logarithm of x >= 0 as (whole, fraction); zero gets a whole of ZERO_EXPONENT."""
-    # Subnormal numbers are scaled up by 2^24 (times 1.0 otherwise) to have a full mantissa.
-    subnormal = (_bits(x) - 0x00800000) >> 31
-    scale = _number((subnormal & (24 << 23)) + (127 << 23))
-    normal_bits = _bits(scale * x)
-    exponent = normal_bits - 0x3F400000
-    mantissa = _number(normal_bits - (exponent & -0x00800000))
-    whole = ((exponent >> 23) - (subnormal & 24)).to(tl.float32)
-    whole = tl.where(x != 0.0, whole, _ZERO_EXPONENT)
-    # log2(m) = s (a0 + s^2 (a1 + s^2 a2)), s = (m - 1) / (m + 1)
-    s = tl.div_rn(mantissa - 1.0, mantissa + 1.0)
-    square = s * s
-    fraction = ((square * 0.6027452945709229 + 0.9614068269729614) * square + 2.8853909969329834) * s
-    return whole, fraction
+    """The base-2 logarithm of x > 0 as (whole, fraction)."""
+    # Subnormal numbers are scaled up by 2^24 to have a full mantissa.
+    small = x < 1.1754943508222875e-38
+    bits = _bits(tl.where(small, x * 16777216.0, x))
+    # Below 2^23, an integer is a float32 from the bits of 2^23 on.
+    whole = _number((bits >> 23) + 0x4B000000) - tl.where(small, 8388608.0 + 127.0 + 24.0, 8388608.0 + 127.0)
+    r = _number((bits & 0x007FFFFF) | 0x3F800000) - 1.0
+    # log2(1 + r) = r (a0 + r (a1 + ...))
+    result = tl.fma(r, _LOG2_7, _LOG2_6)
+    result = tl.fma(result, r, _LOG2_5)
+    result = tl.fma(result, r, _LOG2_4)
+    result = tl.fma(result, r, _LOG2_3)
+    result = tl.fma(result, r, _LOG2_2)
+    result = tl.fma(result, r, _LOG2_1)
+    result = tl.fma(result, r, _LOG2_0)
+    return whole, result * r
 
 
 @triton.jit
-def _exp2_sum(high, low):
-    """2^(high + low), high exact and low small beside it; 0 below the range, infinity above it."""
-    # k = round(high + low), t = (high - k) + low in [-1/2, 1/2]
-    k = high + low
-    k = tl.where(k < -250.0, -250.0, k)
-    k = tl.where(k > 250.0, 250.0, k)
-    k = (k + 12582912.0) - 12582912.0  # 1.5 * 2^23
-    t = (high - k) + low
-    t = tl.where(t < -1.0, -1.0, t)  # matters only where k was clamped
-    t = tl.where(t > 1.0, 1.0, t)
-    # 2^t = 1 + t (b1 + t (b2 + t (b3 + t (b4 + t b5))))
-    result = t * 0.001326472731307149 + 0.009671512991189957
-    result = result * t + 0.05550733581185341
-    result = result * t + 0.24022242426872253
-    result = result * t + 0.6931470036506653
-    result = result * t + 1.0
-    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents.
-    whole = k.to(tl.int32)
-    half = whole >> 1
-    return result * _number((half + 127) << 23) * _number((whole - half + 127) << 23)
+def _log2_near_one(x):
+    """The base-2 logarithm of a normal x as (whole, fraction), exact to a relative error also near x = 1."""
+    exponent = _bits(x) - 0x3F400000
+    r = _number(_bits(x) - (exponent & -0x00800000)) - 1.0  # mantissas are in [3/4, 3/2)
+    # `exponent >> 23` as a float32, from the bits of 1.5 * 2^23 on
+    whole = tl.where(x == 0.0, _ZERO_EXPONENT, _number((exponent >> 23) + _MAGIC_BITS) - _MAGIC)
+    result = tl.fma(r, _NEAR_ONE_6, _NEAR_ONE_5)
+    result = tl.fma(result, r, _NEAR_ONE_4)
+    result = tl.fma(result, r, _NEAR_ONE_3)
+    result = tl.fma(result, r, _NEAR_ONE_2)
+    result = tl.fma(result, r, _NEAR_ONE_1)
+    result = tl.fma(result, r, _NEAR_ONE_0)
+    return whole, result * r
 
 
 @triton.jit
-def _interpolate(m, g, beta, rest):
+def _exp2_less_one(t):
+    """2^t - 1 = t (b0 + t (b1 + ...)), without the outer product with t."""
+    result = tl.fma(t, _EXP2_4, _EXP2_3)
+    result = tl.fma(result, t, _EXP2_2)
+    result = tl.fma(result, t, _EXP2_1)
+    return tl.fma(result, t, _EXP2_0)
+
+
+@triton.jit
+def _product_less(whole, fraction, high, low, factor, k):
+    """factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself."""
+    return tl.fma(fraction, factor, tl.fma(whole, low, tl.fma(whole, high, -k)))
+
+
+@triton.jit
+def _product_parts(whole, fraction, high, low, factor):
+    """factor (whole + fraction) as an integer and what is left; the integer as bits from those of MAGIC on."""
+    k = tl.fma(whole + fraction, factor, _MAGIC)
+    return _bits(k), _product_less(whole, fraction, high, low, factor, k - _MAGIC)
+
+
+@triton.jit
+def _power(whole, fraction, high, low, factor):
+    """2^(factor (whole + fraction)), rounded once where it is subnormal, for logarithms of float32 and a factor < 1."""
+    k, t = _product_parts(whole, fraction, high, low, factor)
+    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents. MAGIC's
+    # bits, and half of them, end in so many zeros that nothing is left of them.
+    half = k >> 1
+    first = _bits(tl.fma(_exp2_less_one(t), t, 1.0)) + (half << 23)
+    return _number(first) * _number(((k - half) << 23) + 0x3F800000)
+
+
+@triton.jit
+def _exp2_times(x, k, t):
+    """x 2^(k + t), which is nearer to the true value the nearer the power is to one; k as in _product_parts."""
+    k = tl.maximum(k, _MAGIC_BITS - 250)
+    half = k >> 1
+    scaled = _number((half << 23) + 0x3F800000) * _number(((k - half) << 23) + 0x3F800000) * x
+    return tl.fma(scaled, _exp2_less_one(t) * t, scaled)
+
+
+@triton.jit
+def _interpolate(m, g, beta, rest, NEARER_M: tl.constexpr):
     """beta m + (1 - beta) g, from the nearer end."""
-    if beta >= 0.5:
-        result = (g - m) * rest + m
+    if NEARER_M:
+        result = tl.fma(g - m, rest, m)
     else:
-        result = (m - g) * beta + g
+        result = tl.fma(g - m, -beta, g)
     return result
 
 
@@ -114,23 +165,28 @@ def _mirror_step(
 ):  # fmt: skip
     """The dual step of (p,p) and (2,p): see rule.py."""
     z_whole, z_fraction = _log2_parts(tl.abs(z))
-    c_whole += log_alpha_whole
+    z_whole = tl.where(z == 0.0, _ZERO_EXPONENT, z_whole)
+    # log2(alpha |c|)
+    c_whole = tl.where(c == 0.0, _ZERO_EXPONENT, c_whole + log_alpha_whole)
     c_fraction += log_alpha_fraction
-    # gap = log2(|z|^(p-1)) - log2(alpha |c|);  |t| = 2^-|gap|
-    gap_high = z_whole * inner_high - c_whole
-    gap_low = (z_whole * inner_low + z_fraction * inner) - c_fraction
-    c_larger = gap_high + gap_low < 0.0
-    t = _exp2_sum(tl.where(c_larger, gap_high, -gap_high), tl.where(c_larger, gap_low, -gap_low))
-    # The two terms of u are z's and -c's; t is negative where they oppose each other.
-    t = _number(_bits(t) | ((_bits(z) ^ _bits(c) ^ -1) & _SIGN))
-    # |z'| = larger^r (1 + t)^r = [|z| or 1] * 2^(r log2(1 + t) + [0 or r log2(alpha |c|)])
-    whole, fraction = _log2_parts(t + 1.0)
+    # gap = log2(|z|^(p-1)) - log2(alpha |c|) = k + t
+    gap = tl.fma(z_whole + z_fraction, inner, -(c_whole + c_fraction))
+    k = (gap + _MAGIC) - _MAGIC
+    t = _product_less(z_whole, z_fraction, inner_high, inner_low, inner, k + c_whole) - c_fraction
+    # The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are z's
+    # and -c's; the ratio is negative where they oppose each other.
+    c_larger = gap < 0.0
+    t = tl.where(c_larger, t, -t)
+    k = tl.maximum(-tl.abs(k), -100.0) + _MAGIC
+    ratio = _bits(tl.fma(_exp2_less_one(t), t, 1.0)) + (_bits(k) << 23)
+    ratio = _number(ratio | ((_bits(z) ^ _bits(c) ^ -1) & _SIGN))
+    # z' = [z or -sign(c)] 2^(r (log2(1 + ratio) + [0 or log2(alpha |c|)]))
+    whole, fraction = _log2_near_one(ratio + 1.0)
     whole = tl.where(c_larger, whole + c_whole, whole)
     fraction = tl.where(c_larger, fraction + c_fraction, fraction)
-    growth = _exp2_sum(whole * root_high, whole * root_low + fraction * root)
-    size = growth * tl.where(c_larger, 1.0, tl.abs(z))
-    sign = tl.where(c_larger, (_bits(c) ^ -1) & _SIGN, _bits(z) & _SIGN)
-    return _number(_bits(size) ^ sign) + (z - z) + (c - c)
+    start = tl.where(c_larger, _number(((_bits(c) ^ -1) & _SIGN) | 0x3F800000), z)
+    k, t = _product_parts(whole, fraction, root_high, root_low, root)
+    return tl.fma(z, 0.0, _exp2_times(start, k, t)) + (c - c)
 
 
 @triton.jit
@@ -145,13 +201,13 @@ def _round_key(base, step):
 
 @triton.jit
 def _random_bits(first, second, key):
-    """Twice 16 random bits an element: a hash of two numbers of it and a key; 0 where their sum is NaN."""
+    """Twice 16 random bits an element: a hash of two numbers of it and a key; 0 where one is NaN."""
     # The second is turned by 16 bits, so that bits that seldom change meet bits that do.
     turned = (_bits(second) << 16) | _upper(_bits(second))
     h = (turned ^ _bits(first) ^ key) * -1640531535  # 0x9E3779B1
-    total = first + second
+    h = tl.where((first == first) & (second == second), h, 0)
     high = _upper(h)
-    return tl.where(total == total, high, 0), tl.where(total == total, (h ^ high) & 0xFFFF, 0)
+    return high, (h ^ high) & 0xFFFF
 
 
 @triton.jit
@@ -175,9 +231,9 @@ def _pointers(address, index, NARROW: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def _load(pointers, mask, NARROW: tl.constexpr):
     if NARROW:
-        value = _number(tl.load(pointers, mask=mask, other=0).to(tl.int32) << 16)
+        value = _number(tl.load(pointers, mask=mask).to(tl.int32) << 16)
     else:
-        value = tl.load(pointers, mask=mask, other=0.0)
+        value = tl.load(pointers, mask=mask)
     return value
 
 
@@ -187,14 +243,16 @@ def _store_upper(pointers, mask, bits):
 
 
 @triton.jit
-def _stacey_step(
+def stacey_step(
     table, block_rows, block_numbers, rates, scale, found_inf,
     primal_rate, pull, alpha, tau, beta1, beta1_rest, beta2, beta2_rest, eps,
     exponent_high, exponent_low, exponent, inner_high, inner_low, inner, root_high, root_low, root,
     log_alpha_whole, log_alpha_fraction,
     VARIANT: tl.constexpr, POWER: tl.constexpr, MIRROR_IS_PLAIN: tl.constexpr, ALPHA_IS_ZERO: tl.constexpr,
+    EPS_IS_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr, WEIGHT_IS_NARROW: tl.constexpr, GRADIENT_IS_NARROW: tl.constexpr,
-    STATE_IS_NARROW: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STATE_IS_NARROW: tl.constexpr, BETA1_NEARER_M: tl.constexpr, BETA2_NEARER_M: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of one row."""
@@ -226,14 +284,14 @@ def _stacey_step(
     theta = _load(weight, mask, WEIGHT_IS_NARROW)
 
     # c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
-    c = _interpolate(m, g, beta1, beta1_rest)
-    m_new = _interpolate(m, g, beta2, beta2_rest)
+    c = _interpolate(m, g, beta1, beta1_rest, BETA1_NEARER_M)
+    m_new = _interpolate(m, g, beta2, beta2_rest, BETA2_NEARER_M)
     size = tl.abs(c)
     c_whole, c_fraction = _log2_parts(size)
 
     # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
     if VARIANT == _P2 or MIRROR_IS_PLAIN:
-        z_new = z - c * alpha
+        z_new = tl.fma(c, -alpha, z)
     elif ALPHA_IS_ZERO:
         z_new = z + c * 0.0
     else:
@@ -255,12 +313,16 @@ def _stacey_step(
         elif POWER == _SAME:
             power = size
         else:
-            power = _exp2_sum(c_whole * exponent_high, c_whole * exponent_low + c_fraction * exponent) + (c - c)
+            # size * 0 is 0, but NaN for infinity and NaN
+            power = tl.fma(size, 0.0, _power(c_whole, c_fraction, exponent_high, exponent_low, exponent))
+        power += eps
         # 0 over any positive number is 0.
-        direction = tl.div_rn(c, tl.where(c != 0.0, power + eps, 1.0))
+        if EPS_IS_ZERO:
+            power = tl.where(c != 0.0, power, 1.0)
+        direction = tl.div_rn(c, power)
 
     # coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
-    theta_new = ((z_new * tau - theta * pull) - direction * primal_rate) + theta
+    theta_new = tl.fma(direction, -primal_rate, tl.fma(theta, -pull, z_new * tau)) + theta
 
     if STATE_IS_NARROW:
         if STOCHASTIC:
@@ -281,6 +343,29 @@ def _stacey_step(
             _store_upper(weight, mask, _round_nearest(theta_new))
     else:
         tl.store(weight, theta_new, mask=mask)
+
+
+def compile_time_values(
+    s: StaceySettings,
+    weight: torch.dtype,
+    gradient: torch.dtype,
+    state: torch.dtype,
+    *,
+    stochastic: bool = True,
+    lr_on_device: bool = False,
+    has_scale: bool = False,
+    has_found_inf: bool = False,
+    aligned: bool = True,
+) -> dict[str, Any]:
+    """What a compiled kernel is for: the parameters of `stacey_step` that are constants in it."""
+    return dict(
+        VARIANT=VARIANTS.index(s.variant), POWER=power_kind(s), MIRROR_IS_PLAIN=s.p == 2.0,
+        ALPHA_IS_ZERO=s.alpha == 0.0, EPS_IS_ZERO=s.eps <= 2.0**-150, STOCHASTIC=stochastic,
+        WEIGHT_IS_NARROW=weight == torch.bfloat16, GRADIENT_IS_NARROW=gradient == torch.bfloat16,
+        STATE_IS_NARROW=state == torch.bfloat16, BETA1_NEARER_M=s.beta1 >= HALF, BETA2_NEARER_M=s.beta2 >= HALF,
+        LR_ON_DEVICE=lr_on_device, HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf, ALIGNED=aligned,
+        COLUMNS=_COLUMNS, SIZE=BLOCK,
+    )  # fmt: skip
 
 
 @dataclass
@@ -330,18 +415,16 @@ class TritonKernel:
         unused = tables.steps
         rates = unused if call.lr is None else self._rates(call, tables.rows.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
-        _stacey_step[(len(tables.block_rows),)](
+        stacey_step[(len(tables.block_rows),)](
             tables.rows, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
-            VARIANT=VARIANTS.index(s.variant), POWER=power_kind(s), MIRROR_IS_PLAIN=s.p == 2.0,
-            ALPHA_IS_ZERO=s.alpha == 0.0, STOCHASTIC=call.stochastic,
-            WEIGHT_IS_NARROW=first.weight.dtype == torch.bfloat16,
-            GRADIENT_IS_NARROW=first.gradient.dtype == torch.bfloat16,
-            STATE_IS_NARROW=first.z.dtype == torch.bfloat16,
-            LR_ON_DEVICE=call.lr is not None, HAS_SCALE=call.grad_scale is not None,
-            HAS_FOUND_INF=call.found_inf is not None, ALIGNED=tables.aligned, COLUMNS=_COLUMNS, SIZE=BLOCK,
-            num_warps=4, enable_fp_fusion=False,
+            **compile_time_values(
+                s, first.weight.dtype, first.gradient.dtype, first.z.dtype, stochastic=call.stochastic,
+                lr_on_device=call.lr is not None, has_scale=call.grad_scale is not None,
+                has_found_inf=call.found_inf is not None, aligned=tables.aligned,
+            ),
+            num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
