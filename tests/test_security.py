@@ -115,7 +115,7 @@ def test_a_sweep_file_names_no_code(tmp_path, trap, content):
     _, marker = trap
     file = tmp_path / "sweep.yaml"
     file.write_text("program: " + content.format(marker=marker))
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match="is not allowed"):
         read_sweep(file)
     assert not marker.exists()
 
