@@ -20,7 +20,7 @@ from stacey_dist.cli import main
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ["torch", "numpy", "safetensors"]
-TEST_TOOLS = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "psutil"]
+TEST_TOOLS = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "psutil", "expecttest"]
 
 
 def run(*command, **options):
@@ -102,7 +102,7 @@ def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(built, bare
         assert re.search(rf"is not installed; pip install 'stacey_dist\[{extra}\]'$", result.stderr.strip())
         assert result.stderr.count("\n") == 1
     # The tests without the source tree, so that they run what the wheel installed.
-    for name in ("tests", "configs"):
+    for name in ("tests", "configs", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     parts = ("tests/optim", "tests/sharding", "tests/checkpoint")

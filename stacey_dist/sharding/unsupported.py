@@ -10,7 +10,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 # Where the classes of modules and optimizers are defined, and what they are called here. They are told by name, so
 # that none of these libraries has to be installed.
 _CLASSES = {
-    "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel; FSDP2's fully_shard is)",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel)",
     "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",
     "torch.distributed.optim.": "an optimizer of torch.distributed.optim other than ZeroRedundancyOptimizer",
     "deepspeed.runtime.pipe.": "DeepSpeed's pipeline parallelism",
