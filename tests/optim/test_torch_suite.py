@@ -152,6 +152,19 @@ def closure(optimizer, loss_of):
     return evaluate
 
 
+def first_and_last_loss(optimizer, scheduler_inputs, loss_of):
+    """Return the loss before and after 20 steps, each followed by one of every scheduler."""
+    schedulers = [scheduler(optimizer) for scheduler in scheduler_inputs]
+    evaluate = closure(optimizer, loss_of)
+    first = evaluate().item()
+    for _ in range(20):
+        loss = optimizer.step(evaluate)
+        for scheduler in schedulers:
+            takes_loss = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(loss) if takes_loss else scheduler.step()
+    return first, evaluate().item()
+
+
 @EACH
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("with_lrsched", [True, False])
@@ -160,15 +173,8 @@ def test_forloop_goes_right_direction(info, contiguous, with_lrsched):
         for scheduler_inputs in info.scheduler_inputs if with_lrsched else ([],):
             weight, bias, loss_of = problem(contiguous=contiguous)
             optimizer = make([weight, bias])
-            schedulers = [scheduler(optimizer) for scheduler in scheduler_inputs]
-            evaluate = closure(optimizer, loss_of)
-            first = evaluate().item()
-            for _ in range(20):
-                loss = optimizer.step(evaluate)
-                for scheduler in schedulers:
-                    takes_loss = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-                    scheduler.step(loss) if takes_loss else scheduler.step()
-            assert evaluate().item() < first, desc
+            first, last = first_and_last_loss(optimizer, scheduler_inputs, loss_of)
+            assert last < first, desc
 
 
 @EACH
@@ -222,15 +228,8 @@ def test_param_group_with_lrscheduler_goes_right_direction(info):
     for scheduler_inputs in info.scheduler_inputs:
         weight, bias, loss_of = problem()
         optimizer = info.optim_cls([{"params": [weight]}, {"params": [bias], "lr": 0.01}], lr=0.001)
-        schedulers = [scheduler(optimizer) for scheduler in scheduler_inputs]
-        evaluate = closure(optimizer, loss_of)
-        first = evaluate().item()
-        for _ in range(20):
-            loss = optimizer.step(evaluate)
-            for scheduler in schedulers:
-                takes_loss = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-                scheduler.step(loss) if takes_loss else scheduler.step()
-        assert evaluate().item() < first
+        first, last = first_and_last_loss(optimizer, scheduler_inputs, loss_of)
+        assert last < first
 
 
 @EACH
