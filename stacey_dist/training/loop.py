@@ -9,7 +9,6 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.manifest import read_manifest, says_finite
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training import signals
 from stacey_dist.training.engine import Engine, Requests
@@ -17,7 +16,7 @@ from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import scheduled
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Saver, checkpoint_path
+from stacey_dist.training.saving import Saver, checkpoint_path, is_finite
 from stacey_dist.training.signals import StopSignal
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the device
@@ -219,7 +218,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
         run.fail(
             f"run_dir: {metrics.path} could not be written to the end; the checkpoint of update {last} is complete"
         )
-    if run.on_main(lambda: says_finite(read_manifest(checkpoint_path(run, last)))) is False:
+    if run.on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
         run.fail(
             f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
             f"optimizer.lr, or look at the data; {saver.what_is_left()}",

@@ -160,11 +160,19 @@ class Saver:
             print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
 
 
+def is_finite(saved: Path) -> bool | None:
+    """Return whether a checkpoint's weights and states are finite; None if that is not known or cannot be read now.
+
+    A manifest that was just written is not damaged: a read that fails has met a limit or an outage, and resuming reads
+    it again.
+    """
+    with suppress(DamagedCheckpointError):
+        return says_finite(read_manifest(saved))
+    return None
+
+
 def _warn_unless_finite(saved: Path) -> None:
-    finite: bool | None = None
-    with suppress(DamagedCheckpointError):  # a file system that hiccups: resuming looks again
-        finite = says_finite(read_manifest(saved))
-    if finite is False:
+    if is_finite(saved) is False:
         usable = newest_usable(saved.parent)
         print(
             f"warning: {saved} holds weights or optimizer states that are not finite; a resumed run passes it over, "

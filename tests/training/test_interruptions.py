@@ -239,7 +239,8 @@ def test_a_run_outlives_a_limit_of_the_process_for_a_while(config, tmp_path, lim
 @pytest.mark.parametrize(("limit", "message"), [("FSIZE", "File too large"), ("NOFILE", "Too many open files")])
 def test_a_limit_that_stays_ends_the_run_with_one_line(config, tmp_path, limit, message):
     run = tmp_path / "run"
-    arguments = ("--config", config, "--run_dir", run)
+    # A save beside training would hold files when the limit comes, and free them later.
+    arguments = ("--config", config, "--run_dir", run, "--checkpoint.asynchronous", "false")
     output, status = Forked(*arguments, program="tests/training/limited.py", LIMIT=f"{limit} 3 99").wait()
     assert status == 2, output
     assert "train_llm.py: error: run_dir: the checkpoint after update" in output
