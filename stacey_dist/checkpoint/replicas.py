@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.together import each, world_size
+from stacey_dist.checkpoint.collectives import all_gather_call, world_size
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.sharding.fragment import Fragment, canonical_name
@@ -55,8 +55,8 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
         # Ranks of other shards hold other elements, and are not compared.
         return _digest_of([(f.name, f"{f.start} {f.stop}") for f in replicated]), _digest_of(values)
 
-    _refuse_difference("is not the same parameter", each(digest_of_names, group), names, group)
-    _refuse_difference("has other values", each(digest_of_values, group), values, group)
+    _refuse_difference("is not the same parameter", all_gather_call(digest_of_names, group), names, group)
+    _refuse_difference("has other values", all_gather_call(digest_of_values, group), values, group)
     _compared.add(model)
 
 
@@ -64,7 +64,7 @@ def _refuse_difference(what: str, digests: list[tuple[str, str]], mine: _Entries
     """Raise SettingsError if ranks that hold the same have other digests; only then everything is gathered."""
     if len(set(digests)) == len({held for held, _ in digests}):
         return
-    everyone: list[_Entries] = each(lambda: mine, group)
+    everyone: list[_Entries] = all_gather_call(lambda: mine, group)
     first = next(rank for rank, (held, digest) in enumerate(digests) if digest != _first_of(digests, held)[1])
     held = digests[first][0]
     ranks = [rank for rank, (other, _) in enumerate(digests) if other == held]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_imagenet
 import train_llm
-from stacey_dist.checkpoint import write
+from stacey_dist.checkpoint import manifest, replace, write
 from stacey_dist.training import engine, images, llm, loop, saving
 
 LAUNCHERS = {
@@ -35,9 +35,9 @@ EVENTS = {
     "before writing": (write, "write_shard"),
     "written": (os, "fsync"),
     "before the manifest": (write, "_check_complete"),
-    "manifest": (write.json, "dump"),
+    "manifest": (manifest.json, "dump"),
     "rename": (Path, "rename"),
-    "renamed": (write, "_sync"),
+    "renamed": (replace, "sync"),
     "retention": (saving, "retain"),
     "deletion": (shutil, "rmtree"),
     "evaluation": (loop, "_evaluate"),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters, one_line
-from stacey_dist.checkpoint.shard import DTYPES, Range
-from stacey_dist.checkpoint.snapshot import dtype_name
+from stacey_dist.checkpoint.shard import DTYPES
+from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
 
 _LARGEST_STEP = 2**63 - 1
@@ -56,11 +56,8 @@ def import_checkpoint(
         raise ForeignCheckpointError(
             f"{source}: its files do not fit together, or are not what they are named ({one_line(error)})"
         ) from error
-    ranges = {name: Range(0, tensor.contiguous().reshape(-1)) for name, tensor in tensors.items()}
-    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
     known = {"step": step, "skipped_steps": 0, "imported_from": found.maker}
-    write(path, ranges, contents, known | (extra or {}))
-    return path
+    return write(path, Snapshot.of(tensors), known | (extra or {}))
 
 
 def _tensors(source: Path, found: Imported, parameters: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:
