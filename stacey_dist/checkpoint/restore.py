@@ -149,7 +149,9 @@ def restore(allocated: Allocated, optimizer: Any) -> None:
     if isinstance(base, ElementwiseOptimizer):  # states of torch's optimizers begin as zeros
         groups = _groups(base)
         for f, key in allocated.unsaved:
-            f.state[key].copy_(base._init_state(f.weight, groups.get(f.owner, base.param_groups[0]))[key])
+            dtype = str(f.state[key].dtype).removeprefix("torch.")
+            group = groups.get(f.owner, base.param_groups[0]) | {"state_dtype": dtype}
+            f.state[key].copy_(base._init_state(f.weight, group)[key])
 
 
 def batches(contents: Contents) -> Iterator[Contents]:
