@@ -1,6 +1,6 @@
-"""What a manifest has to be, checked before anything in it is used and before it is written.
+"""Check every entry of a manifest, before any is used and before a manifest is written.
 
-A checksum in a manifest shows damage. Whoever writes a manifest can write its checksum too, so that its entries may
+The checksum in a manifest shows damage, not intent: whoever writes a manifest can write its checksum too. So an entry may
 be anything that JSON can hold.
 """
 

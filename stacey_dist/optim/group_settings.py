@@ -1,4 +1,4 @@
-"""What a parameter group's settings may be, and as what the rule takes them."""
+"""Check the settings of parameter groups, and convert them for the rule."""
 
 import math
 from typing import Any
@@ -47,15 +47,15 @@ def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
 
 
 def state_dtype(group: dict[str, Any]) -> torch.dtype:
-    """The dtype of a group's z and m, which it has by name."""
+    """Return the dtype of a group's z and m, which the group has by name."""
     dtype: torch.dtype = getattr(torch, group["state_dtype"])
     return dtype
 
 
 def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
-    """The learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
+    """Return the learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
 
-    So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
+    So a tensor lr, which holds a float32, gives the same bits as the same lr as a Python number.
     """
     return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))
 
