@@ -19,9 +19,9 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
+from experiments.framework import dump, write
+from experiments.trial import Program, Result, evaluations
 from stacey_dist.errors import DivergedError
-from stacey_dist.experiments.framework import dump, write
-from stacey_dist.experiments.trial import Program, Result, evaluations
 from stacey_dist.sharding import state_bytes
 from stacey_dist.training.failures import user_errors
 from stacey_dist.training.launchers import LAUNCHERS
