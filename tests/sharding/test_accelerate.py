@@ -70,7 +70,7 @@ def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, n
         assert main(command_line) == 1
         assert "state has no names; say which model it is of" in capsys.readouterr().err
         assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
-        assert "it is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
+        assert "its optimizer is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
         command_line += ["--model", str(tmp_path / "model"), "--frozen", "*.1.self_attn.k_proj.weight"]
         assert main(command_line) == 1
         assert "its optimizer has 2 groups, of 14 and 5 parameters" in capsys.readouterr().err
