@@ -190,8 +190,8 @@ def diff(first: Path, second: Path) -> int:
 
 def export(path: Path, out: Path) -> int:
     """A `transformers` model directory."""
-    from stacey_dist.checkpoint.export import export_model
-    from stacey_dist.checkpoint.output import check_output
+    from stacey_dist.models.export import export_model
+    from stacey_dist.models.export_directory import check_output
 
     check_output(out)
     verify(path)
@@ -216,7 +216,6 @@ def import_foreign(
     position: int,
 ) -> int:
     """Another maker's checkpoint as one of ours."""
-    from stacey_dist.checkpoint.export import describe_model
     from stacey_dist.checkpoint.importers import import_checkpoint
 
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not os.listdir(out)):
@@ -227,6 +226,8 @@ def import_foreign(
     extra: dict[str, Any] = {"position": position} | ({} if step is None else {"step": step})
     parameters = None
     if model is not None:
+        from stacey_dist.models.export import describe_model
+
         shell = _shell(model)
         extra["model"] = describe_model(shell)
         names: dict[int, list[str]] = {}
@@ -268,8 +269,8 @@ def measure(
 
 def _shell(path: Path) -> Any:
     """The model of a configuration of transformers, without memory for its weights."""
-    from stacey_dist.checkpoint.model_config import build_shell
     from stacey_dist.files import read_json
+    from stacey_dist.models.from_config import build_shell
 
     try:
         return build_shell(read_json(path / "config.json" if path.is_dir() else path))

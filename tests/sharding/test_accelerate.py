@@ -73,7 +73,7 @@ def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, n
         assert "its optimizer is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
         command_line += ["--model", str(tmp_path / "model"), "--frozen", "*.1.self_attn.k_proj.weight"]
         assert main(command_line) == 1
-        assert "its optimizer has 2 groups, of 14 and 5 parameters" in capsys.readouterr().err
+        assert "its optimizer has 2 groups, of 14, 5 parameters" in capsys.readouterr().err
         command_line += ["--group", "*proj.weight", "*embed_tokens.weight", "--group", "*norm*"]
     assert main(command_line) == 0
     assert "to go on, with the data from sample 24" in capsys.readouterr().out
