@@ -151,7 +151,7 @@ def restore(allocated: Allocated, optimizer: Any) -> None:
         for f, key in allocated.unsaved:
             dtype = str(f.state[key].dtype).removeprefix("torch.")
             group = groups.get(f.owner, base.param_groups[0]) | {"state_dtype": dtype}
-            f.state[key].copy_(base._init_state(f.weight, group)[key])
+            f.state[key].copy_(base.initial_state(f.weight, group)[key])
 
 
 def batches(contents: Contents) -> Iterator[Contents]:
