@@ -129,7 +129,7 @@ def _allocate_state(base: Any, group: dict[str, Any], f: Fragment, key: str, dty
     state = base.state[f.owner]
     if key == "step":
         on_device = group.get("capturable") or (isinstance(base, torch.optim.Adam) and group.get("fused"))
-        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # whatever was saved
+        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # its own, whatever was saved
         state[key] = torch.zeros((), dtype=own, device=f.owner.device if on_device else "cpu")
     elif key not in state:  # fragments may share their owner
         state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
