@@ -172,7 +172,12 @@ def whole_batches(contents: Contents, model: nn.Module) -> Iterator[dict[str, Ra
     """Yield flat tensors to read frozen parameters and persistent buffers into, some at a time."""
     names = [name for tensors in (frozen_parameters(model), persistent_buffers(model)) for name, _ in tensors]
     for batch in batches({f"model/{name}": contents[f"model/{name}"] for name in names}):
-        yield {
-            name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
-            for name, (shape, dtype) in batch.items()
-        }
+        yield empty_ranges(batch)
+
+
+def empty_ranges(contents: Contents) -> dict[str, Range]:
+    """Return flat tensors in host memory to read whole tensors into, by name."""
+    return {
+        name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
+        for name, (shape, dtype) in contents.items()
+    }
