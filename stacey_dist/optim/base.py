@@ -155,12 +155,13 @@ class ElementwiseOptimizer(Optimizer):
         for found, rows in launches.values():
             if found is not None and call is not None:
                 found(rows, call)
-        self._update_plainly(group, others)
+        if others:  # the plain rule reads numbers that may be on a GPU, which a kernel does not wait for
+            self._update_plainly(group, others)
 
     def _convert_state(
         self, state: dict[str, Any], param: Tensor, group: dict[str, Any], dtype: torch.dtype | None
     ) -> None:
-        """Give states the dtype and the step count the form that kernels take: engines' own loaders change them."""
+        """Convert states to the group's dtype, and the count of steps to what kernels take; loaders may change both."""
         step = state["step"]
         on_gpu = bool(group.get("capturable"))
         if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != on_gpu:
