@@ -1,6 +1,5 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
-import json
 import os
 import zlib
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import read_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -62,14 +62,14 @@ def read_index(directory: Path) -> dict[str, Any]:
     """
     path = directory / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         if not isinstance(index, dict):
             raise ValueError("not an object")
         if index.get("format") == FORMAT_VERSION:
             _check_index(index)
     except FileNotFoundError as error:
         raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
     if index.get("format") != FORMAT_VERSION:
         raise SettingsError(
@@ -95,26 +95,6 @@ def _check_index(index: dict[str, Any]) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file as `replace_file` does, with a value as JSON."""
-    replace_file(path, json.dumps(value, indent=1, sort_keys=True).encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file so that at any instant, a loss of power included, the whole old or new one is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class PartWriter:

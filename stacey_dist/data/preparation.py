@@ -1,6 +1,5 @@
 """One preparation: the tokens of a source, input after input, into a directory."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from stacey_dist.data.parts import (
     PartWriter,
     split_of,
     token_dtype,
-    write_json,
 )
 from stacey_dist.data.readahead import Batch, End, read_ahead
 from stacey_dist.data.reuse import Found, Reuse
@@ -24,6 +22,7 @@ from stacey_dist.data.source import Input, Source
 from stacey_dist.data.text import BadRecord
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import read_json, write_json
 
 _COMMIT_TOKENS = 2**24
 """Progress is made safe after so many tokens: not many seconds of work to repeat, few waits for the disk."""
@@ -123,12 +122,12 @@ class Preparation:
         """Take up the last commit; where there is none or its parts are damaged, begin anew."""
         size = self.tokenizer.vocab_size
         try:
-            saved = json.loads((self.directory / PROGRESS).read_text(encoding="utf-8"))
+            saved = read_json(self.directory / PROGRESS)
             self.position = {split: _new_position() | saved["position"][split] for split in SPLITS}
             self.inputs = {split: list(saved["inputs"][split]) for split in SPLITS}
             self.writers = {s: PartWriter(self.directory, s, size, saved["splits"][s]) for s in SPLITS}
             self.tokenizer.difference = self.tokenizer.difference or saved["difference"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             self.position = {split: _new_position() for split in SPLITS}
             self.inputs = {split: [] for split in SPLITS}
             self.writers = {split: PartWriter(self.directory, split, size) for split in SPLITS}

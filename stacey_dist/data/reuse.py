@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, split_of
 from stacey_dist.data.source import OnBadRecord, file_identity
+from stacey_dist.files import read_json
 
 _CHUNK = 2**24
 """Tokens that are read at once."""
@@ -113,7 +114,7 @@ class Reuse:
             if other == directory:
                 continue
             # What is not a directory of this version has nothing to offer.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 header = _header(other)
                 if (header["tokenizer"], header["end_token_id"]) == (tokenizer, end_token_id):
                     for found in _inputs(other, header):
@@ -154,7 +155,7 @@ class Reuse:
 
 def _header(directory: Path) -> dict[str, Any]:
     name = INDEX if (directory / INDEX).exists() else PROGRESS
-    header: dict[str, Any] = json.loads((directory / name).read_text(encoding="utf-8"))
+    header: dict[str, Any] = read_json(directory / name)
     return header
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert, first_difference
 from stacey_dist.data.embedded import help_topics
-from stacey_dist.data.parts import replace_file
 from stacey_dist.data.special import read_literally, special_tokens, spelled
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file
 
 TRAINING_TEXT = 20_000_000
 """Characters of text that a tokenizer is trained on, at most."""

@@ -19,8 +19,8 @@ from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet, sampled
 from stacey_dist.data.lock import making
-from stacey_dist.data.parts import replace_file, write_json
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file, write_json
 from stacey_dist.info import cores
 
 Cache = Literal["none", "decoded", "resized"]
