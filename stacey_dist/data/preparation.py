@@ -105,7 +105,6 @@ class Preparation:
             "vocab_size": self.tokenizer.vocab_size,
             "end_token_id": self.tokenizer.end_token_id,
             "tokenizer": self.tokenizer.fingerprint,
-            "difference": self.tokenizer.difference,
             "source": self.source.identity,
             "held_out": self._held_out(),
             "inputs": self.inputs,
@@ -126,7 +125,6 @@ class Preparation:
             self.position = {split: _new_position() | saved["position"][split] for split in SPLITS}
             self.inputs = {split: list(saved["inputs"][split]) for split in SPLITS}
             self.writers = {s: PartWriter(self.directory, s, size, saved["splits"][s]) for s in SPLITS}
-            self.tokenizer.difference = self.tokenizer.difference or saved["difference"]
         except (OSError, ValueError, KeyError, TypeError):
             self.position = {split: _new_position() for split in SPLITS}
             self.inputs = {split: [] for split in SPLITS}
@@ -233,7 +231,6 @@ class Preparation:
             self._append(name, tokens, limit)
             if limited.tokens == limit:
                 return
-        self.tokenizer.difference = self.tokenizer.difference or found.header["difference"]
         place["read"], place["skipped"] = found.record["read"], found.record["skipped"]
         place["bytes"] += found.bytes
         if found.finished:

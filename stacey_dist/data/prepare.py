@@ -65,7 +65,6 @@ def prepare(
                 _mend(directory, source, tokenizer, validation_every, damaged_parts(directory, whole=verify))
             if not (directory / INDEX).exists():
                 Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
-    tokenizer.difference = tokenizer.difference or read_index(directory).get("difference")
     return directory
 
 

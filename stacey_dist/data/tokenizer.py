@@ -1,28 +1,19 @@
 """Tokenizers: trained here, any sentencepiece model, or any fast tokenizer of the Hugging Face Hub."""
 
 import hashlib
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stacey_dist.data.bpe import train_bpe
-from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert, first_difference
-from stacey_dist.data.embedded import help_topics
+from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
 from stacey_dist.data.special import read_literally, special_tokens, spelled
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 
 TRAINING_TEXT = 20_000_000
 """Characters of text that a tokenizer is trained on, at most."""
-
-_CHECKED_TEXT = 2_000_000
-
-# Of the texts that a sentencepiece model encodes, the translation is compared on the first and on a share of the rest.
-_SAMPLED_FIRST = 256
-_SAMPLED_SHARE = 1 / 64
-_SAMPLED_TEXT = 20_000
 
 
 class Tokenizer(Protocol):
@@ -32,13 +23,11 @@ class Tokenizer(Protocol):
         vocab_size: every id is below it.
         end_token_id: the id that ends a document.
         fingerprint: SHA-256, in hex, of all that ids depend on.
-        difference: what AutoTokenizer, after `save`, gives other ids for; None while nothing is known.
     """
 
     vocab_size: int
     end_token_id: int
     fingerprint: str
-    difference: str | None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, using several threads. Text never becomes a special token."""
@@ -48,18 +37,21 @@ class Tokenizer(Protocol):
         """Return the text of ids, leaving special tokens out."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write what ``AutoTokenizer.from_pretrained(directory)`` loads and encodes to the same ids with, or say there
-        that it does not."""
+    def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
+        """Save for ``AutoTokenizer.from_pretrained(directory)``.
+
+        What it loads is compared on ``texts`` and on texts that tokenizers disagree on. Where ids differ, a warning
+        and a ``README.txt`` in the directory say so.
+        """
         ...
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
-    """Train a BPE tokenizer and write it to ``directory/tokenizer.model``.
+    """Train a BPE tokenizer and save it as ``directory/tokenizer.model``.
 
     Text is not normalized, and characters that did not become pieces are spelled in bytes: decoding gives
     back every text, except that U+2581, by which sentencepiece marks spaces, becomes a space. As in LLaMA,
-    digits stand alone, and id 2 ends a document. The same documents give the same tokenizer.
+    each digit is a token, and id 2 ends a document. The same documents give the same tokenizer.
 
     Args:
         documents: texts, of which the first 20 million characters are used.
@@ -69,21 +61,18 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, directory: Pa
     Raises:
         SettingsError: vocab_size is too large or too small for the text.
     """
-    texts = list(_first(documents, TRAINING_TEXT))
-    model = train_bpe(texts, vocab_size)
+    model = train_bpe(_first(documents, TRAINING_TEXT), vocab_size)
     path = Path(directory) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, model)  # it is there only when it is complete
-    step = max(1, sum(map(len, texts)) // _CHECKED_TEXT)
-    return _SentencePieceTokenizer(model, str(path), texts[::step])
+    return _SentencePieceTokenizer(model, str(path))
 
 
 def load_sentencepiece(path: str | Path) -> Tokenizer:
-    """Load any sentencepiece ``.model``.
+    """Load any sentencepiece ``.model``, by which sentencepiece itself encodes.
 
-    Sentencepiece itself encodes. For exports it is translated for the ``tokenizers`` library, which is what
-    ``transformers`` loads, and the translation is checked, on a sample of the texts that are encoded too. Where it is
-    not exact a warning says so, and exports hold the model alone.
+    For exports it is converted for ``transformers``. Where no conversion gives the same ids, a warning says so, and
+    exports hold the model alone.
 
     Raises:
         SettingsError: the file cannot be read, is no sentencepiece model, or has no end-of-sentence token.
@@ -94,7 +83,7 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
         model = Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"tokenizer.file: {path} cannot be read: {error.strerror}") from error
-    return _SentencePieceTokenizer(model, str(path), _help_texts())
+    return _SentencePieceTokenizer(model, str(path))
 
 
 def load_pretrained(name_or_directory: str) -> Tokenizer:
@@ -147,10 +136,9 @@ class _PretrainedTokenizer:
         self._special = special_tokens(pretrained)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_token_id: int = pretrained.eos_token_id
-        # Its last word is for 0.1.0, which took text for special tokens and gave other ids.
+        # The last word tells the ids from those of 0.1.0, which took text for special tokens.
         content = f"{self._backend.to_str()} {pretrained.eos_token_id} literal"
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        self.difference: str | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         unwanted = set(self._special.values())
@@ -164,84 +152,68 @@ class _PretrainedTokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         self._pretrained.save_pretrained(directory)
-        if difference := _export_difference(self, directory, spelled(self._special)):
-            _say_that_it_differs(self._setting, directory, difference)
+        if difference := _export_difference(self, directory, [*spelled(self._special), *texts]):
+            message = f"AutoTokenizer gives other ids for {difference!a} than training saw"
+            warnings.warn(f"{self._setting}: {directory}: {message}", stacklevel=2)
+            (Path(directory) / "README.txt").write_text(f"This tokenizer is not quite that of training: {message}.\n")
 
 
 class _SentencePieceTokenizer:
-    """A sentencepiece model, which encodes itself; exports hold its translation where that gives the same ids."""
+    """A sentencepiece model. Exports hold its conversion where that gives the same ids, and otherwise the model."""
 
-    def __init__(self, model: bytes, name: str, texts: Iterable[str]) -> None:
+    def __init__(self, model: bytes, name: str) -> None:
         self._model = model
         self._name = name
         self._processor = _processor(model, name)
         self.vocab_size = len(self._processor)
         self.end_token_id: int = self._processor.eos_id()
-        self.difference: str | None = None
-        self._native: Any = None
-        self._seen, self._random = 0, random.Random(0)
+        self._converted: Any = None
         try:
-            self._native = convert(model)
-            if text := first_difference(self._native, self._processor):
-                self._differs(f"ids differ on {text[:40]!r}")
+            self._converted = convert(model)
         except Inconvertible as error:
-            self._differs(str(error))
+            self._inconvertible = str(error)
+            self._warn(self._inconvertible)
         # The prefix is 0.1.0's, so that its caches are found where its ids were these.
-        prefix = b"native " if self._native is not None else b"sentencepiece "
+        prefix = b"sentencepiece " if self._converted is None else b"native "
         self.fingerprint = hashlib.sha256(prefix + model).hexdigest()
-        self._compare(list(texts))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=-1)
-        if self._native is not None:
-            self._compare([text for text in texts if self._is_sampled()])
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text
 
-    def save(self, directory: Path) -> None:
-        """Write the translation and the model; the model alone where the translation gives other ids."""
+    def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if self.difference is None:
-            self._pretrained().save_pretrained(directory)
-            (directory / "tokenizer.model").write_bytes(self._model)
-            special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
-            self.difference = _export_difference(self, directory, spelled(special))
-        if self.difference is not None:
-            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
-                (directory / name).unlink(missing_ok=True)
-            (directory / "sentencepiece.model").write_bytes(self._model)
-            (directory / "README.txt").write_text(
-                f"transformers.AutoTokenizer cannot reproduce this tokenizer ({self.difference!a}). Load it with\n"
-                'sentencepiece.SentencePieceProcessor(model_file="sentencepiece.model").\n'
-            )
-
-    def _is_sampled(self) -> bool:
-        self._seen += 1
-        return self._seen <= _SAMPLED_FIRST or self._random.random() < _SAMPLED_SHARE
-
-    def _compare(self, texts: list[str]) -> None:
-        """Compare the translation with the model on texts of the corpus."""
-        if self._native is None or not texts:
+        if self._converted is None:
+            self._save_model_alone(directory, self._inconvertible)
             return
-        texts = [text[:_SAMPLED_TEXT] for text in texts]
-        expected = self._processor.encode(texts, num_threads=-1)
-        found = self._native.encode_batch_fast(texts, add_special_tokens=False)
-        for ids, encoding in zip(expected, found, strict=True):
-            if ids != encoding.ids:
-                at = next((i for i, (a, b) in enumerate(zip(ids, encoding.ids, strict=False)) if a != b), 0)
-                near = self._processor.decode(ids[max(0, at - 2) : at + 8])
-                return self._differs(f"ids differ on {near[:40]!r}")
+        self._pretrained().save_pretrained(directory)
+        special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
+        if difference := _export_difference(self, directory, [*spelled(special), *texts]):
+            reason = f"ids differ on {difference!r}"
+            self._warn(reason)
+            self._save_model_alone(directory, reason)
+        else:
+            (directory / "tokenizer.model").write_bytes(self._model)
 
-    def _differs(self, difference: str) -> None:
-        self.difference, self._native = difference, None
+    def _save_model_alone(self, directory: Path, reason: str) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            (directory / name).unlink(missing_ok=True)
+        (directory / "sentencepiece.model").write_bytes(self._model)
+        (directory / "README.txt").write_text(
+            f"transformers.AutoTokenizer cannot reproduce this tokenizer ({reason!a}). Load it with\n"
+            'sentencepiece.SentencePieceProcessor(model_file="sentencepiece.model").\n'
+        )
+
+    def _warn(self, reason: str) -> None:
         warnings.warn(
-            f"tokenizer {self._name}: transformers cannot reproduce this sentencepiece model ({difference}). "
+            f"tokenizer {self._name}: transformers cannot reproduce this sentencepiece model ({reason}). "
             "Sentencepiece itself encodes, and exports hold sentencepiece.model instead of a tokenizer for "
             "AutoTokenizer.",
             stacklevel=4,
@@ -256,7 +228,7 @@ class _SentencePieceTokenizer:
             "unk_token": self._processor.unk_id(),
         }
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=self._native,
+            tokenizer_object=self._converted,
             clean_up_tokenization_spaces=False,
             split_special_tokens=True,
             **{token: self._processor.id_to_piece(i) for token, i in names.items() if i >= 0},
@@ -275,29 +247,18 @@ def _processor(model: bytes, name: str) -> Any:
     return processor
 
 
-def _export_difference(tokenizer: Tokenizer, directory: Path, texts: list[str]) -> str | None:
-    """Return a text that the tokenizer which AutoTokenizer loads from a directory encodes differently, or None."""
+def _export_difference(tokenizer: Tokenizer, directory: Path, texts: Sequence[str]) -> str | None:
+    """Return where AutoTokenizer, loaded from a directory, first gives other ids than a tokenizer, or None."""
     import transformers
 
     samples = [*TRICKY_TEXTS, *texts]
     loaded = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     found = loaded(samples, add_special_tokens=False)["input_ids"]
-    pairs = zip(samples, tokenizer.encode_batch(samples), found, strict=True)
-    return next((text[:40] for text, ids, others in pairs if ids != others), None)
-
-
-def _say_that_it_differs(setting: str, directory: Path, difference: str) -> None:
-    message = f"AutoTokenizer gives other ids for {difference!a} than training saw"
-    warnings.warn(f"{setting}: {directory}: {message}", stacklevel=3)
-    (Path(directory) / "README.txt").write_text(f"The tokenizer here is not quite that of training: {message}.\n")
-
-
-def _help_texts() -> list[str]:
-    """Return ordinary text to check translations on, where this Python has it."""
-    try:
-        return [document.text for document in help_topics()]
-    except SettingsError:
-        return []
+    for text, ids, others in zip(samples, tokenizer.encode_batch(samples), found, strict=True):
+        if ids != others:
+            at = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
+            return tokenizer.decode(ids[max(0, at - 2) : at + 8])[:40] or text[:40]
+    return None
 
 
 def _first(documents: Iterable[str], characters: int) -> Iterator[str]:

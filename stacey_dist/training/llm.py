@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from stacey_dist.training.launch import gives_out_weights
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
+
+_COMPARED_WINDOWS = 1024
+"""An exported tokenizer is compared on the text of so many windows."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +273,17 @@ def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
         assert data.tokenizer is not None
         if data.verification is not None:
             data.verification.check(finish=True)
-        export_model(checkpoint, directory, beside=data.tokenizer.save, unlisted=True)
+        texts = _some_texts(data.train, data.tokenizer)
+        export_model(checkpoint, directory, beside=partial(data.tokenizer.save, texts=texts), unlisted=True)
 
     run.on_main(work)
     return directory
+
+
+def _some_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
+    """Return the text of windows from all over the tokens, on which an exported tokenizer is compared."""
+    windows = np.unique(np.linspace(0, len(stream) - 1, _COMPARED_WINDOWS, dtype=np.int64))
+    return [tokenizer.decode(stream.window(int(i))[0].tolist()) for i in windows]
 
 
 def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:

@@ -22,7 +22,6 @@ class ByteTokenizer:
         self.vocab_size = vocab_size
         self.end_token_id = 256
         self.fingerprint = fingerprint
-        self.difference: str | None = None
         self.encoded = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -32,7 +31,7 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         raise NotImplementedError
 
 

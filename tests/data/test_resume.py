@@ -100,7 +100,6 @@ def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
     good = {
         "position": {"train": {"read": 30}, "validation": {}},
         "inputs": {"train": [], "validation": []},
-        "difference": None,
         "splits": {"train": state, "validation": state | {"documents": 0}},
     }
     longer_than_its_part = json.loads(json.dumps(good))
