@@ -3,9 +3,9 @@
 Importing this package loads neither torch nor transformers.
 """
 
+from stacey_dist.data.cache import prepare
 from stacey_dist.data.embedded import standard_library_documents
 from stacey_dist.data.hub import hub_documents
-from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
 from stacey_dist.data.text import BadRecord, Document, expand_files, read_documents, read_records

@@ -1,4 +1,8 @@
-"""One process at a time makes what many processes on a machine ask for."""
+"""One process at a time makes what many processes on a machine ask for.
+
+The lock is flock itself and not the filelock library, which on a file system without flock leaves a marker file that
+a killed process does not take away.
+"""
 
 import contextlib
 import errno
@@ -11,7 +15,7 @@ from stacey_dist.errors import SettingsError
 
 
 @contextlib.contextmanager
-def making(directory: Path, setting: str, when_full: str, *, announce: bool) -> Iterator[None]:
+def locked_directory(directory: Path, setting: str, when_full: str, *, announce: bool) -> Iterator[None]:
     """Hold the lock of a directory to be filled, which is made where it is not there.
 
     Args:
@@ -38,7 +42,7 @@ def making(directory: Path, setting: str, when_full: str, *, announce: bool) -> 
 
 @contextlib.contextmanager
 def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file that the system gives back when the process ends, however it ends.
+    """Hold a lock file, which the system gives back when the process ends, however it ends.
 
     Args:
         path: the lock file, made where it is not there; its directory is named in the message.

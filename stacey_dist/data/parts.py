@@ -1,5 +1,6 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
+import copy
 import os
 import zlib
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class PartWriter:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
         vocab_size: every id is below it.
-        state: what `state` returned before, to go on from there: what was written after it is cut off.
+        state: what `state` returned, to resume from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.
@@ -116,11 +117,11 @@ class PartWriter:
         self._directory = directory
         self._split = split
         self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
         self._file: BinaryIO | None = None
-        self._parts: list[dict[str, Any]] = [dict(part) for part in state["parts"]] if state else []
-        self._mark: dict[str, int] = dict(state["mark"]) if state else dict(_NOTHING)
-        self.documents: int = state["documents"] if state else 0
+        state = copy.deepcopy(state) if state else {"documents": 0, "parts": [], "mark": dict(_NOTHING)}
+        self._parts: list[dict[str, Any]] = state["parts"]
+        self._mark: dict[str, int] = state["mark"]
+        self.documents: int = state["documents"]
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
@@ -139,12 +140,10 @@ class PartWriter:
         assert self._file is not None
         content = encode_ids(tokens, self._vocab_size)
         self._file.write(content)
-        part = self._parts[-1]
-        part["tokens"] += len(tokens)
-        part["crc32"] = zlib.crc32(content, part["crc32"])
+        for sums in (self._parts[-1], self._mark):
+            sums["tokens"] += len(tokens)
+            sums["crc32"] = zlib.crc32(content, sums["crc32"])
         self._mark["documents"] += 1
-        self._mark["tokens"] += len(tokens)
-        self._mark["crc32"] = zlib.crc32(content, self._mark["crc32"])
         self.tokens += len(tokens)
         self.documents += 1
 
@@ -171,15 +170,10 @@ class PartWriter:
 
         A part is ``{"name": …, "tokens": n, "crc32": n, "start": …}``.
         """
-        return {
-            "documents": self.documents,
-            "parts": [dict(part) for part in self._parts],
-            "mark": dict(self._mark),
-        }
+        return {"documents": self.documents, "parts": copy.deepcopy(self._parts), "mark": dict(self._mark)}
 
     def _open_next(self, place: dict[str, Any]) -> None:
-        if self._file is not None:
-            self.close()
+        self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
             name = f"{self._split}-{len(self._parts):05d}.bin"
             self._parts.append({"name": name, "tokens": 0, "crc32": 0, "start": place})
@@ -188,7 +182,8 @@ class PartWriter:
 
     def _cut(self) -> None:
         """Cut off what was written after the state: bytes at the end of a part, and whole parts."""
-        sizes = {part["name"]: part["tokens"] * self._dtype.itemsize for part in self._parts}
+        itemsize = token_dtype(self._vocab_size).itemsize
+        sizes = {part["name"]: part["tokens"] * itemsize for part in self._parts}
         for name, size in sizes.items():
             if (self._directory / name).stat().st_size < size:
                 raise OSError(f"{name} is shorter than its recorded {size} bytes")

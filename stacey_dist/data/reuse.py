@@ -22,14 +22,14 @@ _CHUNK = 2**24
 
 
 @dataclass(frozen=True)
-class Found:
-    """The tokens of an input, or of its first documents, in another directory.
+class TokenizedInput:
+    """The tokens that another directory has of an input, or of its first documents.
 
     Attributes:
         directory: where the parts lie.
         header: the directory's index, or its progress.
         name: the pass that read the input.
-        record: what was written down of the input: ``read``, ``documents``, ``skipped``, ``splits``.
+        record: what the directory says of the input: ``read``, ``documents``, ``skipped``, ``splits``.
         finished: these are all of its documents.
         starts: where in each split the input begins, in tokens.
     """
@@ -47,7 +47,7 @@ class Found:
         return 4 * sum(mark["tokens"] for mark in self.record["splits"].values())
 
     def intact(self) -> bool:
-        """Return whether the tokens are those that were written, and can be told apart into documents."""
+        """Return whether the tokens are those that were written, and end tokens part the documents."""
         end = self.header["end_token_id"]
         for split, mark in self.record["splits"].items():
             crc, ends, last = 0, 0, end
@@ -70,14 +70,13 @@ class Found:
             yield next(streams[split_of(self.name, self.header["held_out"], number)])
 
     def _documents(self, split: str) -> Iterator[NDArray[Any]]:
-        pending: list[NDArray[Any]] = []
+        rest: list[NDArray[Any]] = []
         for tokens in self._tokens(split):
-            start = 0
-            for stop in (np.flatnonzero(tokens == self.header["end_token_id"]) + 1).tolist():
-                yield np.concatenate([*pending, tokens[start:stop]]) if pending else tokens[start:stop]
-                pending, start = [], stop
-            if start < len(tokens):
-                pending.append(tokens[start:])
+            *documents, last = np.split(tokens, np.flatnonzero(tokens == self.header["end_token_id"]) + 1)
+            for document in documents:
+                yield np.concatenate([*rest, document])
+                rest = []
+            rest.append(last)
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
         """Yield the input's tokens of a split in pieces. Raises OSError for a part that is missing or too short."""
@@ -108,11 +107,9 @@ class Reuse:
     """
 
     def __init__(self, directory: Path, tokenizer: str, end_token_id: int, on_bad_record: OnBadRecord) -> None:
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, TokenizedInput] = {}
         self._used: set[Path] = set()
-        for other in sorted(directory.parent.iterdir()):
-            if other == directory:
-                continue
+        for other in sorted(set(directory.parent.iterdir()) - {directory}):
             # What is not a directory of this version has nothing to offer.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 header = _header(other)
@@ -122,11 +119,11 @@ class Reuse:
                             self._add(found)
 
     def knows(self, identity: Any) -> bool:
-        """Return whether there may be tokens of an input."""
+        """Return whether another directory may have the tokens of an input."""
         return json.dumps(identity, sort_keys=True) in self._found
 
-    def find(self, identity: Any) -> Found | None:
-        """Return the tokens of an input, after they were verified, or None."""
+    def find(self, identity: Any) -> TokenizedInput | None:
+        """Return the verified tokens of an input, or None."""
         found = self._found.pop(json.dumps(identity, sort_keys=True), None)
         if found is None or not found.intact():
             return None
@@ -134,10 +131,7 @@ class Reuse:
         return found
 
     def remove_outdated(self) -> None:
-        """Remove the directories that were used, are incomplete, and whose files have changed since.
-
-        Nothing will complete them.
-        """
+        """Remove the used directories that nothing will complete: they are incomplete, and their files have changed."""
         for directory in self._used:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
@@ -146,7 +140,7 @@ class Reuse:
                 if not (directory / INDEX).exists() and _has_changed(_header(directory)["source"]):
                     shutil.rmtree(directory)
 
-    def _add(self, found: Found) -> None:
+    def _add(self, found: TokenizedInput) -> None:
         identity = json.dumps(found.record["input"], sort_keys=True)
         known = self._found.get(identity)
         if known is None or (found.finished, found.record["read"]) > (known.finished, known.record["read"]):
@@ -159,7 +153,7 @@ def _header(directory: Path) -> dict[str, Any]:
     return header
 
 
-def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[Found]:
+def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]:
     """Yield all inputs that a directory has finished, and the one that it is at."""
     starts = dict.fromkeys(header["splits"], 0)
     for name in SPLITS:
@@ -170,7 +164,7 @@ def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[Found]:
             records.append((at | {"input": at["identity"], "splits": marks}, False))
         for record, finished in records:
             if record["read"]:
-                yield Found(directory, header, name, record, finished, dict(starts))
+                yield TokenizedInput(directory, header, name, record, finished, dict(starts))
             for split, mark in record["splits"].items():
                 starts[split] += mark["tokens"]
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from stacey_dist.checkpoint.export import export_model
-from stacey_dist.data.lock import making
-from stacey_dist.data.prepare import prepare, skipped_records
+from stacey_dist.data.cache import prepare, skipped_records
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
@@ -125,7 +125,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     # Trained once for this data and size, then found again.
     identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    with making(directory, "data.cache_dir", "make room", announce=True):
+    with locked_directory(directory, "data.cache_dir", "make room", announce=True):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)

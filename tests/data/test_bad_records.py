@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stacey_dist.data import BadRecord, Document, TokenStream, files_source, prepare, read_records
-from stacey_dist.data.prepare import skipped_records
+from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
 from stacey_dist.errors import SettingsError
 from tests.data.helpers import ByteTokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stacey_dist.data import files_source, parts, preparation, prepare, readahead, reuse
-from stacey_dist.data.prepare import skipped_records
+from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
 from stacey_dist.errors import SettingsError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree, write_c4

@@ -21,7 +21,7 @@ def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
     assert main(["prepare", "--config", str(config)]) == 0
     directory, *_ = capsys.readouterr().out.splitlines()[-1].partition(": ")
     monkeypatch.setattr(llm, "train_sentencepiece", None)  # nothing is made again
-    monkeypatch.setattr(sys.modules["stacey_dist.data.prepare"], "Preparation", None)
+    monkeypatch.setattr(sys.modules["stacey_dist.data.cache"], "Preparation", None)
     found, _ = llm.tokenize(parse(LLMConfig, ["--config", str(config)]))
     assert str(found) == directory
 
