@@ -12,7 +12,7 @@ from stacey_dist.data.repair import repair
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.verify import damaged_parts
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 
 def prepare(
@@ -51,18 +51,16 @@ def prepare(
         verify: read all parts of a directory that is found, and prepare those again whose content has changed too.
 
     Raises:
-        SettingsError: a bad setting, a document that cannot be read, no tokens for training or for
+        InputError: a bad setting, a document that cannot be read, no tokens for training or for
             validation, a full disk, or a damaged part that cannot be prepared again.
     """
     if max_tokens is not None and max_tokens < 2:
-        raise SettingsError(f"data.max_tokens must be at least 2 or null, got {max_tokens}")
+        raise InputError(f"max_tokens: {max_tokens} is not allowed; it must be at least 2")
     if validation_every < 2:
-        raise SettingsError(f"data.validation_every must be at least 2, got {validation_every}")
+        raise InputError(f"validation_every: {validation_every} is not allowed; it must be at least 2")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
     if not (directory / INDEX).exists() or damaged_parts(directory, whole=verify):
-        with locked_directory(
-            directory, "data.cache_dir", "make room, and the same command resumes", announce=progress
-        ):
+        with locked_directory(directory, "cache_dir", "make room, and the same command resumes", announce=progress):
             if (directory / INDEX).exists():
                 repair(directory, damaged_parts(directory, whole=verify), source, tokenizer)
             if not (directory / INDEX).exists():
@@ -77,7 +75,7 @@ def skipped_records(directory: Path) -> str | None:
         return None
     first = "; ".join(skipped["first"])
     some = "the first: " if skipped["count"] > len(skipped["first"]) else ""
-    return f"data.on_bad_record skip: {skipped['count']:,} bad records were left out; {some}{first}"
+    return f"{skipped['count']:,} bad records were left out; {some}{first}"
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, max_tokens: int | None, validation_every: int) -> str:

@@ -4,11 +4,11 @@ import ast
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from stacey_dist.data.text import Document
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 EXTRACTOR_VERSION = 1
 """Raised whenever the extracted text changes, so that caches made from the old text are not used again."""
@@ -22,22 +22,22 @@ _SKIPPED = {
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def standard_library_documents() -> Iterator[Document]:
+def standard_library_documents() -> Generator[Document, None, None]:
     """Yield about 3 MB of English: ``pydoc_data.topics`` and the standard library's docstrings and comments.
 
     One document a help topic, then one a module, in the order of their names: the same for one Python version
     on every machine with a complete standard library. Modules are parsed, never imported.
 
     Raises:
-        SettingsError: this Python has no help topics or no library sources, as in some minimal images.
+        InputError: this Python has no help topics or no library sources, as in some minimal images.
     """
     yield from help_topics()
     root = Path(sysconfig.get_path("stdlib"))
     modules = _modules(root)
     if not modules:
-        raise SettingsError(
+        raise InputError(
             f"the embedded text is made from the standard library's sources and {root} has none: "
-            "install a complete Python, or set data.files to text of your own"
+            "install a complete Python, or give `files` of your own"
         )
     for module in modules:
         text = _prose(root / module)
@@ -49,15 +49,15 @@ def help_topics() -> Iterator[Document]:
     """Yield ``pydoc_data.topics``, 0.5 MB of explanations with headings, code and tables, sorted by name.
 
     Raises:
-        SettingsError: this Python has no help topics.
+        InputError: this Python has no help topics.
     """
     try:
         # Pure data: one dictionary of strings.
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise SettingsError(
+        raise InputError(
             "the embedded text needs the module pydoc_data, which this Python lacks: "
-            "install a complete Python, or set data.files to text of your own"
+            "install a complete Python, or give `files` of your own"
         ) from error
     for name in sorted(topics):
         yield Document(topics[name].strip(), f"python:topics/{name}")

@@ -11,33 +11,33 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 
 @contextlib.contextmanager
-def locked_directory(directory: Path, setting: str, when_full: str, *, announce: bool) -> Iterator[None]:
+def locked_directory(directory: Path, argument: str, when_full: str, *, announce: bool) -> Iterator[None]:
     """Hold the lock of a directory to be filled, which is made where it is not there.
 
     Args:
         directory: what many processes ask for.
-        setting: which the user moves it with.
+        argument: the name of the argument that gave the directory, for messages.
         when_full: what to do where its disk is full.
         announce: as for `locked`.
 
     Raises:
-        SettingsError: it cannot be made or locked, or its disk is full.
+        InputError: it cannot be made or locked, or its disk is full.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{setting}: {directory} cannot be made: {error.strerror}") from error
+        raise InputError(f"{argument}: {directory} cannot be made: {error.strerror}") from error
     with locked(directory / "lock", announce):
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise SettingsError(f"{setting}: the disk of {directory} is full; {when_full}") from error
+            raise InputError(f"{argument}: the disk of {directory} is full; {when_full}") from error
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it, and this one is not to wait.
-        SettingsError: the file system has no such locks.
+        InputError: the file system has no such locks.
     """
     with open(path, "ab") as file:
         try:
@@ -63,8 +63,8 @@ def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise SettingsError(
-                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); name a "
-                "directory on another, as in data.cache_dir"
+            raise InputError(
+                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "
+                "name a directory on another"
             ) from error
         yield

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from stacey_dist.files import read_json
 
 FORMAT_VERSION = 1
@@ -46,12 +46,12 @@ def encode_ids(tokens: Sequence[int] | NDArray[Any], vocab_size: int) -> bytes:
     """Return ids as they are stored.
 
     Raises:
-        SettingsError: an id is not in the vocabulary.
+        InputError: an id is not in the vocabulary.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = int(ids.max() if ids.max() >= vocab_size else ids.min())
-        raise SettingsError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
+        raise InputError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
     return ids.astype(token_dtype(vocab_size)).tobytes()
 
 
@@ -59,7 +59,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     """Return the index of a complete directory.
 
     Raises:
-        SettingsError: there is none, it is damaged, or another version's.
+        InputError: there is none, it is damaged, or another version's.
     """
     path = directory / INDEX
     try:
@@ -69,11 +69,11 @@ def read_index(directory: Path) -> dict[str, Any]:
         if index.get("format") == FORMAT_VERSION:
             _check_index(index)
     except FileNotFoundError as error:
-        raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
+        raise InputError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
     if index.get("format") != FORMAT_VERSION:
-        raise SettingsError(
+        raise InputError(
             f"{directory} has format {index.get('format')} and this version reads {FORMAT_VERSION}: "
             "delete the directory"
         )
@@ -133,7 +133,7 @@ class PartWriter:
             place: how to find the document again, JSON-able; kept where it begins a part.
 
         Raises:
-            SettingsError: an id is not in the vocabulary.
+            InputError: an id is not in the vocabulary.
         """
         if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
             self._open_next(place)

@@ -22,7 +22,7 @@ from stacey_dist.data.reuse import Reuse, TokenizedInput
 from stacey_dist.data.source import Input, Source
 from stacey_dist.data.text import BadRecord
 from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, write_json
 
 _COMMIT_TOKENS = 2**24
@@ -122,9 +122,9 @@ class Preparation:
         for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
-                raise SettingsError(
+                raise InputError(
                     f"the data give {writer.tokens} tokens for {split}, too few: add text, or lower "
-                    f"data.validation_every (now {self._every})"
+                    f"`validation_every` (now {self._every})"
                 )
         splits = {split: writer.state() | {"tokens": writer.tokens} for split, writer in self._writers.items()}
         write_json(self._directory / INDEX, self._header() | {"splits": splits})

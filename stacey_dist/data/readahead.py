@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from stacey_dist.data.source import Input
 from stacey_dist.data.text import BadRecord, Document
 from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 BATCH_BYTES = 4 * 2**20
 """Text that is encoded at once: enough documents to occupy every core."""
@@ -36,7 +36,7 @@ class Batch:
 
     records: list[Document | BadRecord | End] = field(default_factory=list)
     size: int = 0
-    error: SettingsError | None = None
+    error: InputError | None = None
 
     def encode(self, tokenizer: Tokenizer) -> Iterator[list[int] | BadRecord | End]:
         """Yield the records with ids in the place of documents: those of the text, if any, and the end token."""
@@ -54,7 +54,7 @@ def read_ahead(inputs: Sequence[Input], skip: int) -> Iterator[Iterator[Batch]]:
     """Give an iterator over batches of the records of ``inputs``, without the first ``skip`` of the first input.
 
     One batch is read in advance. When the context is left, early or not, the thread has ended and the inputs are
-    closed. A SettingsError in reading is in the last batch, after what was read before it; what else reading raises,
+    closed. An InputError in reading is in the last batch, after what was read before it; what else reading raises,
     the iterator raises.
     """
     with contextlib.closing(_batches(inputs, skip)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
@@ -79,7 +79,7 @@ def _batches(inputs: Sequence[Input], skip: int) -> Generator[Batch, None, None]
                 if batch.size >= BATCH_BYTES or len(batch.records) >= _BATCH_RECORDS:
                     yield batch
                     batch = Batch()
-        except SettingsError as error:
+        except InputError as error:
             batch.error = error
     if batch.records or batch.error:
         yield batch

@@ -12,7 +12,7 @@ from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.verify import DamagedPart
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 
 def repair(directory: Path, damaged: list[DamagedPart], source: Source, tokenizer: Tokenizer) -> None:
@@ -28,7 +28,7 @@ def repair(directory: Path, damaged: list[DamagedPart], source: Source, tokenize
         tokenizer: as for `prepare`.
 
     Raises:
-        SettingsError: the text cannot be read, or gives other tokens than it did.
+        InputError: the text cannot be read, or gives other tokens than it did.
     """
     for part in damaged:
         print(f"{directory / part.name} {part.reason}: it is made anew", file=sys.stderr, flush=True)
@@ -55,7 +55,7 @@ def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Toke
         os.fsync(file.fileno())
     if (tokens, crc) != (wanted, part.entry["crc32"]):
         temporary.unlink()
-        raise SettingsError(
+        raise InputError(
             f"{path} {part.reason}, and the text gives other tokens now than when it was made; delete {directory} to "
             "have all of it prepared anew"
         )

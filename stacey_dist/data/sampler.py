@@ -5,7 +5,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 # Halves of one bit mix slowly: with 8 rounds, pairs of samples out of 5 to 8 were visibly uneven.
 _ROUNDS = 16
@@ -27,12 +27,12 @@ class GlobalSampler:
         seed: any integer; its lowest 64 bits count.
 
     Raises:
-        SettingsError: size is out of range.
+        InputError: size is out of range.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         if not 1 <= size <= _LARGEST:
-            raise SettingsError(f"a sampler needs from 1 to 2**40 samples, got {size}")
+            raise InputError(f"a sampler needs from 1 to 2**40 samples, got {size}")
         self.size = size
         self.seed = seed
         bits = (size - 1).bit_length()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
 from stacey_dist.data.special import read_literally, special_tokens, spelled
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from stacey_dist.files import replace_file
 
 TRAINING_TEXT = 20_000_000
@@ -59,9 +59,11 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, directory: Pa
         directory: made if it is not there.
 
     Raises:
-        SettingsError: vocab_size is too large or too small for the text.
+        InputError: vocab_size is too large or too small for the text.
     """
-    model = train_bpe(_first(documents, TRAINING_TEXT), vocab_size)
+    # Read before training: sentencepiece would make its own errors of those in reading.
+    texts = list(_first(documents, TRAINING_TEXT))
+    model = train_bpe(texts, vocab_size)
     path = Path(directory) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, model)  # it is there only when it is complete
@@ -75,14 +77,14 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     exports hold the model alone.
 
     Raises:
-        SettingsError: the file cannot be read, is no sentencepiece model, or has no end-of-sentence token.
+        InputError: the file cannot be read, is no sentencepiece model, or has no end-of-sentence token.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise SettingsError(f"tokenizer.file: {path} is not a file")
+            raise InputError(f"path: {path} is not a file")
         model = Path(path).read_bytes()
     except OSError as error:
-        raise SettingsError(f"tokenizer.file: {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"path: {path} cannot be read: {error.strerror}") from error
     return _SentencePieceTokenizer(model, str(path))
 
 
@@ -91,48 +93,48 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
     run. Text that spells a special token is text, as with `load_sentencepiece`.
 
     Raises:
-        SettingsError: it cannot be loaded, is not a fast tokenizer, has no end-of-sequence token, takes text for a
+        InputError: it cannot be loaded, is not a fast tokenizer, has no end-of-sequence token, takes text for a
             special token whatever is done, or would be guessed from a sentencepiece model, which ``transformers`` gets
             wrong.
     """
     import transformers
 
-    setting = f"tokenizer.name: {name_or_directory}"
+    name = f"name_or_directory: {name_or_directory}"
     try:
         pretrained = transformers.AutoTokenizer.from_pretrained(
             name_or_directory, trust_remote_code=False, split_special_tokens=True
         )
     except Exception as error:  # the Hub client and every tokenizer class have their own
-        raise SettingsError(f"{setting} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise InputError(f"{name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
     if backend is None:
-        raise SettingsError(f"{setting} is a {type(pretrained).__name__}, which is not a fast tokenizer")
+        raise InputError(f"{name} is a {type(pretrained).__name__}, which is not a fast tokenizer")
     source = Path(getattr(pretrained, "vocab_file", None) or "")
     if source.suffix == ".model" and not source.with_name("tokenizer.json").exists():
-        raise SettingsError(
-            f"{setting} has a sentencepiece model and no tokenizer.json, and transformers' conversion of "
+        raise InputError(
+            f"{name} has a sentencepiece model and no tokenizer.json, and transformers' conversion of "
             f"such a model gives other ids than the model does; give the path of the .model itself: {source}"
         )
     if pretrained.eos_token_id is None:
-        raise SettingsError(f"{setting} has no end-of-sequence token, which ends each document")
+        raise InputError(f"{name} has no end-of-sequence token, which ends each document")
     backend.no_truncation()
     backend.no_padding()
     try:
-        tokenizer = _PretrainedTokenizer(read_literally(pretrained), setting)
+        tokenizer = _PretrainedTokenizer(read_literally(pretrained), name_or_directory)
     except ValueError as error:
-        raise SettingsError(f"{setting}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     if len(tokenizer.encode_batch(["The quick brown fox jumps over the lazy dog."])[0]) < 2:
-        raise SettingsError(f"{setting} is empty: it gives no tokens for English text")
+        raise InputError(f"{name} is empty: it gives no tokens for English text")
     return tokenizer
 
 
 class _PretrainedTokenizer:
     """A fast tokenizer of ``transformers``; its ids come from the ``tokenizers`` library below it."""
 
-    def __init__(self, pretrained: Any, setting: str) -> None:
+    def __init__(self, pretrained: Any, name: str) -> None:
         self._pretrained = pretrained
         self._backend = pretrained.backend_tokenizer
-        self._setting = setting
+        self._name = name
         self._special = special_tokens(pretrained)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_token_id: int = pretrained.eos_token_id
@@ -145,7 +147,7 @@ class _PretrainedTokenizer:
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         for text, ids in zip(texts, found, strict=True):
             if not unwanted.isdisjoint(ids):
-                raise SettingsError(f"{self._setting} gives special tokens for text, in {text[:60]!r}")
+                raise InputError(f"name_or_directory: {self._name} gives special tokens for text, in {text[:60]!r}")
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,7 +158,7 @@ class _PretrainedTokenizer:
         self._pretrained.save_pretrained(directory)
         if difference := _export_difference(self, directory, [*spelled(self._special), *texts]):
             message = f"AutoTokenizer gives other ids for {difference!a} than training saw"
-            warnings.warn(f"{self._setting}: {directory}: {message}", stacklevel=2)
+            warnings.warn(f"tokenizer {self._name}: {directory}: {message}", stacklevel=2)
             (Path(directory) / "README.txt").write_text(f"This tokenizer is not quite that of training: {message}.\n")
 
 
@@ -241,9 +243,9 @@ def _processor(model: bytes, name: str) -> Any:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, OSError) as error:
-        raise SettingsError(f"tokenizer.file: {name} is not a sentencepiece model: {_first_line(error)}") from error
+        raise InputError(f"path: {name} is not a sentencepiece model: {_first_line(error)}") from error
     if processor.eos_id() < 0:
-        raise SettingsError(f"tokenizer.file: {name} has no end-of-sentence token, which ends each document")
+        raise InputError(f"path: {name} has no end-of-sentence token, which ends each document")
     return processor
 
 

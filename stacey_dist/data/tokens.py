@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.parts import read_index
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 IGNORED_LABEL = -100
 """The label of padding, which torch's cross entropy leaves out."""
@@ -33,19 +33,19 @@ class TokenStream:
         sequence_length: L, at least 1.
 
     Raises:
-        SettingsError: the directory is not a complete one, a part is missing or has another size than
+        InputError: the directory is not a complete one, a part is missing or has another size than
             recorded, the split has fewer than two tokens, or sequence_length is below 1.
     """
 
     def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
         if sequence_length < 1:
-            raise SettingsError(f"sequence_length must be at least 1, got {sequence_length}")
+            raise InputError(f"sequence_length: {sequence_length} is not allowed; it must be at least 1")
         self.directory = Path(directory)
         self.split = split
         self.sequence_length = sequence_length
         index = read_index(self.directory)
         if split not in index["splits"]:
-            raise SettingsError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
+            raise InputError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
         parts = index["splits"][split]["parts"]
         dtype = np.dtype(index["dtype"])
         self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
@@ -59,7 +59,7 @@ class TokenStream:
         self.end_token_id: int = index["end_token_id"]
         self.tokens: int = int(self._starts[-1])
         if self.tokens < 2:
-            raise SettingsError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
+            raise InputError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
 
     @property
     def total_labels(self) -> int:
@@ -85,7 +85,7 @@ class TokenStream:
 
         Raises:
             IndexError: i is not in [0, len(self)).
-            SettingsError: an id is not in the vocabulary.
+            InputError: an id is not in the vocabulary.
         """
         count = self.label_count(i)
         start = i * self.sequence_length
@@ -117,7 +117,7 @@ class TokenStream:
             at, part = end, part + 1
         if result.size and result.max() >= self.vocab_size:
             # An embedding on a GPU would end the process without a word about the data.
-            raise SettingsError(
+            raise InputError(
                 f"{self.directory}: {self.split} holds the token id {result.max()}, and the vocabulary ends at "
                 f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` makes what is damaged anew"
             )
@@ -127,7 +127,7 @@ class TokenStream:
 def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     size = path.stat().st_size if path.exists() else 0
     if size != tokens * dtype.itemsize:
-        raise SettingsError(
+        raise InputError(
             f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
             f"it was truncated or altered; `stacey-dist prepare` makes it anew, or delete {path.parent}"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stacey_dist.data.parts import ASIDE, read_index
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 _CHUNK = 2**23
 """Bytes that are read at once."""
@@ -56,7 +56,7 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
         whole: read all of them, and not only their sizes.
 
     Raises:
-        SettingsError: the index is damaged, or a part that is as it was written has an id that is not in the
+        InputError: the index is damaged, or a part that is as it was written has an id that is not in the
             vocabulary.
     """
     index = read_index(directory)
@@ -87,7 +87,7 @@ class Verification:
             thread.start()
 
     def check(self, *, finish: bool = False) -> None:
-        """Raise SettingsError if damage has been found so far.
+        """Raise InputError if damage has been found so far.
 
         The first call waits some seconds, in which all parts of a small directory are read. With ``finish``, the call
         waits for all of them.
@@ -98,7 +98,7 @@ class Verification:
                 thread.join(None if finish else max(0.0, deadline - time.monotonic()))
             self._waited = True
         if self._errors:
-            raise SettingsError(
+            raise InputError(
                 f"{'; '.join(self._errors)}: the run stops, and the next start makes it anew. A checkpoint that was "
                 "saved since this start may have been trained on other text"
             )
@@ -112,7 +112,7 @@ class Verification:
                     if damaged := _verify(self._directory, self._index, split, part):
                         _put_aside(path, damaged.inode)
                         self._errors.append(f"{path} {damaged.reason}")
-                except (OSError, SettingsError) as error:
+                except (OSError, InputError) as error:
                     self._errors.append(f"{path}: {error}")
 
 
@@ -135,7 +135,7 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
     """Return a part that is not what was written.
 
     Raises:
-        SettingsError: it is what was written, and has an id that is not in the vocabulary.
+        InputError: it is what was written, and has an id that is not in the vocabulary.
     """
     if wrong := _check_size(directory, index, split, part):
         return wrong
@@ -150,7 +150,7 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
     if crc != part.get("crc32", crc):
         return DamagedPart(split, part, "has another content than was written", inode)
     if largest >= vocab_size:
-        raise SettingsError(
+        raise InputError(
             f"{directory / part['name']} holds the token id {largest}, and the vocabulary ends at {vocab_size - 1}; "
             f"delete {directory} to have it prepared anew"
         )

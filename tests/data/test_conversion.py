@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from stacey_dist.data import Document, Tokenizer, load_sentencepiece
 from stacey_dist.data.conversion import TRICKY_TEXTS
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ def check(tokenizer: Tokenizer, path: Path, samples: Any, export: Path, exact: b
 
 def test_bad_sentencepiece_files(texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "junk.model").write_bytes(b"junk")
-    with pytest.raises(SettingsError, match=r"junk\.model is not a sentencepiece model"):
+    with pytest.raises(InputError, match=r"junk\.model is not a sentencepiece model"):
         load_sentencepiece(tmp_path / "junk.model")
-    with pytest.raises(SettingsError, match=r"missing\.model cannot be read"):
+    with pytest.raises(InputError, match=r"missing\.model cannot be read"):
         load_sentencepiece(tmp_path / "missing.model")
-    with pytest.raises(SettingsError, match=r"x\.model has no end-of-sentence token"):
+    with pytest.raises(InputError, match=r"x\.model has no end-of-sentence token"):
         load_sentencepiece(other_model(texts, tmp_path / "x.model", model_type="bpe", eos_id=-1))

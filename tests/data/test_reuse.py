@@ -11,7 +11,7 @@ import pytest
 from stacey_dist.data import files_source, parts, preparation, prepare, readahead, reuse
 from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree, write_c4
 
 Prepared = tuple[Path, int]
@@ -72,7 +72,7 @@ def test_a_repaired_file_is_encoded_alone(make: Callable[..., Prepared], corpus:
     good = corpus[3].read_text()
     break_line(corpus[3], 31)
     tokenizer = ByteTokenizer()
-    with pytest.raises(SettingsError, match=rf"{corpus[3]}, line 31: not one JSON object a line .*on_bad_record skip"):
+    with pytest.raises(InputError, match=rf"{corpus[3]}, line 31: not one JSON object a line .*`on_bad_record` skip"):
         make(corpus, tokenizer=tokenizer)
     assert tokenizer.encoded == 150  # all that came before the bad line
     corpus[3].write_text(good)
@@ -85,7 +85,7 @@ def test_a_repaired_file_is_encoded_alone(make: Callable[..., Prepared], corpus:
 
 def test_after_a_bad_line_skipping_goes_on_from_there(make: Callable[..., Prepared], corpus: list[Path]) -> None:
     break_line(corpus[3], 31)
-    with pytest.raises(SettingsError):
+    with pytest.raises(InputError):
         make(corpus)
     directory, encoded = make(corpus, on_bad="skip")
     assert encoded == 199 - 150
@@ -156,7 +156,7 @@ def test_skipped_records_are_not_taken_for_an_error(make: Callable[..., Prepared
     break_line(corpus[1], 5, '{"text": null}')
     directory, encoded = make(corpus, on_bad="skip")
     assert encoded == 199
-    with pytest.raises(SettingsError, match=rf"{corpus[1]}, line 5: column 'text' holds NoneType"):
+    with pytest.raises(InputError, match=rf"{corpus[1]}, line 5: column 'text' holds NoneType"):
         make(corpus)
     again, encoded = make(corpus[:3], on_bad="skip")
     assert encoded == 0
@@ -170,7 +170,7 @@ def test_a_directory_in_use_is_not_removed(make: Callable[..., Prepared], corpus
 
     good = corpus[3].read_text()
     break_line(corpus[3], 31)
-    with pytest.raises(SettingsError):
+    with pytest.raises(InputError):
         make(corpus)
     (unfinished,) = corpus[0].parent.parent.joinpath("cache").iterdir()
     corpus[3].write_text(good)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist.data import GlobalSampler
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 ORDER = [348, 561, 45, 36, 152, 474, 359, 271, 954, 222]
 SEEDS = st.integers(min_value=-(2**70), max_value=2**70)
@@ -95,7 +95,7 @@ def test_no_correlation_with_position_or_between_epochs() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2**40 + 1])
 def test_bad_size(size: int) -> None:
-    with pytest.raises(SettingsError, match=str(size)):
+    with pytest.raises(InputError, match=str(size)):
         GlobalSampler(size, 0)
 
 
