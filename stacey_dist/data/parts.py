@@ -23,8 +23,6 @@ SPLITS = ("train", "validation")
 PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
 
-_NOTHING = {"documents": 0, "tokens": 0, "crc32": 0}
-
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype that parts store ids below ``vocab_size`` in: little-endian uint16 or uint32."""
@@ -118,19 +116,18 @@ class PartWriter:
         self._split = split
         self._vocab_size = vocab_size
         self._file: BinaryIO | None = None
-        state = copy.deepcopy(state) if state else {"documents": 0, "parts": [], "mark": dict(_NOTHING)}
-        self._parts: list[dict[str, Any]] = state["parts"]
-        self._mark: dict[str, int] = state["mark"]
-        self.documents: int = state["documents"]
+        self._parts: list[dict[str, Any]] = copy.deepcopy(state["parts"]) if state else []
+        self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
-    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any]) -> None:
+    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any], sums: dict[str, int]) -> None:
         """Append one document's ids, the end token included.
 
         Args:
             tokens: the ids, at least one.
             place: how to find the document again, JSON-able; kept where it begins a part.
+            sums: ``{"documents": n, "tokens": n, "crc32": n}`` of its input so far (modified in place).
 
         Raises:
             InputError: an id is not in the vocabulary.
@@ -140,17 +137,12 @@ class PartWriter:
         assert self._file is not None
         content = encode_ids(tokens, self._vocab_size)
         self._file.write(content)
-        for sums in (self._parts[-1], self._mark):
-            sums["tokens"] += len(tokens)
-            sums["crc32"] = zlib.crc32(content, sums["crc32"])
-        self._mark["documents"] += 1
+        for each in (self._parts[-1], sums):
+            each["tokens"] += len(tokens)
+            each["crc32"] = zlib.crc32(content, each["crc32"])
+        sums["documents"] += 1
         self.tokens += len(tokens)
         self.documents += 1
-
-    def mark(self) -> dict[str, int]:
-        """Return ``{"documents": n, "tokens": n, "crc32": n}`` of what was appended since the last call."""
-        since, self._mark = self._mark, dict(_NOTHING)
-        return since
 
     def flush(self) -> None:
         """Bring everything appended so far to the disk."""
@@ -166,11 +158,8 @@ class PartWriter:
             self._file = None
 
     def state(self) -> dict[str, Any]:
-        """Return the number of documents, the parts and the mark, JSON-able.
-
-        A part is ``{"name": …, "tokens": n, "crc32": n, "start": …}``.
-        """
-        return {"documents": self.documents, "parts": copy.deepcopy(self._parts), "mark": dict(self._mark)}
+        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n, "start": …}, …]}``."""
+        return {"documents": self.documents, "parts": copy.deepcopy(self._parts)}
 
     def _open_next(self, place: dict[str, Any]) -> None:
         self.close()

@@ -1,7 +1,7 @@
 """One preparation: the tokens of a source, input after input, into a directory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ _NAMED = 5
 """So many skipped records are named."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
     """One reading of the training inputs, or of separate validation inputs.
 
@@ -44,16 +44,21 @@ class _Pass:
         inputs: what is read.
         limit: the pass ends when the split of its name has so many tokens; None for no limit.
         writer: of that split.
-        records: what each finished input gave.
-        place: the input that is being read; ``read`` counts its records, ``documents`` those before it.
+        records: what each finished input gave: ``read`` records, of which some were ``skipped``, after ``documents`` of
+            other inputs, with the sums of each of the ``splits``.
+        current: the same of the input that is being read; empty where there is none.
+        bytes: how much text was read, for the progress bar.
+        finished: whether nothing is left to do.
     """
 
     name: str
     inputs: Sequence[Input]
     limit: int | None
     writer: PartWriter
-    records: list[dict[str, Any]]
-    place: dict[str, Any]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    current: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    finished: bool = False
 
     @property
     def full(self) -> bool:
@@ -61,15 +66,28 @@ class _Pass:
         return self.writer.tokens == self.limit
 
     @property
-    def next_input(self) -> Input:
-        """The input that is being read."""
-        return self.inputs[self.place["input"]]
+    def done(self) -> int:
+        """How far it is: in tokens where they are limited, and otherwise in bytes of text."""
+        return self.bytes if self.limit is None else self.writer.tokens
 
-    def saved_place(self) -> dict[str, Any]:
-        """Return the place, with the identity by which another preparation finds the input."""
-        if self.place["input"] == len(self.inputs):
-            return self.place
-        return self.place | {"identity": self.next_input.identity}
+    def begin_input(self, documents: int) -> None:
+        """Begin the next input, if there is one, after so many documents."""
+        self.current = {}
+        if len(self.records) < len(self.inputs):
+            self.current = {
+                "input": self.inputs[len(self.records)].identity,
+                "read": 0,
+                "documents": documents,
+                "skipped": {"count": 0, "first": []},
+                "splits": {split: {"documents": 0, "tokens": 0, "crc32": 0} for split in SPLITS},
+            }
+
+    def count_skipped(self, message: str) -> None:
+        """Count a bad record of the input, and keep the messages of the first."""
+        skipped = self.current["skipped"]
+        skipped["count"] += 1
+        if len(skipped["first"]) < _NAMED:
+            skipped["first"].append(message)
 
 
 class Preparation:
@@ -135,22 +153,23 @@ class Preparation:
 
     def _start(self, saved: dict[str, Any] | None) -> None:
         """Open the writers and the passes where the last commit left them, or at the beginning."""
-        states = dict.fromkeys(SPLITS) if saved is None else saved["splits"]
-        places = {split: _new_place() | (saved["position"][split] if saved else {}) for split in SPLITS}
-        records = {split: list(saved["inputs"][split]) if saved else [] for split in SPLITS}
-        size = self._tokenizer.vocab_size
-        self._writers = {split: PartWriter(self._directory, split, size, states[split]) for split in SPLITS}
+        size, splits = self._tokenizer.vocab_size, saved["splits"] if saved else dict.fromkeys(SPLITS)
+        self._writers = {split: PartWriter(self._directory, split, size, splits[split]) for split in SPLITS}
         least = None if self._max_tokens is None else max(self._max_tokens // self._every, _LEAST_VALIDATION)
-        inputs = {"train": self._source.inputs, "validation": self._source.validation_inputs or ()}
-        limits = {"train": self._max_tokens, "validation": least}
         self._passes = [
-            _Pass(split, inputs[split], limits[split], self._writers[split], records[split], places[split])
-            for split in SPLITS
+            _Pass("train", self._source.inputs, self._max_tokens, self._writers["train"]),
+            _Pass("validation", self._source.validation_inputs or (), least, self._writers["validation"]),
         ]
+        if saved:
+            for each in self._passes:
+                place = saved["position"][each.name]
+                each.records = saved["inputs"][each.name]
+                each.current, each.bytes, each.finished = place["input"], place["bytes"], place["finished"]
 
     def _header(self) -> dict[str, Any]:
         """Return what the index and the saved progress say beside the splits."""
-        skipped = [record["skipped"] for each in self._passes for record in (*each.records, each.place)]
+        records = [record for each in self._passes for record in (*each.records, each.current)]
+        skipped = [record["skipped"] for record in records if record]
         return {
             "format": FORMAT_VERSION,
             "dtype": token_dtype(self._tokenizer.vocab_size).str,
@@ -171,7 +190,9 @@ class Preparation:
         for writer in self._writers.values():
             writer.flush()
         splits = {split: writer.state() for split, writer in self._writers.items()}
-        position = {each.name: each.saved_place() for each in self._passes}
+        position = {
+            each.name: {"input": each.current, "bytes": each.bytes, "finished": each.finished} for each in self._passes
+        }
         write_json(self._directory / PROGRESS, self._header() | {"position": position, "splits": splits})
         self._committed = self._tokens()
 
@@ -187,19 +208,19 @@ class Preparation:
 
     def _run(self, now: _Pass) -> None:
         """Tokenize from the last commit on, until the inputs end or the limit is reached."""
-        if now.place["finished"] or not now.inputs:
+        if now.finished:
             return
-        if now.place["input"] == now.place["read"] == 0:
-            now.place["documents"] = self._documents()
+        if not now.current:
+            now.begin_input(self._documents())
         with self._bar(now) as bar:
-            while now.place["input"] < len(now.inputs) and not now.full:
-                found = self._reuse.find(now.next_input.identity) if now.place["read"] == 0 else None
+            while now.current and not now.full:
+                found = None if now.current["read"] else self._reuse.find(now.current["input"])
                 if found is not None and not self._ends_among_skipped(now, found):
                     self._copy(now, found)
                 else:
                     self._read(now, bar)
                 _show(bar, now)
-        now.place["finished"] = True
+        now.finished = True
         self._commit()
 
     def _ends_among_skipped(self, now: _Pass, found: TokenizedInput) -> bool:
@@ -215,20 +236,20 @@ class Preparation:
             self._append(now, tokens)
             if now.full:
                 return
-        now.place["read"], now.place["skipped"] = found.record["read"], found.record["skipped"]
-        now.place["bytes"] += found.bytes
+        now.current |= {key: found.record[key] for key in ("read", "skipped")}
+        now.bytes += found.bytes
         if found.finished:
             self._finish_input(now)
         self._commit_if_due()
 
     def _read(self, now: _Pass, bar: "tqdm[Any]") -> None:
         """Encode the inputs that come next, up to one of which another directory may have the tokens."""
-        first, last = now.place["input"], len(now.inputs)
+        first, last = len(now.records), len(now.inputs)
         known = (n for n in range(first + 1, last) if self._reuse.knows(now.inputs[n].identity))
-        with read_ahead(now.inputs[first : next(known, last)], now.place["read"]) as batches:
+        with read_ahead(now.inputs[first : next(known, last)], now.current["read"]) as batches:
             for batch in batches:
                 self._encode(now, batch)
-                now.place["bytes"] += batch.size
+                now.bytes += batch.size
                 _show(bar, now)
                 if batch.error is not None:
                     self._commit()
@@ -243,10 +264,10 @@ class Preparation:
                 self._finish_input(now)
                 continue
             if isinstance(record, BadRecord):
-                _count_skipped(now.place["skipped"], record.message)
+                now.count_skipped(record.message)
             elif record:
                 self._append(now, record)
-            now.place["read"] += 1
+            now.current["read"] += 1
             if now.full:
                 return
 
@@ -257,23 +278,19 @@ class Preparation:
         if now.limit is not None and split == now.name:
             tokens = tokens[: now.limit - writer.tokens]
         # Where a part begins: so many documents after the beginning of an input.
-        start = {"pass": now.name, "input": now.place["input"], "skip": number - now.place["documents"]}
-        writer.append(tokens, start)
+        start = {"pass": now.name, "input": len(now.records), "skip": number - now.current["documents"]}
+        writer.append(tokens, start, now.current["splits"][split])
 
     def _finish_input(self, now: _Pass) -> None:
-        """Record what the input gave, and begin the next."""
-        place = now.place
-        marks = {split: writer.mark() for split, writer in self._writers.items()}
-        record = {key: place[key] for key in ("read", "documents", "skipped")}
-        now.records.append({"input": now.next_input.identity, "splits": marks} | record)
-        place.update(_new_place(), input=place["input"] + 1, bytes=place["bytes"], documents=self._documents())
+        now.records.append(now.current)
+        now.begin_input(self._documents())
 
     def _bar(self, now: _Pass) -> "tqdm[Any]":
         total = now.limit if now.limit is not None else self._source.size_bytes if now.name == "train" else None
         return tqdm(
             desc=f"tokenizing {now.name}",
             total=total,
-            initial=_done(now),
+            initial=now.done,
             unit="B" if now.limit is None else "tok",
             unit_scale=True,
             disable=not self._progress,
@@ -281,28 +298,6 @@ class Preparation:
         )
 
 
-def _done(now: _Pass) -> int:
-    """Return how far a pass is, in tokens where they are limited, and otherwise in bytes of text."""
-    return now.place["bytes"] if now.limit is None else now.writer.tokens
-
-
 def _show(bar: "tqdm[Any]", now: _Pass) -> None:
     bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
-    bar.update(_done(now) - bar.n)
-
-
-def _new_place() -> dict[str, Any]:
-    return {
-        "input": 0,
-        "read": 0,
-        "documents": 0,
-        "bytes": 0,
-        "skipped": {"count": 0, "first": []},
-        "finished": False,
-    }
-
-
-def _count_skipped(skipped: dict[str, Any], message: str) -> None:
-    skipped["count"] += 1
-    if len(skipped["first"]) < _NAMED:
-        skipped["first"].append(message)
+    bar.update(now.done - bar.n)

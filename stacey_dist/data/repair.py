@@ -68,7 +68,7 @@ def _documents(index: dict[str, Any], part: DamagedPart, source: Source, tokeniz
     start = part.entry["start"]
     inputs = (source.inputs if start["pass"] == "train" else source.validation_inputs) or ()
     counts = [
-        (record["read"], sum(mark["documents"] for mark in record["splits"].values()))
+        (record["read"], sum(sums["documents"] for sums in record["splits"].values()))
         for record in index["inputs"][start["pass"]]
     ]
     number, skip, read = sum(documents for _, documents in counts[: start["input"]]), start["skip"], 0

@@ -44,12 +44,12 @@ class TokenizedInput:
     @property
     def bytes(self) -> int:
         """About how many bytes of text these are, for the progress bar."""
-        return 4 * sum(mark["tokens"] for mark in self.record["splits"].values())
+        return 4 * sum(sums["tokens"] for sums in self.record["splits"].values())
 
     def intact(self) -> bool:
         """Return whether the tokens are those that were written, and end tokens part the documents."""
         end = self.header["end_token_id"]
-        for split, mark in self.record["splits"].items():
+        for split, sums in self.record["splits"].items():
             crc, ends, last = 0, 0, end
             try:
                 for tokens in self._tokens(split):
@@ -58,14 +58,14 @@ class TokenizedInput:
                     last = int(tokens[-1])
             except OSError:
                 return False
-            if (crc, ends, last) != (mark["crc32"], mark["documents"], end):
+            if (crc, ends, last) != (sums["crc32"], sums["documents"], end):
                 return False
         return True
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield each document's ids with its end token, in the order of reading."""
         streams = {split: self._documents(split) for split in self.record["splits"]}
-        first, count = self.record["documents"], sum(mark["documents"] for mark in self.record["splits"].values())
+        first, count = self.record["documents"], sum(sums["documents"] for sums in self.record["splits"].values())
         for number in range(first, first + count):
             yield next(streams[split_of(self.name, self.header["held_out"], number)])
 
@@ -158,15 +158,13 @@ def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]
     starts = dict.fromkeys(header["splits"], 0)
     for name in SPLITS:
         records = [(record, True) for record in header["inputs"][name]]
-        at = header.get("position", {}).get(name)
-        if at is not None and at["read"] and "identity" in at:
-            marks = {split: content["mark"] for split, content in header["splits"].items()}
-            records.append((at | {"input": at["identity"], "splits": marks}, False))
+        if (place := header.get("position", {}).get(name)) and place["input"]:
+            records.append((place["input"], False))
         for record, finished in records:
             if record["read"]:
                 yield TokenizedInput(directory, header, name, record, finished, dict(starts))
-            for split, mark in record["splits"].items():
-                starts[split] += mark["tokens"]
+            for split, sums in record["splits"].items():
+                starts[split] += sums["tokens"]
 
 
 def _has_changed(source: dict[str, Any]) -> bool:

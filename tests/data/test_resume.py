@@ -83,7 +83,8 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     (killed / "train-00099.bin").write_bytes(b"junk")
     progress = json.loads((killed / "progress.json").read_text())
     finished = [record for records in progress["inputs"].values() for record in records]
-    done = sum(place["read"] for place in (*progress["position"].values(), *finished))
+    current = [place["input"] for place in progress["position"].values() if place["input"]]
+    done = sum(record["read"] for record in (*current, *finished))
     assert done > 0
     last = start(tmp_path / "killed", 0, kind)
     output = last.communicate()[0]
@@ -96,9 +97,9 @@ def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
     whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
-    state = {"documents": 30, "parts": [], "mark": {"documents": 30, "tokens": 10**6, "crc32": 0}}
+    state = {"documents": 30, "parts": []}
     good = {
-        "position": {"train": {"read": 30}, "validation": {}},
+        "position": {split: {"input": None, "bytes": 0, "finished": False} for split in ("train", "validation")},
         "inputs": {"train": [], "validation": []},
         "splits": {"train": state, "validation": state | {"documents": 0}},
     }

@@ -135,6 +135,15 @@ def test_what_was_cut_at_a_limit_is_no_whole_input(make: Callable[..., Prepared]
     assert tree(directory) == from_nothing(make, corpus)
 
 
+def test_a_limit_at_the_end_of_a_document(make: Callable[..., Prepared], corpus: list[Path]) -> None:
+    """What was read of the training text until then is not counted for the first validation file."""
+    limit = sum(len(text.encode()) + 1 for text in texts(40, seed=0)[:20])
+    make(corpus[:2], validation=[corpus[4]], limit=limit)
+    directory, encoded = make(corpus[:2], validation=[corpus[4]])
+    assert encoded == 80  # the validation file is copied
+    assert tree(directory) == from_nothing(make, corpus[:2], validation=[corpus[4]])
+
+
 def test_damaged_or_foreign_tokens_are_not_taken(make: Callable[..., Prepared], corpus: list[Path]) -> None:
     first, _ = make(corpus)
     part = sorted(first.glob("train-*.bin"))[4]
