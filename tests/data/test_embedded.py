@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.data import Document, embedded, embedded_source, standard_library_documents
+from stacey_dist.data import Document, embedded_source, standard_library_documents
 from stacey_dist.data.embedded import _prose
 from stacey_dist.errors import InputError
 
@@ -58,7 +58,7 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         list(standard_library_documents())
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(InputError, match="pydoc_data"):
-        list(embedded.help_topics())
+        list(standard_library_documents())
 
 
 def test_importing_the_package_is_cheap_and_reading_imports_nothing() -> None:
