@@ -31,7 +31,7 @@ def repair(directory: Path, damaged: list[DamagedPart], source: Source, tokenize
         InputError: the text cannot be read, or gives other tokens than it did.
     """
     for part in damaged:
-        print(f"{directory / part.name} {part.reason}: it is made anew", file=sys.stderr, flush=True)
+        print(f"{directory / part.name} {part.reason}: preparing it again", file=sys.stderr, flush=True)
     if any("start" not in part.entry for part in damaged):
         (directory / INDEX).unlink()
         return
@@ -57,7 +57,7 @@ def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Toke
         temporary.unlink()
         raise InputError(
             f"{path} {part.reason}, and the text gives other tokens now than when it was made; delete {directory} to "
-            "have all of it prepared anew"
+            "prepare all of it again"
         )
     os.replace(temporary, path)
     path.with_name(path.name + ASIDE).unlink(missing_ok=True)

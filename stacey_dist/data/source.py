@@ -36,7 +36,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, and what tells them from other documents.
+    """Documents, and their identity.
 
     Attributes:
         inputs: the parts of the text, in order.
@@ -113,8 +113,8 @@ def hub_source(
     Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read.
 
     Args:
-        dataset: its name, such as ``allenai/c4``, by which alone it is told from others; or a local directory, which is
-            taken literally and told by its files.
+        dataset: its name, such as ``allenai/c4``, which alone identifies it; or a local directory, which is taken
+            literally and identified by its files.
         config: its configuration, such as ``en``; None for the only one.
         split: the split to train on.
         validation_split: the split for validation; None to hold out some of ``split``.
@@ -156,7 +156,7 @@ def embedded_source() -> Source:
 
 
 def file_identity(file: str) -> dict[str, Any]:
-    """Return what tells a file from another, or from itself after a change: path, size, time of modification."""
+    """Return a file's identity, which a change of the file changes: its path, size and time of modification."""
     status = os.stat(file)
     return {"path": os.path.realpath(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 

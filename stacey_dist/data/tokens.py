@@ -25,7 +25,7 @@ class TokenStream:
     `identity` is a text that differs where the tokens, the tokenizer or the number of records that were skipped
     differ, wherever their files lie.
 
-    It can be pickled, for loader processes, which map the files anew.
+    It can be pickled, for loader processes, which map the files again.
 
     Args:
         directory: what `prepare` returned.
@@ -75,7 +75,8 @@ class TokenStream:
         Raises:
             IndexError: i is not in [0, len(self)).
         """
-        self._check(i)
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
         return min(self.sequence_length, self.total_labels - i * self.sequence_length)
 
     def window(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -98,28 +99,21 @@ class TokenStream:
         return inputs, labels
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling a memory map would copy its content.
+        # A pickle of a memory map would hold all tokens.
         return TokenStream, (self.directory, self.split, self.sequence_length)
-
-    def _check(self, i: int) -> None:
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
 
     def _read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens [start, stop) as int64, from as many parts as they lie in."""
-        result = np.empty(stop - start, dtype=np.int64)
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
-        at = start
-        while at < stop:
-            end = min(stop, int(self._starts[part + 1]))
-            offset = int(self._starts[part])
-            result[at - start : end - start] = self._parts[part][at - offset : end - offset]
-            at, part = end, part + 1
-        if result.size and result.max() >= self.vocab_size:
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        after = int(np.searchsorted(self._starts, stop, side="left"))
+        parts = zip(self._parts[first:after], self._starts[first:after].tolist(), strict=True)
+        pieces = [part[max(0, start - offset) : stop - offset] for part, offset in parts]
+        result = np.concatenate(pieces).astype(np.int64)
+        if result.max() >= self.vocab_size:
             # An embedding on a GPU would end the process without a word about the data.
             raise InputError(
                 f"{self.directory}: {self.split} holds the token id {result.max()}, and the vocabulary ends at "
-                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` makes what is damaged anew"
+                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` prepares damaged parts again"
             )
         return result
 
@@ -129,6 +123,6 @@ def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     if size != tokens * dtype.itemsize:
         raise InputError(
             f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
-            f"it was truncated or altered; `stacey-dist prepare` makes it anew, or delete {path.parent}"
+            f"it was truncated or altered; `stacey-dist prepare` prepares it again, or delete {path.parent}"
         )
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

@@ -99,8 +99,8 @@ class Verification:
             self._waited = True
         if self._errors:
             raise InputError(
-                f"{'; '.join(self._errors)}: the run stops, and the next start makes it anew. A checkpoint that was "
-                "saved since this start may have been trained on other text"
+                f"{'; '.join(self._errors)}: the run stops, and the next start prepares it again. A checkpoint that "
+                "was saved since this start may have been trained on other text"
             )
 
     def _work(self) -> None:
@@ -148,11 +148,11 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
             crc = zlib.crc32(buffer[:count], crc)
             largest = max(largest, int(np.frombuffer(buffer[: count - count % dtype.itemsize], dtype).max(initial=0)))
     if crc != part.get("crc32", crc):
-        return DamagedPart(split, part, "has another content than was written", inode)
+        return DamagedPart(split, part, "does not hold what was written", inode)
     if largest >= vocab_size:
         raise InputError(
             f"{directory / part['name']} holds the token id {largest}, and the vocabulary ends at {vocab_size - 1}; "
-            f"delete {directory} to have it prepared anew"
+            f"delete {directory} to prepare it again"
         )
     return None
 

@@ -93,7 +93,7 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     assert int(output.split()[1]) <= everything - done + 20
 
 
-def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
+def test_damaged_progress_starts_over(tmp_path: Path) -> None:
     whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tokens that are not what was written are found, named, put aside, and made anew with the same bytes."""
+"""Tokens that are not what was written are found, named, put aside, and prepared again with the same bytes."""
 
 import json
 import threading
@@ -57,7 +57,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer, Dropping])
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("limit", [2345, 10**6])
-def test_every_part_is_made_anew_alone(
+def test_every_part_is_prepared_again_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: type[ByteTokenizer], separate: bool, limit: int
 ) -> None:
     directory = make(tmp_path, tokenizer(), separate, limit=limit)
@@ -72,11 +72,11 @@ def test_every_part_is_made_anew_alone(
         assert make(tmp_path, again, separate, check=True, limit=limit) == directory
         assert tree(directory) == whole
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert f"{directory / name} has another content than was written" in capsys.readouterr().err
+        assert f"{directory / name} does not hold what was written" in capsys.readouterr().err
         assert again.encoded < everything / 2  # a part is not more than a quarter, and batches are read ahead
 
 
-def test_a_part_of_another_size_or_none_is_made_anew_without_being_asked(tmp_path: Path) -> None:
+def test_a_part_of_another_size_or_none_is_prepared_again_without_being_asked(tmp_path: Path) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     (directory / "train-00001.bin").write_bytes(b"\1" * 7)
@@ -85,7 +85,7 @@ def test_a_part_of_another_size_or_none_is_made_anew_without_being_asked(tmp_pat
     assert tree(directory) == whole
 
 
-def test_damage_stops_a_run_and_the_next_start_mends_it(tmp_path: Path) -> None:
+def test_damage_stops_a_run_and_the_next_start_repairs_it(tmp_path: Path) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     Verification(directory).check(finish=True)
@@ -95,15 +95,15 @@ def test_damage_stops_a_run_and_the_next_start_mends_it(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(InputError) as raised:
             running.check()
-        assert f"{directory}/train-00002.bin has another content than was written" in str(raised.value)
-        assert f"{directory}/validation-00000.bin has another content" in str(raised.value)
-        assert "the next start makes it anew" in str(raised.value)
+        assert f"{directory}/train-00002.bin does not hold what was written" in str(raised.value)
+        assert f"{directory}/validation-00000.bin does not hold what was written" in str(raised.value)
+        assert "the next start prepares it again" in str(raised.value)
     assert (directory / "train-00002.bin.damaged").exists()
     make(tmp_path)
     assert tree(directory) == whole
 
 
-def test_what_was_made_anew_meanwhile_is_not_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_prepared_again_meanwhile_is_not_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     flip(directory / "train-00002.bin")
@@ -150,7 +150,7 @@ def test_text_that_has_changed_unseen_is_said(tmp_path: Path, monkeypatch: pytes
     assert not list(directory.glob("*.tmp"))
 
 
-def test_a_cache_of_0_1_0_is_verified_and_made_anew(tmp_path: Path) -> None:
+def test_a_cache_of_0_1_0_is_verified_and_prepared_again(tmp_path: Path) -> None:
     """Its index has no place of a part in the text."""
     directory = make(tmp_path)
     whole = tree(directory)
