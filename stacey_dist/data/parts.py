@@ -1,6 +1,8 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
+import bisect
 import copy
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -94,6 +96,42 @@ def _check_index(index: dict[str, Any]) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class SplitTokens:
+    """The tokens of one split as one array, which lies in parts that are mapped into memory when they are read.
+
+    Args:
+        directory: where the parts lie.
+        parts: the entries of the index: ``name`` and ``tokens`` of each.
+        dtype: of the ids.
+    """
+
+    def __init__(self, directory: Path, parts: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
+        self._directory, self._parts, self._dtype = directory, parts, dtype
+        self._starts = [0, *itertools.accumulate(part["tokens"] for part in parts)]
+        self._maps: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a copy of the tokens [start, stop), of which there is at least one.
+
+        Raises:
+            OSError: a part is missing.
+            ValueError: a part is shorter than recorded.
+        """
+        first, after = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
+        return np.concatenate(
+            [self._map(i)[max(0, start - self._starts[i]) : stop - self._starts[i]] for i in range(first, after)]
+        )
+
+    def _map(self, i: int) -> NDArray[Any]:
+        if i not in self._maps:
+            path, shape = self._directory / self._parts[i]["name"], (self._parts[i]["tokens"],)
+            self._maps[i] = np.asarray(np.memmap(path, self._dtype, "r", shape=shape))
+        return self._maps[i]
 
 
 class PartWriter:

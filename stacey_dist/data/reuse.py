@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.lock import locked
-from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, split_of
+from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, split_of
 from stacey_dist.data.source import OnBadRecord, file_identity
 from stacey_dist.files import read_json
 
@@ -56,7 +56,7 @@ class TokenizedInput:
                     crc = zlib.crc32(tokens.data, crc)
                     ends += int(np.count_nonzero(tokens == end))
                     last = int(tokens[-1])
-            except OSError:
+            except (OSError, ValueError):  # a part is missing or too short
                 return False
             if (crc, ends, last) != (sums["crc32"], sums["documents"], end):
                 return False
@@ -79,21 +79,12 @@ class TokenizedInput:
             rest.append(last)
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
-        """Yield the input's tokens of a split in pieces. Raises OSError for a part that is missing or too short."""
-        dtype = np.dtype(self.header["dtype"])
+        """Yield the input's tokens of a split in pieces."""
+        tokens = SplitTokens(self.directory, self.header["splits"][split]["parts"], np.dtype(self.header["dtype"]))
         start = self.starts[split]
         stop = start + self.record["splits"][split]["tokens"]
-        before = 0
-        for part in self.header["splits"][split]["parts"]:
-            after = before + part["tokens"]
-            for at in range(max(start, before), min(stop, after), _CHUNK):
-                count = min(_CHUNK, stop - at, after - at)
-                path = self.directory / part["name"]
-                tokens = np.fromfile(path, dtype, count, offset=(at - before) * dtype.itemsize)
-                if len(tokens) < count:
-                    raise OSError(f"{path} is shorter than recorded")
-                yield tokens
-            before = after
+        for at in range(start, stop, _CHUNK):
+            yield tokens.read(at, min(at + _CHUNK, stop))
 
 
 class Reuse:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.data.parts import read_index
+from stacey_dist.data.parts import SplitTokens, read_index
+from stacey_dist.data.verify import check_size
 from stacey_dist.errors import InputError
 
 IGNORED_LABEL = -100
@@ -47,9 +48,13 @@ class TokenStream:
         if split not in index["splits"]:
             raise InputError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
         parts = index["splits"][split]["parts"]
-        dtype = np.dtype(index["dtype"])
-        self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
-        self._starts = np.cumsum([0] + [part["tokens"] for part in parts])
+        for part in parts:
+            if damaged := check_size(self.directory, index, split, part):
+                raise InputError(
+                    f"{self.directory / part['name']} {damaged.reason}; `stacey-dist prepare` prepares it again, or "
+                    f"delete {self.directory}"
+                )
+        self._tokens = SplitTokens(self.directory, parts, np.dtype(index["dtype"]))
         skipped = index.get("skipped", {}).get("count", 0)
         content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
         self.identity: str = json.dumps(
@@ -57,7 +62,7 @@ class TokenStream:
         )
         self.vocab_size: int = index["vocab_size"]
         self.end_token_id: int = index["end_token_id"]
-        self.tokens: int = int(self._starts[-1])
+        self.tokens = len(self._tokens)
         if self.tokens < 2:
             raise InputError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
 
@@ -103,12 +108,8 @@ class TokenStream:
         return TokenStream, (self.directory, self.split, self.sequence_length)
 
     def _read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return tokens [start, stop) as int64, from as many parts as they lie in."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        after = int(np.searchsorted(self._starts, stop, side="left"))
-        parts = zip(self._parts[first:after], self._starts[first:after].tolist(), strict=True)
-        pieces = [part[max(0, start - offset) : stop - offset] for part, offset in parts]
-        result = np.concatenate(pieces).astype(np.int64)
+        """Return tokens [start, stop) as int64."""
+        result = self._tokens.read(start, stop).astype(np.int64)
         if result.max() >= self.vocab_size:
             # An embedding on a GPU would end the process without a word about the data.
             raise InputError(
@@ -116,13 +117,3 @@ class TokenStream:
                 f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` prepares damaged parts again"
             )
         return result
-
-
-def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size = path.stat().st_size if path.exists() else 0
-    if size != tokens * dtype.itemsize:
-        raise InputError(
-            f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
-            f"it was truncated or altered; `stacey-dist prepare` prepares it again, or delete {path.parent}"
-        )
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

@@ -60,7 +60,7 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
             vocabulary.
     """
     index = read_index(directory)
-    check = _verify if whole else _check_size
+    check = _verify if whole else check_size
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
         found = pool.map(lambda each: check(directory, index, *each), _parts(index))
         return [part for part in found if part is not None]
@@ -122,7 +122,7 @@ def _parts(index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield split, part
 
 
-def _check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
+def check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
     """Return a part that is not there or has another size than recorded."""
     path, size = directory / part["name"], part["tokens"] * np.dtype(index["dtype"]).itemsize
     if not path.exists():
@@ -137,7 +137,7 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
     Raises:
         InputError: it is what was written, and has an id that is not in the vocabulary.
     """
-    if wrong := _check_size(directory, index, split, part):
+    if wrong := check_size(directory, index, split, part):
         return wrong
     dtype, vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
     crc, largest = 0, 0
