@@ -127,7 +127,9 @@ class Preparation:
         except (OSError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
         self._committed = self._tokens()
-        self._reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, source.on_bad_record)
+        # A copy that ends at a limit would not know how many of the skipped records came before.
+        with_skipped = source.on_bad_record == "skip" and max_tokens is None
+        self._reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
 
     def run(self) -> None:
         """Read, encode and write everything, the index last."""
@@ -215,20 +217,13 @@ class Preparation:
         with self._bar(now) as bar:
             while now.current and not now.full:
                 found = None if now.current["read"] else self._reuse.find(now.current["input"])
-                if found is not None and not self._ends_among_skipped(now, found):
-                    self._copy(now, found)
-                else:
+                if found is None:
                     self._read(now, bar)
+                else:
+                    self._copy(now, found)
                 _show(bar, now)
         now.finished = True
         self._commit()
-
-    def _ends_among_skipped(self, now: _Pass, found: TokenizedInput) -> bool:
-        """Return whether a copy would end at the limit, where it is not known how many records were skipped so far."""
-        tokens = sum(mark["tokens"] for mark in found.record["splits"].values())
-        return (
-            now.limit is not None and now.writer.tokens + tokens >= now.limit and found.record["skipped"]["count"] > 0
-        )
 
     def _copy(self, now: _Pass, found: TokenizedInput) -> None:
         """Copy what another directory has of the input that comes next."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, split_of
-from stacey_dist.data.source import OnBadRecord, file_identity
+from stacey_dist.data.source import file_identity
 from stacey_dist.files import read_json
 
 _CHUNK = 2**24
@@ -94,10 +94,10 @@ class Reuse:
         directory: the one that is being filled.
         tokenizer: the fingerprint of the tokenizer that must have made the tokens.
         end_token_id: what ends their documents.
-        on_bad_record: an input with skipped records is not taken for ``error``.
+        with_skipped: find inputs of which records were skipped, too.
     """
 
-    def __init__(self, directory: Path, tokenizer: str, end_token_id: int, on_bad_record: OnBadRecord) -> None:
+    def __init__(self, directory: Path, tokenizer: str, end_token_id: int, with_skipped: bool) -> None:
         self._found: dict[str, TokenizedInput] = {}
         self._used: set[Path] = set()
         for other in sorted(set(directory.parent.iterdir()) - {directory}):
@@ -106,7 +106,7 @@ class Reuse:
                 header = _header(other)
                 if (header["tokenizer"], header["end_token_id"]) == (tokenizer, end_token_id):
                     for found in _inputs(other, header):
-                        if on_bad_record == "skip" or not found.record["skipped"]["count"]:
+                        if with_skipped or not found.record["skipped"]["count"]:
                             self._add(found)
 
     def knows(self, identity: Any) -> bool:

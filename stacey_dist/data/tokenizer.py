@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
 from stacey_dist.data.special import read_literally, special_tokens, spelled
+from stacey_dist.data.text import one_line
 from stacey_dist.errors import InputError
 from stacey_dist.files import replace_file
 
@@ -105,7 +106,7 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
             name_or_directory, trust_remote_code=False, split_special_tokens=True
         )
     except Exception as error:  # the Hub client and every tokenizer class have their own
-        raise InputError(f"{name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
     if backend is None:
         raise InputError(f"{name} is a {type(pretrained).__name__}, which is not a fast tokenizer")
@@ -243,7 +244,7 @@ def _processor(model: bytes, name: str) -> Any:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"path: {name} is not a sentencepiece model: {_first_line(error)}") from error
+        raise InputError(f"path: {name} is not a sentencepiece model: {one_line(error)}") from error
     if processor.eos_id() < 0:
         raise InputError(f"path: {name} has no end-of-sentence token, which ends each document")
     return processor
@@ -269,7 +270,3 @@ def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
             return
         yield text[:characters]
         characters -= len(text)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
