@@ -97,11 +97,7 @@ class Preparation:
 
     Args:
         directory: where the tokens go; locked by the caller. An interrupted preparation is resumed there.
-        source: the documents.
-        tokenizer: what to encode them with.
-        max_tokens: as for `prepare`.
-        validation_every: as for `prepare`.
-        progress: show a progress bar on stderr.
+        source, tokenizer, max_tokens, validation_every, progress: as for `prepare`.
     """
 
     def __init__(

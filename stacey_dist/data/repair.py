@@ -24,8 +24,7 @@ def repair(directory: Path, damaged: list[DamagedPart], source: Source, tokenize
     Args:
         directory: as `prepare` returns it, locked by the caller.
         damaged: the parts.
-        source: as for `prepare`.
-        tokenizer: as for `prepare`.
+        source, tokenizer: as for `prepare`.
 
     Raises:
         InputError: the text cannot be read, or gives other tokens than it did.
