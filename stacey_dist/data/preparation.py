@@ -162,7 +162,7 @@ class Preparation:
             for each in self._passes:
                 place = saved["position"][each.name]
                 each.records = saved["inputs"][each.name]
-                each.current, each.bytes, each.finished = place["input"], place["bytes"], place["finished"]
+                each.current, each.bytes, each.finished = place["current"], place["bytes"], place["finished"]
 
     def _header(self) -> dict[str, Any]:
         """Return what the index and the saved progress say beside the splits."""
@@ -189,7 +189,8 @@ class Preparation:
             writer.flush()
         splits = {split: writer.state() for split, writer in self._writers.items()}
         position = {
-            each.name: {"input": each.current, "bytes": each.bytes, "finished": each.finished} for each in self._passes
+            each.name: {"current": each.current, "bytes": each.bytes, "finished": each.finished}
+            for each in self._passes
         }
         write_json(self._directory / PROGRESS, self._header() | {"position": position, "splits": splits})
         self._committed = self._tokens()
@@ -206,7 +207,7 @@ class Preparation:
 
     def _run(self, now: _Pass) -> None:
         """Tokenize from the last commit on, until the inputs end or the limit is reached."""
-        if now.finished:
+        if now.finished or not now.inputs:
             return
         if not now.current:
             now.begin_input(self._documents())
@@ -222,7 +223,7 @@ class Preparation:
         self._commit()
 
     def _copy(self, now: _Pass, found: TokenizedInput) -> None:
-        """Copy what another directory has of the input that comes next."""
+        """Copy what another directory has of the current input."""
         for tokens in found.documents():
             self._append(now, tokens)
             if now.full:
@@ -234,7 +235,7 @@ class Preparation:
         self._commit_if_due()
 
     def _read(self, now: _Pass, bar: "tqdm[Any]") -> None:
-        """Encode the inputs that come next, up to one of which another directory may have the tokens."""
+        """Encode the current input and those after it, up to one of which another directory may have the tokens."""
         first, last = len(now.records), len(now.inputs)
         known = (n for n in range(first + 1, last) if self._reuse.knows(now.inputs[n].identity))
         with read_ahead(now.inputs[first : next(known, last)], now.current["read"]) as batches:
@@ -268,7 +269,7 @@ class Preparation:
         writer = self._writers[split]
         if now.limit is not None and split == now.name:
             tokens = tokens[: now.limit - writer.tokens]
-        # Where a part begins: so many documents after the beginning of an input.
+        # A part that begins here begins so many documents after the beginning of the input.
         start = {"pass": now.name, "input": len(now.records), "skip": number - now.current["documents"]}
         writer.append(tokens, start, now.current["splits"][split])
 

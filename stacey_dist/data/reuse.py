@@ -149,8 +149,8 @@ def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]
     starts = dict.fromkeys(header["splits"], 0)
     for name in SPLITS:
         records = [(record, True) for record in header["inputs"][name]]
-        if (place := header.get("position", {}).get(name)) and place["input"]:
-            records.append((place["input"], False))
+        if (place := header.get("position", {}).get(name)) and place["current"]:
+            records.append((place["current"], False))
         for record, finished in records:
             if record["read"]:
                 yield TokenizedInput(directory, header, name, record, finished, dict(starts))
