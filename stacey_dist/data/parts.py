@@ -99,7 +99,9 @@ def _is_count(value: Any) -> bool:
 
 
 class SplitTokens:
-    """The tokens of one split as one array, which lies in parts that are mapped into memory when they are read.
+    """The tokens of one split as one array over its parts, which are mapped into memory.
+
+    What was mapped can be read even when a part is renamed or replaced meanwhile.
 
     Args:
         directory: where the parts lie.
@@ -108,9 +110,8 @@ class SplitTokens:
     """
 
     def __init__(self, directory: Path, parts: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
-        self._directory, self._parts, self._dtype = directory, parts, dtype
+        self._parts = [_map(directory / part["name"], part["tokens"], dtype) for part in parts]
         self._starts = [0, *itertools.accumulate(part["tokens"] for part in parts)]
-        self._maps: dict[int, NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -119,19 +120,22 @@ class SplitTokens:
         """Return a copy of the tokens [start, stop), of which there is at least one.
 
         Raises:
-            OSError: a part is missing.
-            ValueError: a part is shorter than recorded.
+            OSError: a part was missing or shorter than recorded.
         """
-        first, after = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
-        return np.concatenate(
-            [self._map(i)[max(0, start - self._starts[i]) : stop - self._starts[i]] for i in range(first, after)]
-        )
+        pieces = []
+        for i in range(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)):
+            part, begin = self._parts[i], self._starts[i]
+            if part is None:
+                raise OSError(f"part {i} is missing or too short")
+            pieces.append(part[max(0, start - begin) : stop - begin])
+        return np.concatenate(pieces)
 
-    def _map(self, i: int) -> NDArray[Any]:
-        if i not in self._maps:
-            path, shape = self._directory / self._parts[i]["name"], (self._parts[i]["tokens"],)
-            self._maps[i] = np.asarray(np.memmap(path, self._dtype, "r", shape=shape))
-        return self._maps[i]
+
+def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    try:
+        return np.asarray(np.memmap(path, dtype, "r", shape=(tokens,)))
+    except (OSError, ValueError):
+        return None
 
 
 class PartWriter:
