@@ -74,6 +74,13 @@ def test_pickle_maps_instead_of_copying(tmp_path: Path) -> None:
     assert len(pickle.loads(pickled)) == len(stream)
 
 
+def test_a_part_that_is_put_aside_is_read_on(tmp_path: Path) -> None:
+    """One process finds the damage; the others stop where it says so, and not where the file is missing."""
+    stream = TokenStream(write(tmp_path, [[1, 2, 3], [4, 5, 6]]), "train", 5)
+    (tmp_path / "train-00001.bin").rename(tmp_path / "train-00001.bin.damaged")
+    assert stream.window(0)[1].tolist() == [2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("size", [0, 3, 5, 8])
 def test_altered_part_is_named(tmp_path: Path, size: int) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5, 6]])
