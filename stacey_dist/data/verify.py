@@ -5,7 +5,6 @@ import os
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class Verification:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._index = read_index(directory)
-        self._pending = deque(_parts(self._index))
+        self._pending = iter(list(_parts(self._index)))
         self._errors: list[str] = []
         self._waited = False
         # Daemons: a run that ends does not wait for them.
@@ -104,16 +103,14 @@ class Verification:
             )
 
     def _work(self) -> None:
-        with contextlib.suppress(IndexError):  # of an empty deque
-            while True:
-                split, part = self._pending.popleft()
-                path = self._directory / part["name"]
-                try:
-                    if damaged := _verify(self._directory, self._index, split, part):
-                        _put_aside(path, damaged.inode)
-                        self._errors.append(f"{path} {damaged.reason}")
-                except (OSError, InputError) as error:
-                    self._errors.append(f"{path}: {error}")
+        for split, part in self._pending:
+            path = self._directory / part["name"]
+            try:
+                if damaged := _verify(self._directory, self._index, split, part):
+                    _put_aside(path, damaged.inode)
+                    self._errors.append(f"{path} {damaged.reason}")
+            except (OSError, InputError) as error:
+                self._errors.append(f"{path}: {error}")
 
 
 def _parts(index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

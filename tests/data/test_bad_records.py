@@ -21,7 +21,7 @@ LINES = {
     "two on a line": (GOOD[:-1] + GOOD, "not one JSON object a line"),
     "a list": (b'["text"]', "expected one JSON object a line, got list"),
     "a string": (b'"text"', "expected one JSON object a line, got str"),
-    "no text": (b'{"body": "b"}', "no column 'text' (text_column); it has body"),
+    "no text": (b'{"body": "b", "url": "c"}', "no column 'text' (text_column); it has body, url"),
     "nothing": (b"{}", "no column 'text' (text_column); it has none"),
     "a number": (b'{"text": 3}', "column 'text' holds int, not a string"),
     "null": (b'{"text": null}', "column 'text' holds NoneType"),
