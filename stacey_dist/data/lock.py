@@ -1,7 +1,7 @@
 """One process at a time makes what many processes on a machine ask for.
 
 The lock is flock itself and not the filelock library, which on a file system without flock leaves a marker file that
-a killed process does not take away. Threads of one process exclude each other too, as they would not with a run's lockf.
+a killed process does not take away. Unlike lockf, which locks a run's directory, it parts the threads of a process too.
 """
 
 import contextlib
