@@ -8,7 +8,7 @@ from typing import Any
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, read_index
 from stacey_dist.data.preparation import Preparation
-from stacey_dist.data.repair import repair
+from stacey_dist.data.repair import repair_parts
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.verify import damaged_parts
@@ -62,7 +62,7 @@ def prepare(
     if not (directory / INDEX).exists() or damaged_parts(directory, whole=verify):
         with locked_directory(directory, "cache_dir", "make room, and the same command resumes", announce=progress):
             if (directory / INDEX).exists():
-                repair(directory, damaged_parts(directory, whole=verify), source, tokenizer)
+                repair_parts(directory, damaged_parts(directory, whole=verify), source, tokenizer)
             if not (directory / INDEX).exists():
                 Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
     return directory

@@ -15,7 +15,7 @@ from stacey_dist.data.verify import DamagedPart
 from stacey_dist.errors import InputError
 
 
-def repair(directory: Path, damaged: list[DamagedPart], source: Source, tokenizer: Tokenizer) -> None:
+def repair_parts(directory: Path, damaged: list[DamagedPart], source: Source, tokenizer: Tokenizer) -> None:
     """Encode the documents of damaged parts again, and replace the parts.
 
     Of a directory of 0.1.0, which did not write where its parts begin, the index is deleted instead: nothing of it can
