@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published for Python: pickles, of which plain data are read alone."""
+"""CIFAR-10 and CIFAR-100 as published for Python: pickles, which are read without running them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.data.images import plain_pickle
 from stacey_dist.data.images.image_set import ArrayImages
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import printable
+from stacey_dist.safe_pickle import Function, record, unpickle
 
 _CIFAR_10 = ("cifar-10-batches-py", ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))
 _CIFAR_100 = ("cifar-100-python", ("meta", "train", "test"))
+
+_Array, _Dtype = record("ndarray"), record("dtype")
+_new_array = Function(lambda *_: _Array())
+_NUMPY = {
+    ("numpy.core.multiarray", "_reconstruct"): _new_array,
+    ("numpy._core.multiarray", "_reconstruct"): _new_array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
 
 
 def find_cifar(path: Path) -> Path | None:
@@ -64,9 +74,10 @@ def _split(directory: Path, files: list[str], key: bytes, classes: list[str]) ->
 
 def _load(path: Path) -> dict[bytes, Any]:
     try:
-        content = plain_pickle.load(path.read_bytes())
-    except (plain_pickle.PlainPickleError, OSError) as error:
-        raise SettingsError(f"data.path: {path} cannot be read: {error}") from error
+        content = unpickle(path.read_bytes(), _NUMPY, encoding="bytes")
+    except Exception as error:  # damaged pickles fail in many ways
+        reason = printable(f"{type(error).__name__}: {error}")[:200]
+        raise SettingsError(f"data.path: {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"data.path: {path} holds {type(content).__name__}, not a dictionary")
     return content
@@ -75,9 +86,11 @@ def _load(path: Path) -> dict[bytes, Any]:
 def _pixels(content: dict[bytes, Any]) -> NDArray[np.uint8]:
     """Return the images, (n, 32, 32, 3). They are stored a colour after the other."""
     data = content[b"data"]
-    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-        raise ValueError("data must be an array of 3072 bytes an image")
-    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    match getattr(data, "state", None):
+        case (_, (int(count), 3072), _Dtype(arguments=(b"u1" | "u1", *_)), False | 0, bytes(values)):
+            if count * 3072 == len(values):
+                return np.frombuffer(values, np.uint8).reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
+    raise ValueError("data must be an array of 3072 bytes an image")
 
 
 def _labels(content: dict[bytes, Any], key: bytes) -> NDArray[np.int64]:
