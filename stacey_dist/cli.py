@@ -19,7 +19,7 @@ from stacey_dist.checkpoint.manifest import (
     says_finite,
     verify,
 )
-from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.errors import SettingsError
 from stacey_dist.extras import message
 from stacey_dist.files import printable
 from stacey_dist.version import __version__
@@ -32,16 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # These take every setting of the launcher, and so have parsers of their own.
     if arguments[:1] == ["plan"]:
-        return _told(lambda: _plan(arguments[1:]), "stacey-dist plan", refused="error: ")
+        return exit_status(lambda: _plan(arguments[1:]), "stacey-dist plan", refused="error: ")
     if arguments[:1] == ["prepare"]:
-        return _told(lambda: _prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
+        return exit_status(lambda: _prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
     parsed = make_parser().parse_args(arguments)
-    return _told(
-        lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))),
-        "stacey-dist",
-        resumable=parsed.run in (reproduce, tune),
-        extra="experiments" if parsed.run in (reproduce, tune) else None,
-    )
+    return exit_status(lambda: int(parsed.run(*(getattr(parsed, name) for name in parsed.arguments))), "stacey-dist")
 
 
 def _plan(arguments: list[str]) -> int:
@@ -56,10 +51,10 @@ def _prepare(arguments: list[str]) -> int:
     return prepare(arguments)
 
 
-def _told(
+def exit_status(
     work: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False, extra: str | None = None
 ) -> int:
-    """The exit status of a command; an error that a user can do something about is one line, begun by its program."""
+    """Run a command and return its exit status; print an error that a user can mend in one line."""
     try:
         return work()
     except DamagedCheckpointError as error:
@@ -70,9 +65,6 @@ def _told(
         return 2
     except (ForeignCheckpointError, OSError) as error:
         print(f"{program}: {printable(error)}", file=sys.stderr)
-        return 1
-    except TrialError as error:
-        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if (missing := message(error, extra)) is None:
@@ -119,24 +111,6 @@ def make_parser() -> argparse.ArgumentParser:
     from_bench.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
     from_bench.add_argument("--json", type=Path, help="a file for the figures")
     from_bench.set_defaults(run=measure, arguments=["case", "device", "rounds", "slow", "json", "processes"])
-    again = groups.add_parser("reproduce", help="run an experiment of the paper again; `reproduce list` names them")
-    again.add_argument("name", metavar="NAME", help="an experiment, or list")
-    again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
-    again.add_argument("--seeds", type=int, help="repeats, each with a seed of its own; the scale's own if not given")
-    again.add_argument("--out", type=Path, metavar="DIR", help="where results go, and are kept if killed (runs/NAME)")
-    again.add_argument("--workers", type=int, default=1, help="parts that are computed at a time (1)")
-    again.add_argument("--data", help="what to train on in place of the experiment's own data, where it trains")
-    again.set_defaults(run=reproduce, arguments=["name", "scale", "seeds", "out", "workers", "data"])
-    search = groups.add_parser("tune", help="search settings as a W&B sweep file states them, with Optuna")
-    search.add_argument("sweep", metavar="SWEEP", type=Path, help="the file, as configs/sweeps has them")
-    search.add_argument("--trials", type=int, default=20, help="runs in all; given more later, it goes on (20)")
-    search.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
-    search.add_argument("--seed", type=int, default=0, help="of the search (0)")
-    search.add_argument("--data", help="what to train on in place of the configuration's data")
-    search.add_argument(
-        "--out", type=Path, metavar="DIR", help="where runs are, and are kept if killed (runs/tune-DIRECTORY-FILE)"
-    )
-    search.set_defaults(run=tune, arguments=["sweep", "trials", "workers", "seed", "data", "out"])
     groups.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest").set_defaults(
         run=info, arguments=[]
     )
@@ -276,30 +250,6 @@ def measure(
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: torch sees no GPU here")
     return bench(cases or list(BENCH_CASES), device, rounds, slow, json_file, processes)
-
-
-def reproduce(name: str, scale: str | None, seeds: int | None, out: Path | None, workers: int, data: str | None) -> int:
-    """An experiment of the paper, or their list."""
-    from stacey_dist.experiments import framework, registry
-
-    if name == "list":
-        print("\n".join(registry.lines()))
-        return 0
-    experiment = registry.find(name)
-    directory = Path("runs") / name if out is None else out
-    framework.reproduce(experiment, directory, scale=scale, seeds=seeds, workers=workers, data=data)
-    print((directory / "table.md").read_text(), end="")
-    print(f"\nresults.json, table.md and figures: {directory}")
-    return 0
-
-
-def tune(sweep: Path, trials: int, workers: int, seed: int, data: str | None, out: Path | None) -> int:
-    """The best settings of a sweep."""
-    from stacey_dist.experiments import tuning
-
-    directory = Path("runs") / f"tune-{sweep.absolute().parent.name}-{sweep.stem}" if out is None else out
-    tuning.search(sweep, directory, trials=trials, workers=workers, seed=seed, data=data)
-    return 0
 
 
 def _shell(path: Path) -> Any:

@@ -15,10 +15,6 @@ class StoppedWaitingError(SettingsError):
     """The process was told to stop while it waited for data, and none came."""
 
 
-class TrialError(RuntimeError):
-    """A training run of an experiment ended with an error that is not its settings'. The message has its last words."""
-
-
 class DivergedError(SettingsError):
     """Too many losses or gradients in a row were not finite."""
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from experiments import __main__ as experiments
+from experiments.sweep import read_sweep
 from stacey_dist.cli import main, make_parser
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.sweep import read_sweep
 from stacey_dist.plan.command import plan
 from stacey_dist.training import image_config, llm_config
 from stacey_dist.training.command_line import parse
@@ -114,6 +115,8 @@ def check(words):
         assert rest[0] in ("sweep", "agent")
         if rest[0] == "sweep":
             read_sweep(existing(rest[1]))
+    elif program == "python" and rest[:2] == ["-m", "experiments"]:
+        experiments.make_parser().parse_args(rest[2:])
     elif program in ("python", "python3") and rest[0] == "-m":
         assert rest[1] in ("venv", "pytest")
     elif program in ("python", "python3"):
@@ -131,6 +134,8 @@ def program_of(words):
     scripts = [word for word in words if re.search(r"\btrain_\w+\.(py|sbatch)$", word)]
     if scripts:
         return Path(scripts[0]).name
+    if words[:3] == ["python", "-m", "experiments"]:
+        return words[3]
     return [word for word in words[1:3] if word.isalpha() and word.islower()][-1] if words[0] == "stacey-dist" else None
 
 
@@ -188,15 +193,17 @@ def test_a_block_can_be_typed(marker, block, complaint, capsys):
     assert complaint(marker, block) == ""
     if marker == "runs":  # in this process, which has already imported what a new one would import for seconds
         for words in commands(block):
-            assert words[0] == "stacey-dist"
             capsys.readouterr()
-            assert status(words[1:]) == 0
+            assert status(words) == 0
             assert capsys.readouterr().out
 
 
-def status(arguments):
+def status(words):
     try:
-        return main(arguments)
+        if words[:3] == ["python", "-m", "experiments"]:
+            return experiments.main(words[3:])
+        assert words[0] == "stacey-dist"
+        return main(words[1:])
     except SystemExit as end:  # --help
         return end.code
 

@@ -81,7 +81,7 @@ def test_the_sdist_has_what_builds_and_tests_it_and_nothing_else(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for file in ("setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "CITATION.cff", "train_llm.py"):
         assert file in names
-    for file in ("stacey_dist/optim/kernels/cpu.cpp", "tests/optim/oracle.py", "configs/llm/quickstart.yaml"):
+    for file in ("stacey_dist/optim/kernels/cpu.cpp", "tests/optim/oracle.py", "experiments/registry.py"):
         assert file in names
     assert not [name for name in names if name.endswith((".so", ".pyc", ".png"))]
     tops = {name.split("/")[0] for name in names if name}
@@ -96,8 +96,13 @@ def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(built, bare
     assert not installed & {"transformers", "accelerate", "datasets", "matplotlib", "pyyaml", "deepspeed"}
     assert "stacey_dist 0." in run(programs / "stacey-dist", "--version")
     assert "kernel on cpu: C++" in run(programs / "stacey-dist", "info", cwd=tmp_path)
-    for command, extra in (("plan", "train"), ("prepare", "train"), ("reproduce list", "experiments")):
-        result = subprocess.run([programs / "stacey-dist", *command.split()], capture_output=True, text=True)
+    command_line, experiments = [programs / "stacey-dist"], [programs / "python", "-m", "experiments"]
+    for command, extra in (
+        ([*command_line, "plan"], "train"),
+        ([*command_line, "prepare"], "train"),
+        ([*experiments, "reproduce", "list"], "experiments"),
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 2
         assert re.search(rf"is not installed; pip install 'stacey_dist\[{extra}\]'$", result.stderr.strip())
         assert result.stderr.count("\n") == 1

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from experiments.sweep import read_sweep
 from stacey_dist.data.hub import hub_documents
 from stacey_dist.data.parts import INDEX, read_index
 from stacey_dist.data.tokenizer import load_pretrained
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.sweep import read_sweep
 from tests.training.helpers import launch, write_config
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*sorted((ROOT / "stacey_dist").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
+SOURCES = [
+    *(file for package in ("stacey_dist", "experiments") for file in sorted((ROOT / package).rglob("*.py"))),
+    *sorted(ROOT.glob("train_*.py")),
+]
 # Reads other makers' pickles, with a list of harmless classes.
 READS_PICKLES = ROOT / "stacey_dist/safe_pickle.py"
 RUNS_CODE = {

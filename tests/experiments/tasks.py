@@ -4,7 +4,7 @@ import shutil
 
 import yaml
 
-from stacey_dist.experiments.comparison import Size
+from experiments.comparison import Size
 from tests.training.forked import ROOT
 from tests.training.helpers import write_config, write_image_config
 

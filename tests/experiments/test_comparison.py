@@ -15,9 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from stacey_dist.cli import main
-from stacey_dist.experiments import ablation, comparison, llm, registry
-from stacey_dist.experiments.comparison_report import (
+from experiments import ablation, comparison, llm, registry
+from experiments.__main__ import main
+from experiments.comparison_report import (
     LABELS,
     curves,
     curves_by_p,
@@ -25,8 +25,8 @@ from stacey_dist.experiments.comparison_report import (
     report,
     updates_to_reach,
 )
-from stacey_dist.experiments.framework import Part, Reproduction, Scale
-from stacey_dist.experiments.trial import Trial
+from experiments.framework import Part, Reproduction, Scale
+from experiments.trial import Trial
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.image_config import validate as validate_images
@@ -252,15 +252,14 @@ def test_settings_that_are_given_are_not_tuned(configs, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from stacey_dist.cli import program
-from stacey_dist.experiments import comparison, registry
+from experiments.__main__ import main
+from experiments import comparison, registry
 from tests.experiments.test_comparison import TOYS
 
 configs, out = map(Path, sys.argv[1:])
 comparison.configs = lambda: configs
 registry.EXPERIMENTS["llm"].scales["toy"] = TOYS["llm"]
-sys.argv = ["stacey-dist", "reproduce", "llm", "--scale", "toy", "--out", str(out), "--workers", "2"]
-program()
+sys.exit(main(["reproduce", "llm", "--scale", "toy", "--out", str(out), "--workers", "2"]))
 """
 
 
@@ -291,7 +290,7 @@ def test_killed_in_the_middle_it_gives_the_same_table(configs, undisturbed, tmp_
     assert started.returncode == (130 if number == signal.SIGINT else -number), said
     if number == signal.SIGINT:
         assert "Traceback" not in said
-        assert said.endswith("stacey-dist: interrupted; the same command goes on\n")
+        assert said.endswith("experiments: interrupted; the same command goes on\n")
     assert not (killed / "table.md").exists()
     assert without_times(reproduce("llm", killed)) == without_times(reproduce("llm", undisturbed))
 

@@ -1,4 +1,4 @@
-"""`stacey-dist reproduce`: files, settings, and what a kill leaves."""
+"""`python -m experiments reproduce`: files, settings, and what a kill leaves."""
 
 import json
 import os
@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stacey_dist.cli import main
-from stacey_dist.errors import SettingsError, TrialError
-from stacey_dist.experiments import framework, registry
-from stacey_dist.experiments.framework import Outcome, Part, Reproduction, Scale
+from experiments import framework, registry
+from experiments.__main__ import main
+from experiments.errors import TrialError
+from experiments.framework import Outcome, Part, Reproduction, Scale
+from stacey_dist.errors import SettingsError
 
 TOY = {
     "synthetic": Scale("a toy", 3, {"iterations": 40}),
@@ -57,8 +58,8 @@ def test_end_to_end(name, tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from stacey_dist.cli import main
-from stacey_dist.experiments import framework, registry
+from experiments.__main__ import main
+from experiments import framework, registry
 from tests.experiments.test_reproduce import TOY
 
 name, out, parts = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -162,7 +163,7 @@ def test_training_that_fails(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(framework, "reproduce", fails)
     assert main(["reproduce", "ablation", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "stacey-dist: output.txt: exit status 1\nKilled\n"
+    assert capsys.readouterr().err == "experiments: output.txt: exit status 1\nKilled\n"
 
 
 def test_list(capsys):

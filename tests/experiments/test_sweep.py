@@ -6,10 +6,10 @@ import re
 import pytest
 import yaml
 
+from experiments.comparison import PAPER_OPTIMIZERS
+from experiments.sweep import Range, read_sweep
+from experiments.trial import Trial
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS
-from stacey_dist.experiments.sweep import Range, read_sweep
-from stacey_dist.experiments.trial import Trial
 from stacey_dist.training import image_config, llm_config
 from stacey_dist.training.command_line import parse
 from tests.experiments.tasks import ROOT

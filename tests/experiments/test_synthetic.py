@@ -8,7 +8,7 @@ import pytest
 import torch
 from lion_pytorch import Lion
 
-from stacey_dist.experiments import synthetic
+from experiments import synthetic
 from tests.optim import oracle
 
 

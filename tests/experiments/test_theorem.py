@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stacey_dist.experiments import theorem
-from stacey_dist.experiments.objectives import Objective, dual, norm
-from stacey_dist.experiments.theorem_report import slope, slope_with_interval
+from experiments import theorem
+from experiments.objectives import Objective, dual, norm
+from experiments.theorem_report import slope, slope_with_interval
 
 FUNCTIONS = [make() for make in theorem.OBJECTIVES]
 both = pytest.mark.parametrize("objective", FUNCTIONS, ids=lambda objective: objective.name)

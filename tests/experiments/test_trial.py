@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from stacey_dist.errors import SettingsError, TrialError
-from stacey_dist.experiments.trial import Interrupted, Trial
+from experiments.errors import TrialError
+from experiments.trial import Interrupted, Trial
+from stacey_dist.errors import SettingsError
 from tests.experiments.tasks import SHORT, STEPS
 from tests.training.helpers import launch, rows, write_config
 

@@ -13,12 +13,13 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from stacey_dist.cli import main
-from stacey_dist.errors import SettingsError, TrialError
-from stacey_dist.experiments import tuning
-from stacey_dist.experiments.sweep import read_sweep
-from stacey_dist.experiments.trial import Interrupted, Result
-from stacey_dist.experiments.tuning import Tuner
+from experiments import tuning
+from experiments.__main__ import main
+from experiments.errors import TrialError
+from experiments.sweep import read_sweep
+from experiments.trial import Interrupted, Result
+from experiments.tuning import Tuner
+from stacey_dist.errors import SettingsError
 from tests.experiments.tasks import ROOT, write_sweeps
 
 
@@ -284,8 +285,8 @@ def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
 
     command = [
         sys.executable,
-        "-c",
-        "from stacey_dist.cli import program; program()",
+        "-m",
+        "experiments",
         *arguments,
         str(tmp_path / "killed"),
     ]

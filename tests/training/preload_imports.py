@@ -12,7 +12,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
 import torch.distributed.checkpoint  # noqa: F401
 
-import stacey_dist.experiments.trial_process  # noqa: F401
+import experiments.trial_process  # noqa: F401
 
 # What is loaded stays: else every collection in every process goes through all of it, and copies its pages.
 gc.collect()

@@ -143,5 +143,5 @@ def test_the_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for name in ("checkpoint", "bench", "reproduce", "tune", "info", "plan", "prepare"):
+    for name in ("checkpoint", "bench", "info", "plan", "prepare"):
         assert re.search(rf"^    {name}\b", said, re.MULTILINE), name

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
-from stacey_dist.experiments.framework import Experiment, Scale
+from experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
+from experiments.framework import Experiment, Scale
 
 TASK = Task("train_llm.py", "eval_loss")
 _VARY_P = {"stacey_p2": (2.8, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}

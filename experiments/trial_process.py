@@ -20,9 +20,9 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
+from experiments.framework import dump, write
+from experiments.trial import Program, Result, evaluations
 from stacey_dist.errors import DivergedError
-from stacey_dist.experiments.framework import dump, write
-from stacey_dist.experiments.trial import Program, Result, evaluations
 from stacey_dist.sharding import state_bytes
 from stacey_dist.training import image_config, images, llm, llm_config
 from stacey_dist.training.command_line import parse

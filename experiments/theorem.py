@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stacey_dist.experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale
-from stacey_dist.experiments.objectives import Objective, dual, norm, regression, separable
-from stacey_dist.experiments.theorem_report import figure, table
+from experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale
+from experiments.objectives import Objective, dual, norm, regression, separable
+from experiments.theorem_report import figure, table
 from stacey_dist.optim import LpDescent
 
 NORMS = (2.0, 3.0, 4.0, 8.0, math.inf)

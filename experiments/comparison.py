@@ -1,8 +1,9 @@
 """A fair comparison of optimizers: each is tuned with as many runs, then the best settings are run with new seeds.
 
-The ranges stand in configs/sweeps/TASK/OPTIMIZER.yaml, which `wandb sweep` and `stacey-dist tune` read too. Tuning runs
-have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is judged by the luck it was chosen for.
-Then p is varied, all else as it was found. At the scale of the paper nothing is tuned: its settings are in configs.
+The ranges stand in configs/sweeps/TASK/OPTIMIZER.yaml, which `wandb sweep` and `python -m experiments tune` read too.
+Tuning runs have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is judged by the luck it was
+chosen for. Then p is varied, all else as it was found. At the scale of the paper nothing is tuned: its settings are in
+configs.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.comparison_report import curves, curves_by_p, report, search
+from experiments.framework import RUN, Advance, Outcome, Part, Reproduction, configs
+from experiments.sweep import Sweep, read_sweep
+from experiments.trial import Interrupted, Program, Trial, data_settings, threads_each
+from experiments.tuning import Tuner
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.comparison_report import curves, curves_by_p, report, search
-from stacey_dist.experiments.framework import RUN, Advance, Outcome, Part, Reproduction, configs
-from stacey_dist.experiments.sweep import Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Program, Trial, data_settings, threads_each
-from stacey_dist.experiments.tuning import Tuner
 
 PAPER_OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "stacey_p2", "stacey_pp", "stacey_2p")
 

@@ -240,14 +240,8 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def configs() -> Path:
-    """The directory of configurations: of the checkout that this package lies in, or where the program was started.
-
-    Raises SettingsError if there is none.
-    """
-    for directory in (Path(__file__).parents[2], Path.cwd()):
-        if (directory / "configs" / "sweeps").is_dir():
-            return directory / "configs"
-    raise SettingsError("configs: it is not here; start the program in a checkout of the repository")
+    """Return the repository's directory of configurations."""
+    return Path(__file__).parents[1] / "configs"
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from stacey_dist.experiments.cifar import DIGITS, TASK
-from stacey_dist.experiments.comparison import Size, compare
-from stacey_dist.experiments.framework import Experiment, Scale
+from experiments.cifar import DIGITS, TASK
+from experiments.comparison import Size, compare
+from experiments.framework import Experiment, Scale
 
 _OPTIMIZERS = ("sgd", "stacey_p2", "stacey_pp", "stacey_2p")  # those of the paper's tables
 _SMALL = Size(

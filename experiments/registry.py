@@ -1,8 +1,8 @@
 """The experiments by their names."""
 
+from experiments import ablation, cifar, imagenet, llm, synthetic, theorem
+from experiments.framework import Experiment
 from stacey_dist.errors import unknown
-from stacey_dist.experiments import ablation, cifar, imagenet, llm, synthetic, theorem
-from stacey_dist.experiments.framework import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (synthetic, theorem, cifar, imagenet, llm, ablation)

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats.qmc import LatinHypercube
 from tqdm import tqdm
 
-from stacey_dist import yaml_files
-from stacey_dist.errors import SettingsError, TrialError
-from stacey_dist.experiments.framework import (
+from experiments.errors import TrialError
+from experiments.framework import (
     BAR_OF_RUNS,
     absolute,
     claimed,
@@ -32,8 +31,10 @@ from stacey_dist.experiments.framework import (
     versions,
     write,
 )
-from stacey_dist.experiments.sweep import INFINITY, Range, Sweep, read_sweep
-from stacey_dist.experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
+from experiments.sweep import INFINITY, Range, Sweep, read_sweep
+from experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
+from stacey_dist import yaml_files
+from stacey_dist.errors import SettingsError
 
 if TYPE_CHECKING:
     import optuna

@@ -20,8 +20,9 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.errors import TrialError
 from stacey_dist import yaml_files
-from stacey_dist.errors import SettingsError, TrialError
+from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
 from stacey_dist.training.rows import read_rows
 
@@ -213,11 +214,11 @@ def _as_option(value: Any) -> str:
 @functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stacey_dist.experiments.trial_process"])
+    context.set_forkserver_preload(["experiments.trial_process"])
     return context
 
 
 def _train(program: Program, arguments: list[str], directory: str) -> None:
-    from stacey_dist.experiments.trial_process import train_and_report
+    from experiments.trial_process import train_and_report
 
     train_and_report(program, arguments, Path(directory))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from experiments.trial import METRICS, Program
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
-from stacey_dist.experiments.trial import METRICS, Program
 
 INFINITY = ".inf"
 """How YAML and the launchers' options write it, and how it is kept here: JSON has none."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stacey_dist.experiments.comparison import training
-from stacey_dist.experiments.comparison_report import final
-from stacey_dist.experiments.framework import Experiment, Outcome, Reproduction, Scale, configs
-from stacey_dist.experiments.llm import LARGE, TASK
-from stacey_dist.experiments.trial import data_settings
+from experiments.comparison import training
+from experiments.comparison_report import final
+from experiments.framework import Experiment, Outcome, Reproduction, Scale, configs
+from experiments.llm import LARGE, TASK
+from experiments.trial import data_settings
 
 BASE = "as it is"
 CHANGES: dict[str, dict[str, Any]] = {

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from stacey_dist.experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
-from stacey_dist.experiments.framework import Experiment, Scale
+from experiments.comparison import PAPER_OPTIMIZERS, Size, Task, compare
+from experiments.framework import Experiment, Scale
 
 TASK = Task("train_imagenet.py", "eval_top1")
 DIGITS = {

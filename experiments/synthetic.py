@@ -23,8 +23,8 @@ from lion_pytorch import Lion
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stacey_dist.experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale
-from stacey_dist.experiments.synthetic_report import figure, table
+from experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale
+from experiments.synthetic_report import figure, table
 from stacey_dist.optim import Stacey
 from stacey_dist.optim.rule import Variant
 
