@@ -11,7 +11,6 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import accelerate.accelerator  # noqa: F401
 import datasets  # noqa: F401
@@ -21,25 +20,19 @@ import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
 from experiments.framework import dump, write
-from experiments.trial import Program, Result, evaluations
+from experiments.trial import Result, evaluations
 from stacey_dist.errors import DivergedError
 from stacey_dist.sharding import state_bytes
-from stacey_dist.training import image_config, images, llm, llm_config
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.engine import build_engine
-from stacey_dist.training.loop import Task, train
-from stacey_dist.training.optimizers import build_optimizer
+from stacey_dist.training.failures import user_errors
+from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.loop import train
 from stacey_dist.training.rows import read_rows
-from stacey_dist.training.run import start, user_errors
 
-_LAUNCHERS: dict[Program, tuple[Any, Any, Any, Any]] = {
-    "train_llm.py": (llm_config.LLMConfig, llm_config.validate, llm, llm.LanguageModeling),
-    "train_imagenet.py": (image_config.ImageConfig, image_config.validate, images, images.ImageClassification),
-}
-"""What each builds its run of: its settings, their check, the functions for data and model, the task."""
+for launcher in LAUNCHERS.values():
+    launcher.load_parts()
 
 
-def train_and_report(program: Program, arguments: list[str], directory: Path) -> None:
+def train_and_report(program: str, arguments: list[str], directory: Path) -> None:
     """Train as the launcher does, and write result.json; what is printed goes to output.txt."""
     descriptor = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(descriptor, 1)
@@ -58,16 +51,10 @@ def _end_with_the_experiment() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(program: Program, arguments: list[str]) -> Result:
-    config_class, validate, parts, make_task = _LAUNCHERS[program]
-    config = parse(config_class, arguments)
-    validate(config)
-    run = start(config)
-    data = parts.prepare_data(run)
-    model = parts.build_model(run, data)
-    task: Task = make_task(run, data, model)
-    optimizer = build_optimizer(model, run.config.optimizer, run.config.seed)
-    engine = build_engine(run, model, optimizer)
+def _train(program: str, arguments: list[str]) -> Result:
+    launcher = LAUNCHERS[program]
+    job = launcher.build(launcher.parse(arguments))
+    run, task, engine = job.run, job.task, job.engine
     diverged = False
     try:
         train(run, task, engine)
@@ -80,6 +67,6 @@ def _train(program: Program, arguments: list[str]) -> Result:
         evaluations=evaluations(run.directory),
         diverged=diverged,
         seconds_per_update=task.units(0) / max(speed, 0.05),  # rows are rounded to tenths
-        state_bytes_per_parameter=state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
+        state_bytes_per_parameter=state_bytes(engine.optimizer) / sum(p.numel() for p in engine.module.parameters()),
         threads=torch.get_num_threads(),
     )

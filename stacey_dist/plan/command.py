@@ -15,8 +15,8 @@ from stacey_dist.plan.model import llama
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.plan.search import search
 from stacey_dist.plan.speed import speed
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.llm_config import LLMConfig, validate
+from stacey_dist.training.launchers import LLM
+from stacey_dist.training.llm_config import LLMConfig
 
 # Options that are short for a setting of the configuration.
 SHORT = {
@@ -139,9 +139,7 @@ def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
             arguments += [f"--{setting}", value]
     if options.gradient_checkpointing is not None:
         arguments += ["--train.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
-    config = parse(LLMConfig, arguments + others, "stacey-dist plan")
-    validate(config)
-    return config
+    return LLM.parse(arguments + others, "stacey-dist plan")
 
 
 def _engine(options: argparse.Namespace, ranks: int) -> str:

@@ -14,6 +14,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
@@ -25,10 +26,19 @@ from stacey_dist.errors import SettingsError
 Config = TypeVar("Config")
 
 
-def parse(config_class: type[Config], arguments: Sequence[str] | None = None, program: str | None = None) -> Config:
-    """The configuration of `arguments` (default: the command line): defaults, then --config files, then options.
+def parse(
+    config_class: type[Config],
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
+    elsewhere: Mapping[str, type] = MappingProxyType({}),
+) -> Config:
+    """Return the configuration of `arguments`: defaults, then --config files, then options.
 
-    `program` is the name in messages (default: the program's own).
+    Args:
+        config_class: a dataclass whose fields are settings, or sections of them, which are dataclasses too.
+        arguments: the options; by default those of the command line.
+        program: the name in messages; by default the program's own.
+        elsewhere: other programs and their configurations, which a message names for a setting that is theirs.
 
     Prints the help and exits for --help; prints the error and exits with status 2 for a bad option, an unknown
     name (with the nearest right one) or a value of the wrong type.
@@ -41,7 +51,7 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None, pr
         settings = parser.get_defaults()
         for path in files:
             parser.source = f"--config {path}: "
-            settings = parser.parse_object(_read(path, parser.kinds, config_class), namespace=settings)
+            settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
         parser.source = ""
         parsed = parser.instantiate(parser.parse_args(options, namespace=settings))
         values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -203,7 +213,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, options
 
 
-def _read(path: str, kinds: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
+def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
     """Return a file's settings by their full names.
 
     Raises SettingsError for what jsonargparse does not find, or tells of in its own words.
@@ -218,7 +228,8 @@ def _read(path: str, kinds: Mapping[str, Any], config_class: Any) -> dict[str, A
     checked: dict[str, Any] = {}
     for name, value in flatten(settings).items():
         if name not in kinds:
-            hint = _launcher_that_knows(name, config_class) or _nearest(name, ["config", *kinds])
+            others = [program for program, other in elsewhere.items() if name in dict(_fields(other))]
+            hint = f"; it is one of {others[0]}" if others else _nearest(name, ["config", *kinds])
             raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
         if name in checked:
             raise SettingsError(f"--config {path}: {name} is given twice, once with a dot in its name")
@@ -250,17 +261,6 @@ def _check_values(config: Any) -> None:
                 raise SettingsError(f"{name}: nan is not allowed; it must be a number")
             if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
                 raise SettingsError(f"{name}: {value!r} is not allowed; it must be UTF-8 without control characters")
-
-
-def _launcher_that_knows(name: str, config_class: Any) -> str:
-    """Who takes a setting that this program does not, for people; empty if it is nobody."""
-    from stacey_dist.training import image_config, llm_config  # they import this module
-
-    launchers = {"train_llm.py": llm_config.LLMConfig, "train_imagenet.py": image_config.ImageConfig}
-    for program, other in launchers.items():
-        if other is not config_class and name in dict(_fields(other)):
-            return f"; it is one of {program}"
-    return ""
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

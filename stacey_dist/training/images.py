@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.images import (
     IGNORED_LABEL,
     ImageBatch,
@@ -28,8 +27,11 @@ from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.models import build_resnet
 from stacey_dist.training.config import check
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
+from stacey_dist.training.launchers import Parts
 from stacey_dist.training.run import Run, cores_per_process
+from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
 
 
@@ -242,32 +244,25 @@ def _workers(data: ImageDataConfig, device: torch.device) -> int:
     return cores_per_process()
 
 
-def export(run: Run[ImageConfig], checkpoint: Path) -> Path:
-    """Write the model of a checkpoint as `transformers` loads it; returns the directory.
+def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: Path) -> str:
+    """Export the model and the settings of its images; returns the line that says where they are."""
+    settings = run.config.data
+    # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
+    processor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": settings.eval_resize is not None,
+        "size": {"shortest_edge": settings.image_size},
+        "crop_pct": settings.image_size / (settings.eval_resize or settings.image_size),
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+    }
+    text = json.dumps(processor, indent=2) + "\n"
+    exported = export(run, checkpoint, lambda directory: (directory / "preprocessor_config.json").write_text(text))
+    return f"model for transformers: {exported}"
 
-    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
-    """
-    directory = run.directory / "model"
-    data = run.config.data
 
-    def work() -> None:
-        # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
-        processor = {
-            "image_processor_type": "ConvNextImageProcessor",
-            "do_resize": data.eval_resize is not None,
-            "size": {"shortest_edge": data.image_size},
-            "crop_pct": data.image_size / (data.eval_resize or data.image_size),
-            "resample": 2,  # bilinear
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(data.mean),
-            "image_std": list(data.std),
-        }
-        text = json.dumps(processor, indent=2) + "\n"
-        export_model(
-            checkpoint, directory, beside=lambda new: (new / "preprocessor_config.json").write_text(text), unlisted=True
-        )
-
-    run.on_main(work)
-    return directory
+PARTS = Parts(prepare_data, build_model, ImageClassification, finish)

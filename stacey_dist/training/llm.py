@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from stacey_dist.checkpoint.export import export_model
 from stacey_dist.data.lock import making
 from stacey_dist.data.prepare import prepare, skipped_records
 from stacey_dist.data.sampler import GlobalSampler
@@ -27,9 +26,11 @@ from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.launch import gives_out_weights
+from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
+from stacey_dist.training.saving import export
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,9 @@ class LanguageModeling:
         """How good such figures are: higher is better."""
         return -figures["eval_loss"]
 
+    def close(self) -> None:
+        """Do nothing: what the task holds ends with the process."""
+
     def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         logits = model(input_ids=batch.inputs).logits
         return F.cross_entropy(
@@ -257,22 +261,24 @@ class LanguageModeling:
         return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
 
 
-def export(run: Run[LLMConfig], data: TextData, checkpoint: Path) -> Path:
-    """Write the model of a checkpoint and its tokenizer as `transformers` loads them; returns the directory.
+def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path) -> str:
+    """Export the model and its tokenizer, and print what it writes; returns the line that says where they are.
 
-    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
-    Raises SettingsError if they were trained on damaged tokens.
+    Raises SettingsError if it was trained on damaged tokens.
     """
-    directory = run.directory / "model"
 
-    def work() -> None:
-        assert data.tokenizer is not None
+    def check_tokens() -> None:
         if data.verification is not None:
             data.verification.check(finish=True)
-        export_model(checkpoint, directory, beside=data.tokenizer.save, unlisted=True)
 
-    run.on_main(work)
-    return directory
+    def save_tokenizer(directory: Path) -> None:
+        assert data.tokenizer is not None  # the main process has it
+        data.tokenizer.save(directory)
+
+    run.on_main(check_tokens)
+    exported = export(run, checkpoint, save_tokenizer)
+    run.say(f"\nsample: {sample(run, engine, data)}\n")
+    return f"model and tokenizer for transformers: {exported}"
 
 
 def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
@@ -303,3 +309,6 @@ def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
         return ""
     beginning, continuation = output[:prompt_length], output[prompt_length:]
     return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"
+
+
+PARTS = Parts(prepare_data, build_model, LanguageModeling, finish)

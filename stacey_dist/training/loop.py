@@ -65,6 +65,10 @@ class Task(Protocol):
         """How good such figures are: higher is better."""
         ...
 
+    def close(self) -> None:
+        """End what the task has started, as processes that read data. Called after the last update."""
+        ...
+
 
 def train(run: Run, task: Task, engine: Engine) -> Path:
     """Train the engine's model in place to `train.max_steps` updates, going on from the run's newest checkpoint.

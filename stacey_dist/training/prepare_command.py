@@ -1,8 +1,7 @@
 """`stacey-dist prepare`: tokenize the text of a configuration before the run, where no GPU waits for it."""
 
 from stacey_dist.data.tokens import TokenStream
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.llm_config import LLMConfig, validate
+from stacey_dist.training.launchers import LLM
 
 
 def prepare(arguments: list[str]) -> int:
@@ -11,8 +10,7 @@ def prepare(arguments: list[str]) -> int:
     Tokens that are there are read, and damaged ones made anew. Killed, it goes on from its last commit when it is
     started again. Raises SettingsError for bad settings or text, OSError for a full disk.
     """
-    config = parse(LLMConfig, arguments, "stacey-dist prepare")
-    validate(config)
+    config = LLM.parse(arguments, "stacey-dist prepare")
     from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
 
     directory, tokenizer = tokenize(config, verify=True)

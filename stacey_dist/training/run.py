@@ -1,12 +1,10 @@
 """A run: its processes, its directory, and what they agree on before the first step."""
 
-import errno
 import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -20,25 +18,11 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpo
 from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
-from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, signals
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import occupy
-
-# What a disk, a quota or a limit of the process refuses: no fault of the program.
-_OF_A_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EMFILE,
-    errno.ENFILE,
-)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -276,27 +260,3 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
-
-
-@contextmanager
-def user_errors(program: str) -> Iterator[None]:
-    """Print a SettingsError as one line and exit with status 2; exit with 130 on Ctrl-C.
-
-    So are errors of a disk (it is full, or may not be written or read) and of a GPU's memory. Of several processes that
-    fail for one reason, one says it.
-    """
-    try:
-        with signals.listening():
-            yield
-    except Exception as error:
-        known, mine = isinstance(error, SettingsError), heartbeat.report(error)
-        of_memory = isinstance(error, torch.OutOfMemoryError)
-        if mine and not (known or of_memory or getattr(error, "errno", None) in _OF_A_DISK):
-            raise
-        if mine:
-            advice = "\nlower train.micro_batch_size, or shard over more GPUs: `stacey-dist plan` says what fits"
-            print(f"{program}: error: {error}{advice if of_memory else ''}", file=sys.stderr, flush=True)
-        sys.exit(2 if known else 1)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)

@@ -2,12 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
-from stacey_dist.checkpoint.export import describe_model
+from stacey_dist.checkpoint.export import describe_model, export_model
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, read_manifest, says_finite
 from stacey_dist.checkpoint.retain import newest_usable, retain
 from stacey_dist.training import signals
@@ -158,6 +159,21 @@ class Saver:
                 retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
+
+
+def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
+    """Write the model of a checkpoint as `transformers` loads it into run_dir/model, which is returned.
+
+    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
+
+    Args:
+        run: the run.
+        checkpoint: one of its checkpoints.
+        beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
+    """
+    directory = run.directory / "model"
+    run.on_main(lambda: export_model(checkpoint, directory, beside=beside, unlisted=True))
+    return directory
 
 
 def is_finite(saved: Path) -> bool | None:

@@ -1,14 +1,15 @@
 """train_llm.py with a third update whose loss is not finite, though its gradients are, on the last process."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_llm
 from stacey_dist.training import llm
+from stacey_dist.training.launchers import LLM
 
 
 class BadUpdate(llm.LanguageModeling):
@@ -23,5 +24,4 @@ class BadUpdate(llm.LanguageModeling):
 
 
 if __name__ == "__main__":
-    llm.LanguageModeling = BadUpdate
-    train_llm.main()
+    replace(LLM, load_parts=lambda: replace(llm.PARTS, task=BadUpdate)).main()

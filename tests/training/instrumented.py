@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_imagenet
-import train_llm
 from stacey_dist.checkpoint import write
 from stacey_dist.training import engine, images, llm, loop, saving
+from stacey_dist.training.launchers import IMAGES, LLM
 
 LAUNCHERS = {
-    "train_llm": (train_llm, llm.LanguageModeling),
-    "train_imagenet": (train_imagenet, images.ImageClassification),
+    "train_llm": (LLM, llm.LanguageModeling),
+    "train_imagenet": (IMAGES, images.ImageClassification),
 }
 launcher, task = LAUNCHERS[os.environ.get("LAUNCHER", "train_llm")]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_llm
 from stacey_dist.training import engine
+from stacey_dist.training.launchers import LLM
 
 name, first, last = os.environ["LIMIT"].split()
 number = getattr(resource, f"RLIMIT_{name}")
@@ -36,4 +36,4 @@ def finish_update(*arguments):
 
 if __name__ == "__main__":
     engine.Engine.finish_update = finish_update
-    train_llm.main()
+    LLM.main()

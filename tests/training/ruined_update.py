@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_llm
 from stacey_dist.sharding import fragments
-from stacey_dist.training import engine, llm
+from stacey_dist.training import engine
+from stacey_dist.training.launchers import LLM
 
 ruined_step, kind = os.environ.get("RUIN", "0 none").split()
 recover = int(os.environ.get("RECOVER", "1000000"))
@@ -41,5 +41,4 @@ def finish_update(original):
 if __name__ == "__main__":
     for owner in (engine.Engine, engine.DeepSpeedEngine):
         owner.finish_update = finish_update(owner.finish_update)
-    assert llm
-    train_llm.main()
+    LLM.main()

@@ -18,11 +18,12 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training import llm, metrics, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine, Requests
+from stacey_dist.training.failures import user_errors
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
 from stacey_dist.training.rows import read_rows
-from stacey_dist.training.run import separate_runs_of_a_sweep, user_errors
+from stacey_dist.training.run import separate_runs_of_a_sweep
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
 from tests.sharding.processes import spawn
 

@@ -11,6 +11,7 @@ import yaml
 from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
+from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm_config import LLMConfig, validate
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
@@ -161,7 +162,7 @@ def test_mistyped_files(content, message, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(SystemExit):
-        parse(LLMConfig, ["--config", str(path)])
+        LLM.parse(["--config", str(path)])
     error = capsys.readouterr().err
     assert f"--config {path}" in error
     assert message in error

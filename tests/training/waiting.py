@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-import train_llm
 from stacey_dist.checkpoint import background
 from stacey_dist.data import lock
 from stacey_dist.training import engine, llm, loop, signals
+from stacey_dist.training.launchers import LLM
 
 
 def say():
@@ -83,7 +83,7 @@ KINDS = {
 }
 PLACES = {
     "data preparation": (llm, "tokenize"),
-    "model": (llm, "build_model"),
+    "model": (llm, "LlamaForCausalLM"),
     "engine": (engine, "build_engine"),
     "update": (llm.LanguageModeling, "loss"),
     "evaluation": (loop, "_evaluate"),
@@ -104,7 +104,7 @@ def main():
         return original(*arguments, **options)
 
     setattr(place, name, waits)
-    train_llm.main()
+    LLM.main()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_llm
+from stacey_dist.training.launchers import LLM
 
 if __name__ == "__main__":
     os.umask(0o027)
-    train_llm.main()
+    LLM.main()

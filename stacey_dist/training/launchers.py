@@ -1,0 +1,174 @@
+"""A training program described once, and the two that there are: `LLM` and `IMAGES`.
+
+`train_llm.py` and `train_imagenet.py` are these descriptions with a name to start them by. The experiments' trials,
+`stacey-dist prepare` and messages that name the other program take them from here too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from stacey_dist.training.command_line import parse
+from stacey_dist.training.config import RunConfig
+from stacey_dist.training.failures import user_errors
+from stacey_dist.training.image_config import ImageConfig
+from stacey_dist.training.image_config import validate as validate_images
+from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.llm_config import validate as validate_llm
+
+if TYPE_CHECKING:  # they take seconds to import, and bad settings are refused before
+    from torch import nn
+
+    from stacey_dist.training.engine import Engine
+    from stacey_dist.training.loop import Task
+    from stacey_dist.training.run import Run
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run of a launcher is built of.
+
+    Args:
+        prepare_data: Find or prepare the run's data. Called by all processes together, as are the others; returns
+            whatever the other parts need of the data.
+        build_model: Build the model from the run and its data, on the CPU, with the same initial weights on every
+            process.
+        task: Make the task from the run, its data and its model; a class that implements `Task`.
+        finish: Export the model of the last checkpoint, from the run, its data, its engine and the checkpoint's
+            path; returns a line that says where it is. None: the checkpoints are all that is left.
+    """
+
+    prepare_data: "Callable[[Run[Any]], Any]"
+    build_model: "Callable[[Run[Any], Any], nn.Module]"
+    task: "Callable[[Run[Any], Any, Any], Task]"
+    finish: "Callable[[Run[Any], Any, Engine, Path], str] | None" = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to train, as seen by one of its processes."""
+
+    run: "Run[Any]"
+    data: Any
+    task: "Task"
+    engine: "Engine"
+
+
+@dataclass(frozen=True)
+class Launcher(Generic[C]):
+    """A training program: its settings, and what a run is built of.
+
+    A program of your own is a `Launcher` with a subclass of `RunConfig`, started by `accelerate launch`::
+
+        Launcher("my_program.py", MyConfig, validate, lambda: Parts(prepare_data, build_model, MyTask)).main()
+
+    Args:
+        program: The file that starts it, for messages.
+        config: The dataclass of its settings. Every field is an option of the command line and a key in YAML files.
+        validate: Raise `SettingsError` for settings that are out of range or do not go together.
+        load_parts: Return what a run is built of. It is called after the settings were checked, so that imports which
+            take seconds can wait until then.
+        metrics: The names of the figures that an evaluation gives.
+        users_data: Return the settings with which a run trains on what a user names, files separated by commas.
+    """
+
+    program: str
+    config: type[C]
+    validate: Callable[[C], None]
+    load_parts: Callable[[], Parts]
+    metrics: Sequence[str] = ("eval_loss",)
+    users_data: Callable[[str], dict[str, Any]] | None = None
+
+    def parse(self, arguments: Sequence[str] | None = None, program: str | None = None) -> C:
+        """Return the settings of `arguments`, by default those of the command line, checked.
+
+        Prints the help and exits for --help; prints the error and exits with status 2 for what cannot be parsed.
+
+        Args:
+            arguments: Options, as in `["--config", "a.yaml", "--optimizer.p", "3"]`.
+            program: The name in messages, by default the name that the program was started by.
+
+        Raises:
+            SettingsError: A value is out of range, or values do not go together.
+        """
+        elsewhere = {name: other.config for name, other in LAUNCHERS.items() if name != self.program}
+        config = parse(self.config, arguments, program, elsewhere)
+        self.validate(config)
+        return config
+
+    def build(self, config: C) -> Job:
+        """Join the processes and build the run: data, model, optimizer, task and engine.
+
+        All processes call it together.
+
+        Raises:
+            SettingsError: The data, the model or the engine cannot be had as the settings ask for.
+        """
+        from stacey_dist.training.engine import build_engine
+        from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
+        from stacey_dist.training.optimizers import build_optimizer
+        from stacey_dist.training.run import start
+
+        parts = self.load_parts()
+        run = start(config)
+        data = parts.prepare_data(run)
+        model = parts.build_model(run, data)
+        by_owner = requested_engine() == ZERO_REDUNDANCY
+        optimizer = build_optimizer(model, config.optimizer, config.seed, by_owner=by_owner)
+        task = parts.task(run, data, model)
+        return Job(run, data, task, build_engine(run, model, optimizer))
+
+    def run(self, config: C) -> Path:
+        """Train to the last update and export the model; returns the last checkpoint. Raises as `build` and `train`."""
+        from stacey_dist.training.loop import train
+
+        job = self.build(config)
+        checkpoint = train(job.run, job.task, job.engine)
+        job.task.close()
+        if finish := self.load_parts().finish:
+            job.run.report(finish(job.run, job.data, job.engine, checkpoint))
+        job.engine.close()
+        return checkpoint
+
+    def main(self) -> None:
+        """Train as the command line says.
+
+        An error that a user can mend is one line on standard error; the exit status is then 2 for bad settings or
+        data, else 1.
+        """
+        with user_errors(self.program):
+            self.run(self.parse())
+
+
+def _llm_parts() -> Parts:
+    from stacey_dist.training.llm import PARTS
+
+    return PARTS
+
+
+def _image_parts() -> Parts:
+    from stacey_dist.training.images import PARTS
+
+    return PARTS
+
+
+LLM = Launcher(
+    "train_llm.py",
+    LLMConfig,
+    validate_llm,
+    _llm_parts,
+    metrics=("eval_loss", "eval_perplexity"),
+    users_data=lambda data: {"data.dataset": None, "data.files": data.split(",")},
+)
+IMAGES = Launcher(
+    "train_imagenet.py",
+    ImageConfig,
+    validate_images,
+    _image_parts,
+    metrics=("eval_loss", "eval_top1", "eval_top5"),
+    users_data=lambda data: {"data.dataset": None, "data.path": data},
+)
+LAUNCHERS: dict[str, Launcher[Any]] = {launcher.program: launcher for launcher in (LLM, IMAGES)}
