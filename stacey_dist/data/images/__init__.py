@@ -13,7 +13,7 @@ from stacey_dist.data.images.folder import FolderImages, folder_images
 from stacey_dist.data.images.image_set import ArrayImages, ImageSet
 from stacey_dist.data.images.loader import ImageBatch, ImageLoader, evaluation_batches
 from stacey_dist.data.images.open import open_images
-from stacey_dist.data.images.workers import check_shared_memory
+from stacey_dist.data.images.workers import Workers
 from stacey_dist.data.tokens import IGNORED_LABEL
 
 __all__ = [
@@ -29,8 +29,8 @@ __all__ = [
     "ImageLoader",
     "ImageSet",
     "Transform",
+    "Workers",
     "cached",
-    "check_shared_memory",
     "cifar_images",
     "decode",
     "embedded_images",
