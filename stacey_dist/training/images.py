@@ -32,8 +32,14 @@ from stacey_dist.training.run import Run, cores_per_process
 from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
 
+_OF_DATA = (
+    *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),
+    *("crop", "min_scale", "eval_resize", "workers", "prefetch"),
+)
 SETTINGS = {
-    **{name: f"data.{name}" for name in ("workers", "prefetch")},
+    **{name: f"data.{name}" for name in _OF_DATA},
+    "resize_to": "data.cache_resize",
+    "size": "data.image_size",
     "timeout": "data.timeout_seconds",
     "global_batch_size": "train.global_batch_size",
     "micro_batch_size": "train.micro_batch_size",

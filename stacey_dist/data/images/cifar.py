@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.images.image_set import ArrayImages
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from stacey_dist.files import printable
 from stacey_dist.safe_pickle import Function, record, unpickle
 
@@ -37,7 +37,7 @@ def cifar_images(directory: Path) -> tuple[ArrayImages, ArrayImages]:
     """Return (train, test) of a directory of CIFAR-10 or, with its fine labels, of CIFAR-100.
 
     Raises:
-        SettingsError: a file is damaged, or holds anything but arrays, lists, dictionaries, strings and numbers.
+        InputError: a file is damaged, or holds anything but arrays, lists, dictionaries, strings and numbers.
     """
     if (directory / "batches.meta").is_file():
         meta, train, test = "batches.meta", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
@@ -51,7 +51,7 @@ def cifar_images(directory: Path) -> tuple[ArrayImages, ArrayImages]:
 def _classes(path: Path, key: bytes) -> list[str]:
     found = _load(path).get(key)
     if not isinstance(found, list) or not all(isinstance(name, bytes) for name in found):
-        raise SettingsError(f"data.path: {path} has no {key.decode()}")
+        raise InputError(f"path: {path} has no {key.decode()}")
     return [name.decode(errors="replace") for name in found]
 
 
@@ -63,13 +63,13 @@ def _split(directory: Path, files: list[str], key: bytes, classes: list[str]) ->
             pixels.append(_pixels(content))
             labels.append(_labels(content, key))
         except KeyError as error:
-            raise SettingsError(f"data.path: {directory / file} has no {error.args[0].decode()}") from error
+            raise InputError(f"path: {directory / file} has no {error.args[0].decode()}") from error
         except ValueError as error:
-            raise SettingsError(f"data.path: {directory / file} is not one of CIFAR's files: {error}") from error
+            raise InputError(f"path: {directory / file} is not one of CIFAR's files: {error}") from error
     try:
         return ArrayImages(np.concatenate(pixels), np.concatenate(labels), classes, str(directory / files[0]))
     except ValueError as error:
-        raise SettingsError(f"data.path: {directory}, {', '.join(files)}: {error}") from error
+        raise InputError(f"path: {directory}, {', '.join(files)}: {error}") from error
 
 
 def _load(path: Path) -> dict[bytes, Any]:
@@ -77,9 +77,9 @@ def _load(path: Path) -> dict[bytes, Any]:
         content = unpickle(path.read_bytes(), _NUMPY, encoding="bytes")
     except Exception as error:  # damaged pickles fail in many ways
         reason = printable(f"{type(error).__name__}: {error}")[:200]
-        raise SettingsError(f"data.path: {path} cannot be read: {reason}") from error
+        raise InputError(f"path: {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"data.path: {path} holds {type(content).__name__}, not a dictionary")
+        raise InputError(f"path: {path} holds {type(content).__name__}, not a dictionary")
     return content
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
-from stacey_dist.data.images.decode import BrokenImageError, read_pixels
-from stacey_dist.data.images.image_set import ImageSet
+from stacey_dist.data.images.decode import BrokenImageError
+from stacey_dist.data.images.image_set import ImageSet, read_pixels
 from stacey_dist.data.images.workers import Place, Workers
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.tokens import IGNORED_LABEL
