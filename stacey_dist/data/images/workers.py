@@ -1,9 +1,8 @@
-"""Batches from worker processes that run ahead, in memory that they share with the training process.
+"""Worker processes that prepare batches ahead, in memory that they share with the training process.
 
-Not torch's DataLoader, because of three promises. A worker that hangs ends the run with a line that says so: while it
-hands a batch over, DataLoader waits for it without end, whatever its timeout (torch 2.13). A worker that dies does so
-too, where a batch is waited for: DataLoader raises in the middle of an update or a save. And batches take no room in
-/dev/shm, of which a container has 64 MB.
+They are not those of torch's DataLoader, for three reasons. DataLoader waits without end for a worker that hangs while
+it hands a batch over, whatever its timeout (seen with torch 2.13). It raises the death of a worker wherever the training
+process is, in the middle of a save too. And it takes room for batches in /dev/shm, where a container has 64 MB.
 """
 
 import ctypes
@@ -30,13 +29,13 @@ Place = tuple[int, int]
 """Where a batch begins, and its number of images."""
 
 Fill = Callable[[int, NDArray[np.uint8], NDArray[np.int64]], Any]
-"""Fills the pixels and labels of the batch that begins at a place; its report, which can be pickled, goes to the
-training process. An InputError ends the run."""
+"""Fills the pixels and labels of the batch that begins at a place, and returns a report for the training process, which
+can be pickled. An InputError goes there too."""
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 """How long a batch is waited for after a request to stop: schedulers kill 30 seconds after theirs."""
-_PARENT_DEATH_SIGNAL = 1
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def never() -> bool:
@@ -75,8 +74,7 @@ class Workers:
 
     def check_memory(self, images: int, size: int) -> None:
         """Raise InputError where there is no memory for batches of ``images`` images, ``size`` pixels high and wide."""
-        for _ in range(self.count):
-            _Worker(self, images, size)
+        self._workers(images, size)
 
     def batches(
         self, fill: Fill, places: Iterable[Place], images: int, size: int
@@ -100,7 +98,7 @@ class Workers:
                 pixels, labels = self._empty(count, size)
                 yield pixels, labels, fill(start, pixels.numpy(), labels.numpy())
             return
-        workers = [_Worker(self, images, size) for _ in range(self.count)]
+        workers = self._workers(images, size)
         kill = util.Finalize(None, _kill, (workers,), exitpriority=100)  # before multiprocessing waits for its children
         thread = ThreadPoolExecutor(1, "copy a batch")
         try:
@@ -116,6 +114,9 @@ class Workers:
             thread.shutdown()
             for worker in workers:
                 worker.close()
+
+    def _workers(self, images: int, size: int) -> "list[_Worker]":
+        return [_Worker(self, images, size) for _ in range(self.count)]
 
     def _copies(
         self, workers: "list[_Worker]", places: Iterable[Place], size: int
@@ -178,15 +179,15 @@ class _Worker:
         # How many batches may be filled. A semaphore of Python's lies in /dev/shm.
         self._free = os.eventfd(self._prefetch, os.EFD_SEMAPHORE)
         self.reports, sender = connection.Pipe(duplex=False)
-        # Not by a fork server, Python's default from 3.14 on: it ends by the SIGTERM that a scheduler sends to
-        # everyone, and the workers with it. They share the index of the images, too.
+        # Python 3.14 would take a fork server, which ends by the SIGTERM that a scheduler sends to everyone, and its
+        # processes with it. Forked ones share the list of the images, too.
         self._process = get_context("fork").Process(target=self._work, args=(fill, places, sender), daemon=True)
         self._process.start()
         sender.close()  # so that the pipe ends with the process
 
     def _work(self, fill: Fill, places: Iterable[Place], sender: connection.Connection) -> None:
-        # Killed when the thread that started it ends, however that ends.
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        # The system kills this process when the thread that started it ends, however that ends.
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         parent = parent_process()
         if parent is None or os.getppid() != parent.pid:
             return
@@ -222,15 +223,15 @@ class _Worker:
             self._process.join()
 
     def close(self) -> None:
-        """Close what the process was told things by."""
+        """Close the pipe and the counter of a process that has ended."""
         if self._process is not None:
             self.reports.close()
             os.close(self._free)
 
 
 def _start(workers: list[_Worker], fill: Fill, places: Iterable[Place]) -> None:
-    # They inherit what is blocked, so that they let the training process finish its update and save: a scheduler, or
-    # Ctrl-C, signals all processes at once.
+    # A scheduler, or Ctrl-C, signals all processes at once. Workers inherit what is blocked, so that they keep giving
+    # batches while the training process finishes its update and saves.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for number, worker in enumerate(workers):
