@@ -11,8 +11,11 @@ from stacey_dist.errors import InputError
 from stacey_dist.files import printable
 from stacey_dist.safe_pickle import Function, record, unpickle
 
-_CIFAR_10 = ("cifar-10-batches-py", ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))
-_CIFAR_100 = ("cifar-100-python", ("meta", "train", "test"))
+_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+# Where the files of each are published; the files of the classes, of training and of the test; what they call the
+# classes and the labels.
+_CIFAR_10 = ("cifar-10-batches-py", "batches.meta", _BATCHES, ["test_batch"], b"label_names", b"labels")
+_CIFAR_100 = ("cifar-100-python", "meta", ["train"], ["test"], b"fine_label_names", b"fine_labels")
 
 _Array, _Dtype = record("ndarray"), record("dtype")
 _new_array = Function(lambda *_: _Array())
@@ -24,28 +27,21 @@ _NUMPY = {
 }
 
 
-def find_cifar(path: Path) -> Path | None:
-    """Return the directory of CIFAR's files, ``path`` itself or the published directory in it; None if neither is."""
-    for directory, files in (_CIFAR_10, _CIFAR_100):
-        for place in (path, path / directory):
-            if all((place / file).is_file() for file in files):
-                return place
-    return None
+def cifar_images(path: Path) -> tuple[ArrayImages, ArrayImages] | None:
+    """Return (train, test) of CIFAR-10 or, with its fine labels, of CIFAR-100; None where their files are not there.
 
-
-def cifar_images(directory: Path) -> tuple[ArrayImages, ArrayImages]:
-    """Return (train, test) of a directory of CIFAR-10 or, with its fine labels, of CIFAR-100.
+    Args:
+        path: the directory of the files, or the one in which the published directory lies.
 
     Raises:
-        InputError: a file is damaged, or holds anything but arrays, lists, dictionaries, strings and numbers.
+        InputError: a file is damaged, or holds anything but arrays, lists, dictionaries, texts and numbers.
     """
-    if (directory / "batches.meta").is_file():
-        meta, train, test = "batches.meta", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-        names, labels = b"label_names", b"labels"
-    else:
-        meta, train, test, names, labels = "meta", ["train"], ["test"], b"fine_label_names", b"fine_labels"
-    classes = _classes(directory / meta, names)
-    return _split(directory, train, labels, classes), _split(directory, test, labels, classes)
+    for published, meta, train, test, names, labels in (_CIFAR_10, _CIFAR_100):
+        for directory in (path, path / published):
+            if all((directory / file).is_file() for file in (meta, *train, *test)):
+                classes = _classes(directory / meta, names)
+                return _split(directory, train, labels, classes), _split(directory, test, labels, classes)
+    return None
 
 
 def _classes(path: Path, key: bytes) -> list[str]:
@@ -60,10 +56,8 @@ def _split(directory: Path, files: list[str], key: bytes, classes: list[str]) ->
     for file in files:
         content = _load(directory / file)
         try:
-            pixels.append(_pixels(content))
-            labels.append(_labels(content, key))
-        except KeyError as error:
-            raise InputError(f"path: {directory / file} has no {error.args[0].decode()}") from error
+            pixels.append(_pixels(content.get(b"data")))
+            labels.append(_labels(content.get(key)))
         except ValueError as error:
             raise InputError(f"path: {directory / file} is not one of CIFAR's files: {error}") from error
     try:
@@ -83,9 +77,8 @@ def _load(path: Path) -> dict[bytes, Any]:
     return content
 
 
-def _pixels(content: dict[bytes, Any]) -> NDArray[np.uint8]:
-    """Return the images, (n, 32, 32, 3). They are stored a colour after the other."""
-    data = content[b"data"]
+def _pixels(data: Any) -> NDArray[np.uint8]:
+    """Return the images, (n, 32, 32, 3). They are stored one colour after another."""
     match getattr(data, "state", None):
         case (_, (int(count), 3072), _Dtype(arguments=(b"u1" | "u1", *_)), False | 0, bytes(values)):
             if count * 3072 == len(values):
@@ -93,9 +86,8 @@ def _pixels(content: dict[bytes, Any]) -> NDArray[np.uint8]:
     raise ValueError("data must be an array of 3072 bytes an image")
 
 
-def _labels(content: dict[bytes, Any], key: bytes) -> NDArray[np.int64]:
-    labels = content[key]
+def _labels(labels: Any) -> NDArray[np.int64]:
     # numpy would make an array of lists of lists, of any size.
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 100 for label in labels):
-        raise ValueError(f"{key.decode()} must be a list of labels below 100")
+        raise ValueError("its labels must be a list of numbers below 100")
     return np.array(labels, dtype=np.int64)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stacey_dist.data.images.cifar import cifar_images, find_cifar
+from stacey_dist.data.images.cifar import cifar_images
 from stacey_dist.data.images.digits import drawn_digits
 from stacey_dist.data.images.folder import folder_images
 from stacey_dist.data.images.image_set import ImageSet
@@ -93,8 +93,8 @@ def _parquet_files(directory: Path) -> tuple[list[Path], list[Path]] | None:
 def _other_images(directory: Path) -> tuple[ImageSet, ImageSet]:
     if not directory.is_dir():
         raise InputError(f"path: {directory} is no directory; looked for {_LOOKED_FOR}")
-    if (found := find_cifar(directory)) is not None:
-        return cifar_images(found)
+    if (found := cifar_images(directory)) is not None:
+        return found
     if (directory / "train").is_dir():
         return folder_images(directory)
     raise InputError(f"path: {directory} holds no images in a layout that can be read; looked for {_LOOKED_FOR}")

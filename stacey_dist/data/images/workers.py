@@ -1,8 +1,8 @@
 """Worker processes that prepare batches ahead, in memory that they share with the training process.
 
 They are not those of torch's DataLoader, for three reasons. DataLoader waits without end for a worker that hangs while
-it hands a batch over, whatever its timeout (seen with torch 2.13). It raises the death of a worker wherever the training
-process is, in the middle of a save too. And it takes room for batches in /dev/shm, where a container has 64 MB.
+it hands a batch over, whatever its timeout (seen with torch 2.13). It raises the death of a worker wherever the
+training process is, in the middle of a save too. And it takes room for batches in /dev/shm, where a container has 64 MB.
 """
 
 import ctypes
