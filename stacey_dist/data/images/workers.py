@@ -2,7 +2,7 @@
 
 They are not those of torch's DataLoader, for three reasons. DataLoader waits without end for a worker that hangs while
 it hands a batch over, whatever its timeout (seen with torch 2.13). It raises the death of a worker wherever the
-training process is, in the middle of a save too. And it takes room for batches in /dev/shm, where a container has 64 MB.
+training process is, in the middle of a save too. And it keeps batches in /dev/shm, of which a container has 64 MB.
 """
 
 import ctypes
