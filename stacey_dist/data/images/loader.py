@@ -80,7 +80,7 @@ class ImageLoader:
             raise InputError(f"micro_batch_size: {micro_batch_size} is not allowed; it must be at least 1")
         self._images, self._transform, self._seed, self._workers = images, transform, seed, workers
         self._order = GlobalSampler(len(images), seed)
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._global_batch_size = global_batch_size
         share = global_batch_size // num_processes
         first = process_index * share
         # Where each of this process's batches begins in an update, and its number of images.
@@ -110,9 +110,10 @@ class ImageLoader:
         if self._batches is None or position != self._coming:
             self.close()
             places = _places(self._parts, position, self._global_batch_size)
-            self._batches = self._workers.batches(self._fill, places, self._micro_batch_size, self._transform.size)
+            largest = self._parts[0][1]
+            self._batches = self._workers.batches(self._fill, places, largest, self._transform.size)
         self._coming = None
-        for number in range(1, len(self._parts) + 1):
+        for number, _ in enumerate(self._parts, start=1):
             batch = _batch(next(self._batches), self._images, self._broken)
             if number == len(self._parts):
                 self._coming = position + self._global_batch_size
