@@ -19,7 +19,7 @@ from stacey_dist.checkpoint.manifest import (
     says_finite,
     verify,
 )
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError, SettingsError
 from stacey_dist.extras import message
 from stacey_dist.files import printable
 from stacey_dist.version import __version__
@@ -60,7 +60,7 @@ def exit_status(
     except DamagedCheckpointError as error:
         print(f"{program}: {_what_is_wrong(error)}", file=sys.stderr)
         return 1
-    except SettingsError as error:
+    except (SettingsError, InputError) as error:
         print(f"{program}: {refused}{error}", file=sys.stderr)
         return 2
     except (ForeignCheckpointError, OSError) as error:

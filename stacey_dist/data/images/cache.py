@@ -18,10 +18,9 @@ from tqdm import tqdm
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
-from stacey_dist.data.lock import making
-from stacey_dist.data.parts import replace_file, write_json
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
-from stacey_dist.files import read_json
+from stacey_dist.files import read_json, replace_file, write_json
 from stacey_dist.info import cores
 
 Cache = Literal["none", "decoded", "resized"]
@@ -130,7 +129,7 @@ def cached(
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
 
     if not (place / COMPLETE).exists():
-        with making(place, "data.cache", "set data.cache: none", announce=progress):
+        with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
                 _make(place, load, len(images), threads or cores(), progress)
     return CachedImages(place, images, identity)

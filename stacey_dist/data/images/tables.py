@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import identity_of, read_file, read_sampled
-from stacey_dist.data.lock import making
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -179,7 +179,7 @@ def _load_parquet(files: Sequence[Path], features: Any, directory: Path) -> Any:
 
     converted = [directory / _arrow_name(file, features) for file in files]
     if not all(arrow.exists() for arrow in converted):
-        with making(directory, "data.cache_dir", "name a data.cache_dir on another", announce=True):
+        with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
             for file, arrow in zip(files, converted, strict=True):
                 if not arrow.exists():
                     _convert(file, features, arrow)
