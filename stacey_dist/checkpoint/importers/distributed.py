@@ -1,9 +1,9 @@
 """Read the tensors of a directory of torch.distributed.checkpoint, without torch's own reader.
 
-`.metadata` is a pickle of which tensors there are and where the pieces of each lie, in files beside it: each piece is
-what `torch.save` wrote, from one byte to another. torch's reader unpickles the metadata without limits, and also the
-entries that are no tensors. Here the metadata are read once, into objects that do nothing, and made into plain values;
-entries that are no tensors are never looked at.
+`.metadata` is a pickle that names the tensors, and where their pieces lie in files beside it: each piece is what
+`torch.save` wrote, from one byte to another. torch's reader unpickles the metadata without limits, and also the entries
+that are no tensors. Here the metadata are read once, into objects that do nothing, and made into plain values; entries
+that are no tensors are never opened.
 """
 
 import io
@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from stacey_dist.checkpoint.importers import torch_file
 from stacey_dist.checkpoint.schema import is_count
 from stacey_dist.files import open_regular
 from stacey_dist.safe_pickle import Function, Record, record, unpickle
+
+T = TypeVar("T")
 
 _METADATA = {name: record(name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")}
 _CHUNK, _TENSOR, _BYTES = (record(f"{kind}StorageMetadata") for kind in ("Chunk", "Tensor", "Bytes"))
@@ -134,7 +136,7 @@ def _piece(name: str, chunk: dict[str, Any], whole: tuple[int, ...], places: dic
 
 
 def _check_places(directory: Path, described: dict[str, _Described]) -> None:
-    """No two pieces may share bytes, and each tensor may have no more than its pieces: before memory is asked for."""
+    """Raise ValueError, before memory is allocated, if pieces share bytes or a tensor is larger than its pieces."""
     by_file: dict[str, list[_Piece]] = {}
     for name, tensor in described.items():
         there = 0
@@ -165,22 +167,23 @@ def _load_piece(directory: Path, name: str, piece: _Piece, dtype: torch.dtype) -
     return values
 
 
+def _typed(value: Any, kind: type[T], what: str) -> T:
+    """Return a value of exactly this type. Raise ValueError for others, subclasses among them."""
+    if type(value) is not kind:
+        raise ValueError(f"there is a {type(value).__name__} where a {what} belongs")
+    return value
+
+
 def _fields(value: Any, kind: type[Record]) -> dict[str, Any]:
-    if type(value) is not kind or type(value.state) is not dict:
-        raise ValueError(f"there is a {type(value).__name__} where a {kind.__name__} belongs")
-    return value.state
+    return _typed(_typed(value, kind, kind.__name__).state, dict, kind.__name__)
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:
-    if type(value) is not dict:
-        raise ValueError(f"there is a {type(value).__name__} where a dictionary belongs")
-    return list(value.items())
+    return list(_typed(value, dict, "dictionary").items())
 
 
 def _name(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"there is a {type(value).__name__} where a name belongs")
-    return value
+    return _typed(value, str, "name")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
