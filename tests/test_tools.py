@@ -60,6 +60,7 @@ def test_a_pair_takes_turns_and_another_one_goes_first_each_time(monkeypatch):
     assert turns[-2:] == ["peer", "ours"]
 
 
+@pytest.mark.exhaustive  # a minute in the compiler, for a figure of `bench --slow`
 def test_the_compiled_plain_rule_that_is_measured_is_an_update():
     theta = torch.randn(300)
     param = torch.nn.Parameter(theta.clone())

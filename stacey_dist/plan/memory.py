@@ -1,6 +1,6 @@
 """What each engine keeps on a rank, in bytes: padding, dtypes and buffers as torch 2.13 and DeepSpeed 0.19 make them.
 
-Every number here is compared with the live tensors of a run (`tests/test_plan_ranks.py`).
+Every number here is compared with the live tensors of a run (`tests/plan/test_ranks.py`).
 """
 
 from collections.abc import Callable, Iterable

@@ -14,7 +14,7 @@ from stacey_dist.plan.memory import BUCKET, ENGINES
 from stacey_dist.plan.speed import transfers
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
-from tests.plan_run import VOCABULARY, config_of, measure_all, simulate
+from tests.plan.live import VOCABULARY, config_of, measure_all, simulate
 from tests.sharding.processes import spawn
 from tests.training.forked import server
 
@@ -90,7 +90,7 @@ ENGINES_OF_MANY = {256: ("fsdp2",), 1024: ("fsdp2", "hsdp", "zero2")}
 
 
 def large():
-    config = parse(LLMConfig, ["--config", str(Path(__file__).parents[1] / "configs/llm/llama_70b.yaml")])
+    config = parse(LLMConfig, ["--config", str(Path(__file__).parents[2] / "configs/llm/llama_70b.yaml")])
     config.train.global_batch_size = 1024
     return config
 

@@ -20,7 +20,7 @@ from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm import LanguageModeling, build_model
 from stacey_dist.training.llm_config import LLMConfig, validate
 
-CONFIGS = Path(__file__).parents[1] / "configs/llm"
+CONFIGS = Path(__file__).parents[2] / "configs/llm"
 SIZES = {  # as the papers and model cards have them; 100M and 1B as GaLore
     "100m_c4": 100_117_120,
     "1b": 1_339_082_752,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACCELERATE = Path(__file__).parents[1] / "configs/accelerate"
+ACCELERATE = Path(__file__).parents[2] / "configs/accelerate"
 # Nothing divides: an odd vocabulary, 3 key-value heads; one matrix is larger than ZeRO-3 leaves whole.
 SHAPE = dict(
     hidden_size=108, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
