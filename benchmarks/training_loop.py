@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +26,10 @@ from torch import nn
 
 from stacey_dist.bench import machine
 from stacey_dist.training import llm
-from stacey_dist.training.engine import build_engine
+from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer
-from stacey_dist.training.run import start
 
 
 class BareLoop:
@@ -50,9 +51,11 @@ class BareLoop:
 class InTurns(llm.LanguageModeling):
     """The launcher's task; before each of its steps the bare loop takes one."""
 
-    def __init__(self, run: Any, data: llm.TextData, model: Any, bare: BareLoop, steps: int) -> None:
+    def __init__(self, run: Any, data: llm.TextData, model: Any, steps: int) -> None:
         super().__init__(run, data, model)
-        self.bare = bare
+        config, twin = run.config, deepcopy(model)
+        optimizer = build_optimizer(twin, config.optimizer, config.seed)
+        self.bare = BareLoop(twin, optimizer, config.train.max_grad_norm)
         self.batches = [next(super(InTurns, self).micro_batches(step * self.batch_size)) for step in range(steps)]
         self.launcher_seconds: list[float] = []
         self.bare_seconds: list[float] = []
@@ -80,14 +83,10 @@ def main() -> None:
     config.train.max_steps = config.checkpoint.every_steps = steps
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         config.run_dir = directory
-        run = start(config)
-        data = llm.prepare_data(run)
-        model = llm.build_model(run, data)
-        optimizer = build_optimizer(model, config.optimizer, config.seed)
-        twin = deepcopy(model)
-        bare = BareLoop(twin, build_optimizer(twin, config.optimizer, config.seed), config.train.max_grad_norm)
-        task = InTurns(run, data, model, bare, steps)
-        train(run, task, build_engine(run, model, optimizer))
+        parts = replace(llm.PARTS, task=partial(InTurns, steps=steps))
+        job = replace(LLM, load_parts=lambda: parts).build(config)
+        train(job.run, job.task, job.engine)
+        task: Any = job.task
     skip = min(10, steps // 2)  # the first steps warm up
     launcher, bare_loop = task.launcher_seconds[skip:], task.bare_seconds[skip:-1]
     print(machine())

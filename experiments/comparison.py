@@ -15,7 +15,7 @@ from typing import Any
 from experiments.comparison_report import curves, curves_by_p, report, search
 from experiments.framework import RUN, Advance, Outcome, Part, Reproduction, configs
 from experiments.sweep import Sweep, read_sweep
-from experiments.trial import Interrupted, Program, Trial, data_settings, threads_each
+from experiments.trial import Interrupted, Trial, data_settings, threads_each
 from experiments.tuning import Tuner
 from stacey_dist.errors import SettingsError
 
@@ -55,7 +55,7 @@ class Task:
         metric: a held-out figure, as in metrics.jsonl.
     """
 
-    program: Program
+    program: str
     metric: str
 
 
@@ -116,7 +116,7 @@ def _settings(
     return {name: (sweeps[name].config, {**sweeps[name].fixed, **own}) for name, own in best.items()}, searched
 
 
-def training(reproduction: Reproduction, program: Program, config: Path, settings: dict[str, Any], name: str) -> Part:
+def training(reproduction: Reproduction, program: str, config: Path, settings: dict[str, Any], name: str) -> Part:
     """A training run as a part; its value is a `trial.Result` as a dictionary."""
     trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
     return Part(name, RUN, partial(_train, reproduction, trial))

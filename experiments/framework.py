@@ -26,8 +26,7 @@ from tqdm import tqdm
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.version import __version__
 
 RUN = 1000
@@ -255,7 +254,7 @@ def versions() -> dict[str, str]:
 
 def launchers_defaults() -> str:
     """What configuration files leave to the launchers."""
-    return repr(LLMConfig()) + repr(ImageConfig())
+    return "".join(repr(launcher.config()) for launcher in LAUNCHERS.values())
 
 
 def absolute(data: str | None) -> str | None:

@@ -13,11 +13,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from experiments.trial import METRICS, Program
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.launchers import LAUNCHERS
 
 INFINITY = ".inf"
 """How YAML and the launchers' options write it, and how it is kept here: JSON has none."""
@@ -53,7 +53,7 @@ class Sweep:
         space: settings that are searched.
     """
 
-    program: Program
+    program: str
     config: Path
     metric: str
     maximize: bool
@@ -79,15 +79,16 @@ def read_sweep(file: Path) -> Sweep:
         raise SettingsError(
             f"{file}: command: it has several --config, which is not known here; write one file of them"
         )
-    if program not in get_args(Program):
-        raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(get_args(Program))}")
+    if program not in LAUNCHERS:
+        raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(LAUNCHERS)}")
     for key in content.keys() - set(_KEYS):
         raise SettingsError(f"{file}: {key}: {content[key]} is not known here; there may be {', '.join(_KEYS)}")
     if (method := content.get("method", "bayes")) != "bayes":
         raise SettingsError(f"{file}: method: {method} is not allowed; it must be bayes")
-    if name not in METRICS[program]:
+    metrics = LAUNCHERS[program].metrics
+    if name not in metrics:
         raise SettingsError(
-            f"{file}: metric.name: {name} is not allowed; it must be {' or '.join(METRICS[program])} for {program}"
+            f"{file}: metric.name: {name} is not allowed; it must be {' or '.join(metrics)} for {program}"
         )
     if goal not in ("minimize", "maximize"):
         raise SettingsError(f"{file}: metric.goal: {goal} is not allowed; it must be minimize or maximize")

@@ -18,21 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.errors import TrialError
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
+from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.rows import read_rows
-
-Program = Literal["train_llm.py", "train_imagenet.py"]
-
-METRICS: dict[Program, tuple[str, ...]] = {
-    "train_llm.py": ("eval_loss", "eval_perplexity"),
-    "train_imagenet.py": ("eval_loss", "eval_top1", "eval_top5"),
-}
-"""The held-out figures of each launcher, as in metrics.jsonl."""
 
 OnEvaluation = Callable[[dict[str, Any]], bool]
 """Told the row of metrics.jsonl of an evaluation; returns whether the run is to end there."""
@@ -84,7 +77,7 @@ class Trial:
         threads: of the CPU, for it.
     """
 
-    program: Program
+    program: str
     config: Path
     settings: Mapping[str, Any]
     directory: Path
@@ -180,17 +173,15 @@ def evaluations(directory: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
 
 
-def data_settings(program: Program, directory: Path, data: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+def data_settings(program: str, directory: Path, data: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
     """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, or `own`."""
     return {**(own if data is None else users_data(program, data)), "data.cache_dir": str(directory / "data")}
 
 
-def users_data(program: Program, data: str | None) -> dict[str, Any]:
+def users_data(program: str, data: str | None) -> dict[str, Any]:
     """The settings for what the user names to train on; none for None, which is the configuration's own."""
-    if data is None:
-        return {}
-    named = {"data.files": data.split(",")} if program == "train_llm.py" else {"data.path": data}
-    return {"data.dataset": None, **named}
+    own = LAUNCHERS[program].users_data
+    return {} if data is None or own is None else own(data)
 
 
 def threads_each(workers: int) -> int:
@@ -218,7 +209,7 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _train(program: Program, arguments: list[str], directory: str) -> None:
+def _train(program: str, arguments: list[str], directory: str) -> None:
     from experiments.trial_process import train_and_report
 
     train_and_report(program, arguments, Path(directory))

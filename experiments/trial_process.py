@@ -20,7 +20,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
 from experiments.framework import dump, write
-from experiments.trial import Program, Result, evaluations
+from experiments.trial import Result, evaluations
 from stacey_dist.errors import DivergedError
 from stacey_dist.sharding import state_bytes
 from stacey_dist.training.failures import user_errors
@@ -32,7 +32,7 @@ for launcher in LAUNCHERS.values():
     launcher.load_parts()
 
 
-def train_and_report(program: Program, arguments: list[str], directory: Path) -> None:
+def train_and_report(program: str, arguments: list[str], directory: Path) -> None:
     """Train as the launcher does, and write result.json; what is printed goes to output.txt."""
     descriptor = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(descriptor, 1)
@@ -51,7 +51,7 @@ def _end_with_the_experiment() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(program: Program, arguments: list[str]) -> Result:
+def _train(program: str, arguments: list[str]) -> Result:
     launcher = LAUNCHERS[program]
     job = launcher.build(launcher.parse(arguments))
     run, task, engine = job.run, job.task, job.engine

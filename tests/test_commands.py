@@ -24,16 +24,11 @@ from experiments.sweep import read_sweep
 from stacey_dist.cli import main, make_parser
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.command import plan
-from stacey_dist.training import image_config, llm_config
-from stacey_dist.training.command_line import parse
+from stacey_dist.training.launchers import LAUNCHERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"gpu", "hub", "slurm", "docker", "files", "machines"}
-LAUNCHERS = {
-    "train_llm": (llm_config.LLMConfig, llm_config.validate),
-    "train_imagenet": (image_config.ImageConfig, image_config.validate),
-}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -65,19 +60,18 @@ def existing(path):
 
 def check_settings(launcher, options):
     """The launcher takes these options."""
-    config_class, validate = LAUNCHERS[launcher]
     if "--help" in options:
         with pytest.raises(SystemExit) as end:
-            parse(config_class, options)
+            LAUNCHERS[launcher].parse(options)
         assert end.value.code == 0
     else:
-        validate(parse(config_class, options))
+        LAUNCHERS[launcher].parse(options)
 
 
 def check_script(script, options):
     assert existing(script).suffix == ".py"
-    if Path(script).stem in LAUNCHERS:
-        check_settings(Path(script).stem, options)
+    if script in LAUNCHERS:
+        check_settings(script, options)
 
 
 def check(words):
@@ -93,7 +87,7 @@ def check(words):
     elif program == "stacey-dist" and rest[:1] == ["plan"] and "--help" not in rest:
         assert plan(rest[1:])
     elif program == "stacey-dist" and rest[:1] == ["prepare"]:
-        check_settings("train_llm", rest[1:])
+        check_settings("train_llm.py", rest[1:])
     elif program == "stacey-dist":
         if "--help" not in rest:
             make_parser().parse_args(rest)
@@ -104,7 +98,7 @@ def check(words):
     elif program == "sbatch":
         at = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
         existing(rest[at])
-        check_settings(Path(rest[at]).stem, rest[at + 1 :])
+        check_settings(Path(rest[at]).with_suffix(".py").name, rest[at + 1 :])
     elif program == "docker":
         for option, value in pairwise(rest):
             if option == "-f":

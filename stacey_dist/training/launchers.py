@@ -72,7 +72,7 @@ class Launcher(Generic[C]):
         load_parts: Return what a run is built of. It is called after the settings were checked, so that imports which
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
-        data_setting: The setting that names a user's own data.
+        users_data: Return the settings with which a run trains on what a user names, files separated by commas.
     """
 
     program: str
@@ -80,7 +80,7 @@ class Launcher(Generic[C]):
     validate: Callable[[C], None]
     load_parts: Callable[[], Parts]
     metrics: Sequence[str] = ("eval_loss",)
-    data_setting: str = "data.files"
+    users_data: Callable[[str], dict[str, Any]] | None = None
 
     def parse(self, arguments: Sequence[str] | None = None, program: str | None = None) -> C:
         """Return the settings of `arguments`, by default those of the command line, checked.
@@ -161,7 +161,7 @@ LLM = Launcher(
     validate_llm,
     _llm_parts,
     metrics=("eval_loss", "eval_perplexity"),
-    data_setting="data.files",
+    users_data=lambda data: {"data.dataset": None, "data.files": data.split(",")},
 )
 IMAGES = Launcher(
     "train_imagenet.py",
@@ -169,6 +169,6 @@ IMAGES = Launcher(
     validate_images,
     _image_parts,
     metrics=("eval_loss", "eval_top1", "eval_top5"),
-    data_setting="data.path",
+    users_data=lambda data: {"data.dataset": None, "data.path": data},
 )
 LAUNCHERS: dict[str, Launcher[Any]] = {launcher.program: launcher for launcher in (LLM, IMAGES)}

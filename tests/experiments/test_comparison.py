@@ -27,11 +27,8 @@ from experiments.comparison_report import (
 )
 from experiments.framework import Part, Reproduction, Scale
 from experiments.trial import Trial
-from stacey_dist.training.command_line import parse
 from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.image_config import validate as validate_images
-from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.llm_config import validate as validate_llm
+from stacey_dist.training.launchers import LAUNCHERS
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
@@ -337,9 +334,8 @@ def test_data_of_the_users_own(configs, tmp_path, monkeypatch):
 
 
 def assert_valid(settings, config):
-    kind, validate = (ImageConfig, validate_images) if config.parent.name == "cifar" else (LLMConfig, validate_llm)
-    arguments = Trial("", config, settings, Path("run")).arguments()
-    validate(parse(kind, arguments))
+    launcher = LAUNCHERS["train_imagenet.py" if config.parent.name == "cifar" else "train_llm.py"]
+    launcher.parse(Trial("", config, settings, Path("run")).arguments())
 
 
 def test_every_change_of_the_ablation_is_a_valid_configuration():

@@ -10,8 +10,7 @@ from experiments.comparison import PAPER_OPTIMIZERS
 from experiments.sweep import Range, read_sweep
 from experiments.trial import Trial
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import image_config, llm_config
-from stacey_dist.training.command_line import parse
+from stacey_dist.training.launchers import LAUNCHERS
 from tests.experiments.tasks import ROOT
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*/[!b]*.yaml"))
@@ -21,16 +20,14 @@ SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*/[!b]*.yaml"))
 def test_the_corners_of_every_range_are_valid_settings(file, tmp_path):
     sweep = read_sweep(file)
     assert sweep.config == file.with_name("base.yaml")
-    if sweep.program == "train_llm.py":
-        config, validate, metrics = llm_config.LLMConfig, llm_config.validate, {"eval_loss": False}
-    else:
-        config, validate, metrics = image_config.ImageConfig, image_config.validate, {"eval_top1": True}
-    assert metrics[sweep.metric] == sweep.maximize
+    assert (sweep.metric, sweep.maximize) == {
+        "train_llm.py": ("eval_loss", False),
+        "train_imagenet.py": ("eval_top1", True),
+    }[sweep.program]
     for corner in (0, -1):
         values = {n: [s.low, s.high][corner] if isinstance(s, Range) else s[corner] for n, s in sweep.space.items()}
         trial = Trial(sweep.program, sweep.config, {**sweep.fixed, **values}, tmp_path)
-        parsed = parse(config, trial.arguments())
-        validate(parsed)
+        parsed = LAUNCHERS[sweep.program].parse(trial.arguments())
         for name, value in {**sweep.fixed, **values}.items():
             section, setting = name.split(".")
             there = getattr(getattr(parsed, section), setting)
