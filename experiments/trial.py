@@ -2,7 +2,7 @@
 
 The processes are forked from a server that has the imports done: a run of a minute should not spend a tenth of it on
 imports. A run leaves what every run leaves (config.yaml, metrics.jsonl, loss.png), what it printed in output.txt, and
-result.json once it is complete. Killed, it goes on from its checkpoint; complete, it is read.
+result.json once it is complete. Killed, it resumes from its checkpoint; complete, it is read.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ OnEvaluation = Callable[[dict[str, Any]], bool]
 _POLL_SECONDS = 0.1
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _OWN = {
-    "checkpoint.every_steps": None,  # those by the clock are enough to go on from
+    "checkpoint.every_steps": None,  # those by the clock are enough to resume from
     "checkpoint.every_minutes": 5,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": False,
@@ -41,7 +41,7 @@ _OWN = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was told to stop, and can go on later."""
+    """Training was told to stop, and can resume later."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Trial:
         stop: threading.Event | None = None,
         advance: Callable[[float], object] = lambda share: None,
     ) -> Result | None:
-        """Train, or go on, or read what is there if it is complete. None if it was ended on the way.
+        """Train, or resume, or read what is there if it is complete. None if it was ended on the way.
 
         Args:
             on_evaluation: called for every evaluation, those of before included.
-            stop: once set, the run saves and ends, and can go on later.
+            stop: once set, the run saves and ends, and can resume later.
             advance: told how much of the run is done since it was last told; one that was ended early is done.
 
         Raises:
@@ -100,7 +100,7 @@ class Trial:
                 raise
         if finished or stop is None or not stop.is_set():
             advance(1.0 - done)
-            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # nothing goes on from them
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # nothing resumes from them
         return Result(**json.loads(complete.read_text())) if finished else None
 
     def arguments(self) -> list[str]:

@@ -44,7 +44,7 @@ def train_and_report(program: str, arguments: list[str], directory: Path) -> Non
 
 
 def _end_with_the_experiment() -> None:
-    """Save and end once the process that asked for the run is gone, however it went: its successor goes on."""
+    """Save and end once the process that asked for the run is gone, however it went: its successor resumes."""
     experiment = multiprocessing.parent_process()
     if experiment is not None:
         experiment.join()

@@ -3,7 +3,7 @@
 The first third of the runs is dealt out evenly over all ranges and choices, for eight runs drawn at random may well
 miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs whose best so far is worse than
 the median of the completed ones at the same evaluation are ended early. What is suggested is a function of the study's
-seed, the trial's number and the trials finished before, so one worker that is killed goes on to the same result; with
+seed, the trial's number and the trials finished before, so one worker that is killed resumes to the same result; with
 several workers it depends on who is faster.
 """
 
@@ -231,7 +231,7 @@ def _choices(values: list[Any]) -> dict[Any, Any]:
 
 
 def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int, data: str | None = None) -> None:
-    """Search as a sweep file says, or go on; print the best, and leave trials.json and best.yaml in `directory`.
+    """Search as a sweep file says, or resume; print the best, and leave trials.json and best.yaml in `directory`.
 
     Raises:
         SettingsError: the file, the counts, the data, a directory that holds another search, or no run was completed.
