@@ -100,9 +100,17 @@ def make_parser() -> argparse.ArgumentParser:
     added = command("import", import_foreign, _IMPORT, "PATH", "OUT")
     added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for DDP")
     added.add_argument("--frozen", action="append", default=[], help="names of frozen parameters, as in 'model.embed*'")
+    added.add_argument(
+        "--group",
+        action="append",
+        nargs="+",
+        metavar="PATTERN",
+        help="the parameters of one of the optimizer's groups, as in '*norm*'; once for each group, in their order, "
+        "where there are several and the state has no names (DDP). The first group with a pattern that fits counts",
+    )
     added.add_argument("--step", type=int, help="updates made; the optimizer's own count if not given")
     added.add_argument("--position", type=int, default=0, help="samples already trained on (0)")
-    added.set_defaults(arguments=["PATH", "OUT", "model", "frozen", "step", "position"])
+    added.set_defaults(arguments=["PATH", "OUT", "model", "frozen", "group", "step", "position"])
     from_bench = groups.add_parser("bench", help="measure what a step of the optimizers costs here")
     from_bench.add_argument("--case", action="append", choices=BENCH_CASES, help="one of them; all if not given")
     from_bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -182,8 +190,8 @@ def diff(first: Path, second: Path) -> int:
 
 def export(path: Path, out: Path) -> int:
     """A `transformers` model directory."""
-    from stacey_dist.checkpoint.export import export_model
-    from stacey_dist.checkpoint.output import check_output
+    from stacey_dist.models.export import export_model
+    from stacey_dist.models.export_directory import check_output
 
     check_output(out)
     verify(path)
@@ -199,10 +207,15 @@ _IMPORT = (
 
 
 def import_foreign(
-    path: Path, out: Path, model: Path | None, frozen: list[str], step: int | None, position: int
+    path: Path,
+    out: Path,
+    model: Path | None,
+    frozen: list[str],
+    groups: list[list[str]] | None,
+    step: int | None,
+    position: int,
 ) -> int:
     """Another maker's checkpoint as one of ours."""
-    from stacey_dist.checkpoint.export import describe_model
     from stacey_dist.checkpoint.importers import import_checkpoint
 
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not os.listdir(out)):
@@ -213,6 +226,8 @@ def import_foreign(
     extra: dict[str, Any] = {"position": position} | ({} if step is None else {"step": step})
     parameters = None
     if model is not None:
+        from stacey_dist.models.export import describe_model
+
         shell = _shell(model)
         extra["model"] = describe_model(shell)
         names: dict[int, list[str]] = {}
@@ -220,7 +235,7 @@ def import_foreign(
             if not any(fnmatch(name, pattern) for pattern in frozen):
                 names.setdefault(id(param), []).append(name)
         parameters = list(names.values())
-    import_checkpoint(path, out, parameters=parameters, extra=extra)
+    import_checkpoint(path, out, parameters=parameters, groups=groups, extra=extra)
     manifest = verify(out)
     print(f"{out}: {_summary(manifest)}, from {manifest['extra']['imported_from']}")
     print(f"to go on, with the data from sample {position:,}: --checkpoint.resume_from {out}")
@@ -254,8 +269,8 @@ def measure(
 
 def _shell(path: Path) -> Any:
     """The model of a configuration of transformers, without memory for its weights."""
-    from stacey_dist.checkpoint.model_config import build_shell
     from stacey_dist.files import read_json
+    from stacey_dist.models.from_config import build_shell
 
     try:
         return build_shell(read_json(path / "config.json" if path.is_dir() else path))

@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int, *, by_owner: bool = False) -> Optimizer:
-    """The optimizer of `config` over the model's trainable parameters; `seed` is of stacey's stochastic rounding.
+    """The optimizer of `config` over the model's trainable parameters; `seed` is of stochastic rounding.
 
     With `by_owner` it is torch's ZeroRedundancyOptimizer around it: each parameter is updated by one process, which
     alone has its state, and sent to the others.
@@ -44,7 +44,7 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
             names = ("p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding")
             return Stacey, settings | {name: getattr(config, name) for name in names} | {"seed": seed}
         case "lp_descent":
-            return LpDescent, dict(settings, p=config.p, eps=config.eps)
+            return LpDescent, dict(settings, p=config.p, eps=config.eps, rounding=config.rounding, seed=seed)
         case "adamw":
             return torch.optim.AdamW, adaptive
         case "adam":

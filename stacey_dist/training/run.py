@@ -15,9 +15,9 @@ from accelerate.utils import set_seed
 
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
-from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
+from stacey_dist.models.export_directory import check_output
 from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check, check_warmup

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, ViTConfig
 
 from stacey_dist import Stacey, cli
 from stacey_dist.checkpoint import save_checkpoint
-from stacey_dist.checkpoint.export import describe_model
 from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.cli import main
+from stacey_dist.models.export import describe_model
 from tests.test_docs import make_batches, tiny_llama
 
 
