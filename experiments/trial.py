@@ -23,8 +23,8 @@ from typing import Any
 from experiments.errors import TrialError
 from experiments.result import Result, evaluations
 from stacey_dist import yaml_files
+from stacey_dist.cores import available_cores
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
 from stacey_dist.training.launchers import LAUNCHERS
 
 OnEvaluation = Callable[[dict[str, Any]], bool]
@@ -160,7 +160,7 @@ def users_data(program: str, data: str | None) -> dict[str, Any]:
 
 def threads_each(workers: int) -> int:
     """Return the threads of the CPU for one of so many runs at a time."""
-    return max(1, cores() // workers)
+    return max(1, available_cores() // workers)
 
 
 def _end(process: ForkServerProcess, number: signal.Signals) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import bench, info
-from stacey_dist.cli import BENCH_CASES, main
+from stacey_dist.cli import main
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
 
@@ -80,7 +80,6 @@ def test_the_list_of_parameters_is_the_models():
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert sorted(bench.llama_100m_shapes()) == sorted(tuple(p.shape) for p in model.parameters())
-    assert set(BENCH_CASES) == set(bench.CASES)
 
 
 def test_info_names_versions_and_the_kernel_or_what_it_lacks(capsys, monkeypatch):

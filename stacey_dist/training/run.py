@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
+from stacey_dist.cores import available_cores
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
 from stacey_dist.models.export_directory import check_output
 from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
@@ -251,7 +251,7 @@ def separate_runs_of_a_sweep(config: RunConfig) -> None:
 
 def cores_per_process() -> int:
     """This process's share of the machine's cores, which the launch's processes on it divide."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_name(device: torch.device) -> str:
