@@ -60,7 +60,7 @@ def make_optimizer(name: str, p: int, alpha: float = ALPHA, tau: float = TAU) ->
 
 
 def gradient(x: Tensor, p: int) -> Tensor:
-    """Return the gradient of the negative log-density of N_p(mu), p even, at the rows of x, shape (n, 2); shaped as x."""
+    """Return the gradient of the negative log-density of N_p(mu), p even, at the rows of x, shaped (n, 2) as x."""
     # nabla f(x) = sign(x - mu) |x - mu|^(p-1);  for even p that is (x - mu)^(p-1)
     return (x - x.new_tensor(MU)) ** (p - 1)
 
