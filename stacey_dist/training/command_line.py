@@ -8,14 +8,12 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import re
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
@@ -55,11 +53,9 @@ def parse(
         parser.source = ""
         parsed = parser.instantiate(parser.parse_args(options, namespace=settings))
         values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-        config = config_class(**values)
-        _check_values(config)
+        return config_class(**values)
     except SettingsError as error:
         parser.error(str(error))
-    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -158,12 +154,14 @@ def _as_yaml(config_class: Any, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting's full name and type."""
+    """Yield every setting's full name and type, without the values that are allowed."""
+    kinds = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(field.type):
-            yield from _fields(field.type, f"{prefix}{field.name}.")
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", field.type
+            yield f"{prefix}{field.name}", kind
 
 
 def _check_options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> None:
@@ -249,18 +247,6 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value
-
-
-def _check_values(config: Any) -> None:
-    """Raise SettingsError for a value that no setting can have."""
-    for name, values in flatten(to_dict(config)).items():
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise SettingsError(f"{name}: {value} is not allowed; it must be less than 2^63")
-            if isinstance(value, float) and math.isnan(value):
-                raise SettingsError(f"{name}: nan is not allowed; it must be a number")
-            if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-                raise SettingsError(f"{name}: {value!r} is not allowed; it must be UTF-8 without control characters")
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

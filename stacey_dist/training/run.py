@@ -20,9 +20,10 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.info import cores
 from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import RunConfig, check, check_warmup
+from stacey_dist.training.config import RunConfig, check_warmup
 from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import occupy
+from stacey_dist.training.value_types import check
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
