@@ -8,6 +8,7 @@ take and cuts the rest into chunks, so that a step's temporaries do not grow wit
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -39,7 +40,7 @@ class ElementwiseOptimizer(Optimizer):
     As with torch's fused optimizers, `step` looks at two attributes that may be set before it is called, by
     `torch.amp.GradScaler` if `fused=True`: `grad_scale`, a one-element tensor by whose reciprocal, rounded to float32,
     gradients are multiplied on the way (they themselves are not changed); and `found_inf`, one that makes the step
-    change nothing where it is not 0. The reciprocal of a clip coefficient can be a `grad_scale`.
+    change nothing where it is not 0. `scaled_gradients` sets the first for the steps within it.
 
     In the step that creates a parameter's state, if `lr` is 0, an element with a zero gradient stays exactly as it is
     and the step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its
@@ -194,6 +195,21 @@ class ElementwiseOptimizer(Optimizer):
             reason = kernels.refusal((local(param), readable(local(gradient))))
             if reason is not None:
                 raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
+
+    @contextmanager
+    def scaled_gradients(self, divisor: Tensor) -> Iterator[None]:
+        """Divide gradients by `divisor` in the steps made within this context. The gradients themselves do not change.
+
+        With `norm / max_norm` for a divisor, gradients are clipped to `max_norm` in the pass that updates the weights.
+
+        Args:
+            divisor: a positive tensor of one element; gradients are multiplied by its reciprocal, rounded to float32.
+        """
+        self.grad_scale = divisor
+        try:
+            yield
+        finally:
+            vars(self).pop("grad_scale", None)  # `torch.amp.GradScaler` may have deleted it
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. z and m come back in the group's `state_dtype`.

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacey_dist import Stacey
+from stacey_dist import LpDescent, Stacey
 from stacey_dist.optim import base, kernels
 from stacey_dist.optim.kernels import Call, NoKernelError, Row, cpu
 from stacey_dist.optim.rule import stacey_update
@@ -282,6 +282,25 @@ def test_grad_scale_is_what_unscaling_before_is(fused, scale):
     assert all(torch.equal(optimizers[0].state[params[0]][key], value) for key, value in before[1].items())
 
 
+@pytest.mark.parametrize("make", [lambda p: Stacey(p, fused=False), Stacey, LpDescent], ids=["plain", "kernel", "lp"])
+def test_scaled_gradients_are_divided_in_the_steps_within_alone(make):
+    theta, gradients = make_problem(size=700, steps=2)
+    params = [torch.nn.Parameter(theta.clone()) for _ in range(2)]
+    scaled, before = (make([p]) for p in params)
+    divisor = torch.tensor(3.7)
+    params[0].grad, params[1].grad = gradients[0].clone(), gradients[0] * divisor.double().reciprocal().float()
+    with scaled.scaled_gradients(divisor):
+        scaled.step()
+    before.step()
+    assert torch.equal(params[0], params[1])
+    assert torch.equal(params[0].grad, gradients[0])
+    for param in params:
+        param.grad = gradients[1]
+    scaled.step()
+    before.step()
+    assert torch.equal(params[0], params[1])
+
+
 def test_the_gradient_scaler_hands_its_scale_to_a_fused_optimizer():
     theta, gradients = make_problem(size=700, steps=3)
     outcomes = []
@@ -315,7 +334,7 @@ def test_autograd_notices_that_a_weight_has_changed():
 def test_there_is_one_openmp_in_the_process():
     program = """
 import torch
-from stacey_dist import Stacey
+from stacey_dist import LpDescent, Stacey
 torch.set_num_threads(2)
 p = torch.nn.Parameter(torch.ones(100_000)); p.grad = torch.ones(100_000)
 Stacey([p], fused=True).step()
