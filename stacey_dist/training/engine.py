@@ -8,7 +8,7 @@ import functools
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,34 +131,38 @@ class Engine:
         # Engines average gradients over processes.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
             requests: what this process asks for.
-            max_grad_norm: the norm to clip to; 0 is off.
         """
-        base = base_optimizer(self.optimizer)
+        base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
         clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
-        if clips_itself:
-            self.accelerator.unscale_gradients()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        else:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
-            assert norm is not None
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = self._gradient_norm() if clips_itself else self._clip_gradients(limit or math.inf)
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
-        elif clips_itself and 0 < max_grad_norm < grad_norm:
-            vars(base)["grad_scale"] = torch.full((), grad_norm / max_grad_norm, device=loss.device)
+        clipping: AbstractContextManager[None] = nullcontext()
+        if applied and clips_itself and 0 < limit < grad_norm:
+            clipping = base.scaled_gradients(torch.full((), grad_norm / limit, device=loss.device))
         if applied or self.accelerator.scaler is not None:
-            self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
-        vars(base).pop("grad_scale", None)
+            with clipping:
+                self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
         self.optimizer.zero_grad()
         return Update(loss_value, grad_norm, applied, agreed)
+
+    def _gradient_norm(self) -> Tensor:
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _clip_gradients(self, max_norm: float) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        assert norm is not None
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
         """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
@@ -255,17 +259,17 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
-        self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+        # DeepSpeed skips an update whose gradients are not finite, and does not look at the loss: a loss that is not
+        # finite must not have finite gradients.
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
         loss_value, agreed, _ = self._agree(loss, requests)
-        # DeepSpeed looks at the gradients for itself, and drops them if their norm is not finite.
-        with nullcontext() if math.isfinite(loss_value) else _without_step(base_optimizer(self.optimizer)):
-            self.model.step()
+        self.model.step()
         grad_norm = float(self.model.get_global_grad_norm() or 0.0)
-        applied = math.isfinite(loss_value) and not getattr(self._zero, "overflow", False)
-        return Update(loss_value, grad_norm, applied, agreed)
+        return Update(loss_value, grad_norm, not self._zero.overflow, agreed)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""
@@ -286,13 +290,3 @@ class DeepSpeedEngine(Engine):
 def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:
     """The engine that the launch asked for, with the model and its optimizer on it."""
     return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)
-
-
-@contextmanager
-def _without_step(optimizer: Optimizer) -> Iterator[None]:
-    """While entered, the optimizer's step does nothing."""
-    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del optimizer.step  # the class's own again

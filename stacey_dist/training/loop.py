@@ -165,7 +165,7 @@ def train(run: Run, task: Task, engine: Engine) -> Path:
             requests = Requests(
                 stop.received is not None, saver.minutes_are_over, saver.keeps_failing, run.directory_is_gone()
             )
-            update = engine.finish_update(loss, requests, config.train.max_grad_norm)
+            update = engine.finish_update(loss, requests)
             units = task.units(progress.position)
             progress.step += 1
             progress.position += task.batch_size
