@@ -128,7 +128,7 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write beside training, which waits for a copy in host memory only; the last checkpoint is always waited for."""
     resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
+    """auto resumes from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
     resume_from: str | None = None
     """A checkpoint, of any run, to begin from while run_dir has none that came from it."""
     allow_changes: list[str] = field(default_factory=list)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import heartbeat, loss_scale
-from stacey_dist.training.launch import gives_out_weights, requested_engine
+from stacey_dist.training.launch import loads_weights_from_rank0, requested_engine
 from stacey_dist.training.launch_settings import one_line
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Requests:
     """It was told to stop by a signal."""
     save: bool = False
     """It is time for a checkpoint."""
-    save_surely: bool = False
+    save_and_wait: bool = False
     """Checkpoints keep failing: the next one has to succeed."""
-    leave: bool = False
+    directory_gone: bool = False
     """run_dir is gone."""
 
 
@@ -85,7 +85,7 @@ class Engine:
         with one_line("what `accelerate launch` was told"):
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
 
-    def share_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
 
         Engines leave each process with its own, of its own share of the batches, if nobody does.
@@ -99,11 +99,11 @@ class Engine:
         norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
         return [buffer for norm in norms for buffer in norm.buffers()]
 
-    def keep_statistics(self) -> None:
+    def snapshot_batch_norms(self) -> None:
         """Remember batch norms' statistics: the forward pass moves them, even of an update that is then left out."""
         self._kept_statistics = [buffer.clone() for buffer in self._statistics]
 
-    def restore_statistics(self) -> None:
+    def restore_batch_norms(self) -> None:
         """Undo what happened to them since: one value that is not finite would stay in a running mean for ever."""
         for buffer, kept in zip(self._statistics, self._kept_statistics, strict=True):
             buffer.copy_(kept)
@@ -139,15 +139,17 @@ class Engine:
             requests: what this process asks for.
         """
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
-        clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
-        norm = self._gradient_norm() if clips_itself else self._clip_gradients(limit or math.inf)
+        stacey = (
+            base if isinstance(base, Stacey) else None
+        )  # it clips in the pass over the gradients that it makes anyway
+        norm = self._gradient_norm() if stacey else self._clip_gradients(limit or math.inf)
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
         clipping: AbstractContextManager[None] = nullcontext()
-        if applied and clips_itself and 0 < limit < grad_norm:
-            clipping = base.scaled_gradients(torch.full((), grad_norm / limit, device=loss.device))
+        if applied and stacey and 0 < limit < grad_norm:
+            clipping = stacey.scaled_gradients(torch.full((), grad_norm / limit, device=loss.device))
         if applied or self.accelerator.scaler is not None:
             with clipping:
                 self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
@@ -220,7 +222,7 @@ class DeepSpeedEngine(Engine):
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         with one_line("the DeepSpeed configuration"):
-            if gives_out_weights(self.accelerator):
+            if loads_weights_from_rank0(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
@@ -269,7 +271,7 @@ class DeepSpeedEngine(Engine):
         loss_value, agreed, _ = self._agree(loss, requests)
         self.model.step()
         grad_norm = float(self.model.get_global_grad_norm() or 0.0)
-        return Update(loss_value, grad_norm, not self._zero.overflow, agreed)
+        return Update(loss_value, grad_norm, not getattr(self._zero, "overflow", False), agreed)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """The loss scale and what moves it; None without loss scaling."""

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from stacey_dist.training import rendezvous
 
 EXIT_STATUS = 75
-_AGAIN = "all processes stop; started again, the run goes on from its newest checkpoint"
+_AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"
 # Added to a counter: as a word in its place, it could not be read as one that may not be there yet.
 _GOODBYE = 10**15
 # In the message of an error that another process may be the cause of: gloo's, NCCL's and the store's.

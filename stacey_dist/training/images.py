@@ -77,7 +77,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
         train, validation = (cached(images, data.cache, cache, data.cache_resize) for images in found)
         return train, validation
 
-    train, validation = run.on_main(work)
+    train, validation = run.call_on_main(work)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
     return ImageData(train, validation, transform)

@@ -63,7 +63,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         build_locks.look_after()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
-    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
+    # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     with launch_settings.one_line("what `accelerate launch` was told"):
         accelerator = Accelerator(
@@ -83,7 +83,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def gives_out_weights(accelerator: Accelerator) -> bool:
+def loads_weights_from_rank0(accelerator: Accelerator) -> bool:
     """Whether each process gets its slices of the first one's weights from the engine, whatever it has itself.
 
     So it is where the model may be too large for a process, or a GPU: with ZeRO-3 and FSDP2. But a model
@@ -118,7 +118,7 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
         raise SettingsError(f"{requested} was asked for, but Accelerate came up with {kind.value}; {hint}")
 
 
-def engine_description(accelerator: Accelerator) -> str:
+def describe_engine(accelerator: Accelerator) -> str:
     """How the processes share the work, for people: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
     name = requested_engine()
     if name == "deepspeed":

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # they take seconds to import, and bad settings are refused b
     from torch import nn
 
     from stacey_dist.training.engine import Engine
-    from stacey_dist.training.loop import Task
     from stacey_dist.training.run import Run
+    from stacey_dist.training.task import Task
 
 C = TypeVar("C", bound=RunConfig)
 

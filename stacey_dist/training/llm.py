@@ -25,7 +25,7 @@ from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentence
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.launch import gives_out_weights
+from stacey_dist.training.launch import loads_weights_from_rank0
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.metrics import flops_per_token
@@ -58,7 +58,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
         tokenizers.append(tokenizer)
         return directory, tokenizer.vocab_size, tokenizer.end_token_id
 
-    directory, vocab_size, end_token_id = run.on_main(work)
+    directory, vocab_size, end_token_id = run.call_on_main(work)
     length = run.config.data.sequence_length
     train, validation = (TokenStream(directory, split, length) for split in ("train", "validation"))
     if not train.vocab_size == validation.vocab_size == vocab_size:
@@ -152,8 +152,8 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         use_cache=False,
     )
     torch.manual_seed(run.config.seed)
-    gets_them = gives_out_weights(run.accelerator) and not run.accelerator.is_main_process
-    with no_init_weights() if gets_them else nullcontext():
+    from_rank0 = loads_weights_from_rank0(run.accelerator) and not run.accelerator.is_main_process
+    with no_init_weights() if from_rank0 else nullcontext():
         llama = LlamaForCausalLM(config).to(getattr(torch, model.dtype))
     llama.tie_weights()
     if run.config.train.gradient_checkpointing:
@@ -275,7 +275,7 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
         assert data.tokenizer is not None  # the main process has it
         data.tokenizer.save(directory)
 
-    run.on_main(check_tokens)
+    run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
     run.say(f"\nsample: {sample(run, engine, data)}\n")
     return f"model and tokenizer for transformers: {exported}"

@@ -109,11 +109,11 @@ class Metrics:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(temporary, self.path)
 
-    def pause(self) -> None:
+    def pause_clock(self) -> None:
         """Stop the clock: what follows (evaluation, saving) does not count as training."""
         self._busy += time.perf_counter() - self._since
 
-    def go_on(self) -> None:
+    def resume_clock(self) -> None:
         """Start the clock again."""
         self._since = time.perf_counter()
 
@@ -169,18 +169,18 @@ class Metrics:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {step}/{self.max_steps}  {shown}")
 
-    def plot(self, surely: bool) -> None:
+    def plot(self, always: bool) -> None:
         """Draw the losses, and the accuracy if there is one, over the updates into run_dir/loss.png.
 
-        Every 20 seconds at most unless `surely`: training waits for it, on a slow machine for a second.
+        Every 20 seconds at most unless `always`: training waits for it, on a slow machine for a second.
         """
-        if not self.main or not (surely or time.perf_counter() - self._drawn > 20):
+        if not self.main or not (always or time.perf_counter() - self._drawn > 20):
             return
         self._drawn = time.perf_counter()
         try:
             draw_losses(self.path, self.unit.removesuffix("s"))
         except Exception as error:  # no defect of a drawing is worth a run
-            self.say(f"loss.png could not be written, training goes on: {error}")
+            self.say(f"loss.png could not be written, training continues: {error}")
 
     def say(self, message: str) -> None:
         """Print a line of its own, below a live progress line."""
@@ -216,7 +216,7 @@ class Metrics:
                 self.say(f"{self.path} could not be written, its rows are kept until it can: {error}")
             return len(self._unwritten)
         if new:
-            self.say(f"{self.path} was renamed or removed while the run goes on; later rows are in a new one")
+            self.say(f"{self.path} was renamed or removed during the run; later rows are in a new one")
         self._unwritten.clear()
         return 0
 

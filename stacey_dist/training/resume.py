@@ -51,7 +51,7 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 def _choose(run: Run, data_identity: str) -> Path | None:
     """The checkpoint to go on from. What is passed over is said. All processes call it together."""
     source = run.config.checkpoint.resume_from
-    found = run.on_main(lambda: _find(run.directory / "checkpoints"))
+    found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
     reasons = set()
     for path in found:
         try:
@@ -59,15 +59,15 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         except UnknownFormatError as error:
             run.fail(f"run_dir: {error}; give another run_dir, or the version that wrote it")
         except DamagedCheckpointError as error:
-            run.say(f"passed over a damaged checkpoint: {error}")
+            run.say(f"skipped a damaged checkpoint: {error}")
             reasons.add("damaged")
             continue
         if says_finite(manifest) is False:
-            run.say(f"warning: passed over {path}: it holds weights or optimizer states that are not finite")
+            run.say(f"warning: skipped {path}: it holds weights or optimizer states that are not finite")
             reasons.add("not finite")
             continue
         extra = manifest["extra"]
-        run.on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
+        run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
         return path
     if found:
         # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
@@ -85,7 +85,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         run.fail(
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
-    run.on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
+    run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
     return Path(source)
 
 

@@ -21,8 +21,8 @@ from stacey_dist.info import cores
 from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check_warmup
-from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
-from stacey_dist.training.run_lock import occupy
+from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
+from stacey_dist.training.run_lock import acquire_run_lock
 from stacey_dist.training.value_types import check
 
 T = TypeVar("T")
@@ -62,12 +62,12 @@ class Run(Generic[C]):
             self.micro_batch_size,
             f"it must divide train.global_batch_size / processes = {self.process_batch_size}",
         )
-        self.on_main(self._make_directory)
+        self.call_on_main(self._prepare_directory)
 
     def _occupy_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = occupy(self.directory)
+            self._lock = acquire_run_lock(self.directory)
             # While it is open, no other directory gets its number.
             self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -84,13 +84,13 @@ class Run(Generic[C]):
         except OSError:  # a file system that hiccups
             return False
 
-    def make_directory_again(self) -> None:
+    def recreate_directory(self) -> None:
         """Make run_dir after it was renamed or removed, for a last checkpoint. All processes call it together.
 
         Raises SettingsError if it cannot be written, or another process trains there by now.
         """
         self.say(
-            f"run_dir: {self.directory} was renamed or removed while the run goes on; it is made again for a last "
+            f"run_dir: {self.directory} was renamed or removed during the run; it is made again for a last "
             "checkpoint, then the run stops"
         )
 
@@ -98,10 +98,10 @@ class Run(Generic[C]):
             os.close(self._descriptor)
             self._occupy_directory()
 
-        self.on_main(occupy_again)
+        self.call_on_main(occupy_again)
         self.write_config()
 
-    def _make_directory(self) -> None:
+    def _prepare_directory(self) -> None:
         self._occupy_directory()
         try:  # it is written at the end, which is late to learn that it cannot be
             check_output(self.directory / "model", unlisted=True)
@@ -114,7 +114,7 @@ class Run(Generic[C]):
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
-    def settle_length(self, samples_per_epoch: int) -> None:
+    def resolve_max_steps(self, samples_per_epoch: int) -> None:
         """Let `train.max_steps` follow from `train.epochs`, where that is given.
 
         Raises SettingsError if the run is over before the warm-up is.
@@ -154,11 +154,11 @@ class Run(Generic[C]):
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"to go on: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
+            f"to continue: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
             f"{longer}"
         )
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def call_on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on the main process and give its result (anything picklable) to all of them.
 
         The others wait without a time limit: the main process tells them every second that it is still at it, so
@@ -219,7 +219,7 @@ def start(config: C) -> Run[C]:
     arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
     run.say(
         f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
-        f"{engine_description(accelerator)}, "
+        f"{describe_engine(accelerator)}, "
         f"{arithmetic}, "
         f"{config.train.global_batch_size} {config.samples} an update"
     )

@@ -15,7 +15,7 @@ _PATIENCE_HERE_SECONDS = 30.0
 _PATIENCE_ELSEWHERE_SECONDS = 120.0
 
 
-def occupy(directory: Path) -> IO[str]:
+def acquire_run_lock(directory: Path) -> IO[str]:
     """Take `directory` for this process, until the file that is returned is closed or the process ends, however.
 
     Waits for a while for a process that has it. Where the file system has no locks, says so and goes on.

@@ -213,7 +213,7 @@ class _Listener:
         """End this process and its children at once, with a line that says where the main thread was."""
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         place = _place(sys._current_frames().get(self._main or 0))
-        saved = "without a save; the same command goes on from the newest checkpoint" if _state.training else "at once"
+        saved = "without a save; the same command resumes from the newest checkpoint" if _state.training else "at once"
         with contextlib.suppress(OSError):
             os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
         _end_all([*self._children, *_children()])

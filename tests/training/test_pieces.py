@@ -306,7 +306,7 @@ def test_processes_agree_on_the_loss_the_requests_and_the_first_ones_norm():
 
 def test_a_process_that_is_given_its_weights_makes_none(monkeypatch):
     config = LLMConfig()
-    monkeypatch.setattr(llm, "gives_out_weights", lambda accelerator: True)
+    monkeypatch.setattr(llm, "loads_weights_from_rank0", lambda accelerator: True)
 
     def build(main):
         run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=main), say=lambda text: None)
@@ -329,10 +329,10 @@ def test_statistics_of_an_update_that_is_left_out_are_undone():
     engine.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
     engine.module(torch.randn(4, 2))
     norm, before = engine.module[0], {name: buffer.clone() for name, buffer in engine.module[0].named_buffers()}
-    engine.keep_statistics()
+    engine.snapshot_batch_norms()
     engine.module(torch.full((4, 2), torch.inf))
     assert not norm.running_mean.isfinite().any()
-    engine.restore_statistics()
+    engine.restore_batch_norms()
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
     assert norm.num_batches_tracked == 1
 
