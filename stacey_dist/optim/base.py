@@ -19,13 +19,15 @@ from torch.optim.optimizer import ParamsT
 from stacey_dist.optim import kernels
 from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
-from stacey_dist.optim.memory import PLAIN_TYPES, defect, is_cut_short, local, readable
+from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
 from stacey_dist.optim.registry import support_in_deepspeed
 
 # Elements updated at a time: temporaries that stay in a CPU core's cache, or that fill a GPU.
 CPU_CHUNK_PER_THREAD = 1 << 16
 DEVICE_CHUNK = 1 << 22
 
+# A parameter, and this rank's part of it and of its gradient.
+Part = tuple[Tensor, Tensor, Tensor]
 # Updates one chunk in place: (weight, gradient, *state tensors).
 ChunkUpdate = Callable[..., None]
 
@@ -105,28 +107,41 @@ class ElementwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # before anything is changed
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_gradient(param, group)
+        # All are checked before anything is changed.
+        work = [(group, self._parts_to_update(group)) for group in self.param_groups]
         found_inf = getattr(self, "found_inf", None)
-        groups = self.param_groups
-        capturable = [group for group in groups if group.get("capturable")]  # their kernel looks at it on the device
-        if found_inf is not None and len(capturable) < len(groups) and bool(found_inf):
-            groups = capturable
-        for group in groups:
-            self._update_group(group)
+        capturable = [
+            group for group in self.param_groups if group.get("capturable")
+        ]  # their kernel looks at it itself
+        if found_inf is not None and len(capturable) < len(work) and bool(found_inf):
+            work = [(group, parts) for group, parts in work if group.get("capturable")]
+        for group, parts in work:
+            self._update_group(group, parts)
         return loss
 
-    def _update_group(self, group: dict[str, Any]) -> None:
-        call = self._kernel_call(group)
-        dtype_of_states = state_dtype(group) if self.state_names else None
-        launches: dict[Any, list[Row]] = {}
-        updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
+    def _parts_to_update(self, group: dict[str, Any]) -> list[Part]:
+        """Return this rank's parts of the parameters that have a gradient. Raises what `step` does."""
+        parts: list[Part] = []
         for param in group["params"]:
             gradient = param.grad
             if gradient is None:
                 continue
+            if is_simple(param) and is_simple(gradient):
+                weight = param
+            else:
+                self._check_gradient(param)
+                weight, gradient = local(param), readable(local(gradient))
+            if group.get("fused") and (reason := kernels.refusal((weight, gradient))) is not None:
+                raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
+            parts.append((param, weight, gradient))
+        return parts
+
+    def _update_group(self, group: dict[str, Any], parts: list[Part]) -> None:
+        call = self._kernel_call(group)
+        dtype_of_states = state_dtype(group) if self.state_names else None
+        launches: dict[Any, tuple[Kernel | None, list[Row]]] = {}
+        updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
+        for param, weight, gradient in parts:
             state = self.state[param]
             held = not state and float(group["lr"]) == 0.0
             if not state:
@@ -137,21 +152,24 @@ class ElementwiseOptimizer(Optimizer):
                 if state[name].dtype != dtype_of_states:
                     state[name] = state[name].to(dtype_of_states)
             if call is not None and not held:
-                states = local(state["z"]), local(state["m"])
-                row = Row(local(param), readable(local(gradient)), *states, state["step"])
+                row = Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
                 kind = kernels.kind(row)
-                if kind is not None and (found := kernel(kind[0].type)) is not None:
-                    launches.setdefault((found, *kind), []).append(row)
-                    continue
+                if kind is not None:
+                    if kind not in launches:
+                        launches[kind] = (kernel(weight.device.type), [])
+                    found, rows = launches[kind]
+                    if found is not None:
+                        rows.append(row)
+                        continue
             if not held:
                 state["step"] += 1
             key = (int(state["step"]), torch.float64 if param.dtype == torch.float64 else torch.float32)
             if key not in updates:
                 updates[key] = self._prepare(group, *key)
             self._update_plainly(param, updates[key], key[1], held)
-        for (found, *_), rows in launches.items():
-            assert call is not None
-            found(rows, call)
+        for found, rows in launches.values():
+            if found is not None and call is not None:
+                found(rows, call)
 
     def _update_plainly(self, param: Tensor, update: ChunkUpdate, dtype: torch.dtype, held: bool) -> None:
         """By the plain rule; `held` if the step is to make state alone."""
@@ -173,7 +191,7 @@ class ElementwiseOptimizer(Optimizer):
         scale = getattr(self, "grad_scale", None)
         return None if scale is None else float(scale.double().reciprocal().float())
 
-    def _check_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _check_gradient(self, param: Tensor) -> None:
         gradient = param.grad
         assert gradient is not None
         if gradient.layout is not torch.strided:
@@ -185,16 +203,11 @@ class ElementwiseOptimizer(Optimizer):
             raise RuntimeError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
         if gradient.is_nested or is_cut_short(local(gradient)):
             raise RuntimeError(f"{type(self).__name__}: a gradient is nested, or its storage was resized and freed")
-        plain = type(param) in PLAIN_TYPES and type(gradient) in PLAIN_TYPES  # what is left is asked for less quickly
-        if not plain and getattr(param, "placements", None) != getattr(gradient, "placements", None):
+        if getattr(param, "placements", None) != getattr(gradient, "placements", None):
             raise RuntimeError(
                 f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
                 f"its parameter, placed {getattr(param, 'placements', None)}"
             )
-        if group.get("fused"):
-            reason = kernels.refusal((local(param), readable(local(gradient))))
-            if reason is not None:
-                raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
 
     @contextmanager
     def scaled_gradients(self, divisor: Tensor) -> Iterator[None]:

@@ -24,6 +24,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_simple(tensor: Tensor) -> bool:
+    """Return whether a tensor is what most are: plain, on a CPU or GPU, contiguous, with its value in its memory.
+
+    True says that `defect` is None, that `local` and `readable` return the tensor itself, and that kernels may take it.
+    An optimizer asks this of each parameter and gradient in each step, so it is the quickest of these questions.
+    """
+    return (
+        type(tensor) in PLAIN_TYPES
+        and (tensor.is_cpu or tensor.is_cuda)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+        and tensor.storage_offset() * tensor.itemsize + tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Return whether the memory at `data_ptr()` holds the value, so that a kernel may take it."""
     if type(tensor) not in PLAIN_TYPES or tensor.is_neg():

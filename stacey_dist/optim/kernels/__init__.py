@@ -73,19 +73,28 @@ def find(device_type: str) -> Kernel:
     return kernel
 
 
-def kind(row: Row) -> tuple[torch.device, torch.dtype, torch.dtype, torch.dtype] | None:
-    """What rows of one launch have in common: device, and dtypes of weight, gradient and states. None if `refusal`.
+def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
+    """Return what rows of one launch have in common: device index, and dtypes of weight, gradient and states.
 
-    Raises ValueError where a state has another shape or device than its parameter: kernels go by addresses alone.
+    None if there is a `refusal`. Raises ValueError where a state has another shape or device than its parameter:
+    kernels go by addresses alone.
     """
     weight, gradient, z, m, _ = row
-    if not (weight.shape == gradient.shape == z.shape == m.shape and weight.device == z.device == m.device):
+    shape, device = weight.shape, weight.get_device()
+    if not (shape == z.shape == m.shape == gradient.shape and z.get_device() == device == m.get_device()):
         shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in row[:4])
         raise ValueError(f"a parameter, its gradient, z and m must have one shape and device, and are {shapes}")
-    found = (weight.device, weight.dtype, gradient.dtype, z.dtype)
+    found = (device, weight.dtype, gradient.dtype, z.dtype)
     # In the order of how often it settles the matter: this is done for each parameter in each step.
-    alike = found[1:] in _DTYPES_OF_ROWS and all(map(is_readable, row[:4]))
-    if alike and weight.is_contiguous() and gradient.is_contiguous() and z.is_contiguous() and m.is_contiguous():
+    if (
+        weight.is_contiguous()
+        and gradient.is_contiguous()
+        and z.is_contiguous()
+        and m.is_contiguous()
+        and all(map(is_readable, row[:4]))
+        and m.dtype is found[3]
+        and found[1:] in _DTYPES_OF_ROWS
+    ):
         return found
     return found if refusal(row[:4]) is None else None
 

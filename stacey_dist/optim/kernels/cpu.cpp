@@ -444,16 +444,11 @@ INLINE void store_upper(void *to, int64_t index, Int x) {
     }
 }
 
-// The processor's own prefetching does not get far enough ahead of seven streams.
-INLINE void prefetch(const void *from, int64_t index, int32_t dtype) {
-    const int size = dtype == FLOAT32 ? 4 : 2;
-    const char *at = (const char *)from + size * index;
-    for (int i = 0; i < size * LANES; i += 64) __builtin_prefetch(at + i);
-}
-
 // ------------------------------------------------------------------------------------------------------- rule.py
 
-constexpr int GROUPS = 512 / LANES;
+// The buffers of a tile and its elements fill half of an L1 cache of 32 KiB; the processor's own prefetching brings the
+// next tile while this one is worked on.
+constexpr int GROUPS = 192 / LANES;
 constexpr int64_t TILE = GROUPS * LANES;
 
 // What one stage leaves for the next; two names where one array serves two pairs of stages.
@@ -488,8 +483,6 @@ template <bool LOGARITHM>
 STAGE interpolation(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
     EACH_GROUP {
         const int64_t index = start + i * LANES;
-        prefetch(t.gradient, index + TILE, s.gradient_dtype), prefetch(t.m, index + TILE, s.m_dtype);
-        prefetch(t.weight, index + TILE, s.weight_dtype), prefetch(t.z, index + TILE, s.z_dtype);
         Float g = gradient_at(t, index, s), m = load(t.m, index, s.m_dtype);
         Float c = interpolate(m, g, s.beta1, s.beta1_rest);
         b.c[i] = c;
