@@ -100,7 +100,7 @@ def measure(engine, precision, tied, directory):
     from stacey_dist.training.engine import Requests, build_engine
     from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.optimizers import build_optimizer
-    from stacey_dist.training.run import start
+    from stacey_dist.training.start import start
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.metrics import flops_per_token
 
 # Sizes of vocabularies by the tokenizer's name on the hub, so that a plan needs no download.
 VOCABULARIES = {"t5-base": 32_100, "hf-internal-testing/llama-tokenizer": 32_000}

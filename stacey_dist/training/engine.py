@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,7 @@ from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import heartbeat, loss_scale
 from stacey_dist.training.launch import loads_weights_from_rank0, requested_engine
 from stacey_dist.training.launch_settings import one_line
-
-if TYPE_CHECKING:
-    from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Engine:
 
     name: str
 
-    def __init__(self, run: "Run", model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, run: Run[Any], model: nn.Module, optimizer: Optimizer) -> None:
         self.run, self.module = run, model
         self.accelerator = run.accelerator
         self.name = requested_engine()
@@ -289,6 +287,6 @@ class DeepSpeedEngine(Engine):
         return scaler if getattr(scaler, "dynamic", False) else None
 
 
-def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:
+def build_engine(run: Run[Any], model: nn.Module, optimizer: Optimizer) -> Engine:
     """The engine that the launch asked for, with the model and its optimizer on it."""
     return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)

@@ -26,10 +26,11 @@ from stacey_dist.data.images import (
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.models import build_resnet
+from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.launchers import Parts
-from stacey_dist.training.run import Run, cores_per_process
+from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
 from stacey_dist.training.value_types import check

@@ -107,7 +107,7 @@ class Launcher(Generic[C]):
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.optimizers import build_optimizer
-        from stacey_dist.training.run import start
+        from stacey_dist.training.start import start
 
         parts = self.load_parts()
         run = start(config)

@@ -25,10 +25,10 @@ from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentence
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.launch import loads_weights_from_rank0
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
-from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 

@@ -170,11 +170,10 @@ class _Trainer:
 
     def check_result(self) -> None:
         """End the run with an error if rows of metrics.jsonl are lost, or the last checkpoint is not finite."""
-        run, last = self.run, self.last_step
-        if self.engine.any_process(self.metrics.flush() > 0):
+        run, last, rows = self.run, self.last_step, self.metrics.rows
+        if self.engine.any_process(rows.flush() > 0):
             run.fail(
-                f"run_dir: {self.metrics.path} could not be written to the end; the checkpoint of update {last} is "
-                "complete"
+                f"run_dir: {rows.path} could not be written to the end; the checkpoint of update {last} is complete"
             )
         if run.call_on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
             run.fail(
@@ -250,7 +249,7 @@ class _Trainer:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
 
     def _fail_without_directory(self) -> NoReturn:
-        self.metrics.flush()
+        self.metrics.rows.flush()
         self.run.fail(
             f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
             f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "

@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
-from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check_warmup
-from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
 from stacey_dist.training.run_lock import acquire_run_lock
 from stacey_dist.training.value_types import check
 
@@ -193,71 +188,3 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
         outcome["result"] = work()
     except BaseException as error:  # every error goes to the main thread, which raises it
         outcome["error"] = error
-
-
-def start(config: C) -> Run[C]:
-    """Bring up the processes and the run directory for a checked configuration.
-
-    Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    separate_runs_of_a_sweep(config)
-    accelerator = start_accelerator(config)
-    heartbeat.start(config.train.heartbeat_timeout_seconds)
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
-        torch.set_num_threads(config.train.cpu_threads or cores_per_process())
-    set_seed(config.seed)
-    run = Run(config, accelerator)
-    _check_precision(run)
-    if requested_engine() == "deepspeed":
-        deepspeed_config.complete(run)
-        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
-    elif requested_engine() == "fsdp2":
-        launch_settings.check_layer_classes(config.layer_classes)
-    processes, mixed = accelerator.num_processes, accelerator.mixed_precision
-    arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
-    run.say(
-        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
-        f"{describe_engine(accelerator)}, "
-        f"{arithmetic}, "
-        f"{config.train.global_batch_size} {config.samples} an update"
-    )
-    return run
-
-
-def _check_precision(run: Run[Any]) -> None:
-    """Raise SettingsError where weights that are not float32 do not go with the mixed precision that came up.
-
-    It is `accelerate launch`'s where the run does not say.
-    """
-    mixed = run.accelerator.mixed_precision
-    if run.config.weights_dtype == "float32" or mixed == "no":
-        return
-    if mixed == "fp16" or requested_engine() == "fsdp2":  # Accelerate would make FSDP2's weights float32
-        raise SettingsError(
-            f"model.dtype: {run.config.weights_dtype} is not allowed with mixed precision {mixed} on this engine; use "
-            "float32, or --train.mixed_precision no"
-        )
-
-
-def separate_runs_of_a_sweep(config: RunConfig) -> None:
-    """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
-
-    None may go on from another's checkpoint, and trackers that write files do so there.
-    """
-    if sweep := os.environ.get("WANDB_SWEEP_ID"):
-        config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
-
-
-def cores_per_process() -> int:
-    """This process's share of the machine's cores, which the launch's processes on it divide."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person knows it: a GPU's model, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
