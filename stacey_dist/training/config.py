@@ -113,7 +113,7 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, what to keep, whether to go on."""
+    """When to save, what to keep, whether to resume."""
 
     every_steps: PositiveInt | None = 150
     """Updates between checkpoints; there is always one at the end and on SIGTERM or Ctrl-C."""

@@ -10,12 +10,12 @@ from stacey_dist.info import cores
 
 
 def cores_per_process() -> int:
-    """This process's share of the machine's cores, which the launch's processes on it divide."""
+    """Return this process's share of the machine's cores."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person knows it: a GPU's model, or the CPU with its threads."""
+    """Return the device as a person knows it: a GPU's model, or the CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -23,7 +23,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process on a CPU."""
+    """Return the peak bytes of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

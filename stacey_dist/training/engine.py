@@ -74,7 +74,7 @@ class Engine:
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
-            # The first process's weights are given out, one at a time. Accelerate cannot do that with buffers.
+            # Rank 0's weights are sent one at a time. Accelerate cannot do that for a model with buffers.
             parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
             no_buffers = self.module.state_dict().keys() <= parameters
             self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = no_buffers
@@ -84,9 +84,9 @@ class Engine:
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
 
     def broadcast_buffers(self) -> None:
-        """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
+        """Copy rank 0's buffers, which are those in the checkpoints, to every process: batch norms' statistics.
 
-        Engines leave each process with its own, of its own share of the batches, if nobody does.
+        Engines leave each process with those of its own share of the batches.
         """
         if self.accelerator.num_processes > 1:
             for buffer in self.module.buffers():
@@ -98,11 +98,11 @@ class Engine:
         return [buffer for norm in norms for buffer in norm.buffers()]
 
     def snapshot_batch_norms(self) -> None:
-        """Remember batch norms' statistics: the forward pass moves them, even of an update that is then left out."""
+        """Copy batch norms' statistics: the forward pass moves them, even in an update that is then skipped."""
         self._kept_statistics = [buffer.clone() for buffer in self._statistics]
 
     def restore_batch_norms(self) -> None:
-        """Undo what happened to them since: one value that is not finite would stay in a running mean for ever."""
+        """Restore the copies: a value that is not finite would stay in a running mean for ever."""
         for buffer, kept in zip(self._statistics, self._kept_statistics, strict=True):
             buffer.copy_(kept)
 
@@ -117,7 +117,7 @@ class Engine:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
@@ -165,7 +165,7 @@ class Engine:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
-        """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
+        """Return the update's loss over all processes, what any of them asks for, and the gradient norm.
 
         One small all-reduce, and the update's one wait for the device.
         """
@@ -179,11 +179,11 @@ class Engine:
         return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
 
     def any_process(self, told: bool) -> bool:
-        """Whether it is so on any process. All processes ask together."""
+        """Return whether it is so on any process. All processes ask together."""
         return self._agree(torch.zeros((), device=self.accelerator.device), Requests(stop=told))[1].stop
 
     def state_report(self) -> str:
-        """How much optimizer state a process holds, for people. All processes call it together."""
+        """Return how much optimizer state a process holds, for people. All processes call it together."""
         parts = fragments(self.model, self.optimizer)
         mine = [state_bytes(self.optimizer), sum(f.stop - f.start for f in parts if f.replica == 0)]
         figures = torch.tensor(mine, dtype=torch.int64, device=self.accelerator.device)
@@ -192,7 +192,7 @@ class Engine:
         return f"optimizer state: {most / 2**20:,.1f} MiB a process, {most / parameters:.2f} bytes a parameter"
 
     def close(self) -> None:
-        """Let go of the model and the optimizer, then leave the other processes and close the trackers.
+        """Free the model and the optimizer, then leave the other processes and close the trackers.
 
         In this order: a DDP wrapper that is freed after the process group waits for gloo's thread, with the
         interpreter locked, while that thread may wait for the interpreter.
@@ -204,12 +204,12 @@ class Engine:
         self.accelerator.end_training()
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """The loss scale and what moves it; None without loss scaling."""
+        """Return the loss scale and what moves it; None without loss scaling."""
         scaler = self.accelerator.scaler
         return loss_scale.of_torch(scaler) if scaler is not None else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `scaler_state` gave, of whichever engine."""
+        """Load what `scaler_state` returned, of whichever engine."""
         if self.accelerator.scaler is not None:
             loss_scale.to_torch(state, self.accelerator.scaler)
 
@@ -223,15 +223,15 @@ class DeepSpeedEngine(Engine):
             if loads_weights_from_rank0(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
+        # DeepSpeed casts the buffers too: rotary frequencies and batch norms' statistics need their float32.
         for module, name, buffer in exact:
             if buffer is not None:
                 module._buffers[name] = buffer.to(self.accelerator.device)
 
     def _partition(self) -> None:
-        """Give each process its slices of the first one's weights, a layer at a time.
+        """Send each process its slices of rank 0's weights, a layer at a time.
 
-        DeepSpeed would else put the whole model on every device first.
+        DeepSpeed would put the whole model on every device first.
         """
         import deepspeed
 
@@ -241,7 +241,7 @@ class DeepSpeedEngine(Engine):
         for module in self.module.modules():
             own = nn.ParameterList(module.parameters(recurse=False))
             for param in own:
-                if not hasattr(param, "ds_id"):  # a tied one has been here
+                if not hasattr(param, "ds_id"):  # a tied one is partitioned already
                     param.data = param.data.to(self.accelerator.device, dtype)
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
@@ -253,7 +253,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         yield
 
@@ -272,12 +272,12 @@ class DeepSpeedEngine(Engine):
         return Update(loss_value, grad_norm, not getattr(self._zero, "overflow", False), agreed)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """The loss scale and what moves it; None without loss scaling."""
+        """Return the loss scale and what moves it; None without loss scaling."""
         scaler = self._dynamic_scaler
         return loss_scale.of_deepspeed(scaler) if scaler else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `scaler_state` gave, of whichever engine."""
+        """Load what `scaler_state` returned, of whichever engine."""
         if scaler := self._dynamic_scaler:
             loss_scale.to_deepspeed(state, scaler)
 
@@ -288,5 +288,5 @@ class DeepSpeedEngine(Engine):
 
 
 def build_engine(run: Run[Any], model: nn.Module, optimizer: Optimizer) -> Engine:
-    """The engine that the launch asked for, with the model and its optimizer on it."""
+    """Return the engine that the launch asked for, with the model and its optimizer on it."""
     return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)

@@ -25,7 +25,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name, None where it is not known."""
+    """Return the peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name; None where it is not known."""
     for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
         if re.search(rf"\b{name}\b", device_name):
             return _PEAK_FLOPS[name]
@@ -33,7 +33,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def flops_per_token(weights: int, layers: int, hidden_size: int, context: int) -> float:
-    """Floating-point operations of a transformer's forward and backward pass on one token, as the MFU counts them.
+    """Return a transformer's floating-point operations of forward and backward on one token, as the MFU counts them.
 
     6 for each of `weights`, which leave out an input embedding that is only a look-up; and attention, 12 * layers *
     width * context: scores and weighted sums, not halved for the causal mask.

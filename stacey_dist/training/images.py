@@ -46,7 +46,7 @@ class ImageData:
 
 
 def prepare_data(run: Run[ImageConfig]) -> ImageData:
-    """Find the configured images, and put them into the cache if one is asked for.
+    """Find the configured images, and cache them if the settings say so.
 
     Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
     that this device does not have, for batches that are too small for batch norms or too large for shared memory.
@@ -85,7 +85,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
-    """The ResNet of the configuration, with the same initial weights on every process."""
+    """Build the ResNet of the configuration, with the same initial weights on every process."""
     model = run.config.model
     torch.manual_seed(run.config.seed)
     resnet = build_resnet(
@@ -147,22 +147,22 @@ class ImageClassification:
         )
 
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
-        """This process's share of the update's images, in order."""
+        """Yield this process's share of the update's images, in order."""
         for batch in self._loader.micro_batches(position):
             yield self._on_device(batch)
 
     def units(self, position: int) -> int:
-        """Images of the update."""
+        """Return the images of the update."""
         return self.batch_size
 
     def loss(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """The micro-batch's summed cross-entropy over the number of images in the whole update."""
+        """Return the micro-batch's summed cross-entropy over the number of images in the whole update."""
         smoothing = self.run.config.train.label_smoothing
         logits = self._logits(model, batch)
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) / self.batch_size
 
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss without smoothing, and the shares of right first and first five guesses, each image counted once."""
+        """Return the loss without smoothing and the top-1 and top-5 accuracy, each image counted once."""
         accelerator = self.run.accelerator
         batches = evaluation_batches(
             self.data.validation,
@@ -190,7 +190,7 @@ class ImageClassification:
         return {"eval_loss": loss / images, "eval_top1": top1 / images, "eval_top5": top5 / images}
 
     def score(self, figures: dict[str, float]) -> float:
-        """How good such figures are: higher is better."""
+        """Return the top-1 accuracy."""
         return figures["eval_top1"]
 
     def close(self) -> None:
@@ -230,7 +230,7 @@ def _check_batch_norms(run: Run[ImageConfig]) -> None:
 
 
 def _forward_flops(model: nn.Module, image_size: int) -> int:
-    """Floating-point operations of one image's forward pass."""
+    """Return the floating-point operations of one image's forward pass."""
     described: Any = model
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         type(described)(described.config)(pixel_values=torch.zeros(2, 3, image_size, image_size))

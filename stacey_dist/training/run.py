@@ -41,7 +41,7 @@ class Run(Generic[C]):
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
         self.tracker_ids: dict[str, str] = {}
-        """By which trackers know the run, where they do: so that a resumed run goes on in the same place."""
+        """The run's names in the trackers, under which a resumed run continues there."""
         processes, batch = accelerator.num_processes, config.train.global_batch_size
         check(
             batch % processes == 0,
@@ -80,7 +80,7 @@ class Run(Generic[C]):
             return False
 
     def recreate_directory(self) -> None:
-        """Make run_dir after it was renamed or removed, for a last checkpoint. All processes call it together.
+        """Make run_dir anew after it was renamed or removed, for a last checkpoint. All processes call it together.
 
         Raises SettingsError if it cannot be written, or another process trains there by now.
         """
@@ -110,7 +110,7 @@ class Run(Generic[C]):
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
     def resolve_max_steps(self, samples_per_epoch: int) -> None:
-        """Let `train.max_steps` follow from `train.epochs`, where that is given.
+        """Set `train.max_steps` from `train.epochs`, where that is given.
 
         Raises SettingsError if the run is over before the warm-up is.
         """
@@ -132,13 +132,13 @@ class Run(Generic[C]):
             print(message, flush=True)
 
     def fail(self, message: str, error: type[SettingsError] = SettingsError) -> NoReturn:
-        """End the run with a SettingsError that one process says. All processes call it together."""
+        """End the run with a SettingsError, raised on one process. All processes call it together."""
         if self.accelerator.is_main_process:
             raise error(message)
         sys.exit(2)
 
     def report(self, exported: str) -> None:
-        """Say where everything is, `exported` too, and the command to go on."""
+        """Print where everything is, with the line `exported`, and the command that trains longer."""
         train = self.config.train
         longer = (
             f"--train.max_steps {2 * train.max_steps}"

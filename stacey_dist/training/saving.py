@@ -45,7 +45,7 @@ class Progress:
         self.skipped_steps += not applied
 
     def improves(self, score: float) -> bool:
-        """Whether an evaluation is the best so far; if it is, it is noted."""
+        """Return whether an evaluation is the best so far, and remember it if it is."""
         better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
         if better:
             self.best_step, self.best_score = self.step, score
@@ -53,7 +53,7 @@ class Progress:
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
-    """Where the run's checkpoint after `step` updates is."""
+    """Return the path of the run's checkpoint after `step` updates."""
     return run.directory / "checkpoints" / directory_name(step)
 
 
@@ -94,11 +94,11 @@ class Saver:
         return self._background.failed_in_a_row >= _GIVE_UP_AFTER
 
     def is_due(self, step: int) -> bool:
-        """Whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
+        """Return whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
         return self.settings.every_steps is not None and step % self.settings.every_steps == 0
 
     def save(self, progress: Progress, *, delete_older: bool = True) -> None:
-        """Save, beside training if the settings say so. A failure is reported, and training goes on.
+        """Save, beside training if the settings say so. A failure is reported, and training continues.
 
         `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
         """
@@ -125,7 +125,7 @@ class Saver:
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
     def report(self) -> None:
-        """Say why the last save failed, if it did and this was not yet said."""
+        """Print why the last save failed, if it did and this was not printed yet."""
         if (error := self._background.failure()) is not None:
             self.run.say(f"a checkpoint failed, training continues: {error}")
 

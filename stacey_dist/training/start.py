@@ -17,7 +17,7 @@ from stacey_dist.training.run import C, Run
 
 
 def start(config: C) -> Run[C]:
-    """Bring up the processes and the run directory for a checked configuration.
+    """Join the processes and prepare the run directory for a checked configuration.
 
     Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
     """
@@ -65,7 +65,7 @@ def _check_precision(run: Run[Any]) -> None:
 def separate_runs_of_a_sweep(config: RunConfig) -> None:
     """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
 
-    None may go on from another's checkpoint, and trackers that write files do so there.
+    None may resume from another's checkpoint, and trackers write their files there.
     """
     if sweep := os.environ.get("WANDB_SWEEP_ID"):
         config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
