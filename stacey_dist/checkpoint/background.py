@@ -1,4 +1,4 @@
-"""Saving beside training, which waits for the copy to host memory only."""
+"""Save beside training, which waits for the copy to host memory only."""
 
 import datetime
 import threading
@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stacey_dist.checkpoint.collectives import world_size
 from stacey_dist.checkpoint.replicas import compare_once
-from stacey_dist.checkpoint.snapshot import take
-from stacey_dist.checkpoint.together import world_size
+from stacey_dist.checkpoint.snapshot import snapshot
 from stacey_dist.checkpoint.write import write
 
-# A rank may have to wait this long for the slowest disk of all.
-_PATIENCE = datetime.timedelta(hours=6)
+# How long a rank waits for the one with the slowest disk.
+_TIMEOUT = datetime.timedelta(hours=6)
 
 
 class BackgroundSaver:
@@ -30,7 +30,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self.failed_in_a_row = 0
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None
         self._host_memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -43,20 +43,21 @@ class BackgroundSaver:
         extra: dict[str, Any] | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy what this rank holds and begin to write it, after an earlier save has ended; see `save_checkpoint`.
+        """Copy what this rank holds and start a thread that writes it, after an earlier save has ended.
 
-        `then` is called on each rank when the checkpoint is complete. A failure is what `failure` returns.
+        See `save_checkpoint`. `then` is called on each rank when the checkpoint is complete. `failure` returns what
+        went wrong.
         """
         self.wait()
         compare_once(model, optimizer, self._group)
-        ranges, contents = take(model, optimizer, self._host_memory)
+        copies = snapshot(model, optimizer, self._host_memory)
 
         def work() -> None:
             try:
-                write(path, ranges, contents, extra or {}, self._group)
+                write(path, copies, extra or {}, self._group)
                 then()
                 self.failed_in_a_row = 0
-            except Exception as error:  # the training thread hears of it
+            except Exception as error:  # `failure` tells the training thread
                 self.failed_in_a_row += 1
                 self._failure = error
 
@@ -64,13 +65,13 @@ class BackgroundSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last save has ended, well or not."""
+        """Wait until the last save has ended, also if it fails."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def failure(self) -> OSError | None:
-        """Why a save failed, once; None while all is well. Raises what is not an OSError."""
+        """Return why the last save failed, the first time only; None if it did not. Raises what is no OSError."""
         failure, self._failure = self._failure, None
         if failure is None or isinstance(failure, OSError):
             return failure

@@ -1,4 +1,4 @@
-"""Two checkpoints, tensor by tensor."""
+"""Compare two checkpoints tensor by tensor."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from stacey_dist.checkpoint.manifest import read_manifest
 from stacey_dist.checkpoint.read import read_tensors, tensors
-from stacey_dist.checkpoint.snapshot import batches
+from stacey_dist.checkpoint.restore import batches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """A line for each tensor that is not the same to the bit in both, by name; empty for equal checkpoints.
+    """Return a line for each tensor that is not equal bit for bit in both, by name; none for equal checkpoints.
 
-    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. Of each there are
-    a GiB and one tensor in memory at most. Raises DamagedCheckpointError, OSError.
+    Engines, numbers of processes and settings may differ; only names, shapes, dtypes and bits count. At most a GiB and
+    one tensor of each are in memory at a time. Raises DamagedCheckpointError, OSError.
     """
     kinds, others = (tensors(read_manifest(path)) for path in (first, second))
     lines: dict[str, str] = {}
@@ -37,5 +37,5 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bits as integers: NaN equals itself, and -0 is not 0."""
+    """Return the bits as integers: NaN equals itself, and -0 is not 0."""
     return tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])

@@ -1,11 +1,11 @@
-"""What makes a directory a checkpoint.
+"""The manifest, which makes a directory a checkpoint.
 
     step_00000150/
       shard-00001-….safetensors   what rank 0 wrote: ranges of flattened tensors, as torch.distributed.checkpoint's
                                   safetensors storage has them; one such file for each rank that wrote something
       manifest.json               written last: format, tensors, versions, what the program added (position, settings),
                                   whether trainable weights and optimizer states are finite, each file's size and
-                              SHA-256, its own
+                                  SHA-256, its own SHA-256
 
 Tensors are model/NAME (weights, fp32 masters where there are some; buffers) and optimizer/NAME/KEY (z, m, step, ...).
 The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint.schema import check_manifest
-from stacey_dist.files import open_regular, read_json
+from stacey_dist.files import open_regular, parse_json, read_json
 from stacey_dist.version import __version__
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 
-# A network file system that hiccups must not cost a run its newest checkpoint.
+# A network file system that fails for a moment must not cost a run its newest checkpoint.
 _READINGS = 5
 _READ_AGAIN_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 20
 
-# Another reading finds the same.
+# Errors that another attempt would meet again.
 _FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO)
 
 _NAME = re.compile(r"step_(\d+)")
@@ -50,31 +50,46 @@ class UnknownFormatError(DamagedCheckpointError):
 
 
 def directory_name(step: int) -> str:
-    """The name of the checkpoint after `step` updates."""
+    """Return the name of the checkpoint after `step` updates."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The number of updates in a checkpoint's name."""
+    """Return the number of updates in a checkpoint's name."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under `directory` by their names, newest (most updates) first; none is opened.
+    """Return the checkpoints under `directory` by their names, newest (most updates) first; none is opened.
 
-    Raises OSError if it is there and may not be read: a search that passes over that would find a run without any.
+    Raises OSError if the directory may not be read: a run must not take that for a directory without checkpoints.
     """
     if not directory.is_dir():
         return []
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, with every entry as the format has it. Raises DamagedCheckpointError.
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its checksum and wait until it is on the disk.
 
-    UnknownFormatError where another version wrote it.
+    Raises ValueError if it could not be read again, because of what a program has added.
+    """
+    as_read = parse_json(json.dumps(manifest))
+    check_manifest(as_read)
+    with (directory / MANIFEST).open("w") as opened:
+        json.dump(manifest | {"sha256": digest(as_read)}, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the checkpoint at `path`, with every entry as the format has it.
+
+    Raises:
+        UnknownFormatError: another version wrote it.
+        DamagedCheckpointError: it cannot be read, or is not as the format has it.
     """
     file = path / MANIFEST
     try:
@@ -97,7 +112,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def says_finite(manifest: dict[str, Any]) -> bool | None:
-    """Return whether all trainable weights and optimizer states of a checkpoint are finite; None if it is not known.
+    """Return whether all trainable weights and optimizer states of a checkpoint are finite; None if that is not known.
 
     It is not known of checkpoints that an earlier version wrote, or that were imported.
     """
@@ -106,16 +121,17 @@ def says_finite(manifest: dict[str, Any]) -> bool | None:
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest without its own entry `sha256`."""
+    """Return the SHA-256 of a manifest without its own entry `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every file of the checkpoint at `path` against the manifest; returns the manifest.
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Compare every file of the checkpoint at `path` with the manifest; return the manifest.
 
     Raises DamagedCheckpointError naming the first file that is missing, cut short or altered.
     """
+    path = Path(path)
     manifest = read_manifest(path)
     verify_files(path, manifest, manifest["files"])
     verify_listing(path, manifest)
@@ -123,7 +139,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """Check these files of the checkpoint at `path`. Raises DamagedCheckpointError."""
+    """Raise DamagedCheckpointError unless these files of the checkpoint at `path` are as they were written."""
     for name in names:
         try:
             _verify_file(path / name, manifest["files"][name])
@@ -147,14 +163,14 @@ def _verify_file(file: Path, expected: dict[str, Any], readings: int = _READINGS
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
-    """Check that there is no file that torch's reader would take for a part. Raises as `verify` does."""
+    """Raise DamagedCheckpointError if there is a file more that torch's reader would take for a part."""
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in manifest["files"]:
             raise DamagedCheckpointError(f"{file}: it is not of this checkpoint")
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open_regular(file) as opened:
         while block := opened.read(_BLOCK_BYTES):

@@ -1,7 +1,8 @@
-"""Reading a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
+"""Load a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
 import errno
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,17 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stacey_dist.checkpoint.collectives import all_gather_call, rank, rank0_call, world_size
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
+from stacey_dist.checkpoint.model_tensors import Contents, write_whole
+from stacey_dist.checkpoint.restore import allocate, incompatibilities, restore, whole_batches
 from stacey_dist.checkpoint.shard import Range, read_shards
-from stacey_dist.checkpoint.snapshot import Contents, misfits, put
-from stacey_dist.checkpoint.together import each, on_first, rank, world_size
-from stacey_dist.sharding import fragments
+from stacey_dist.sharding import fragments, refresh_weights
 
 T = TypeVar("T")
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: bool = False) -> dict[str, Any]:
-    """Load weights, buffers and optimizer state in place, bit for bit; returns the manifest.
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Any, *, verified: bool = False
+) -> dict[str, Any]:
+    """Load weights, buffers and optimizer state in place, bit for bit; return the manifest.
 
     All ranks call it together, on any engine and in any number; each reads the ranges that it holds now. The
     optimizer's settings (lr, ...) stay as they are: a checkpoint carries state, the program settings.
@@ -35,27 +39,30 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Any, *, verified: b
             model and the optimizer are not touched then, on any rank.
         OSError: a file could not be read, on this rank or another, after its checksum was compared.
     """
-    manifest = on_first(lambda: read_manifest(path)) if verified else verify_together(path)
+    path = Path(path)
+    manifest = rank0_call(lambda: read_manifest(path)) if verified else verify_together(path)
     contents = tensors(manifest)
     # A rank sees the dtypes of its own shards only.
-    for found in each(lambda: misfits(contents, model, optimizer)):
+    for found in all_gather_call(lambda: incompatibilities(contents, model, optimizer)):
         if found:
             raise DamagedCheckpointError(f"{path}: {found[0]}")
-
     replicas = max((f.replicas for f in fragments(model, optimizer, empty=True)), default=1)
-
-    def read(ranges: dict[str, Range]) -> None:
-        each(lambda: _read(path, manifest, ranges, replicas))
-
-    put(contents, read, model, optimizer)
+    allocated = allocate(contents, model, optimizer)
+    all_gather_call(lambda: _read(path, manifest, allocated.ranges, replicas))
+    restore(allocated, optimizer)
+    for whole in whole_batches(contents, model):
+        all_gather_call(lambda whole=whole: _read(path, manifest, whole))  # type: ignore[misc]
+        write_whole(model, {name.removeprefix("model/"): part.values for name, part in whole.items()})
+    refresh_weights(model, optimizer)
     return manifest
 
 
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint with these names (None: all), as wholes in host memory, by name.
+def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint with these names (None: all), as wholes in host memory, by name.
 
     Raises DamagedCheckpointError, OSError.
     """
+    path = Path(path)
     manifest = read_manifest(path)
     kinds = tensors(manifest)
     kinds = {name: kinds[name] for name in (kinds if names is None else names)}
@@ -70,41 +77,46 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def tensors(manifest: dict[str, Any]) -> Contents:
-    """The shape and dtype of each tensor in a checkpoint, by name."""
+    """Return the shape and dtype of each tensor in a checkpoint, by name."""
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["tensors"].items()}
 
 
 def verify_together(path: Path) -> dict[str, Any]:
-    """As `verify`, by all ranks together: each compares the checksums of some of the files.
+    """Verify a checkpoint as `verify` does, by all ranks together: each compares the checksums of some of the files.
 
     Raises DamagedCheckpointError, the same on all ranks.
     """
-
-    def attempt(work: Callable[[], T]) -> T | DamagedCheckpointError:
-        try:
-            return work()
-        except DamagedCheckpointError as error:
-            return error
-
-    def begin() -> dict[str, Any]:
-        manifest = read_manifest(path)
-        verify_listing(path, manifest)
-        return manifest
-
-    manifest = on_first(lambda: attempt(begin))
+    manifest = rank0_call(lambda: _or_damage(lambda: _read_and_list(path)))
     if isinstance(manifest, DamagedCheckpointError):
         raise manifest
     mine = list(manifest["files"])[rank() :: world_size()]
-    for outcome in each(lambda: attempt(lambda: verify_files(path, manifest, mine))):
+    for outcome in all_gather_call(lambda: _or_damage(lambda: verify_files(path, manifest, mine))):
         if outcome is not None:
             raise outcome
     return manifest
 
 
+def _or_damage(call: Callable[[], T]) -> T | DamagedCheckpointError:
+    """Return the error in the place of a result, so that the other ranks can raise it, too."""
+    try:
+        return call()
+    except DamagedCheckpointError as error:
+        return error
+
+
+def _read_and_list(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    verify_listing(path, manifest)
+    return manifest
+
+
 def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range], replicas: int = 1) -> None:
-    # With as many ranks as wrote it, a rank's own file, and where ranks hold the same and shared the writing those of
-    # its replicas, have all it needs but steps. These are with the rank that has a tensor's beginning: the one before
-    # this or, where each tensor is split over all, the first.
+    """Fill ranges from the checkpoint's files, opening first those that are likely to have them.
+
+    With as many ranks as wrote it, a rank's own file, and where ranks hold the same and shared the writing those of
+    its replicas, have all it needs but steps. These are with the rank that has a tensor's beginning: the one before
+    this or, where each tensor is split over all, the first.
+    """
     files = sorted(manifest["files"])
     own = rank() * len(files) // world_size()
     same = {(own + len(files) * replica // replicas) % max(1, len(files)) for replica in range(replicas)}

@@ -1,27 +1,27 @@
-"""Whether ranks that are taken to hold the same weights and states do: what is saved is put together from all."""
+"""Compare the ranks that should hold the same weights and states, since each of them saves a part."""
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.together import each, world_size
+from stacey_dist.checkpoint.collectives import all_gather_call, world_size
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.sharding.fragment import Fragment, canonical_name
 
-# The models that were compared, each once: later, the same gradients keep them equal.
+# Models are compared once: afterwards equal gradients keep them equal.
 _compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-# Elements that are summed at a time.
+# Elements summed at a time.
 _CHUNK = 1 << 22
 # Odd, so that a change of one element changes the sum, and large, so that changes of several do not cancel.
 _FACTOR = 0x1E3779B97F4A7C15
 
-# What a rank holds: what it is called, and a digest of it.
+# The name and a digest of each thing that a rank holds.
 _Entries = list[tuple[str, str]]
 
 
@@ -41,47 +41,58 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
     """
     if world_size() == 1 or model in _compared:
         return
-    names: _Entries = []
-    values: _Entries = []
     replicated: list[Fragment] = []
 
-    def digest_of_names() -> tuple[str, str]:
+    def names() -> tuple[str, _Entries]:
         replicated.extend(f for f in fragments(model, optimizer) if f.replicas > 1)
-        names.extend(_names(model))
-        return "", _digest_of(names)
+        return "", _names(model)
 
-    def digest_of_values() -> tuple[str, str]:
-        values.extend(_values(replicated))
+    def values() -> tuple[str, _Entries]:
         # Ranks of other shards hold other elements, and are not compared.
-        return _digest_of([(f.name, f"{f.start} {f.stop}") for f in replicated]), _digest_of(values)
+        return _digest_of([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
 
-    _refuse_difference("is not the same parameter", each(digest_of_names, group), names, group)
-    _refuse_difference("has other values", each(digest_of_values, group), values, group)
+    _compare("is not the same parameter", names, group)
+    _compare("has other values", values, group)
     _compared.add(model)
 
 
-def _refuse_difference(what: str, digests: list[tuple[str, str]], mine: _Entries, group: Any) -> None:
-    """Raise SettingsError if ranks that hold the same have other digests; only then everything is gathered."""
-    if len(set(digests)) == len({held for held, _ in digests}):
-        return
-    everyone: list[_Entries] = each(lambda: mine, group)
-    first = next(rank for rank, (held, digest) in enumerate(digests) if digest != _first_of(digests, held)[1])
-    held = digests[first][0]
-    ranks = [rank for rank, (other, _) in enumerate(digests) if other == held]
-    name = _first_difference([everyone[rank] for rank in ranks])
+def _compare(what: str, describe: Callable[[], tuple[str, _Entries]], group: Any) -> None:
+    """Raise SettingsError if ranks that hold the same have other entries. Only if they differ, all are gathered.
+
+    Args:
+        what: what is wrong with an entry that differs.
+        describe: returns what this rank holds, and its entries.
+        group: the process group.
+    """
+    mine: _Entries = []
+
+    def digests_of_mine() -> tuple[str, str]:
+        held, entries = describe()
+        mine.extend(entries)
+        return held, _digest_of(entries)
+
+    digests = all_gather_call(digests_of_mine, group)
+    by_held: dict[str, list[int]] = {}
+    for rank, (held, _) in enumerate(digests):
+        by_held.setdefault(held, []).append(rank)
+    for ranks in by_held.values():
+        if len({digests[rank] for rank in ranks}) > 1:
+            everyone = all_gather_call(lambda: mine, group)
+            raise _difference(what, {rank: everyone[rank] for rank in ranks})
+
+
+def _difference(what: str, entries: dict[int, _Entries]) -> SettingsError:
+    """Return an error that names the first entry that differs, and the ranks that agree on it."""
+    name = _first_difference(list(entries.values()))
     by_value: dict[str | None, list[int]] = {}
-    for rank in ranks:
-        by_value.setdefault(dict(everyone[rank]).get(name), []).append(rank)
+    for rank, own in entries.items():
+        by_value.setdefault(dict(own).get(name), []).append(rank)
     shown = " and on ".join(_ranks(those) for those in by_value.values())
-    raise SettingsError(
+    return SettingsError(
         f"{name} {what} on {shown}. The model counts as replicated there, so its ranks must agree: wrap it in "
         "DistributedDataParallel, which makes them equal, before the first update. Models that are split over ranks "
         "in another way (tensor, pipeline, expert parallel) are not supported"
     )
-
-
-def _first_of(digests: list[tuple[str, str]], held: str) -> tuple[str, str]:
-    return next(one for one in digests if one[0] == held)
 
 
 def _first_difference(entries: list[_Entries]) -> str:
@@ -116,7 +127,7 @@ def _digest_of(entries: _Entries) -> str:
 
 
 def _digest(values: Tensor) -> int:
-    """A sum of an element's bits times a number of its position, modulo 2^64: the same on any device."""
+    """Return the sum of each element's bits times a number made of its position, modulo 2^64, on any device."""
     whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = values.detach().reshape(-1).view(whole_numbers.get(values.element_size(), torch.uint8))
     total = torch.zeros((), dtype=torch.int64, device=flat.device)

@@ -1,7 +1,7 @@
-"""What a manifest has to be, checked before anything in it is used and before it is written.
+"""Check every entry of a manifest, before any is used and before a manifest is written.
 
-A checksum in a manifest shows damage. Whoever writes a manifest can write its checksum too, so that its entries may
-be anything that JSON can hold.
+The checksum in a manifest shows damage, not intent: whoever writes a manifest can write its checksum too. So an entry
+may be anything that JSON can hold.
 """
 
 import math
@@ -45,9 +45,6 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "extra": (lambda v: type(v) is dict, "entries by name"),
     "files": (lambda v: type(v) is dict, "files by name"),
 }
-# What the launchers go on from, in `extra`; programs of users may keep there what they want.
-_COUNTS = ("step", "position", "skipped_steps")
-_COUNTS_OR_NULL = ("best_step", "kept_best_step", "evaluated_step")
 
 
 def check_manifest(manifest: Any) -> None:
@@ -56,64 +53,47 @@ def check_manifest(manifest: Any) -> None:
     Entries that are not known are let through, as later versions of one format may add some.
     """
     if type(manifest) is not dict:
-        raise _wrong("it", manifest, "a JSON object")
+        raise wrong_entry("it", manifest, "a JSON object")
     for key, (is_right, expected) in _ENTRIES.items():
         if key not in manifest:
             raise ValueError(f"it has no {key}")
         if not is_right(manifest[key]):
-            raise _wrong(key, manifest[key], expected)
+            raise wrong_entry(key, manifest[key], expected)
     size = sum(_tensor_bytes(name, entry) for name, entry in manifest["tensors"].items())
     there = sum(_file_bytes(name, entry) for name, entry in manifest["files"].items())
     if size > there:  # before any memory is asked for
         raise ValueError(f"its tensors have {size} bytes, but its files only {there}")
 
 
-def check_progress(extra: dict[str, Any]) -> None:
-    """Raise ValueError unless a manifest's `extra` has what the launchers go on from."""
-    for key in (*_COUNTS, *_COUNTS_OR_NULL):
-        value = extra.get(key, 0)
-        if not is_count(value) and (value is not None or key in _COUNTS):
-            raise _wrong(f"extra.{key}", value, "a count")
-    if type(extra.get("best_score")) not in (int, float, type(None)):
-        raise _wrong("extra.best_score", extra["best_score"], "a number")
-    for key in ("config", "trackers", "scaler"):
-        if type(extra.get(key) or {}) is not dict:
-            raise _wrong(f"extra.{key}", extra[key], "entries by name")
-    if "config" not in extra:
-        return
-    settings = extra["config"].get("checkpoint", {}) if type(extra["config"]) is dict else None
-    if type(settings) is not dict or type(settings.get("resume_from")) not in (str, type(None)):
-        raise _wrong("extra.config", extra["config"], "settings")
-
-
 def _tensor_bytes(name: str, entry: Any) -> int:
     """Return the size of a tensor. Raises ValueError."""
     kind, _, rest = name.partition("/")
     if not is_text(name) or not rest or (kind != "model" and (kind != "optimizer" or "/" not in rest)):
-        raise _wrong("tensors", name, "model/NAME or optimizer/NAME/KEY")
+        raise wrong_entry("tensors", name, "model/NAME or optimizer/NAME/KEY")
     if type(entry) is not list or len(entry) != 2:
-        raise _wrong(f"tensors.{name}", entry, "a shape and a dtype")
+        raise wrong_entry(f"tensors.{name}", entry, "a shape and a dtype")
     shape, dtype = entry
     if type(shape) is not list or not all(map(is_count, shape)) or math.prod(n or 1 for n in shape) > _LARGEST:
-        raise _wrong(f"tensors.{name}", shape, "a shape")
+        raise wrong_entry(f"tensors.{name}", shape, "a shape")
     if kind == "optimizer" and rest.endswith("/step") and shape:
-        raise _wrong(f"tensors.{name}", shape, "the shape of a count of updates, []")
+        raise wrong_entry(f"tensors.{name}", shape, "the shape of a count of updates, []")
     if type(dtype) is not str or dtype not in _ITEM_BYTES:
-        raise _wrong(f"tensors.{name}", dtype, f"one of {', '.join(_ITEM_BYTES)}")
+        raise wrong_entry(f"tensors.{name}", dtype, f"one of {', '.join(_ITEM_BYTES)}")
     return math.prod(shape) * _ITEM_BYTES[dtype]
 
 
 def _file_bytes(name: str, entry: Any) -> int:
     """Return the size of a file. Raises ValueError."""
     if not _FILE.fullmatch(name):
-        raise _wrong("files", name, "the name of a safetensors file")
+        raise wrong_entry("files", name, "the name of a safetensors file")
     if type(entry) is not dict or not is_count(entry.get("bytes")):
-        raise _wrong(f"files.{name}", entry, "a size and a checksum")
+        raise wrong_entry(f"files.{name}", entry, "a size and a checksum")
     sha256 = entry.get("sha256")
     if type(sha256) is not str or not _SHA256.fullmatch(sha256):
-        raise _wrong(f"files.{name}", entry, "a size and a checksum")
+        raise wrong_entry(f"files.{name}", entry, "a size and a checksum")
     return int(entry["bytes"])
 
 
-def _wrong(where: str, value: Any, expected: str) -> ValueError:
+def wrong_entry(where: str, value: Any, expected: str) -> ValueError:
+    """Return the error for an entry that is not what the format has there; its text may be of any length."""
     return ValueError(f"{where[:200]!a}"[1:-1] + f": {reprlib.repr(value)} is not {expected}")

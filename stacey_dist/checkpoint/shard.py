@@ -1,8 +1,8 @@
-"""A rank's ranges as one file of `torch.distributed.checkpoint`'s safetensors storage, and ranges out of such files.
+"""Write a rank's ranges as one file of `torch.distributed.checkpoint`'s safetensors storage, and read ranges from such.
 
-torch's own writer puts the file together in memory, with the interpreter locked, and it has to be read again for its
-checksum; here each tensor goes to the file and through the checksum as it lies, with the interpreter free for training.
-torch's reader opens every file on every rank; here a rank opens files until it has what it needs.
+torch's own writer puts the file together in memory, with the interpreter locked, and the file has to be read again for
+its checksum. Here each tensor is written and hashed where it lies, with the interpreter free for training.
+torch's reader opens every file on every rank. Here a rank opens files until it has what it needs.
 """
 
 import errno
@@ -38,7 +38,7 @@ DTYPES = {
 }
 
 
-# Elements whose finiteness is checked at a time: below it, torch works in the calling thread alone.
+# Elements checked at a time: so few that torch uses the calling thread alone, and none of those that train.
 _CHUNK = 1 << 15
 
 
@@ -48,7 +48,7 @@ class Range:
 
     Attributes:
         trained: whether they are of a trainable weight or an optimizer state, which must be finite for training to
-            go on. Frozen parameters and buffers may hold infinities, as attention masks do.
+            continue. Frozen parameters and buffers may hold infinities, as attention masks do.
     """
 
     start: int
@@ -57,7 +57,7 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """The first element behind it."""
+        """The position after the last element."""
         return self.start + self.values.numel()
 
 
@@ -75,12 +75,12 @@ def all_finite(values: Tensor) -> bool:
 
 
 def shard_name(rank: int) -> str:
-    """The name that torch's storage gives the one file of a rank."""
+    """Return the name that torch's storage gives the one file of a rank."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
 def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
-    """Write the ranges, in host memory, and wait until they are on the disk; returns the file's size and SHA-256.
+    """Write ranges in host memory and wait until they are on the disk; return the file's size and SHA-256.
 
     Raises OSError naming the file, TypeError for a dtype that safetensors lacks.
     """
@@ -114,7 +114,7 @@ def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range])
             return
         try:
             found = _read_shard(directory / file, ranges, missing)
-        except Exception as error:  # of many kinds where a header is damaged, or memory lacks
+        except Exception as error:  # of many kinds where a header is damaged or memory runs out
             number = getattr(error, "errno", None) or errno.EIO
             raise OSError(number, f"{directory / file}: cannot be read: {error!r}") from error
         missing = {name: left for name, gaps in missing.items() if (left := _without(gaps, found.get(name)))}
@@ -125,7 +125,7 @@ def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range])
 def _read_shard(
     path: Path, ranges: dict[str, Range], missing: dict[str, list[tuple[int, int]]]
 ) -> dict[str, tuple[int, int]]:
-    """Fill what is missing and in one file; returns which elements of each tensor the file has, by name."""
+    """Fill those missing elements that one file has; return the range that the file has of each tensor, by name."""
     found = {}
     check_regular(path)
     with safe_open(path, framework="pt") as opened:
@@ -152,7 +152,7 @@ def _copy(name: str, values: Tensor, target: Tensor) -> None:
 
 
 def _without(gaps: list[tuple[int, int]], found: tuple[int, int] | None) -> list[tuple[int, int]]:
-    """Return what is left of ranges [start, stop) without one of them."""
+    """Return ranges [start, stop) without the elements of another."""
     if found is None:
         return gaps
     sides = [side for a, b in gaps for side in ((a, min(b, found[0])), (max(a, found[1]), b))]
@@ -160,7 +160,7 @@ def _without(gaps: list[tuple[int, int]], found: tuple[int, int] | None) -> list
 
 
 def _header(ordered: list[tuple[str, Range]]) -> bytes:
-    """The length of what follows, and JSON: where each tensor lies in the file, and of which elements it is."""
+    """Return the header of a file: its length, and JSON that says where each tensor lies and which range it is."""
     metadata = {
         "format": "pt",
         "DCP_VERSION": "1.0",

@@ -1,36 +1,38 @@
-"""Writing a checkpoint: every rank its own ranges, the manifest last, one rename."""
+"""Write a checkpoint: each rank its own ranges, the manifest last, one rename."""
 
-import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, digest
+from stacey_dist.checkpoint.collectives import gather_call, rank, rank0_call, world_size
+from stacey_dist.checkpoint.manifest import FORMAT, write_manifest
+from stacey_dist.checkpoint.model_tensors import Contents
+from stacey_dist.checkpoint.replace import bring_back, put_in_place, sync
 from stacey_dist.checkpoint.replicas import compare_once
-from stacey_dist.checkpoint.schema import check_manifest
-from stacey_dist.checkpoint.shard import Range, all_finite, shard_name, write_shard
-from stacey_dist.checkpoint.snapshot import Contents, take
-from stacey_dist.checkpoint.together import gathered, on_first, rank, world_size
+from stacey_dist.checkpoint.shard import all_finite, shard_name, write_shard
+from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
-from stacey_dist.files import parse_json
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> Path:
-    """Save weights, buffers and optimizer state as the directory `path`, from any engine; returns `path`.
+def save_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None
+) -> Path:
+    """Save weights, buffers and optimizer state as the directory `path`, from any engine; return `path`.
 
     All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything
     but frozen parameters, one after another.
-    The directory appears under its name when every file in it is complete and on the disk; one that is there already
-    is replaced. That takes two renames, and a kill between them leaves neither under the name until the next save there
-    brings the old one back: a name for each save is safer.
+    The directory appears under its name when every file in it is complete and on the disk. A directory that is there
+    already is replaced, which takes two renames. A kill between them leaves none under the name, until the next save
+    there brings the old one back: a name for each save is safer.
     The manifest's entry `finite` says whether all trainable weights and optimizer states are finite. Buffers and frozen
     parameters do not count.
 
@@ -48,98 +50,93 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, extra: dict[st
             checkpoints are as they were.
     """
     compare_once(model, optimizer)
-    ranges, contents = take(model, optimizer)
-    write(path, ranges, contents, extra or {})
-    return path
+    return write(Path(path), snapshot(model, optimizer), extra or {})
 
 
-def write(path: Path, ranges: dict[str, Range], contents: Contents, extra: dict[str, Any], group: Any = None) -> None:
-    """Write what `take` gave on each rank; the ranks talk over `group`. See `save_checkpoint`."""
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has written.
+
+    Attributes:
+        files: size and SHA-256 of its files, by name.
+        contents: as in `Snapshot`.
+        spans: the range [start, stop) of each tensor that it has written.
+        finite: whether all that is trained is finite; None if nothing in it is known to be trained.
+    """
+
+    files: dict[str, Any]
+    contents: Contents
+    spans: dict[str, tuple[int, int]]
+    finite: bool | None
+
+
+def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None) -> Path:
+    """Write each rank's snapshot; the ranks talk over `group`. See `save_checkpoint`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    replaced = path.with_name(f".{path.name}.tmp-replaced")
-
-    def begin() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _bring_back(replaced, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-
-    def write_mine() -> tuple[dict[str, Any], Contents, dict[str, list[tuple[int, int]]], list[bool]]:
-        _wait_for(temporary)
-        name = shard_name(rank())
-        files = {name: write_shard(temporary / name, ranges)} if ranges else {}
-        spans = {key: [(part.start, part.stop)] for key, part in ranges.items()}
-        finite = [all_finite(part.values) for part in ranges.values() if part.trained]
-        return files, contents, spans, finite
-
-    def finish() -> None:
-        files: dict[str, Any] = {}
-        tensors: dict[str, Any] = {}
-        spans: dict[str, list[tuple[int, int]]] = {}
-        finite: list[bool] = []
-        for rank_files, rank_contents, rank_spans, rank_finite in written:
-            finite += rank_finite
-            files.update(rank_files)
-            tensors.update({name: list(kind) for name, kind in rank_contents.items()})
-            for name, found in rank_spans.items():
-                spans.setdefault(name, []).extend(found)
-        _check_complete(tensors, spans)
-        for file in files:
-            _wait_for(temporary / file)
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "versions": {"stacey_dist": __version__, "torch": torch.__version__},
-            "processes": world_size(),
-            "tensors": dict(sorted(tensors.items())),
-            "extra": extra,
-            "files": dict(sorted(files.items())),
-        }
-        if finite:  # else it is not known: nobody has said which tensors are trained
-            manifest["finite"] = all(finite)
-        try:
-            as_read = parse_json(json.dumps(manifest))
-            check_manifest(as_read)
-        except ValueError as error:
-            raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
-        manifest["sha256"] = digest(as_read)
-        with (temporary / MANIFEST).open("w") as opened:
-            json.dump(manifest, opened, indent=1)
-            opened.flush()
-            os.fsync(opened.fileno())
-        _sync(temporary)
-        if path.exists():
-            path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except OSError:
-            _bring_back(replaced, path)
-            raise
-        _sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-
     try:
-        on_first(begin, group)
-        written = gathered(write_mine, group)
-        on_first(finish, group)
+        rank0_call(lambda: _begin(path, temporary), group)
+        shares = gather_call(lambda: _write_share(temporary, copies), group)
+        rank0_call(lambda: _finish(path, temporary, shares, extra), group)
     except BaseException:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return path
+
+
+def _begin(path: Path, temporary: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bring_back(_replaced(path), path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _write_share(temporary: Path, copies: Snapshot) -> _Share:
+    _wait_for(temporary)
+    name, ranges = shard_name(rank()), copies.ranges
+    files = {name: write_shard(temporary / name, ranges)} if ranges else {}
+    trained = [part.values for part in ranges.values() if part.trained]
+    return _Share(
+        files=files,
+        contents=copies.contents,
+        spans={key: (part.start, part.stop) for key, part in ranges.items()},
+        finite=all(map(all_finite, trained)) if trained else None,
+    )
+
+
+def _finish(path: Path, temporary: Path, shares: list[_Share], extra: dict[str, Any]) -> None:
+    contents = {name: kind for share in shares for name, kind in share.contents.items()}
+    _check_complete(contents, shares)
+    files = {name: entry for share in shares for name, entry in share.files.items()}
+    for file in files:
+        _wait_for(temporary / file)
+    manifest = {
+        "format": FORMAT,
+        "versions": {"stacey_dist": __version__, "torch": torch.__version__},
+        "processes": world_size(),
+        "tensors": dict(sorted(contents.items())),
+        "extra": extra,
+        "files": dict(sorted(files.items())),
+    }
+    known = [share.finite for share in shares if share.finite is not None]
+    try:
+        write_manifest(temporary, manifest | ({"finite": all(known)} if known else {}))
+    except ValueError as error:
+        raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
+    sync(temporary)
+    put_in_place(temporary, path, _replaced(path))
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-replaced")
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what saves that were killed have left in a directory that nobody saves into now."""
+    """Remove what killed saves have left in a directory that nobody saves into now."""
     for replaced in directory.glob(".step_*.tmp-replaced"):
-        _bring_back(replaced, directory / replaced.name.removeprefix(".").removesuffix(".tmp-replaced"))
+        bring_back(replaced, directory / replaced.name.removeprefix(".").removesuffix(".tmp-replaced"))
     for stale in directory.glob(".step_*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-
-
-def _bring_back(replaced: Path, path: Path) -> None:
-    """Undo a replacement that was not completed; remove what a completed one has left."""
-    if replaced.exists() and not path.exists():
-        replaced.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _wait_for(path: Path) -> None:
@@ -151,9 +148,13 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, int]]]) -> None:
-    """Every element of every tensor was written, once: a defence against an engine that is not what it seems."""
-    for name, (shape, _) in tensors.items():
+def _check_complete(contents: Contents, shares: list[_Share]) -> None:
+    """Raise RuntimeError unless every element was written once, for engines that are not what they seem."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for share in shares:
+        for name, span in share.spans.items():
+            spans.setdefault(name, []).append(span)
+    for name, (shape, _) in contents.items():
         position = 0
         for start, stop in sorted(spans.get(name, [])):
             if start != position:
@@ -161,12 +162,3 @@ def _check_complete(tensors: dict[str, Any], spans: dict[str, list[tuple[int, in
             position = stop
         if position != torch.Size(shape).numel():
             raise RuntimeError(f"{name}: only {position} of {torch.Size(shape).numel()} elements were written")
-
-
-def _sync(path: Path) -> None:
-    """Wait until a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a parameter group's settings may be, and as what the rule takes them."""
+"""Check the settings of parameter groups, and convert them for the rule."""
 
 import math
 from typing import Any
@@ -15,19 +15,49 @@ def require(optimizer: Optimizer, condition: bool, setting: str, value: object, 
 
 
 def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Check and canonicalize the settings that every optimizer here has: lr, p, eps, weight_decay."""
-    for setting in ("p", "eps", "weight_decay"):  # JSON has no infinity, and YAML reads 1e-8 as text
-        group[setting] = as_float(optimizer, setting, group[setting])
+    """Check and canonicalize the settings of every optimizer here: lr, p, eps, weight_decay, rounding, seed."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         require(optimizer, lr.numel() == 1, "lr", lr, "Tensor lr must be 1-element")
     else:
         group["lr"] = as_float(optimizer, "lr", lr)
-    require(optimizer, 0 <= float(group["lr"]) < float("inf"), "lr", lr, "it must be a finite number >= 0")
+    require(optimizer, 0 <= float(group["lr"]) < math.inf, "lr", lr, "it must be a finite number >= 0")
+    group["p"] = as_float(optimizer, "p", group["p"])
     require(optimizer, group["p"] >= 2, "p", group["p"], "it must be a number >= 2, or infinity")
     for setting in ("eps", "weight_decay"):
-        value = group[setting]
-        require(optimizer, 0 <= value < float("inf"), setting, value, "it must be a finite number >= 0")
+        check_finite(optimizer, group, setting)
+    check_choice(optimizer, group, "rounding", ("stochastic", "nearest"))
+    seed = group["seed"]
+    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    require(optimizer, is_integer and seed >= 0, "seed", seed, "it must be an integer >= 0")
+
+
+def check_finite(optimizer: Optimizer, group: dict[str, Any], setting: str) -> None:
+    """Make a setting a float. Raise ValueError unless it is finite and at least 0."""
+    value = group[setting] = as_float(optimizer, setting, group[setting])
+    require(optimizer, 0 <= value < math.inf, setting, value, "it must be a finite number >= 0")
+
+
+def check_choice(optimizer: Optimizer, group: dict[str, Any], setting: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless a setting is one of several texts."""
+    names = ", ".join(f'"{name}"' for name in allowed)
+    require(optimizer, group[setting] in allowed, setting, group[setting], f"it must be one of {names}")
+
+
+def check_betas(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Make betas two floats. Raise ValueError unless each is within [0, 1)."""
+    betas = group["betas"]
+    require(optimizer, isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be two numbers")
+    group["betas"] = tuple(as_float(optimizer, "betas", beta) for beta in betas)
+    require(optimizer, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)")
+
+
+def check_state_dtype(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Make the dtype of states its name, since torch's tools for state dicts, and JSON, take numbers and text."""
+    name = str(group["state_dtype"]).removeprefix("torch.")
+    allowed = ("bfloat16", "float32", "float64")
+    require(optimizer, name in allowed, "state_dtype", group["state_dtype"], f"it must be one of {', '.join(allowed)}")
+    group["state_dtype"] = name
 
 
 def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
@@ -47,15 +77,15 @@ def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
 
 
 def state_dtype(group: dict[str, Any]) -> torch.dtype:
-    """The dtype of a group's z and m, which it has by name."""
+    """Return the dtype of a group's z and m, which the group has by name."""
     dtype: torch.dtype = getattr(torch, group["state_dtype"])
     return dtype
 
 
 def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
-    """The learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
+    """Return the learning rate as the rule uses it: rounded to float32 for float32 arithmetic.
 
-    So a tensor lr, which holds a float32, and the same lr as a Python number give the same bits.
+    So a tensor lr, which holds a float32, gives the same bits as the same lr as a Python number.
     """
     return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))
 

@@ -19,11 +19,13 @@ class LpDescent(ElementwiseOptimizer):
 
     Args:
         params: parameters or groups; every setting below may differ by group. float64 parameters are updated in
-            float64, all others in float32; bfloat16 and float16 parameters are rounded stochastically.
+            float64, all others in float32.
         lr: eta, the step size; a number or a one-element tensor.
         p: the norm, >= 2, infinity allowed.
         eps: added to the denominator of s, outside the power.
         weight_decay: lambda, decoupled: multiplied by lr, acting on the old weight.
+        rounding: ``"stochastic"`` or ``"nearest"``, for bfloat16 and float16 parameters.
+        seed: an integer, part of the hash that makes the random bits of stochastic rounding.
 
     State of a parameter: ``step`` alone (int64 scalar on the CPU).
 
@@ -40,8 +42,11 @@ class LpDescent(ElementwiseOptimizer):
         p: float = 3.0,
         eps: float = 0.0,
         weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, p=p, eps=eps, weight_decay=weight_decay))
+        settings = dict(lr=lr, p=p, eps=eps, weight_decay=weight_decay, rounding=rounding, seed=seed)
+        super().__init__(params, settings)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)
@@ -49,7 +54,8 @@ class LpDescent(ElementwiseOptimizer):
     def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         lr = rule_lr(group["lr"], dtype)
         p, eps, weight_decay = group["p"], group["eps"], group["weight_decay"]
-        store = Store("stochastic", 0, step)
+        # An optimizer that was pickled by an older version has neither.
+        store = Store(group.get("rounding", "stochastic"), group.get("seed", 0), step)
 
         def update(weight: Tensor, gradient: Tensor) -> None:
             new = lp_descent_update(weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay)

@@ -86,7 +86,7 @@ def _rounded(x: Tensor | float) -> Tensor:
 
 
 def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The polynomial with the given coefficients, from the constant one on, by Horner's rule."""
+    """Evaluate the polynomial with the given coefficients, from the constant one on, by Horner's rule."""
     *rest, before, last = coefficients
     result = multiply_add(x, last, before)
     for coefficient in reversed(rest):
@@ -95,7 +95,7 @@ def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def split(value: float) -> tuple[float, float]:
-    """`value` as `high + low`, `high` of 12 significant bits: `high` times an exponent is exact in float32."""
+    """Split `value` into `high + low`, `high` of 12 significant bits: `high` times an exponent is exact in float32."""
     mantissa, exponent = math.frexp(value)
     high = math.ldexp(round(mantissa * 4096.0), exponent - 12)
     return high, value - high
@@ -174,7 +174,7 @@ def _power_of_two(k: Tensor) -> Tensor:
 
 
 def product_parts(whole: Tensor, fraction: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Return factor (whole + fraction) as (k, t), an integer and what is left, within [-1/2, 1/2]."""
+    """Return factor (whole + fraction) as (k, t), an integer and the remainder, within [-1/2, 1/2]."""
     k = nearest_integer(whole + fraction, factor)
     return k, product_less(whole, fraction, factor, k)
 
@@ -187,7 +187,7 @@ def product_less(whole: Tensor, fraction: Tensor, factor: float, k: Tensor) -> T
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for `x >= 0` and `0 <= exponent <= 1`, element-wise, x float32 or float64.
+    """Return x^exponent for `x >= 0` and `0 <= exponent <= 1`, element-wise, x float32 or float64.
 
     Exponents 0, 1/2 and 1 are exact (1, a correctly rounded square root, x itself); otherwise the relative error
     in float32 is at most 2e-6 wherever the result is a normal number. 0^exponent is 0 for exponent > 0. Infinity

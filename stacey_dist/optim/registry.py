@@ -1,4 +1,4 @@
-"""How DeepSpeed, which knows optimizers by name and type, is made to take ours. Nothing here imports it."""
+"""Make DeepSpeed, which knows optimizers by name and type, accept ours. Nothing here imports it."""
 
 import functools
 import sys
@@ -32,7 +32,7 @@ def support_in_deepspeed(optimizer_class: type[Optimizer]) -> None:
 
 
 def _skipping(initialize: Any) -> Any:
-    """DeepSpeed's method, which does nothing for the optimizer classes in its `skipped_for`."""
+    """Return DeepSpeed's method, made to do nothing for the optimizer classes in its `skipped_for`."""
 
     @functools.wraps(initialize)
     def initialize_optimizer_states(self: Any) -> None:

@@ -14,7 +14,7 @@ Elements with the same new z and m are rounded alike within a step; that is the 
 import torch
 from torch import Tensor
 
-# What is rounded: part of the hash, so that states and weights are rounded independently.
+# Which tensor is rounded: part of the hash, so that states and weights are rounded independently.
 STATES, WEIGHT = 1, 2
 
 # A prime near 2^32 over the golden ratio, as a signed number: multiples of it spread evenly.
@@ -23,7 +23,7 @@ _MASK_64 = (1 << 64) - 1
 
 
 def round_key(seed: int, step: int, which: int) -> int:
-    """A signed 32-bit key from (seed, step count, `STATES` or `WEIGHT`): splitmix64's finalizer over the three."""
+    """Return a signed 32-bit key of (seed, step count, `STATES` or `WEIGHT`), by splitmix64's finalizer."""
     x = (key_base(seed, which) + step * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
@@ -32,13 +32,13 @@ def round_key(seed: int, step: int, which: int) -> int:
 
 
 def key_base(seed: int, which: int) -> int:
-    """What `round_key` starts from, without the step count, as a signed 64-bit number."""
+    """Return the part of `round_key`'s input that needs no step count, as a signed 64-bit number."""
     base = (seed * 0x9E3779B97F4A7C15 + which * 0x94D049BB133111EB) & _MASK_64
     return base - (1 << 64) if base >= 1 << 63 else base
 
 
 def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
-    """32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where one is NaN.
+    """Return 32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where one is NaN.
 
     A NaN's bits are not the same on all machines, and adding to them may make a number of it.
     """
@@ -54,7 +54,7 @@ def _upper(bits: Tensor) -> Tensor:
 
 
 def round_stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """float32 `value` rounded to `dtype` (bfloat16 or float16), up or down as 16 random bits say, unbiased.
+    """Round float32 values to `dtype` (bfloat16 or float16), up or down as 16 random bits say, unbiased.
 
     bfloat16 drops 16 bits of a float32's mantissa, float16 drops 13; the same number of random bits is added
     and the sum truncated. NaN and infinity stay what they are.
@@ -73,7 +73,7 @@ def round_stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tenso
 
 
 class Store:
-    """Writes new values into their tensors at update number `step`, rounding where a tensor is narrower."""
+    """Writes new values to their tensors at update number `step`, rounding where a tensor is narrower."""
 
     def __init__(self, rounding: str, seed: int, step: int) -> None:
         self.stochastic = rounding == "stochastic"

@@ -41,7 +41,7 @@ MAX_LOG2_ALPHA = 120.0
 class StaceySettings:
     """The numbers of one STACEY step, as the paper names them.
 
-    `log2_alpha` is log2(alpha) as (whole, fraction) for a mirror step; None: worked out from alpha.
+    `log2_alpha` is log2(alpha) as (whole, fraction) for a mirror step; None: computed from alpha.
     """
 
     lr: float
@@ -59,7 +59,7 @@ class StaceySettings:
 def stacey_update(
     theta: Tensor, g: Tensor, z: Tensor, m: Tensor, settings: StaceySettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of STACEY(p,2), (p,p) or (2,p): algorithms 2, 3 and 4.
+    """Make one step of STACEY(p,2), (p,p) or (2,p): algorithms 2, 3 and 4.
 
     All tensors share a shape and a dtype (float32 or float64); none is modified. Returns the new (theta, z, m).
     """
@@ -83,14 +83,14 @@ def stacey_update(
 
 
 def interpolate(m: Tensor, g: Tensor, beta: float) -> Tensor:
-    """beta m + (1 - beta) g, from the nearer end: coefficients rounded by themselves would not add up to one."""
+    """Return beta m + (1 - beta) g, from the nearer end: coefficients rounded separately would not add up to one."""
     if beta >= HALF:
         return multiply_add(g - m, 1.0 - beta, m)
     return multiply_add(g - m, -beta, g)
 
 
 def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: float, weight_decay: float) -> Tensor:
-    """One step of stochastic lp descent, algorithm 1, with decoupled weight decay: the new theta."""
+    """Make one step of stochastic lp descent, algorithm 1, with decoupled weight decay; return the new theta."""
     # theta' = theta - eta s(g) - eta lambda theta
     change = steepest_direction(g, p, eps) * lr
     if weight_decay != 0.0:
@@ -99,7 +99,7 @@ def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: flo
 
 
 def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
-    """s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0; p = infinity gives x / (|x| + eps), the sign."""
+    """Return s(x) = x / (|x|^((p-2)/(p-1)) + eps), s(0) = 0; for p = infinity x / (|x| + eps), the sign."""
     exponent = 1.0 if p == math.inf else (p - 2.0) / (p - 1.0)
     # + 1 at x = 0, where the quotient would be 0/0 without eps.
     return x / (power(x.abs(), exponent) + eps).add_(x == 0)
@@ -112,7 +112,7 @@ def log2_in_parts(alpha: float) -> tuple[float, float]:
 
 
 def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None) -> Tensor:
-    """The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
+    """Make the dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
 
     |z|^(p-1) underflows in float32 for ordinary weights at p = 16, and |z|^(p-1) followed by its root would lose
     z's last bits at every step. So the larger of the two terms of u is taken out of the root:

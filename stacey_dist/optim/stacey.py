@@ -10,7 +10,17 @@ from torch.optim.optimizer import ParamsT
 from stacey_dist.optim import kernels
 from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
 from stacey_dist.optim.following import follow
-from stacey_dist.optim.group_settings import as_float, check_common_settings, require, rule_lr, state_dtype
+from stacey_dist.optim.group_settings import (
+    as_float,
+    check_betas,
+    check_choice,
+    check_common_settings,
+    check_finite,
+    check_state_dtype,
+    require,
+    rule_lr,
+    state_dtype,
+)
 from stacey_dist.optim.kernels import Call, NoKernelError
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
@@ -119,58 +129,46 @@ class Stacey(ElementwiseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)
-        for setting in ("alpha", "tau"):
-            group[setting] = as_float(self, setting, group[setting])
-        _one_of(self, group, "variant", get_args(Variant))
-        _one_of(self, group, "z_init", ("params", "zeros"))
-        _one_of(self, group, "rounding", ("stochastic", "nearest"))
-        if group["p"] == math.inf:
-            require(self, group["variant"] == "p2", "p", group["p"], 'it must be finite unless variant is "p2"')
-        mirror_p = group["variant"] == "p2" or group["p"] <= 1000  # see `power.ZERO_EXPONENT`
-        require(self, mirror_p, "p", group["p"], 'it must be at most 1000 unless variant is "p2"')
-        require(self, 0 <= group["alpha"] < math.inf, "alpha", group["alpha"], "it must be a finite number >= 0")
+        check_choice(self, group, "variant", get_args(Variant))
+        check_choice(self, group, "z_init", ("params", "zeros"))
+        if group["variant"] != "p2":
+            p, suffix = group["p"], 'unless variant is "p2"'
+            require(self, p < math.inf, "p", p, f"it must be finite {suffix}")
+            require(self, p <= 1000, "p", p, f"it must be at most 1000 {suffix}")  # see `power.ZERO_EXPONENT`
+        check_finite(self, group, "alpha")
+        group["tau"] = as_float(self, "tau", group["tau"])
         require(self, 0 <= group["tau"] <= 1, "tau", group["tau"], "it must be within [0, 1]")
-        betas = group["betas"]
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        require(self, pair, "betas", betas, "it must be two numbers")
-        group["betas"] = tuple(as_float(self, "betas", beta) for beta in betas)
-        require(self, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)")
-        # Kept as a name: torch's tools for state dicts take numbers and text in a group, and JSON does.
-        name = str(group["state_dtype"]).removeprefix("torch.")
-        allowed = ("bfloat16", "float32", "float64")
-        require(self, name in allowed, "state_dtype", group["state_dtype"], f"it must be one of {', '.join(allowed)}")
-        group["state_dtype"] = name
-        seed = group["seed"]
-        is_integer = isinstance(seed, int) and not isinstance(seed, bool)
-        require(self, is_integer and seed >= 0, "seed", seed, "it must be an integer >= 0")
+        check_betas(self, group)
+        check_state_dtype(self, group)
         if group["lr_reference"] is not None:
-            reference = group["lr_reference"] = as_float(self, "lr_reference", group["lr_reference"])
-            require(
-                self, 0 < reference < math.inf, "lr_reference", reference, "it must be a finite number > 0, or None"
-            )
+            value = group["lr_reference"] = as_float(self, "lr_reference", group["lr_reference"])
+            require(self, 0 < value < math.inf, "lr_reference", value, "it must be a finite number > 0, or None")
         if group["capturable"]:
-            require(self, group["fused"] is not False, "fused", False, "it must be None or True with capturable=True")
-            group["fused"] = True
-            for param in group["params"]:
-                require(self, param.device.type == "cuda", "capturable", True, f"a parameter is on {param.device}")
-            lr = group["lr"]
-            on_gpu = not isinstance(lr, Tensor) or lr.device.type == "cuda"
-            require(self, on_gpu, "lr", lr, "a tensor must be on the GPU with capturable=True")
+            self._check_capturable(group)
         if group["fused"]:
-            self._check_fused(group, name)
+            self._check_fused(group)
+
+    def _check_capturable(self, group: dict[str, Any]) -> None:
+        require(self, group["fused"] is not False, "fused", False, "it must be None or True with capturable=True")
+        group["fused"] = True
+        for param in group["params"]:
+            require(self, param.device.type == "cuda", "capturable", True, f"a parameter is on {param.device}")
+        lr = group["lr"]
+        on_gpu = not isinstance(lr, Tensor) or lr.device.type == "cuda"
+        require(self, on_gpu, "lr", lr, "a tensor must be on the GPU with capturable=True")
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         dtype = state_dtype(group)
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
 
-    def _check_fused(self, group: dict[str, Any], state_dtype_name: str) -> None:
+    def _check_fused(self, group: dict[str, Any]) -> None:
         try:
             for device_type in {param.device.type for param in group["params"]}:
                 kernels.find(device_type)
         except NoKernelError as error:
             raise RuntimeError(f"Stacey: fused=True, but {error}; use fused=None") from error
-        dtypes = {param.dtype for param in group["params"]} | {getattr(torch, state_dtype_name)}
+        dtypes = {param.dtype for param in group["params"]} | {state_dtype(group)}
         if refused := dtypes - set(kernels.DTYPES):
             names = " and ".join(map(str, refused))
             raise RuntimeError(f"Stacey: fused=True, but {names} is neither float32 nor bfloat16; use fused=None")
@@ -222,8 +220,3 @@ class Stacey(ElementwiseOptimizer):
             store.weight(weight, new, gradient)
 
         return update
-
-
-def _one_of(optimizer: Stacey, group: dict[str, Any], setting: str, allowed: tuple[str, ...]) -> None:
-    names = ", ".join(f'"{name}"' for name in allowed)
-    require(optimizer, group[setting] in allowed, setting, group[setting], f"it must be one of {names}")

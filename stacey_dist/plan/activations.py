@@ -2,7 +2,7 @@
 
 The formulas follow transformers' modeling_llama line by line, with torch's `scaled_dot_product_attention` (which
 keeps queries, keys, values, output and a logarithm a head, and no matrix of scores). They equal to the byte what
-torch's autograd keeps on CPUs (`tests/test_plan_activations.py`).
+torch's autograd keeps on CPUs (`tests/plan/test_activations.py`).
 """
 
 from dataclasses import dataclass

@@ -9,10 +9,10 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
-    """All parameters as wholes; every rank is a replica."""
+    """Yield every parameter as a whole; every rank is a replica."""
     for name, param in trainable_parameters(model):
         yield whole(name, param, optimizer.state.get(param, {}), everywhere=True)
 
 
 def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:
-    """Nothing to do: the optimizer updates the weights that the model computes with."""
+    """Do nothing: the optimizer updates the weights that the model computes with."""

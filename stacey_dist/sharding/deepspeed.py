@@ -1,7 +1,7 @@
 """DeepSpeed: flat partitions of a group of parameters (ZeRO-1/2), of each parameter (ZeRO-3), or none (stage 0).
 
-DeepSpeed's public accessors hand out copies (`safe_get_local_...`) or gather whole parameters; the views here come
-from what these accessors read themselves.
+DeepSpeed's public accessors return copies (`safe_get_local_...`) or gather whole parameters; the views here are of the
+tensors that these accessors read.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from stacey_dist.sharding.fragment import Fragment, flat_part, trainable_paramet
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
-    """This rank's part of each parameter in the fp32 master copy; padding is left out.
+    """Yield this rank's part of each parameter in the fp32 master copy, without padding.
 
     Args:
         model: the DeepSpeed engine or the module in it.
@@ -45,7 +45,7 @@ def refresh_weights(model: nn.Module, optimizer: Any) -> None:
 
 
 def _state(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
-    """The state of the optimizer inside DeepSpeed's."""
+    """Return the state of the optimizer inside DeepSpeed's."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.state
 
@@ -82,7 +82,7 @@ def _zero_3(name: str, param: Any) -> Iterator[Fragment]:
 
 
 def _refresh_zero_3(zero: Any) -> None:
-    zero.checkpoint_event_prologue()  # small parameters that stay gathered are let go, and gathered again at the end
+    zero.checkpoint_event_prologue()  # partitions small parameters that stay gathered; the epilogue gathers them again
     for index, master in enumerate(zero.fp32_partitioned_groups_flat):
         flat, parts = zero.fp16_partitioned_groups_flat[index], zero.fp16_partitioned_groups[index]
         flat.copy_(master)
@@ -92,7 +92,7 @@ def _refresh_zero_3(zero: Any) -> None:
 
 
 def _stage_0_masters(optimizer: Any) -> dict[Tensor, Tensor]:
-    """The fp32 master of each parameter where stage 0 trains in bf16 or fp16; empty in fp32."""
+    """Return the fp32 master of each parameter where stage 0 trains in bf16 or fp16; nothing in fp32."""
     if not (hasattr(optimizer, "fp16_groups") and hasattr(optimizer, "fp32_groups")):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Which engine shards a model, told from what it has made of the parameters and the optimizer."""
+"""Find out which engine shards a model, from what it has made of the parameters and the optimizer."""
 
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from stacey_dist.sharding.unsupported import refuse_unsupported
 
 
 def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empty: bool = False) -> list[Fragment]:
-    """The parts of all trainable parameters that live on this rank, with their optimizer state.
+    """Return the parts of all trainable parameters that live on this rank, with their optimizer state.
 
     Over the ranks of a shard group the fragments tile every trainable parameter: each element once, no padding.
 
@@ -35,7 +35,7 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     if accelerator is not None:
         _check(adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
-    _refuse_strangers(model, optimizer, adapter)  # after FSDP2 has let go of what it had gathered
+    _refuse_strangers(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
     return found
 
 
@@ -46,14 +46,14 @@ def refresh_weights(model: nn.Module, optimizer: Any) -> None:
 
 
 def base_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer inside an engine's wrappers: the one that updates this rank's tensors and has their state."""
+    """Return the optimizer inside an engine's wrappers, which updates this rank's tensors and has their state."""
     while (inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)) is not None:
         optimizer = inner
     return optimizer
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Bytes of the optimizer's state on this rank, from the live tensors: with all padding, but not the step counts."""
+    """Return the bytes of the optimizer's state tensors on this rank, with padding and without step counts."""
     storages = {}
     for state in base_optimizer(optimizer).state.values():
         for key, value in state.items():
@@ -64,7 +64,7 @@ def state_bytes(optimizer: Any) -> int:
 
 
 def _engine_optimizer(optimizer: Any) -> Any:
-    """The engine's optimizer without Accelerate's wrapper."""
+    """Return the engine's optimizer without Accelerate's wrapper."""
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer
     return optimizer

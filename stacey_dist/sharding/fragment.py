@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# What wrappers put into the names of a model's parameters.
+# Parts of parameters' names that wrappers add.
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -53,14 +53,14 @@ class Fragment:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's trainable parameters under their canonical names, a tied one once."""
+    """Yield the model's trainable parameters under their canonical names, a tied one once."""
     for name, param in model.named_parameters():
         if param.requires_grad:
             yield canonical_name(name), param
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing add to it.
+    """Return a parameter's name without what DDP, torch.compile and activation checkpointing add to it.
 
     A leading "module." is a wrapper's; further down it may be the model's own.
     """
@@ -71,7 +71,7 @@ def canonical_name(name: str) -> str:
 
 
 def whole(name: str, param: Tensor, state: Mapping[str, Any], *, everywhere: bool) -> Fragment:
-    """The fragment of a parameter that lives as a whole on this rank: on each, if `everywhere`."""
+    """Return the fragment of a parameter that is whole on this rank; on every rank, if `everywhere`."""
     replica, replicas = (dist.get_rank(), dist.get_world_size()) if everywhere and dist.is_initialized() else (0, 1)
     return flat_part(name, param.shape, 0, param.numel(), param, state, offset=None, replica=replica, replicas=replicas)
 
@@ -88,7 +88,7 @@ def flat_part(
     replica: int = 0,
     replicas: int = 1,
 ) -> Fragment:
-    """The fragment that lies in the flat tensor `owner` from `offset` on; all of `owner` if `offset` is None."""
+    """Return the fragment that lies in the flat tensor `owner` from `offset` on; all of `owner` if that is None."""
 
     def part(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

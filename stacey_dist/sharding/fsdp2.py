@@ -13,9 +13,9 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
-    """This rank's rows of each parameter: possibly none. In HSDP, ranks of other replica groups are replicas.
+    """Yield this rank's rows of each parameter: possibly none. In HSDP, ranks of other replica groups are replicas.
 
-    Parameters that are gathered, as the root's are after an evaluation, are let go of first.
+    Parameters that are gathered, as the root's are after an evaluation, are freed first.
 
     Raises NotImplementedError for a parameter that is split other than by rows over one mesh dimension.
     """
@@ -31,14 +31,14 @@ def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]
 
 
 def shards(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to some of the model, or its parameters are DTensors for another reason."""
+    """Return whether `fully_shard` was applied to some of the model, or its parameters are DTensors otherwise."""
     return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
         isinstance(p, DTensor) for p in model.parameters()
     )
 
 
 def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:
-    """Nothing to do: the optimizer updates the shards that the model gathers."""
+    """Do nothing: the optimizer updates the shards that the model gathers."""
 
 
 def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:

@@ -1,4 +1,4 @@
-"""Ways to split a model over ranks that are not supported: each is refused by its name, none is taken for a replica."""
+"""Refuse ways to split a model over ranks that are not supported, by name, so that none is taken for a replica."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-# Where the classes of modules and optimizers are defined, and what they are called here. They are told by name, so
-# that none of these libraries has to be installed.
+# Names for the modules in which classes of models and optimizers are defined. Classes are told by the names of their
+# modules, so that none of these libraries has to be installed.
 _CLASSES = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel)",
     "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",
@@ -54,7 +54,7 @@ def refuse_unsupported(model: Any, optimizer: Any) -> None:
 
 
 def _wrapped(optimizer: Any) -> Iterator[Any]:
-    """The optimizer and those inside it."""
+    """Yield the optimizer and those inside it."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)

@@ -10,7 +10,7 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
-    """The parameters that this rank updates, as wholes. Its copies of the others have no state and are not listed."""
+    """Yield the parameters that this rank updates, as wholes. Its copies of the others have no state."""
     rank = dist.get_rank(optimizer.process_group)
     owner = optimizer._param_to_rank
     for name, param in trainable_parameters(model):

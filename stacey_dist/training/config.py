@@ -54,7 +54,7 @@ class OptimizerConfig:
     state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """stacey: the dtype of z and m."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """stacey: how bfloat16 states and weights are rounded."""
+    """stacey, lp_descent: how bfloat16 states and weights are rounded."""
     bias_correction: bool = False
     """stacey: m is a weighted mean of the gradients so far, as in Adam, not one that begins at 0 as in the paper."""
 

@@ -6,12 +6,12 @@ import sys
 
 import torch
 
-from stacey_dist.info import cores
+from stacey_dist.cores import available_cores
 
 
 def cores_per_process() -> int:
     """Return this process's share of the machine's cores."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_name(device: torch.device) -> str:

@@ -44,7 +44,7 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
             names = ("p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding")
             return Stacey, settings | {name: getattr(config, name) for name in names} | {"seed": seed}
         case "lp_descent":
-            return LpDescent, dict(settings, p=config.p, eps=config.eps)
+            return LpDescent, dict(settings, p=config.p, eps=config.eps, rounding=config.rounding, seed=seed)
         case "adamw":
             return torch.optim.AdamW, adaptive
         case "adam":

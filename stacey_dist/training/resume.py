@@ -6,12 +6,12 @@ from typing import Any
 from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
 from stacey_dist.checkpoint.manifest import UnknownFormatError, says_finite
 from stacey_dist.checkpoint.read import verify_together
-from stacey_dist.checkpoint.schema import check_progress
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import DATA_CHANGE
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.progress import check_progress
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
 

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
-from stacey_dist.checkpoint.output import check_output
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.export_directory import check_output
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check_warmup
 from stacey_dist.training.run_lock import acquire_run_lock

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
-from stacey_dist.checkpoint.export import describe_model, export_model
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, read_manifest, says_finite
-from stacey_dist.checkpoint.retain import newest_usable, retain
+from stacey_dist.checkpoint.retention import newest_usable, retain
+from stacey_dist.models.export import describe_model, export_model
 from stacey_dist.training import signals
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine

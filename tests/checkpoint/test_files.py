@@ -166,7 +166,7 @@ def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stacey_dist.checkpoint.write.os.fsync", full)
+    monkeypatch.setattr("stacey_dist.checkpoint.manifest.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

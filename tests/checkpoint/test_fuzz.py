@@ -15,11 +15,11 @@ import torch
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import DamagedCheckpointError, load_checkpoint, read_tensors, save_checkpoint, verify
 from stacey_dist.checkpoint.compare import differences
-from stacey_dist.checkpoint.export import export_model
 from stacey_dist.checkpoint.importers import ForeignCheckpointError, import_checkpoint
 from stacey_dist.checkpoint.manifest import MANIFEST, digest
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.export import export_model
 from tests.checkpoint.foreign import MAKERS
 from tests.checkpoint.test_importers import is_right
 

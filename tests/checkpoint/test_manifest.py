@@ -9,7 +9,6 @@ import torch
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import DamagedCheckpointError, read_tensors, save_checkpoint, verify
 from stacey_dist.checkpoint.manifest import MANIFEST, digest, read_manifest
-from stacey_dist.checkpoint.schema import check_progress
 from stacey_dist.checkpoint.shard import Range, read_shards, shard_name, write_shard
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
@@ -208,35 +207,6 @@ def test_text_of_others_is_shown_in_one_line(saved, capsys):
 def test_entries_of_later_versions_are_let_through(saved):
     forge(saved, entry("later", {"a": [None]}))
     assert read_manifest(saved)["later"] == {"a": [None]}
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"step": "3"},
-        {"position": -1},
-        {"skipped_steps": True},
-        {"config": 1},
-        {"step": 1.5},
-        {"step": None},
-        {"config": None},
-        {"config": {"checkpoint": []}},
-        {"config": {"checkpoint": {"resume_from": 7}}},
-        {"best_step": "x"},
-        {"best_score": "x"},
-        {"trackers": [1]},
-        {"scaler": 7},
-    ],
-)
-def test_progress_that_is_no_count_is_named(extra):
-    with pytest.raises(ValueError, match=f"extra.{next(iter(extra))}"):
-        check_progress(extra)
-
-
-def test_progress_of_a_run_is_let_through():
-    check_progress({})
-    check_progress({"step": 3, "best_step": None, "best_score": None, "evaluated_step": 2, "scaler": None})
-    check_progress({"config": {"checkpoint": {"resume_from": None}}, "best_score": 0.5, "trackers": {"wandb": "a"}})
 
 
 def test_elements_are_counted_by_where_they_are(tmp_path):

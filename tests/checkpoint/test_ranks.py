@@ -17,12 +17,12 @@ from stacey_dist.checkpoint import (
     load_checkpoint,
     read,
     read_tensors,
+    restore,
     save_checkpoint,
-    snapshot,
     verify,
     write,
 )
-from stacey_dist.checkpoint.together import FailedOnAnotherRankError
+from stacey_dist.checkpoint.collectives import FailedOnAnotherRankError
 from stacey_dist.sharding import base_optimizer, fragments
 from tests.sharding.engines import Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
@@ -189,7 +189,7 @@ def check_frozen_parameters_are_written_in_turns(directory):
             part.weight.requires_grad_(False)
         return Trainer(engine, model, group_settings(CASE), *CASES[CASE])
 
-    snapshot._BATCH_BYTES, original = 1, snapshot._BATCH_BYTES  # and read one after another
+    restore._BATCH_BYTES, original = 1, restore._BATCH_BYTES  # and read one after another
     try:
         for engine in ("ddp", "zero3", "fsdp2"):
             trainer = frozen_too(engine)
@@ -211,7 +211,7 @@ def check_frozen_parameters_are_written_in_turns(directory):
             again = read_tensors(save_checkpoint(directory / engine / "step_00000002", other.model, other.optimizer))
             assert all(torch.equal(again[name], tensor) for name, tensor in expected.items()), engine
     finally:
-        snapshot._BATCH_BYTES = original
+        restore._BATCH_BYTES = original
 
 
 CHECKS = {

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist import LpDescent, Stacey
-from stacey_dist.optim.rounding import STATES, WEIGHT, random_bits, round_key, round_stochastic
+from stacey_dist.optim.rounding import STATES, WEIGHT, Store, random_bits, round_key, round_stochastic
+from stacey_dist.optim.rule import lp_descent_update
 from tests.optim.helpers import make_problem, run
 
 
@@ -203,3 +204,18 @@ def test_narrow_weights_need_no_master(optimizer_class, dtype):
     assert param.dtype == dtype
     moved = (theta.double() - param.double()).mean().item()
     assert moved == pytest.approx(200 * lr, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lp_descent_rounds_narrow_weights_as_it_is_told(dtype):
+    theta = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    settings = dict(lr=2.0**-7, p=2.8, eps=0.0, weight_decay=0.1)
+    exact = lp_descent_update(theta.float(), gradient.float(), **settings)
+    nearest, _ = run(LpDescent, theta, [gradient], rounding="nearest", **settings)
+    assert torch.equal(nearest, exact.to(dtype))
+    for seed in (0, 7):
+        expected, param = torch.empty_like(theta), run(LpDescent, theta, [gradient], seed=seed, **settings)[0]
+        Store("stochastic", seed, 1).weight(expected, exact, gradient.float())
+        assert torch.equal(param, expected)
+    assert not torch.equal(param, run(LpDescent, theta, [gradient], **settings)[0])

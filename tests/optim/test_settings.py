@@ -22,6 +22,10 @@ BAD = [
     (dict(eps=True), "eps=True .* number"),
     (dict(weight_decay=-0.1), "weight_decay=-0.1"),
     (dict(weight_decay=math.inf), "weight_decay=inf"),
+    (dict(seed=True), "seed=True"),
+    (dict(seed=0.5), "seed=0.5"),
+    (dict(seed=-1), "seed=-1"),
+    (dict(rounding="up"), "rounding='up'"),
 ]
 BAD_STACEY = [
     (dict(p=math.inf, variant="pp"), 'p=inf .* finite unless variant is "p2"'),
@@ -34,13 +38,11 @@ BAD_STACEY = [
     (dict(betas=(0.9, 1.0)), "betas"),
     (dict(betas=0.9), "betas=0.9 .* two numbers"),
     (dict(betas=(0.9,)), "betas"),
+    (dict(lr_reference=0.0), "lr_reference=0.0 .* > 0"),
+    (dict(lr_reference=-1.0), "lr_reference=-1.0 .* > 0"),
     (dict(z_init="ones"), 'z_init=\'ones\' .* "params", "zeros"'),
     (dict(state_dtype=torch.float16), "state_dtype=torch.float16 .* bfloat16, float32, float64"),
     (dict(state_dtype="int8"), "state_dtype='int8'"),
-    (dict(rounding="up"), "rounding='up'"),
-    (dict(seed=-1), "seed=-1"),
-    (dict(seed=0.5), "seed=0.5"),
-    (dict(seed=True), "seed=True"),
 ]
 
 

@@ -3,18 +3,17 @@
 import functools
 import pickle
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 
 from stacey_dist import Stacey
-from stacey_dist.checkpoint import verify
+from stacey_dist.checkpoint import read_tensors, verify
 from stacey_dist.checkpoint.compare import differences
-from stacey_dist.checkpoint.importers import ForeignCheckpointError
-from stacey_dist.checkpoint.importers.accelerate import _assigned
+from stacey_dist.checkpoint.importers import ForeignCheckpointError, import_checkpoint
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
@@ -69,10 +68,13 @@ def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, n
     command_line = ["checkpoint", "import", str(directory / "saved"), str(out), "--position", "24"]
     if name == "ddp":
         assert main(command_line) == 1
-        assert "it has no names; say which model it is of" in capsys.readouterr().err
+        assert "state has no names; say which model it is of" in capsys.readouterr().err
         assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
-        assert "it is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
+        assert "its optimizer is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
         command_line += ["--model", str(tmp_path / "model"), "--frozen", "*.1.self_attn.k_proj.weight"]
+        assert main(command_line) == 1
+        assert "its optimizer has 2 groups, of 14, 5 parameters" in capsys.readouterr().err
+        command_line += ["--group", "*proj.weight", "*embed_tokens.weight", "--group", "*norm*"]
     assert main(command_line) == 0
     assert "to go on, with the data from sample 24" in capsys.readouterr().out
     assert differences(out, directory / "ours") == []
@@ -197,29 +199,49 @@ def test_what_accelerate_refuses_is_one_line(monkeypatch):
         launch.start_accelerator(LLMConfig())
 
 
-def assign(groups, names):
-    """What the importer makes of an optimizer without names: groups of shapes, and the model's names and shapes."""
+def imported(tmp_path, groups, names):
+    """Import an optimizer without names, of groups of shapes, for a model of names and shapes."""
+    source = tmp_path / "saved"
+    source.mkdir(exist_ok=True)
     shapes = [shape for group in groups for shape in group]
     numbers = iter(range(len(shapes)))
     optimizer = {
         "param_groups": [{"params": [next(numbers) for _ in group]} for group in groups],
         "state": {i: {"z": torch.full(shape, float(i)), "step": torch.tensor(1.0)} for i, shape in enumerate(shapes)},
     }
-    weights = {name: torch.zeros(shape) for name, shape in names.items()}
-    states = _assigned(optimizer, list(names), weights, Path("optimizer.bin"))
-    return {name: int(state["z"].flatten()[0]) for name, state in states.items()}
+    torch.save(optimizer, source / "optimizer.bin")
+    save_file({name: torch.zeros(shape) for name, shape in names.items()}, source / "model.safetensors")
+
+    def run(patterns=None):
+        out = tmp_path / "out"
+        import_checkpoint(source, out, parameters=[[name] for name in names], groups=patterns)
+        return {
+            name: int(z.flatten()[0]) for name in names for z in read_tensors(out, [f"optimizer/{name}/z"]).values()
+        }
+
+    return run
 
 
-def test_states_without_names_find_their_parameters_by_order_and_shape():
-    model = {"a": (2, 3), "b": (3,), "c": (2, 3), "d": (3,)}
-    assert assign([[(2, 3), (2, 3)], [(3,), (3,)]], model) == {"a": 0, "b": 2, "c": 1, "d": 3}
-    assert assign([[(2, 3), (3,), (2, 3), (3,)]], model) == {"a": 0, "b": 1, "c": 2, "d": 3}
-    with pytest.raises(ForeignCheckpointError, match="in several ways"):
-        assign([[(2, 3), (3,)], [(2, 3), (3,)]], model)
-    with pytest.raises(ForeignCheckpointError, match="in no way"):
-        assign([[(2, 3), (2, 3)], [(3,), (4,)]], model)
+def test_states_without_names_find_their_parameters_by_groups_and_order(tmp_path):
+    model = {"a.weight": (2, 3), "a.bias": (3,), "b.weight": (2, 3), "b.bias": (3,)}
+    two = imported(tmp_path, [[(2, 3), (2, 3)], [(3,), (3,)]], model)
+    assert two([["*.weight"], ["*"]]) == {"a.weight": 0, "a.bias": 2, "b.weight": 1, "b.bias": 3}
+    for patterns, message in [
+        (None, "its optimizer has 2 groups, of 2, 2 parameters; name the parameters of each, in this order"),
+        ([["*"]], r"with patterns \(1 given\)"),
+        (
+            [["*.bias"], ["*.weight"]],
+            r"a.bias has the shape \(3,\), but the state in its place in group 1 has \(2, 3\)",
+        ),
+        ([["*.weight", "a.bias"], ["*"]], "group 1 of its optimizer has 2 parameters, but 3 were named"),
+        ([["*.weight"], ["a.*"]], "b.bias is in none of the groups"),
+    ]:
+        with pytest.raises(ForeignCheckpointError, match=message):
+            two(patterns)
+    one = imported(tmp_path, [[(2, 3), (3,), (2, 3), (3,)]], model)
+    assert one() == {"a.weight": 0, "a.bias": 1, "b.weight": 2, "b.bias": 3}
     with pytest.raises(ForeignCheckpointError, match="of 3 parameters, but the model has 4"):
-        assign([[(2, 3), (2, 3)], [(3,)]], model)
+        imported(tmp_path, [[(2, 3), (2, 3)], [(3,)]], model)()
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):

@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from stacey_dist.checkpoint import load_checkpoint, read_tensors, save_checkpoint
-from stacey_dist.checkpoint.shard import Range
-from stacey_dist.checkpoint.snapshot import dtype_name
+from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
 from stacey_dist.sharding import fragments, state_bytes
 from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
@@ -119,10 +118,7 @@ def check_fragments_take_a_state(engine, directory, dirty):
     saved = {f"model/{name}": weight for name, weight in weights.items()}
     saved |= {f"optimizer/{name}/{key}": value for name, (_, state) in half.items() for key, value in state.items()}
     path = Path(directory) / f"{engine}-{dirty}" / "step_00000006"
-    ranges = {name: Range(0, tensor.reshape(-1)) for name, tensor in saved.items()}
-    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in saved.items()}
-    first = dist.get_rank() == 0
-    write(path, ranges if first else {}, contents if first else {}, {"made": "by hand"})
+    write(path, Snapshot.of(saved if dist.get_rank() == 0 else {}), {"made": "by hand"})
     trainer, model = make(engine)
     if dirty:
         train(trainer, model, 3, 5)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.checkpoint import write
+from stacey_dist.checkpoint import manifest, replace, write
 from stacey_dist.training import engine, images, llm, loop, saving
 from stacey_dist.training.launchers import IMAGES, LLM
 
@@ -34,9 +34,9 @@ EVENTS = {
     "before writing": (write, "write_shard"),
     "written": (os, "fsync"),
     "before the manifest": (write, "_check_complete"),
-    "manifest": (write.json, "dump"),
+    "manifest": (manifest.json, "dump"),
     "rename": (Path, "rename"),
-    "renamed": (write, "_sync"),
+    "renamed": (replace, "sync"),
     "retention": (saving, "retain"),
     "deletion": (shutil, "rmtree"),
     "evaluation": (loop, "_evaluate"),

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from stacey_dist.checkpoint.export import export_model
 from stacey_dist.models import CifarResNet
+from stacey_dist.models.export import export_model
 from tests.training.forked import Forked
 from tests.training.helpers import (
     CLASSES,

@@ -221,21 +221,10 @@ def test_mixed_precision(uninterrupted, tmp_path, precision):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--model.dtype", "bfloat16"),
-        ("--train.gradient_checkpointing", "true"),
-        ("--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
-        ("--optimizer.name", "lp_descent"),
+        ("--model.dtype", "bfloat16", "--train.gradient_checkpointing", "true"),
+        ("--optimizer.name", "lp_descent", "--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
         ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
-        (
-            "--optimizer.name",
-            "lion",
-            "--optimizer.lr",
-            "0.001",
-            "--train.compile",
-            "true",
-            "--model.num_hidden_layers",
-            "1",
-        ),
+        ("--optimizer.name", "lion", "--optimizer.lr", "0.001"),
         ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
         ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
     ],
@@ -254,6 +243,21 @@ def test_options_train_and_resume(uninterrupted, tmp_path, options):
         assert torch.equal(tensor, assert_equal[1][name]), name
     losses = training_rows(tmp_path / "whole")
     assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "program", ["tests/training/traced.py", pytest.param("train_llm.py", marks=pytest.mark.exhaustive)]
+)
+def test_a_compiled_model_resumes_a_run_that_was_not_compiled(uninterrupted, tmp_path, program):
+    """The names of its weights are the same, and its losses but for the order of sums."""
+    directory, config, _ = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(directory / "run" / "checkpoints" / "step_00000020", run / "checkpoints" / "step_00000020")
+    output = launch("--config", config, "--run_dir", run, "--train.compile", "true", program=program)
+    assert "changed since the checkpoint: train.compile: False there, True now" in output
+    losses = [[row["loss"] for row in training_rows(path)[-20:]] for path in (run, directory / "run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert "traced a graph" in output or losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(("precision", "processes"), [("no", 2), ("fp16", 1)])

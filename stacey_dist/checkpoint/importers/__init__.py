@@ -1,19 +1,26 @@
-"""Checkpoints of other makers, of runs that used Stacey, as checkpoints of ours.
+"""Import checkpoints of other makers, of runs that used Stacey.
 
 These files are pickles. Here they are read with a list of harmless classes alone, so that nothing in them runs.
 """
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_parameters, one_line
-from stacey_dist.checkpoint.shard import DTYPES, Range
-from stacey_dist.checkpoint.snapshot import dtype_name
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, one_line, renamed
+from stacey_dist.checkpoint.shard import DTYPES
+from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
+from stacey_dist.sharding.fragment import canonical_name
+
+T = TypeVar("T")
+
+# The optimizer's tensors of one parameter, by their keys.
+_State = dict[str, Tensor]
 
 _LARGEST_STEP = 2**63 - 1
 
@@ -25,9 +32,10 @@ def import_checkpoint(
     path: Path,
     *,
     parameters: Sequence[Sequence[str]] | None = None,
+    groups: Sequence[Sequence[str]] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write what `source` holds as the checkpoint `path`, bit for bit; returns `path`. One process calls it.
+    """Write what `source` holds as the checkpoint `path`, bit for bit; return `path`. One process calls it.
 
     Known are what `Accelerator.save_state` makes on one process, DDP, FSDP2 and DeepSpeed, and what DeepSpeed's
     `save_checkpoint` makes, of ZeRO-1, 2 and 3. All tensors are in this process's host memory.
@@ -36,19 +44,26 @@ def import_checkpoint(
         source: the directory; of DeepSpeed, the one with the file `latest` or a tag's in it.
         path: where the checkpoint is to be; its name is step_ and the number of updates, if a run is to find it.
         parameters: the model's trainable parameters in its own order, each with all names it has (a tied one has
-            several). Needed for DDP, whose optimizer's state knows no names.
+            several). Needed for one process and DDP, whose optimizer's state knows no names.
+        groups: for each of the optimizer's parameter groups, patterns of the names of its parameters, as in
+            `["*.bias", "*norm*"]`. A parameter is in the first group with a pattern that fits its name. Needed where
+            the state knows no names and there are several groups.
         extra: goes into the manifest; "step" is the optimizer's count unless it is given.
 
     Raises:
-        ForeignCheckpointError: it is none of these, not all there, or holds what is not read.
+        ForeignCheckpointError: it is none of these, not all there, or holds what is not read; or `parameters` or
+            `groups` are needed, or do not fit.
         OSError: the checkpoint could not be written.
     """
     try:
-        found = (deepspeed if deepspeed.made(source) else accelerate).read(source, parameters)
-        tensors = _tensors(source, found, parameters)
-        step = max(int(state["step"]) for state in found.states.values() if "step" in state)
+        directory = deepspeed.find(source)
+        found = accelerate.read(source) if directory is None else deepspeed.read(directory)
+        weights, states = _named(source, found, parameters, groups)
+        _check(source, weights, states)
+        step = max(int(state["step"]) for state in states.values() if "step" in state)
         if not 0 <= step <= _LARGEST_STEP:
             raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
+        copies = Snapshot.of(_tensors(weights, states))
     except (ForeignCheckpointError, OSError):
         raise
     except Exception as error:
@@ -56,31 +71,107 @@ def import_checkpoint(
         raise ForeignCheckpointError(
             f"{source}: its files do not fit together, or are not what they are named ({one_line(error)})"
         ) from error
-    ranges = {name: Range(0, tensor.contiguous().reshape(-1)) for name, tensor in tensors.items()}
-    contents = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
     known = {"step": step, "skipped_steps": 0, "imported_from": found.maker}
-    write(path, ranges, contents, known | (extra or {}))
-    return path
+    return write(path, copies, known | (extra or {}))
 
 
-def _tensors(source: Path, found: Imported, parameters: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:
-    """All tensors by their names in our checkpoints. Raises ForeignCheckpointError where some are missing."""
-    check_parameters(source, found.weights, parameters or [])
-    if not any("step" in state for state in found.states.values()):
+def _named(
+    source: Path,
+    found: Imported,
+    parameters: Sequence[Sequence[str]] | None,
+    groups: Sequence[Sequence[str]] | None,
+) -> tuple[dict[str, Tensor], dict[str, _State]]:
+    """Return weights and states by the names that our checkpoints have: a tied parameter's first name."""
+    first = {name: names[0] for names in parameters or [] for name in names}
+    weights = _renamed(source, found.weights, first)
+    for name in dict.fromkeys(first.values()):
+        if name not in weights:
+            raise ForeignCheckpointError(f"{source}: {name} is a parameter of the model, but not in the files")
+    if found.groups is None:
+        return weights, _renamed(source, found.states, first)
+    if parameters is None:
+        raise ForeignCheckpointError(
+            f"{source}: its optimizer's state has no names; say which model it is of, for the order of its parameters"
+        )
+    names = [names[0] for names in parameters]
+    return weights, _assigned(source, found.groups, _members(source, names, found.groups, groups), weights)
+
+
+def _renamed(source: Path, values: dict[str, T], first: dict[str, str]) -> dict[str, T]:
+    """Return values by names without what wrappers add, and those of a tied parameter once."""
+    return {first.get(name, name): value for name, value in renamed(source, values, canonical_name).items()}
+
+
+def _members(
+    source: Path, names: list[str], states: list[list[_State]], groups: Sequence[Sequence[str]] | None
+) -> list[list[str]]:
+    """Return the names of the parameters in each of the optimizer's groups."""
+    sizes = [len(group) for group in states]
+    if sum(sizes) != len(names):
+        raise ForeignCheckpointError(
+            f"{source}: its optimizer is of {sum(sizes)} parameters, but the model has {len(names)} trainable ones"
+        )
+    if groups is None and len(sizes) == 1:
+        return [names]
+    if groups is None or len(groups) != len(sizes):
+        given = "none" if groups is None else len(groups)
+        raise ForeignCheckpointError(
+            f"{source}: its optimizer has {len(sizes)} groups, of {', '.join(map(str, sizes))} parameters; name the "
+            f"parameters of each, in this order, with patterns ({given} given)"
+        )
+    members: list[list[str]] = [[] for _ in groups]
+    for name in names:
+        number = next((i for i, patterns in enumerate(groups) if any(fnmatch(name, p) for p in patterns)), None)
+        if number is None:
+            raise ForeignCheckpointError(f"{source}: {name} is in none of the groups that were named")
+        members[number].append(name)
+    return members
+
+
+def _assigned(
+    source: Path, groups: list[list[_State]], members: list[list[str]], weights: dict[str, Tensor]
+) -> dict[str, _State]:
+    """Return the states of groups by name: a group has its parameters in the model's order."""
+    states = {}
+    for number, (group, names) in enumerate(zip(groups, members, strict=True), start=1):
+        if len(group) != len(names):
+            raise ForeignCheckpointError(
+                f"{source}: group {number} of its optimizer has {len(group)} parameters, but {len(names)} were named"
+            )
+        for name, state in zip(names, group, strict=True):
+            shapes = {tuple(t.shape) for key, t in state.items() if key != "step" and isinstance(t, Tensor)}
+            if shapes - {tuple(weights[name].shape)}:
+                raise ForeignCheckpointError(
+                    f"{source}: {name} has the shape {tuple(weights[name].shape)}, but the state in its place in group "
+                    f"{number} has {shapes.pop()}; its optimizer had other groups, or parameters in another order"
+                )
+            if state:
+                states[name] = state
+    return states
+
+
+def _check(source: Path, weights: dict[str, Tensor], states: dict[str, _State]) -> None:
+    """Raise ForeignCheckpointError if tensors are missing, or are of a kind or a size that is not imported."""
+    if not any("step" in state for state in states.values()):
         raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")
-    tensors = {f"model/{name}": tensor for name, tensor in found.weights.items()}
-    states = [tensor for state in found.states.values() for tensor in state.values()]
-    for tensor in [*tensors.values(), *states]:
+    for name in states:
+        if name not in weights:
+            raise ForeignCheckpointError(f"{source}: there is state of {name}, but no such weight")
+    tensors = [*weights.values(), *(tensor for state in states.values() for tensor in state.values())]
+    for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ForeignCheckpointError(f"{source}: tensors of {tensor.dtype} can't be saved")
     # Files may name one tensor many times, and what follows makes copies.
-    size = sum(tensor.nbytes for tensor in [*tensors.values(), *states] if tensor.dim())
+    size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
     if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
         raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
-    for name, state in found.states.items():
-        if name not in found.weights:
-            raise ForeignCheckpointError(f"{source}: there is state of {name}, but no such weight")
-        # Copies, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
-        state = state | ({"step": state["step"].reshape(())} if "step" in state else {})
-        tensors |= {f"optimizer/{name}/{key}": value.clone() for key, value in state.items()}
+
+
+def _tensors(weights: dict[str, Tensor], states: dict[str, _State]) -> dict[str, Tensor]:
+    """Return all tensors by their names in our checkpoints."""
+    tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+    for name, state in states.items():
+        for key, value in state.items():
+            # A copy, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
+            tensors[f"optimizer/{name}/{key}"] = (value.reshape(()) if key == "step" else value).clone()
     return tensors

@@ -1,9 +1,9 @@
 """Read the tensors of a directory of torch.distributed.checkpoint, without torch's own reader.
 
-`.metadata` is a pickle of which tensors there are and where the pieces of each lie, in files beside it: each piece is
-what `torch.save` wrote, from one byte to another. torch's reader unpickles the metadata without limits, and also the
-entries that are no tensors. Here the metadata are read once, into objects that do nothing, and made into plain values;
-entries that are no tensors are never looked at.
+`.metadata` is a pickle that names the tensors, and where their pieces lie in files beside it: each piece is what
+`torch.save` wrote, from one byte to another. torch's reader unpickles the metadata without limits, and also the entries
+that are no tensors. Here the metadata are read once, into objects that do nothing, and made into plain values; entries
+that are no tensors are never opened.
 """
 
 import io
@@ -134,7 +134,7 @@ def _piece(name: str, chunk: dict[str, Any], whole: tuple[int, ...], places: dic
 
 
 def _check_places(directory: Path, described: dict[str, _Described]) -> None:
-    """No two pieces may share bytes, and each tensor may have no more than its pieces: before memory is asked for."""
+    """Raise ValueError, before memory is allocated, if pieces share bytes or a tensor is larger than its pieces."""
     by_file: dict[str, list[_Piece]] = {}
     for name, tensor in described.items():
         there = 0

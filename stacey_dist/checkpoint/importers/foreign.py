@@ -1,14 +1,17 @@
-"""What importers have in common: what they return, and reading pickles without running them."""
+"""What importers have in common: what they return, and how they read files."""
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import torch_file
 from stacey_dist.files import open_regular
+
+T = TypeVar("T")
 
 
 class ForeignCheckpointError(Exception):
@@ -17,33 +20,44 @@ class ForeignCheckpointError(Exception):
 
 @dataclass
 class Imported:
-    """A foreign checkpoint, as whole tensors by the names of the model's parameters and buffers."""
+    """A foreign checkpoint as whole tensors, by the names of the model's parameters and buffers."""
 
     maker: str
     """Whose it is, for people."""
     weights: dict[str, Tensor]
-    """Parameters (fp32 masters where there are some; a tied one once) and buffers."""
-    states: dict[str, dict[str, Tensor]]
+    """Parameters (fp32 masters where there are some) and buffers."""
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """The optimizer's tensors of each parameter by their keys, with `step`."""
+    groups: list[list[dict[str, Tensor]]] | None = None
+    """The same where the files have no names: the states of each parameter group, in the order of the group."""
 
 
 def load(file: Path) -> Any:
-    """What torch.save wrote to `file`, tensors in host memory. Raises ForeignCheckpointError."""
+    """Return what torch.save wrote to `file`, tensors in host memory. Raises ForeignCheckpointError."""
+    with reading(file), open_regular(file) as opened:
+        return torch_file.load(opened)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ForeignCheckpointError naming `path` for errors of any kind, as of files cut short, altered or missing."""
     try:
-        with open_regular(file) as opened:
-            return torch_file.load(opened)
-    except Exception as error:  # of many kinds, for files cut short, altered or of something else
-        raise ForeignCheckpointError(f"{file}: it can't be read: {one_line(error)}") from error
+        yield
+    except Exception as error:
+        other = f": {error.filename}" if isinstance(error, OSError) and error.filename not in (None, str(path)) else ""
+        raise ForeignCheckpointError(f"{path}: it can't be read: {one_line(error)}{other}") from error
+
+
+def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> dict[str, T]:
+    """Return values by other names. Raises ForeignCheckpointError where two would have the same."""
+    by_name = {rename(name): value for name, value in values.items()}
+    if len(by_name) != len(values):
+        names = ", ".join(sorted(values)[:6])
+        raise ForeignCheckpointError(f"{path}: two of its tensors would have one name: {names}, ...")
+    return by_name
 
 
 def one_line(error: Exception) -> str:
-    """An error's kind and the first line of its message, without the file that an OSError names."""
+    """Return an error's kind and the first line of its message, without the file that an OSError names."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
-
-
-def check_parameters(source: Path, weights: Container[str], parameters: Sequence[Sequence[str]]) -> None:
-    """Raise ForeignCheckpointError unless every parameter of the model is there, by one of its names."""
-    for names in parameters:
-        if not any(name in weights for name in names):
-            raise ForeignCheckpointError(f"{source}: {names[0]} is a parameter of the model, but not in the files")

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet, sampled
 from stacey_dist.data.lock import making
 from stacey_dist.data.parts import replace_file, write_json
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -135,7 +135,7 @@ def cached(
     if not (place / COMPLETE).exists():
         with making(place, "data.cache", "set data.cache: none", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, images, shorter, threads or cores(), progress)
+                _make(place, images, shorter, threads or available_cores(), progress)
     return CachedImages(place, images, identity)
 
 

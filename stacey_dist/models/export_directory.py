@@ -1,4 +1,4 @@
-"""Directories that a command writes whole: filled beside the old one, and then put in its place.
+"""Write the directory of an export whole: fill it beside the old one, and then put it in its place.
 
 A directory that somebody else filled is never written to. One that an export filled has a file that lists all of its
 files.
@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import read_json
 
 MARKER = "stacey_export.json"
-# What exports of 0.1.0 wrote, which had no such list.
+# The files of exports of 0.1.0, which had no such list.
 _UNLISTED = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|preprocessor_config|vocab"
     r"|model\.safetensors\.index)\.json|model(-\d+-of-\d+)?\.safetensors|[a-z]+\.model|merges\.txt|vocab\.txt|README\.txt"
     r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
-# Files that are replaced as a whole: of an older export with more of them none may stay.
+# Files that are replaced together: none of an older export may stay, if that had more of them.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _INSIDE = ".export-tmp"
 
@@ -33,7 +34,7 @@ def check_output(directory: Path, *, unlisted: bool = False) -> None:
 
     Args:
         directory: where an export is to be.
-        unlisted: whether files that are named as those of an export count as such without a list of them.
+        unlisted: take files with the names of an export's for such, even if no list names them.
     """
     if directory.is_symlink():
         raise SettingsError(f"{directory} is a symbolic link; name the directory itself")
@@ -48,7 +49,7 @@ def check_output(directory: Path, *, unlisted: bool = False) -> None:
 
 
 def _entries(directory: Path) -> Iterator[tuple[str, bool]]:
-    """The entries of a directory and of those in it, and whether each is a file (a link is none)."""
+    """Yield the entries of a directory and of those in it, and whether each is a file (a link is none)."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.name == _INSIDE:
             continue
@@ -60,25 +61,25 @@ def _entries(directory: Path) -> Iterator[tuple[str, bool]]:
 
 @contextmanager
 def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Path]:
-    """Give a new directory to fill, and put it in the place of `directory` when that is done without an error.
+    """Yield a new directory to fill, and put it in the place of `directory` if that is done without an error.
 
-    A failure or a kill leaves `directory` as it was. Between two renames it can be missing, if it held an export
-    before; the next export to it brings that one back before it begins. What an older export has beside the weights, as
-    a tokenizer, stays unless it is written anew.
+    A failure or a kill leaves `directory` as it was. A kill between two renames can leave it missing, if it held an
+    export before; the next export to it brings that one back before it begins. What an older export has beside the
+    weights, as a tokenizer, stays unless it is written anew.
 
     Raises:
         SettingsError: `directory` is not new, empty, or of an export (see `check_output`).
         OSError: it cannot be written.
     """
     replaced = directory.with_name(f".{directory.name}.export-replaced")
-    if replaced.is_dir() and not replaced.is_symlink() and not directory.exists():
-        replaced.rename(directory)
+    bring_back(replaced, directory)
     check_output(directory, unlisted=unlisted)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A mount point, as in a container, cannot be renamed; it is filled from within.
     inside = os.path.ismount(directory) or (directory.exists() and not os.access(directory.parent, os.W_OK))
     temporary = directory / _INSIDE if inside else directory.with_name(f".{directory.name}.export-tmp")
-    _remove(temporary)
+    if os.path.lexists(temporary):  # left by a killed export
+        shutil.rmtree(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -87,23 +88,17 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
         _list(temporary, [name for name, _ in _entries(temporary)])
         if inside:
             _move_in(temporary, directory)
-        elif not directory.exists() or not os.listdir(directory):
+        else:
             if directory.exists():
                 shutil.copymode(directory, temporary)
-            temporary.rename(directory)
-        else:
-            shutil.copymode(directory, temporary)
-            _remove(replaced)
-            directory.rename(replaced)
-            temporary.rename(directory)
-            _remove(replaced)
+            put_in_place(temporary, directory, replaced)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _keep(old: Path, new: Path) -> None:
-    """Copy what an older export has and a new one does not write, but for weights."""
+    """Copy the files of an older export that a new one does not write, except weights."""
     for name, _ in _entries(old) if old.exists() else ():
         if not _WEIGHTS.fullmatch(name) and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +106,7 @@ def _keep(old: Path, new: Path) -> None:
 
 
 def _move_in(temporary: Path, directory: Path) -> None:
-    """Put the files in a directory in the place of those of an older export in it."""
+    """Move new files from a directory inside `directory` to the place of the older ones."""
     _list(directory, [name for place in (temporary, directory) for name, _ in _entries(place)])
     new, old = set(os.listdir(temporary)), set(os.listdir(directory)) - {_INSIDE}
     for name in sorted((new | old) - {MARKER}):
@@ -126,7 +121,7 @@ def _move_in(temporary: Path, directory: Path) -> None:
 
 
 def _list(directory: Path, names: Any) -> None:
-    """Write which files are of an export; never through a link or into a file that is there."""
+    """Write the list of an export's files; never through a link or into a file that is there."""
     new = directory / f"{MARKER}.tmp"
     new.unlink(missing_ok=True)
     new.write_text(json.dumps({"files": sorted({*names, MARKER, new.name})}, indent=1) + "\n")
@@ -134,15 +129,9 @@ def _list(directory: Path, names: Any) -> None:
 
 
 def _listed(directory: Path) -> set[str]:
-    """Return which files are of an export; none if it is not said."""
+    """Return the files that the list of an export names; none if there is no list."""
     try:
         names = read_json(directory / MARKER)["files"]
         return {name for name in names if isinstance(name, str)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-
-
-def _remove(directory: Path) -> None:
-    """Remove what a killed export left. Raises OSError if it is something else."""
-    if os.path.lexists(directory):
-        shutil.rmtree(directory)

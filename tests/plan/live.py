@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACCELERATE = Path(__file__).parents[1] / "configs/accelerate"
+ACCELERATE = Path(__file__).parents[2] / "configs/accelerate"
 # Nothing divides: an odd vocabulary, 3 key-value heads; one matrix is larger than ZeRO-3 leaves whole.
 SHAPE = dict(
     hidden_size=108, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
@@ -94,7 +94,7 @@ def measure(engine, precision, tied, directory):
     """Bytes of weights, gradients, masters and states on this process, by the names of the plan; communication."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from stacey_dist.checkpoint.snapshot import take
+    from stacey_dist.checkpoint.snapshot import snapshot
     from stacey_dist.sharding import base_optimizer
     from stacey_dist.training import llm
     from stacey_dist.training.engine import Requests, build_engine
@@ -129,7 +129,7 @@ def measure(engine, precision, tied, directory):
         found[name] = storage_bytes(values[name] for values in state)
     found["collectives"] = collectives.bytes
     found["before the engine"] = given["bytes"]
-    ranges, _ = take(made.model, made.optimizer)
+    ranges = snapshot(made.model, made.optimizer).ranges
     found["checkpoint"] = sum(part.values.numel() * part.values.element_size() for part in ranges.values())
     if engine == "ddp":
         sizes = made.model._get_ddp_logging_data()["bucket_sizes"]

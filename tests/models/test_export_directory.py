@@ -8,11 +8,12 @@ import stat
 import pytest
 
 from stacey_dist import Stacey
-from stacey_dist.checkpoint import output, save_checkpoint, verify
-from stacey_dist.checkpoint.export import describe_model, export_model
-from stacey_dist.checkpoint.output import MARKER, output_directory
+from stacey_dist.checkpoint import save_checkpoint, verify
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
+from stacey_dist.models import export_directory
+from stacey_dist.models.export import describe_model, export_model
+from stacey_dist.models.export_directory import MARKER, output_directory
 from tests.test_docs import tiny_llama
 
 
@@ -130,12 +131,12 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch, mounte
         interrupted()
     assert contents(tmp_path) == before
     # A kill while it was filled: what is left is taken away by the next one.
-    leftover = out / output._INSIDE if mounted else tmp_path / ".out.export-tmp"
+    leftover = out / export_directory._INSIDE if mounted else tmp_path / ".out.export-tmp"
     leftover.mkdir()
     (leftover / "config.json").touch()
     write_text(out, "2")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert not (out / output._INSIDE).exists()
+    assert not (out / export_directory._INSIDE).exists()
 
 
 def test_a_kill_between_the_two_renames_is_made_good_by_the_next_export(tmp_path):

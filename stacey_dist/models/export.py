@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that `transformers` loads."""
+"""Export a checkpoint as a model that `transformers` loads."""
 
 import reprlib
 import shutil
@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest
-from stacey_dist.checkpoint.model_config import build_shell, model_class
-from stacey_dist.checkpoint.output import check_output, output_directory
 from stacey_dist.checkpoint.read import read_tensors, tensors
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.export_directory import check_output, output_directory
+from stacey_dist.models.from_config import build_shell, model_class
 
 
 def describe_model(model: Any) -> dict[str, Any] | None:
-    """What `export_model` has to know, for a checkpoint's `extra["model"]`; None if it is of neither library."""
+    """Return what `export_model` has to know, for a checkpoint's `extra["model"]`.
+
+    None if the model is neither of transformers nor of stacey_dist.
+    """
     for made in type(model).__mro__:  # `fully_shard` puts a class of its own in front
         if made.__module__.startswith(("transformers.models.", "stacey_dist.models.")):
             return {"class": made.__name__, "config": model.config.to_dict()}

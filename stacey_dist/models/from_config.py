@@ -1,7 +1,7 @@
 """Build models of `transformers` and `stacey_dist` from configurations that others have written.
 
-A configuration can name code to import and kernels to download. Nothing of that is looked at: the classes are
-those of the two packages, and what a configuration says beyond sizes and settings of the network is left out.
+A configuration can name code to import and kernels to download. These names are left out, and the classes are those of
+the two packages.
 """
 
 import re
@@ -26,7 +26,7 @@ _LEFT_OUT = {
     "quantization_config",
     "use_kernels",
 }
-# A model is built a module at a time: a number of them that no model has would never come to an end.
+# Building a model takes time for each module: a configuration with 10^12 layers would never end.
 _COUNT = re.compile(r"layer|block|depth|stage|expert")
 _MOST_MODULES = 100_000
 
@@ -106,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _without_network() -> Iterator[None]:
-    """Within it, huggingface_hub downloads nothing: some models would fetch parts that their configurations name."""
+    """Keep huggingface_hub from downloading: some models would fetch parts that their configurations name."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

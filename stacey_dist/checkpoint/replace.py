@@ -1,0 +1,38 @@
+"""Put a directory that was filled under another name in the place of an older one."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def put_in_place(filled: Path, path: Path, replaced: Path) -> None:
+    """Rename `filled` to `path`, and wait until that is on the disk. What is there now is deleted afterwards.
+
+    Replacing takes two renames. A kill between them leaves the old directory under the name `replaced`, until
+    `bring_back`. Raises OSError; then the old directory is at `path` again.
+    """
+    if path.exists():
+        path.rename(replaced)
+    try:
+        filled.rename(path)
+    except OSError:
+        bring_back(replaced, path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def bring_back(replaced: Path, path: Path) -> None:
+    """Undo a replacement that was not completed; delete what a completed one has left."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(directory: Path) -> None:
+    """Wait until a directory's entries are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

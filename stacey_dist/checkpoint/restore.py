@@ -1,0 +1,178 @@
+"""Restore a model and its optimizer from what was saved. No engine is known here.
+
+`allocate` names the tensors of this rank that are to be read, a reader fills them, and `restore` completes them. Frozen
+parameters and buffers, which every rank has whole, follow some at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stacey_dist.checkpoint.model_tensors import (
+    Contents,
+    check_names,
+    describe,
+    frozen_parameters,
+    persistent_buffers,
+    shapes,
+)
+from stacey_dist.checkpoint.shard import Range
+from stacey_dist.optim.base import ElementwiseOptimizer
+from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.sharding.fragment import Fragment
+
+# Whole tensors are read this much at a time.
+_BATCH_BYTES = 1 << 30
+
+
+@dataclass
+class Allocated:
+    """Tensors of this rank that are to be read, and what is to be done with them then.
+
+    Attributes:
+        ranges: what to read, by name, most of it directly into weights and states.
+        reordered: tensors that are not in row-major order, as checkpoints are, and flat tensors to read in their place.
+        unsaved: fragments and keys of states that the checkpoint lacks: a parameter that no update has reached, in one
+            tensor with others.
+    """
+
+    ranges: dict[str, Range] = field(default_factory=dict)
+    reordered: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unsaved: list[tuple[Fragment, str]] = field(default_factory=list)
+
+    def add(self, name: str, start: int, target: Tensor) -> None:
+        """Have a tensor filled with the elements from `start` on."""
+        flat = target.view(-1) if target.is_contiguous() else target.new_empty(target.numel())
+        if not target.is_contiguous():
+            self.reordered.append((target, flat))
+        self.ranges[name] = Range(start, flat)
+
+
+def incompatibilities(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
+    """Return why these tensors can't be restored into the model, a line each. All lines are the same on every rank.
+
+    Frozen parameters and buffers may have another dtype here; an engine's fp32 masters are compared where it has some.
+    """
+    check_names(model)
+    dtypes = {f"model/{f.name}": describe(f.shape, f.weight.dtype)[1] for f in fragments(model, optimizer)}
+    here = {f"model/{name}": shape for name, shape in shapes(model).items()}
+    there = {name: kind for name, kind in contents.items() if name.startswith("model/")}
+    found = []
+    for name in sorted(here.keys() | there.keys()):
+        short, saved = name.removeprefix("model/"), there.get(name)
+        dtype = dtypes.get(name, saved[1] if saved else "")
+        if saved is None or name not in here or saved != (here[name], dtype):
+            ours = f"{here[name]} {dtype}" if name in here else "absent"
+            found.append(f"{short} is {f'{saved[0]} {saved[1]}' if saved else 'absent'} there, and {ours} here")
+    return found + _misfit_states(contents, here, optimizer)
+
+
+def _misfit_states(contents: Contents, here: dict[str, tuple[int, ...]], optimizer: Any) -> list[str]:
+    found = []
+    keys = set()
+    for name, key, (shape, _) in _states(contents):
+        if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
+            found.append(f"the state {name}/{key} does not fit a parameter here")
+        keys.add(key)
+    keys -= {"step"}
+    expected = set(getattr(base_optimizer(optimizer), "state_names", keys))
+    if keys and keys != expected:
+        there, ours = (", ".join(sorted(names)) for names in (keys, expected))
+        found.append(f"the optimizer's state is {there} there, and {ours} here")
+    return found
+
+
+def _states(contents: Contents) -> Iterator[tuple[str, str, tuple[tuple[int, ...], str]]]:
+    """Yield a parameter's name, the key of its state, and the state's shape and dtype."""
+    for full_name, kind in contents.items():
+        name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
+        if full_name.startswith("optimizer/"):
+            yield name, key, kind
+
+
+@torch.no_grad()
+def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
+    """Replace the optimizer's state by tensors for the state that was saved; return what this rank has to read.
+
+    Args:
+        contents: the tensors that were saved; there are no `incompatibilities`.
+        model: the model on its engine.
+        optimizer: its optimizer on its engine.
+    """
+    base = base_optimizer(optimizer)
+    base.state.clear()
+    groups = _groups(base)
+    saved: dict[str, dict[str, str]] = {}
+    for name, key, (_, dtype) in _states(contents):
+        saved.setdefault(name, {})[key] = dtype
+    for f in fragments(model, optimizer, empty=True):
+        for key, dtype in saved.get(f.name, {}).items():
+            _allocate_state(base, groups.get(f.owner, base.param_groups[0]), f, key, getattr(torch, dtype))
+    allocated = Allocated()
+    for f in fragments(model, optimizer, empty=True):  # now with views of the state
+        allocated.add(f"model/{f.name}", f.start, f.weight)
+        for key, target in f.state.items():
+            if key in saved.get(f.name, {}):
+                allocated.add(f"optimizer/{f.name}/{key}", f.start, target)
+            else:
+                allocated.unsaved.append((f, key))
+        if f.step is not None and "step" in saved.get(f.name, {}):
+            allocated.add(f"optimizer/{f.name}/step", 0, f.step)
+    return allocated
+
+
+def _allocate_state(base: Any, group: dict[str, Any], f: Fragment, key: str, dtype: torch.dtype) -> None:
+    state = base.state[f.owner]
+    if key == "step":
+        on_device = group.get("capturable") or (isinstance(base, torch.optim.Adam) and group.get("fused"))
+        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # whatever was saved
+        state[key] = torch.zeros((), dtype=own, device=f.owner.device if on_device else "cpu")
+    elif key not in state:  # fragments may share their owner
+        state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
+
+
+def _groups(base: Any) -> dict[Tensor, dict[str, Any]]:
+    """Return the group of each parameter. ZeRO-3's groups are empty between steps; its first one stands for them."""
+    return {param: group for group in base.param_groups for param in group["params"]}
+
+
+@torch.no_grad()
+def restore(allocated: Allocated, optimizer: Any) -> None:
+    """Complete weights and states whose ranges were read: restore the order in memory, and begin states not saved."""
+    for target, values in allocated.reordered:
+        target.copy_(values.view(target.shape))
+    base = base_optimizer(optimizer)
+    if isinstance(base, ElementwiseOptimizer):  # states of torch's optimizers begin as zeros
+        groups = _groups(base)
+        for f, key in allocated.unsaved:
+            dtype = str(f.state[key].dtype).removeprefix("torch.")
+            group = groups.get(f.owner, base.param_groups[0]) | {"state_dtype": dtype}
+            f.state[key].copy_(base._init_state(f.weight, group)[key])
+
+
+def batches(contents: Contents) -> Iterator[Contents]:
+    """Yield the tensors some at a time, so that a batch has about `_BATCH_BYTES`."""
+    batch: dict[str, tuple[tuple[int, ...], str]] = {}
+    size = 0
+    for name, (shape, dtype) in contents.items():
+        batch[name] = shape, dtype
+        size += math.prod(shape) * getattr(torch, dtype).itemsize
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def whole_batches(contents: Contents, model: nn.Module) -> Iterator[dict[str, Range]]:
+    """Yield flat tensors to read frozen parameters and persistent buffers into, some at a time."""
+    names = [name for tensors in (frozen_parameters(model), persistent_buffers(model)) for name, _ in tensors]
+    for batch in batches({f"model/{name}": contents[f"model/{name}"] for name in names}):
+        yield {
+            name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
+            for name, (shape, dtype) in batch.items()
+        }

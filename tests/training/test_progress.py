@@ -1,0 +1,34 @@
+"""What a manifest says of a run's progress."""
+
+import pytest
+
+from stacey_dist.training.progress import check_progress
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"step": "3"},
+        {"position": -1},
+        {"skipped_steps": True},
+        {"config": 1},
+        {"step": 1.5},
+        {"step": None},
+        {"config": None},
+        {"config": {"checkpoint": []}},
+        {"config": {"checkpoint": {"resume_from": 7}}},
+        {"best_step": "x"},
+        {"best_score": "x"},
+        {"trackers": [1]},
+        {"scaler": 7},
+    ],
+)
+def test_progress_that_is_no_count_is_named(extra):
+    with pytest.raises(ValueError, match=f"extra.{next(iter(extra))}"):
+        check_progress(extra)
+
+
+def test_progress_of_a_run_is_let_through():
+    check_progress({})
+    check_progress({"step": 3, "best_step": None, "best_score": None, "evaluated_step": 2, "scaler": None})
+    check_progress({"config": {"checkpoint": {"resume_from": None}}, "best_score": 0.5, "trackers": {"wandb": "a"}})
