@@ -1,4 +1,4 @@
-"""Floating-point operations: what a GPU can make, and what a token costs; for the launchers' MFU and for the plan."""
+"""Floating-point operations: what training takes, and what devices can do at best."""
 
 import re
 
@@ -25,7 +25,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name, None where it is not known."""
+    """Return the peak bf16 (fp16 on older GPUs) FLOP/s of a GPU by its name; None where it is not known."""
     for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
         if re.search(rf"\b{name}\b", device_name):
             return _PEAK_FLOPS[name]
@@ -33,9 +33,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def flops_per_token(weights: int, layers: int, hidden_size: int, context: int) -> float:
-    """Return the floating-point operations of a transformer's forward and backward pass on one token.
+    """Return a transformer's floating-point operations of forward and backward on one token, as the MFU counts them.
 
-    They are 6 for each of `weights`, which leave out an input embedding that is only a look-up; and for attention 12 *
-    layers * width * context: scores and weighted sums, not halved for the causal mask.
+    6 for each of `weights`, which leave out an input embedding that is only a look-up; and attention, 12 * layers *
+    width * context: scores and weighted sums, not halved for the causal mask.
     """
     return 6.0 * weights + 12.0 * layers * hidden_size * context

@@ -16,9 +16,8 @@ from stacey_dist.plan.hardware import GPUS, find_gpu
 from stacey_dist.plan.memory import ENGINES
 from stacey_dist.plan.model import VOCABULARIES
 from stacey_dist.plan.plans import largest_micro_batch, peak_bytes
-from stacey_dist.training.command_line import parse
+from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm import LanguageModeling, build_model
-from stacey_dist.training.llm_config import LLMConfig, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 SIZES = {  # as the papers and model cards have them; 100M and 1B as GaLore
@@ -32,9 +31,7 @@ ON_64 = ("--nodes", "8", "--gpus-per-node", "8")
 
 
 def config_of(name, *options):
-    config = parse(LLMConfig, ["--config", str(CONFIGS / f"llama_{name}.yaml"), *options])
-    validate(config)
-    return config
+    return LLM.parse(["--config", str(CONFIGS / f"llama_{name}.yaml"), *options])
 
 
 def plan(capsys, name, *options, status=0):

@@ -45,10 +45,10 @@ def test_a_ruined_checkpoint_does_not_replace_the_last_good_one(config, tmp_path
     assert (verify(good)["finite"], verify(ruined)["finite"]) == (True, False)
     assert f"warning: {ruined} holds weights or optimizer states that are not finite" in output
     assert "5 updates in a row up to update 11" in output
-    assert f"the same command goes on from {good}" in output
+    assert f"the same command resumes from {good}" in output
     output, status = start(config, run, engine=engine, program="train_llm.py").wait()
     assert status == 0, output
-    assert f"warning: passed over {ruined}" in output
+    assert f"warning: skipped {ruined}" in output
     assert "after 4 updates" in output
     assert steps(run) == [14]
     assert [row["step"] for row in training_rows(run)] == list(range(1, 15))
@@ -93,7 +93,7 @@ def test_what_is_renamed_or_removed_while_the_run_goes_on(config, tmp_path, what
     output, status = group.wait()
     if what.startswith("run_dir"):
         assert status == 2, output
-        assert f"error: run_dir: {run} was renamed or removed while the run went on" in output
+        assert f"error: run_dir: {run} was renamed or removed during the run" in output
         assert "Traceback" not in output
         newest = find_checkpoints(run / "checkpoints")[0]
         verify(newest)
@@ -107,6 +107,6 @@ def test_what_is_renamed_or_removed_while_the_run_goes_on(config, tmp_path, what
         assert training_rows(run)[-1]["step"] == step_of(newest) + 2
     else:
         assert status == 0, output
-        assert f"{run / what} was renamed or removed while the run goes on" in output
+        assert f"{run / what} was renamed or removed during the run" in output
         assert steps(run)[0] == training_rows(run)[-1]["step"] == last
         assert (training_rows(run)[0]["step"] == 1) == (what == "checkpoints")

@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     states = checkpoint(run, 40)
     assert {t.dtype for n, t in states.items() if n.endswith(("/z", "/m"))} == {torch.bfloat16}
-    assert "to go on: accelerate launch train_llm.py" in output
+    assert "to continue: accelerate launch train_llm.py" in output
     assert "sample: " in output
 
 
@@ -78,7 +78,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, numb
     arguments = ("--config", config, "--train.eval_every_steps", 1)
     output, status = launch_and_signal(number, 7, tmp_path / "run", *arguments)
     assert status == 128 + number
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     step = max(row["step"] for row in training_rows(tmp_path / "run"))
     assert f"after update {step};" in output
     assert 7 <= step < 40
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     content[len(content) // 2] ^= 1
     broken.write_bytes(content)
     output = launch("--config", config, "--run_dir", tmp_path / "run")
-    assert f"passed over a damaged checkpoint: {broken}: its content does not match its checksum" in output
+    assert f"skipped a damaged checkpoint: {broken}: its content does not match its checksum" in output
     assert "step_00000020 after 20 updates" in output
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
 
