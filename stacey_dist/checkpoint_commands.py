@@ -19,7 +19,7 @@ from stacey_dist.checkpoint.manifest import (
     verify,
 )
 from stacey_dist.errors import SettingsError
-from stacey_dist.files import printable
+from stacey_dist.files import printable, read_json
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -112,11 +112,11 @@ def diff(a: Path, b: Path) -> int:
 
 def export(path: Path, out: Path) -> int:
     """Write the model as a directory that `transformers` loads."""
+    verify(path)  # a damaged checkpoint is named where transformers is not installed, too
     from stacey_dist.models.export import export_model
     from stacey_dist.models.export_directory import check_output
 
     check_output(out)
-    verify(path)
     export_model(path, out)
     print(f"model for transformers: {out}")
     return 0
@@ -142,9 +142,9 @@ def import_foreign(
     extra: dict[str, Any] = {"position": position} | ({} if step is None else {"step": step})
     parameters = None
     if model is not None:
+        shell = _build_shell(model)
         from stacey_dist.models.export import describe_model
 
-        shell = _build_shell(model)
         extra["model"] = describe_model(shell)
         names: dict[int, list[str]] = {}
         for name, param in shell.named_parameters(remove_duplicate=False):
@@ -176,11 +176,11 @@ def _checkpoint(text: str) -> Path:
 
 def _build_shell(path: Path) -> Any:
     """Return the model of a configuration of transformers, without memory for its weights."""
-    from stacey_dist.files import read_json
-    from stacey_dist.models.from_config import build_shell
-
     try:
-        return build_shell(read_json(path / "config.json" if path.is_dir() else path))
+        config = read_json(path / "config.json" if path.is_dir() else path)
+        from stacey_dist.models.from_config import build_shell
+
+        return build_shell(config)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
 
