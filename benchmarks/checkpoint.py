@@ -31,7 +31,7 @@ from stacey_dist import Stacey
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
 from stacey_dist.sharding import fragments
-from stacey_dist.training.launch import engine_description, start_accelerator
+from stacey_dist.training.launch import describe_engine, start_accelerator
 from stacey_dist.training.llm_config import LLMConfig
 
 
@@ -132,7 +132,7 @@ def measure(accelerator: Accelerator, options: argparse.Namespace, directory: Pa
     step(accelerator, model, optimizer)
     mine = sum(f.stop - f.start for f in fragments(model, optimizer) if f.replica == 0)
     parameters = int(accelerator.reduce(torch.tensor(mine, device=accelerator.device)))
-    engine = engine_description(accelerator) or " on its own"
+    engine = describe_engine(accelerator) or " on its own"
     accelerator.print(f"{accelerator.num_processes} processes{engine}; {machine()}")
     mebibytes = 8 * parameters / 2**20
     accelerator.print(f"{parameters:,} parameters, {mebibytes:,.0f} MiB: weights in float32, z and m in bfloat16")

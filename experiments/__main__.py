@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     again.set_defaults(command=reproduce)
     search = commands.add_parser("tune", help="search settings as a W&B sweep file states them, with Optuna")
     search.add_argument("sweep", metavar="SWEEP", type=Path, help="the file, as configs/sweeps has them")
-    search.add_argument("--trials", type=int, default=20, help="runs in all; given more later, it goes on (20)")
+    search.add_argument("--trials", type=int, default=20, help="runs in all; more of them, given later, resume it (20)")
     search.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
     search.add_argument("--seed", type=int, default=0, help="of the search (0)")
     search.add_argument("--data", help="what to train on in place of the configuration's data")

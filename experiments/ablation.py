@@ -44,7 +44,7 @@ Found = Mapping[str, list[float | None]]
 
 
 def run(reproduction: Reproduction) -> Outcome:
-    """Every change with every seed."""
+    """Run every change with every seed."""
     size = reproduction.scale.settings
     given = data_settings(TASK.program, reproduction.directory, reproduction.data, size["without_data"])
     own = {**size["overrides"], **given}
@@ -67,18 +67,18 @@ def run(reproduction: Reproduction) -> Outcome:
 
 
 def _slug(change: dict[str, Any]) -> str:
-    """A file's name for a change."""
+    """Return a file's name for a change."""
     return "-".join(f"{name.split('.')[1]}_{value}" for name, value in change.items()) or "base"
 
 
 def differences(found: Found, label: str) -> list[float]:
-    """Of a change against none, seed by seed: they have the same batches and initial weights."""
+    """Return the differences of a change from none, seed by seed: they have the same batches and initial weights."""
     pairs = zip(found[label], found[BASE], strict=True)
     return [value - base for value, base in pairs if value is not None and base is not None]
 
 
 def table(found: Found) -> str:
-    """The change's loss and its difference, mean over seeds, with the least and the greatest."""
+    """Return the change's loss and its difference, mean over seeds, with the least and the greatest."""
     seeds = len(found[BASE])
     lines = [
         f"Held-out loss after the last update of STACEY with a setting changed, mean over {seeds} seeds; the change",
@@ -99,7 +99,7 @@ def table(found: Found) -> str:
 
 
 def figure(found: Found) -> Figure:
-    """A dot for each change and seed, by its difference."""
+    """Draw a dot for each change and seed, by its difference."""
     labels = [label for label in found if label != BASE and differences(found, label)]
     drawn = Figure(figsize=(8, 1.2 + 0.27 * len(labels)), layout="constrained")
     axes = drawn.subplots()

@@ -101,7 +101,7 @@ Chosen = dict[str, tuple[Path, dict[str, Any]]]
 def _settings(
     task: Task, size: Size, reproduction: Reproduction, overrides: dict[str, Any]
 ) -> tuple[Chosen, dict[str, list[dict[str, Any]]]]:
-    """What each optimizer is run with, but for those of which no run was completed; and the trials that told so."""
+    """Return what each optimizer is run with, unless none of its runs was completed; and the trials of all."""
     if size.sweeps is None:
         return {
             name: (configs() / size.configs.format(name.removeprefix("stacey_")), {}) for name in size.optimizers
@@ -117,7 +117,7 @@ def _settings(
 
 
 def training(reproduction: Reproduction, program: str, config: Path, settings: dict[str, Any], name: str) -> Part:
-    """A training run as a part; its value is a `trial.Result` as a dictionary."""
+    """Return a training run as a part; its value is a `trial.Result` as a dictionary."""
     trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
     return Part(name, RUN, partial(_train, reproduction, trial))
 
@@ -130,7 +130,7 @@ def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[s
 
 
 def _in_runs(advance: Advance) -> Callable[[float], None]:
-    """Tells the progress bar, which counts in whole numbers, of shares of a run."""
+    """Return a function that tells the progress bar, which counts in whole numbers, of shares of a run."""
     done = 0.0
 
     def tell(share: float) -> None:

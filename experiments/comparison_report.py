@@ -59,7 +59,7 @@ class Report:
 
 
 def mean_with_interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval (Student's t; NaN for one value)."""
+    """Return the mean, and half the width of its 95 % confidence interval (Student's t; NaN for one value)."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return mean, math.nan
@@ -67,7 +67,7 @@ def mean_with_interval(values: list[float]) -> tuple[float, float]:
 
 
 def updates_to_reach(evaluations: list[dict[str, Any]], metric: str, target: float) -> float | None:
-    """The update at which a run first was as good as `target`, between evaluations on a straight line.
+    """Return the update at which a run first was as good as `target`, between evaluations on a straight line.
 
     None if it never was; the first evaluation's update if it was so from there on.
     """
@@ -86,7 +86,7 @@ def updates_to_reach(evaluations: list[dict[str, Any]], metric: str, target: flo
 
 
 def report(found: Found, metric: str, settings: Mapping[str, dict[str, Any]], searched: Searched, by_p: ByP) -> Report:
-    """Final figures over the seeds, how soon each optimizer is as good as the reference in the end, and those by p."""
+    """Report the final figures, how soon each optimizer is as good as the reference in the end, and figures by p."""
     names = list(dict.fromkeys(name for name, _ in found))
     seeds = sorted({seed for _, seed in found})
     standard = REFERENCE if REFERENCE in names else names[0]
@@ -137,7 +137,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def final(run: dict[str, Any], metric: str) -> float | None:
-    """A held-out figure after the last update, of a `trial.Result` as a dictionary; None if it diverged."""
+    """Return a held-out figure after the last update, of a `trial.Result` as a dictionary; None if it diverged."""
     return None if run["diverged"] or not run["evaluations"] else run["evaluations"][-1][metric]
 
 
@@ -145,7 +145,7 @@ def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standa
     sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
 
     def place(name: str) -> tuple[int, float]:
-        """What diverged with some seed is not judged by the others."""
+        """Return the sort key of a row: what diverged with some seed is not judged by the others."""
         row = values[name]
         return row["diverged"], 0.0 if row["mean"] is None else sign * row["mean"]
 
@@ -170,7 +170,9 @@ def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standa
             apart = _with_interval(form.replace(":", ":+"), row["difference"], row["interval_of_difference"])
         share = "–" if row["share_of_updates"] is None else f"{row['share_of_updates']:.0%}"
         cost = "–" if row["time_per_update"] is None else f"{row['time_per_update']:.2f} x"
-        shown = ", ".join(f"{setting.split('.')[-1]} {_short(v)}" for setting, v in _told(row["settings"]).items())
+        shown = ", ".join(
+            f"{setting.split('.')[-1]} {_short(v)}" for setting, v in _optimizer_settings(row["settings"]).items()
+        )
         lines.append(
             f"| {LABELS[name]} | {mean} | {apart} | {share} | {cost} | {row['state_bytes_per_parameter']:.1f} B "
             f"| {shown} |"
@@ -208,7 +210,8 @@ def _shown(end: float | None, metric: str) -> str:
     return "diverged" if end is None else FORMS[metric].format(end)
 
 
-def _told(settings: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the table shows: the optimizer's, but for its name, which stands in the first column."""
     hidden = ("optimizer.name", "optimizer.variant")
     return {name: value for name, value in settings.items() if name.startswith("optimizer.") and name not in hidden}
 
@@ -226,7 +229,7 @@ def _counts(trials: list[dict[str, Any]]) -> str:
 
 
 def curves(found: Found, metric: str) -> Figure:
-    """The held-out figure over the updates: mean over seeds, and the range of the seeds."""
+    """Draw the held-out figure over the updates: mean over seeds, and the range of the seeds."""
     drawn = Figure(figsize=(9, 5.6), layout="constrained")
     axes = drawn.subplots()
     ends = []
@@ -264,7 +267,7 @@ def _look_at_the_ends(axes: Axes, curves: list[NDArray[np.float64]], metric: str
 
 
 def search(searched: Searched, metric: str) -> Figure:
-    """Every tuning run by its learning rate: how good each optimizer was, and how much of its range was good."""
+    """Draw every tuning run by its learning rate: how good each optimizer was, and how much of its range was good."""
     drawn = Figure(figsize=(9, 5.6), layout="constrained")
     axes = drawn.subplots()
     shown = []
@@ -287,7 +290,7 @@ def search(searched: Searched, metric: str) -> Figure:
 
 
 def curves_by_p(by_p: ByP, metric: str) -> Figure:
-    """The held-out figure over the updates for every p, a panel for each optimizer."""
+    """Draw the held-out figure over the updates for every p, a panel for each optimizer."""
     names = list(dict.fromkeys(name for name, _ in by_p))
     drawn = Figure(figsize=(5.5 * len(names), 4.6), layout="constrained")
     heights = []

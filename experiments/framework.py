@@ -98,7 +98,7 @@ class Reproduction:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def compute(self, parts: Sequence[Part], *, in_runs: bool = False) -> dict[str, Any]:
-        """The values of all parts by their names; those that are finished already are read, the others computed.
+        """Return the values of all parts by their names; those that are finished already are read, the others computed.
 
         The progress bar shows updates, or, where a part is made of them, training runs.
         """
@@ -185,7 +185,7 @@ def reproduce(
 
 
 def _statement(experiment: Experiment, scale: str) -> bytes:
-    """All that states what is run: finished parts of a run with other settings must not be mixed with new ones."""
+    """Return all that states what is run: finished parts with other settings must not be mixed with new ones."""
     files = sorted({file for pattern in experiment.files for file in configs().glob(pattern)})
     texts = [f"{file.name}\n{file.read_text()}" for file in files]
     if experiment.trains:
@@ -244,7 +244,7 @@ def configs() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on, as far as it is installed."""
+    """Return the versions of what a result depends on, as far as it is installed."""
     found = {"stacey_dist": __version__}
     for package in ("torch", "numpy", "scipy", "optuna"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -253,22 +253,22 @@ def versions() -> dict[str, str]:
 
 
 def launchers_defaults() -> str:
-    """What configuration files leave to the launchers."""
+    """Return what configuration files leave to the launchers."""
     return "".join(repr(launcher.config()) for launcher in LAUNCHERS.values())
 
 
 def absolute(data: str | None) -> str | None:
-    """The user's data, which are the same from wherever they are named."""
+    """Return the user's data, which are the same from wherever they are named."""
     return None if data is None else ",".join(os.path.abspath(path) for path in data.split(","))
 
 
 def digest(content: bytes) -> str:
-    """A name for what is too long to be shown."""
+    """Return a name for what is too long to be shown."""
     return f"of sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def dump(value: Any) -> str:
-    """JSON, which holds Python's floats exactly, but no NaN and no infinity: ValueError."""
+    """Return JSON, which holds Python's floats exactly, but no NaN and no infinity: ValueError."""
     return json.dumps(value, allow_nan=False) + "\n"
 
 

@@ -39,33 +39,33 @@ class Objective:
     largest_gradient: Callable[[float], float]
 
     def gradient_bound(self, p: float) -> float:
-        """G, the bound for ||g||_{p*} with its noise (assumption 4)."""
+        """Return G, the bound for ||g||_{p*} with its noise (assumption 4)."""
         # ||g||_{p*} <= ||nabla f||_{p*} + ||sigma||_{p*}
         return self.largest_gradient(p) + norm(self.noise, dual(p))
 
 
 def dual(p: float) -> float:
-    """p* = p / (p - 1)."""
+    """Return p* = p / (p - 1)."""
     return 1.0 if p == math.inf else p / (p - 1.0)
 
 
 def norm(x: Tensor, p: float) -> float:
-    """||x||_p of a vector."""
+    """Return ||x||_p of a vector."""
     return float(torch.linalg.vector_norm(x, p))
 
 
 def phi(x: Tensor) -> Tensor:
-    """x^2 / (1 + x^2)."""
+    """Return x^2 / (1 + x^2)."""
     return x.square() / (1.0 + x.square())
 
 
 def phi_slope(x: Tensor) -> Tensor:
-    """phi'(x) = 2x / (1 + x^2)^2."""
+    """Return phi'(x) = 2x / (1 + x^2)^2."""
     return 2.0 * x / (1.0 + x.square()).square()
 
 
 def separable(dimension: int = 8) -> Objective:
-    """f(x) = sum_i w_i phi(x_i), w from 1 down to 1/4; from theta_0 = (1, ..., 1), where it is concave."""
+    """Return f(x) = sum_i w_i phi(x_i), w from 1 down to 1/4; from theta_0 = (1, ..., 1), where it is concave."""
     weights = torch.logspace(0, -2, dimension, base=2.0, dtype=torch.float64)
 
     def smoothness(p: float) -> float:
@@ -86,7 +86,7 @@ def separable(dimension: int = 8) -> Objective:
 
 
 def regression(dimension: int = 4, rows: int = 16) -> Objective:
-    """f(x) = 1/n sum_j phi(<a_j, x - x*>), robust regression: coordinates act on each other. From theta_0 = 0."""
+    """Return f(x) = 1/n sum_j phi(<a_j, x - x*>), robust regression from theta_0 = 0; coordinates interact."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(rows, dimension, generator=generator, dtype=torch.float64)
     solution = torch.ones(dimension, dtype=torch.float64)

@@ -10,14 +10,14 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name; SettingsError if there is none."""
+    """Return the experiment of that name; SettingsError if there is none."""
     if name not in EXPERIMENTS:
         raise unknown("reproduce", name, ["list", *EXPERIMENTS], spelled=name.lower(), cutoff=0.5)
     return EXPERIMENTS[name]
 
 
 def lines() -> list[str]:
-    """What there is to reproduce, and at which scales; the first is what is run if none is asked for."""
+    """Return what there is to reproduce, and at which scales; the first is what is run if none is asked for."""
     shown = []
     for experiment in EXPERIMENTS.values():
         shown.append(f"{experiment.name}: {experiment.description}")

@@ -96,14 +96,14 @@ def read_sweep(file: Path) -> Sweep:
     space: dict[str, Range | list[Any]] = {}
     for setting, description in parameters.items():
         if isinstance(description, dict) and "value" in description and description.keys() <= {"value", "distribution"}:
-            fixed[setting] = _kept(description["value"])
+            fixed[setting] = _without_infinity(description["value"])
         else:
             space[setting] = _searched(f"{file}: {setting}", description)
     return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
 
 
 def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
-    """The launcher's options in a command, but for the configuration and W&B's own: settings that every run has."""
+    """Return the launcher's options in a command, settings of every run, without the configuration and W&B's own."""
     options: dict[str, Any] = {}
     # What stands before the launcher is how it is started; it may be named itself, too.
     first = next(
@@ -118,7 +118,7 @@ def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
             raise SettingsError(f"{file}: command: {word} is not known here; after {program} there may be options")
         value = text if given else next(words, "")
         if name != "config" and not name.startswith("tracking."):
-            options[name] = _kept(yaml_files.load(value, f"{file}: command: --{name} {value}"))
+            options[name] = _without_infinity(yaml_files.load(value, f"{file}: command: --{name} {value}"))
     return options
 
 
@@ -134,7 +134,7 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
     if (values := description.get("values")) is not None:
         if not isinstance(values, list) or not values:
             raise SettingsError(f"{where}: values: {values!r} is not allowed; it must be a list")
-        return [_kept(value) for value in values]
+        return [_without_infinity(value) for value in values]
     low: Any = description.get("min")
     high: Any = description.get("max")
     # YAML reads 1e-4 as text: it wants 1.0e-4.
@@ -151,12 +151,12 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
     return Range(low, high, log, whole)
 
 
-def _kept(value: Any) -> Any:
+def _without_infinity(value: Any) -> Any:
     return INFINITY if value == math.inf else value
 
 
 def _find(file: Path, config: str) -> Path:
-    """A path in a command is relative to the checkout, as for `wandb agent`, which is started there."""
+    """Find a path in a command, which is relative to the checkout, as for `wandb agent`, which is started there."""
     for directory in (*file.resolve().parents, Path.cwd()):
         if (directory / config).is_file():
             return directory / config

@@ -32,13 +32,13 @@ OBJECTIVES = (separable, regression)
 
 
 def step_size(objective: Objective, p: float, steps: int) -> float:
-    """The theorem's eta for T = `steps`."""
+    """Return the theorem's eta for T = `steps`."""
     # eta = 1 / (L^(1/2) G^(1/(p-1)) T^(1/2))
     return 1.0 / (math.sqrt(objective.smoothness(p) * steps) * _bounded_power(objective, p))
 
 
 def bound(objective: Objective, p: float, steps: int) -> float:
-    """The right side of the theorem for N = `steps`^2."""
+    """Return the right side of the theorem for N = `steps`^2."""
     gap = float(objective.value(objective.start[None]))
     ratio = 2.0 if p == math.inf else (2.0 * p - 1.0) / (p - 1.0)
     # N^(-1/4) [L^(1/2) G^(1/(p-1)) (f(theta_0) - f(theta*) + 1/2) + (2p-1)/(p-1) G^(1/(p-1)) ||sigma||_1]
@@ -52,7 +52,7 @@ def _bounded_power(objective: Objective, p: float) -> float:
 
 
 def noise_of_batches(objective: Objective, seeds: int, steps: int) -> Tensor:
-    """The noise of every step's batch of `steps` gradients: shape (steps, seeds, d); seed i's is a function of i."""
+    """Return the noise of every step's batch of `steps` gradients, (steps, seeds, d); seed i's is a function of i."""
     shape = (steps, len(objective.start))
     counts = [np.random.default_rng([seed, steps]).binomial(steps, 0.5, shape) for seed in range(seeds)]
     # sigma times the mean of T signs, (2 B - T) / T
@@ -79,7 +79,7 @@ def average_gradient(objective: Objective, p: float, noise: Tensor, advance: Adv
 
 
 def measure(objective: Objective, p: float, lengths: list[int], seeds: int, advance: Advance) -> dict[str, Any]:
-    """Every length of run, with noise for every seed and without."""
+    """Measure every length of run, with noise for every seed and without."""
     noisy, exact = [], []
     for steps in lengths:
         noise = noise_of_batches(objective, seeds, steps)
@@ -98,7 +98,7 @@ def measure(objective: Objective, p: float, lengths: list[int], seeds: int, adva
 
 
 def run(reproduction: Reproduction) -> Outcome:
-    """Both functions, every p."""
+    """Measure both functions with every p."""
     lengths = [2**power for power in range(4, reproduction.scale.settings["largest_power"] + 1)]
 
     def part(objective: Objective, p: float) -> Part:

@@ -16,7 +16,7 @@ Found = Mapping[tuple[str, float], dict[str, Any]]
 
 
 def slope(steps: list[int], averages: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The least-squares slope of log(average) against log(N), N = T^2; averages have shape (..., lengths)."""
+    """Return the least-squares slope of log(average) against log(N), N = T^2; averages have shape (..., lengths)."""
     x = np.log(np.square(np.asarray(steps, dtype=np.float64)))
     x -= x.mean()
     # sum_k (x_k - mean x) y_k / sum_k (x_k - mean x)^2
@@ -24,7 +24,7 @@ def slope(steps: list[int], averages: NDArray[np.float64]) -> NDArray[np.float64
 
 
 def slope_with_interval(steps: list[int], noisy: list[list[float]]) -> tuple[float, float, float]:
-    """The slope of the mean over seeds, and its 95 % interval: percentiles over resampled seeds."""
+    """Return the slope of the mean over seeds, and its 95 % interval: percentiles over resampled seeds."""
     values = np.asarray(noisy)  # (lengths, seeds)
     seeds = values.shape[1]
     drawn = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds))
@@ -34,13 +34,13 @@ def slope_with_interval(steps: list[int], noisy: list[list[float]]) -> tuple[flo
 
 
 def upper_half(values: dict[str, Any]) -> dict[str, Any]:
-    """The same, of the longer half of the runs alone."""
+    """Return the same, of the longer half of the runs alone."""
     start = len(values["steps"]) // 2
     return {**values, **{name: values[name][start:] for name in ("steps", "noisy", "noise_free", "bound")}}
 
 
 def table(found: Found) -> str:
-    """Slopes and the distance from the theorem's bound, in Markdown."""
+    """Return slopes and the distance from the theorem's bound, in Markdown."""
     steps = next(iter(found.values()))["steps"]
     seeds = len(next(iter(found.values()))["noisy"][0])
     late = steps[len(steps) // 2]
@@ -65,7 +65,7 @@ def table(found: Found) -> str:
 
 
 def figure(found: Found) -> Figure:
-    """A row for each function, a column for each p: measured, without noise, the bound, and the theorem's slope."""
+    """Draw a panel for each function and p: measured, without noise, the bound, and the theorem's slope."""
     names, norms = list(dict.fromkeys(name for name, _ in found)), list(dict.fromkeys(p for _, p in found))
     drawn = Figure(figsize=(14, 6.6), layout="constrained")
     panels = drawn.subplots(len(names), len(norms), sharex=True, sharey="row", squeeze=False)

@@ -2,7 +2,7 @@
 
 The processes are forked from a server that has the imports done: a run of a minute should not spend a tenth of it on
 imports. A run leaves what every run leaves (config.yaml, metrics.jsonl, loss.png), what it printed in output.txt, and
-result.json once it is complete. Killed, it goes on from its checkpoint; complete, it is read.
+result.json once it is complete. Killed, it resumes from its checkpoint; complete, it is read.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import TrialError
+from experiments.result import Result, evaluations
 from stacey_dist import yaml_files
+from stacey_dist.cores import available_cores
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
 from stacey_dist.training.launchers import LAUNCHERS
-from stacey_dist.training.rows import read_rows
 
 OnEvaluation = Callable[[dict[str, Any]], bool]
 """Told the row of metrics.jsonl of an evaluation; returns whether the run is to end there."""
@@ -33,7 +33,7 @@ OnEvaluation = Callable[[dict[str, Any]], bool]
 _POLL_SECONDS = 0.1
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _OWN = {
-    "checkpoint.every_steps": None,  # those by the clock are enough to go on from
+    "checkpoint.every_steps": None,  # those by the clock are enough to resume from
     "checkpoint.every_minutes": 5,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": False,
@@ -41,28 +41,7 @@ _OWN = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was told to stop, and can go on later."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What is kept of a complete training run."""
-
-    evaluations: list[dict[str, Any]]
-    """The rows of metrics.jsonl that hold held-out figures, in order of their `step`."""
-    diverged: bool
-    """It was given up, because losses or gradients were not finite."""
-    seconds_per_update: float
-    """Median over its progress rows."""
-    state_bytes_per_parameter: float
-    """Of the optimizer's state tensors."""
-    threads: int
-    """Of the CPU, which it had."""
-
-    def final(self, metric: str) -> float:
-        """The last value of a held-out figure; infinity if the run diverged."""
-        value = None if self.diverged else self.evaluations[-1][metric]
-        return math.inf if value is None else float(value)
+    """Training was told to stop, and can resume later."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +68,11 @@ class Trial:
         stop: threading.Event | None = None,
         advance: Callable[[float], object] = lambda share: None,
     ) -> Result | None:
-        """Train, or go on, or read what is there if it is complete. None if it was ended on the way.
+        """Train, or resume, or read what is there if it is complete. None if it was ended on the way.
 
         Args:
             on_evaluation: called for every evaluation, those of before included.
-            stop: once set, the run saves and ends, and can go on later.
+            stop: once set, the run saves and ends, and can resume later.
             advance: told how much of the run is done since it was last told; one that was ended early is done.
 
         Raises:
@@ -121,20 +100,20 @@ class Trial:
                 raise
         if finished or stop is None or not stop.is_set():
             advance(1.0 - done)
-            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # nothing goes on from them
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # nothing resumes from them
         return Result(**json.loads(complete.read_text())) if finished else None
 
     def arguments(self) -> list[str]:
-        """The options of the launcher."""
+        """Return the options of the launcher."""
         own = {"run_dir": str(self.directory), "train.cpu_threads": self.threads, **_OWN}
         return ["--config", str(self.config), *(f"--{k}={_as_option(v)}" for k, v in {**self.settings, **own}.items())]
 
     def length(self) -> int:
-        """Updates of the whole run, which is known once it has begun to train."""
+        """Return the updates of the whole run, which are known once it has begun to train."""
         return int(yaml_files.read(self.directory / "config.yaml")["train"]["max_steps"])
 
     def _train(self, on_evaluation: OnEvaluation, stop: threading.Event | None) -> bool:
-        """Train; whether the run is complete, not ended on the way."""
+        """Train. Return whether the run is complete, not ended on the way."""
         self.directory.mkdir(parents=True, exist_ok=True)
         output = self.directory / "output.txt"
         process = _server().Process(target=_train, args=(self.program, self.arguments(), str(self.directory)))
@@ -168,25 +147,20 @@ class Trial:
         raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
 
 
-def evaluations(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl that hold held-out figures, so far."""
-    return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
-
-
 def data_settings(program: str, directory: Path, data: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Where prepared data are kept, for all runs of an experiment, and what the user names to train on, or `own`."""
+    """Return where all runs of an experiment keep prepared data, and what the user names to train on, or `own`."""
     return {**(own if data is None else users_data(program, data)), "data.cache_dir": str(directory / "data")}
 
 
 def users_data(program: str, data: str | None) -> dict[str, Any]:
-    """The settings for what the user names to train on; none for None, which is the configuration's own."""
+    """Return the settings for what the user names to train on; none for None, which is the configuration's own."""
     own = LAUNCHERS[program].users_data
     return {} if data is None or own is None else own(data)
 
 
 def threads_each(workers: int) -> int:
-    """Threads of the CPU for one of so many runs at a time."""
-    return max(1, cores() // workers)
+    """Return the threads of the CPU for one of so many runs at a time."""
+    return max(1, available_cores() // workers)
 
 
 def _end(process: ForkServerProcess, number: signal.Signals) -> None:
@@ -196,7 +170,7 @@ def _end(process: ForkServerProcess, number: signal.Signals) -> None:
 
 
 def _as_option(value: Any) -> str:
-    """A value as YAML, which the launchers' options are read as."""
+    """Return a value as YAML, which the launchers' options are read as."""
     if isinstance(value, float):
         return ".inf" if value == math.inf else repr(value)
     return json.dumps(value) if not isinstance(value, str) else value

@@ -20,7 +20,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
 from experiments.framework import dump, write
-from experiments.trial import Result, evaluations
+from experiments.result import Result, evaluations
 from stacey_dist.errors import DivergedError
 from stacey_dist.sharding import state_bytes
 from stacey_dist.training.failures import user_errors
@@ -44,7 +44,7 @@ def train_and_report(program: str, arguments: list[str], directory: Path) -> Non
 
 
 def _end_with_the_experiment() -> None:
-    """Save and end once the process that asked for the run is gone, however it went: its successor goes on."""
+    """Save and end once the process that asked for the run is gone, however it went: its successor resumes."""
     experiment = multiprocessing.parent_process()
     if experiment is not None:
         experiment.join()

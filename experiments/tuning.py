@@ -3,7 +3,7 @@
 The first third of the runs is dealt out evenly over all ranges and choices, for eight runs drawn at random may well
 miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs whose best so far is worse than
 the median of the completed ones at the same evaluation are ended early. What is suggested is a function of the study's
-seed, the trial's number and the trials finished before, so one worker that is killed goes on to the same result; with
+seed, the trial's number and the trials finished before, so one worker that is killed resumes to the same result; with
 several workers it depends on who is faster.
 """
 
@@ -85,7 +85,7 @@ class Tuner:
         self.overrides, self.workers, self.threads = overrides or {}, workers, threads
         self.stop, self.advance = stop or threading.Event(), advance
         directory.mkdir(parents=True, exist_ok=True)
-        _mend(directory / "journal.log")
+        _repair(directory / "journal.log")
         self.study = optuna.create_study(
             study_name="study",
             storage=JournalStorage(JournalFileBackend(str(directory / "journal.log"))),
@@ -135,7 +135,7 @@ class Tuner:
         if number < startup:
             with warnings.catch_warnings():  # it is called experimental; so far it has changed little
                 warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-                sampler = samplers.PartialFixedSampler(self._dealt(number, startup), sampler)
+                sampler = samplers.PartialFixedSampler(self._spread_settings(number, startup), sampler)
         self.study.sampler = sampler
         trial = self._left.pop(0) if self._left else self.study.ask()  # one that was begun has what was suggested
         for name, values in self.sweep.space.items():
@@ -147,9 +147,8 @@ class Tuner:
                 trial.suggest_float(name, values.low, values.high, log=values.log)
         return trial
 
-    def _dealt(self, number: int, count: int) -> dict[str, Any]:
-        """The settings of one of `count` runs that have, of each setting, one value in each of as many equal parts: a
-        Latin hypercube."""
+    def _spread_settings(self, number: int, count: int) -> dict[str, Any]:
+        """Return the settings of one of the `count` points of a Latin hypercube over the space."""
         space = self.sweep.space
         place = LatinHypercube(len(space), rng=self.seed).random(count)[number]
         return {name: _at(values, share) for (name, values), share in zip(space.items(), place.tolist(), strict=True)}
@@ -197,15 +196,17 @@ class Tuner:
         return {"number": trial.number, "state": state, "value": value, "settings": self._settings(trial.params)}
 
     def _settings(self, suggested: dict[str, Any]) -> dict[str, Any]:
-        """What Optuna suggested, with the values of choices in place of their labels."""
+        """Return what Optuna suggested, with the values of choices in place of their labels."""
         space = self.sweep.space.items()
         choices = {name: _choices(values) for name, values in space if not isinstance(values, Range)}
         return {name: choices[name][value] if name in choices else value for name, value in suggested.items()}
 
 
-def _mend(journal: Path) -> None:
-    """Take away what a full disk or a kill left: half a last line, which Optuna would write on behind, and its lock,
-    which it would wait for. Nobody else is at work here: the directory is claimed."""
+def _repair(journal: Path) -> None:
+    """Remove what a full disk or a kill left in Optuna's journal: half a last line, and the lock.
+
+    Optuna would append to that line and wait for that lock. No other process uses them: the directory is claimed.
+    """
     for lock in journal.parent.glob(f"{journal.name}.lock*"):
         lock.unlink()
     if journal.exists():
@@ -214,7 +215,7 @@ def _mend(journal: Path) -> None:
 
 
 def _at(values: Range | list[Any], share: float) -> Any:
-    """What lies at a share, from 0 to below 1, of a range or of a list."""
+    """Return what lies at a share, from 0 to below 1, of a range or of a list."""
     if not isinstance(values, Range):
         choices = list(_choices(values))
         return choices[int(share * len(choices))]
@@ -225,12 +226,12 @@ def _at(values: Range | list[Any], share: float) -> Any:
 
 
 def _choices(values: list[Any]) -> dict[Any, Any]:
-    """A choice's values by what Optuna knows them as: lists, which it does not take, by their text."""
+    """Return a choice's values by what Optuna knows them as: lists, which it does not take, by their text."""
     return {str(value) if isinstance(value, list) else value: value for value in values}
 
 
 def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int, data: str | None = None) -> None:
-    """Search as a sweep file says, or go on; print the best, and leave trials.json and best.yaml in `directory`.
+    """Search as a sweep file says, or resume; print the best, and leave trials.json and best.yaml in `directory`.
 
     Raises:
         SettingsError: the file, the counts, the data, a directory that holds another search, or no run was completed.

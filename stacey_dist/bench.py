@@ -1,5 +1,7 @@
 """What a step of the optimizers costs on this machine: `stacey-dist bench`.
 
+It is installed, unlike benchmarks/, since users compare the optimizers on machines of their own.
+
 Each rival is measured beside torch's fused AdamW, the peer, and beside it alone: in processes of their own, in which
 the two take turns and another one goes first in each round. So neither runs among the memory of many others, whatever
 else the machine does hits both alike, and what one leaves in the caches the other has to clear as often. A process
@@ -8,17 +10,16 @@ gives the median of the ratios of its rounds; several give their median and how 
 Bytes are what a step has to move at least: weights, gradients and states, read or written.
 """
 
+import argparse
 import importlib
-import json
 import math
 import multiprocessing
 import platform
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.optim import Stacey
 from stacey_dist.optim.rounding import STATES, Store, round_key
 from stacey_dist.optim.rule import stacey_update
@@ -60,7 +62,7 @@ class Pair:
 
 
 def llama_100m_shapes() -> list[tuple[int, ...]]:
-    """The parameters of the paper's LLaMA 100M: 12 layers, 640 wide, 1708 inner, vocabulary 32 100, untied."""
+    """Return the parameters of the paper's LLaMA 100M: 12 layers, 640 wide, 1708 inner, vocabulary 32 100, untied."""
     layer: list[tuple[int, ...]] = [(640, 640)] * 4 + [(1708, 640)] * 2 + [(640, 1708), (640,), (640,)]
     return [(32100, 640), *layer * 12, (640,), (32100, 640)]
 
@@ -106,7 +108,7 @@ def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> 
 
 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of this module returns in a process of its own."""
+    """Call a function of this module in a process of its own; return what it returns."""
     context = multiprocessing.get_context("forkserver")
     # Imports, but no memory of an optimizer and no thread. torch imports the second as an optimizer is made.
     context.set_forkserver_preload([__name__, "torch._dynamo"])
@@ -145,7 +147,7 @@ def measure_pair(
 
 
 def measure_copy(count: int, device: str, rounds: int) -> float:
-    """The median time of a copy of float32 elements."""
+    """Return the median time of a copy of float32 elements."""
     copied, source = torch.zeros(count, device=device), torch.ones(count, device=device)
     copied.copy_(source)
     return statistics.median(_timed(lambda: copied.copy_(source), device) for _ in range(rounds))
@@ -173,7 +175,7 @@ def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: f
 
 
 def rivals(slow: bool) -> dict[str, Rival]:
-    """What is measured, by name; `slow` with the plain rule."""
+    """Return what is measured, by name; `slow` with the plain rule."""
 
     def stacey(variant: str, p: float, compiled: bool = False, **changes: Any) -> Rival:
         def make(params: list[Parameter]) -> Callable[[], object]:
@@ -222,7 +224,7 @@ class Compiled:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update."""
+        """Make one update."""
         self.count += 1
         weight = self.parts[0][0]
         key = torch.tensor(round_key(0, self.count, STATES), dtype=torch.int32, device=weight.device)
@@ -249,36 +251,20 @@ def _extra_bytes(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with _watched_memory() as most:
-        work()
-    return most[0]
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel records the peak anew
+    before = _kilobytes("VmRSS")
+    work()
+    return (_kilobytes("VmHWM") - before) * 1024
 
 
-@contextmanager
-def _watched_memory() -> Iterator[list[int]]:
-    """How much more memory than before this process has at most, while entered."""
-
-    def now() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before, most, running = now(), [0], True
-
-    def watch() -> None:
-        while running:
-            most[0] = max(most[0], now() - before)
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        running = False
-        thread.join()
+def _kilobytes(field: str) -> int:
+    """Return a figure of this process's memory; VmHWM is the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def machine(device: str | None = None) -> str:
-    """The processor or GPU (the GPU, if there is one and nothing is said), threads, and versions, in one line."""
+    """Return the processor or GPU (a GPU where there is one, by default), threads and versions, in one line."""
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         name = torch.cuda.get_device_name()
     else:
@@ -291,7 +277,7 @@ def machine(device: str | None = None) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result in Markdown."""
+    """Return a result in Markdown."""
     head = (
         f"{result['case']}: {result['elements']:,} elements in {result['tensors']:,} tensors; {result['machine']}; "
         f"{result['processes']} processes a pair; copy {result['copy_gigabytes_per_second']:.1f} GB/s\n\n"
@@ -309,13 +295,29 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([head, *rows])
 
 
-def bench(cases: list[str], device: str, rounds: int, slow: bool, json_file: Path | None, processes: int = 3) -> int:
-    """Measure the cases, print their tables, and write everything to `json_file`."""
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `stacey-dist bench` to its parser."""
+    parser.add_argument("--case", action="append", choices=list(CASES), help="one of them; all if not given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each of a pair steps in a process (9)")
+    parser.add_argument("--processes", type=int, default=3, help="how many measure each pair (3)")
+    parser.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.set_defaults(command=bench)
+
+
+def bench(case: list[str] | None, device: str, rounds: int, processes: int, slow: bool, json: Path | None) -> int:
+    """Measure the cases, print their tables, and write everything to the file `json`."""
+    if rounds < 1:
+        raise SettingsError(f"--rounds must be at least 1, got {rounds}")
+    if processes < 1:
+        raise SettingsError(f"--processes must be at least 1, got {processes}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch sees no GPU here")
     results = []
-    for case in cases:
-        results.append(run(case, device, rounds, slow and case == "flat", processes))
-        print(table(results[-1]), flush=True)
-        print()
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1))
+    for name in case or CASES:
+        results.append(run(name, device, rounds, slow and name == "flat", processes))
+        print(table(results[-1]), end="\n\n", flush=True)
+    if json is not None:
+        json.write_text(dumps(results, indent=1))
     return 0

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 
 import torch
+import torch.distributed as dist
 
+from stacey_dist.cores import available_cores
 from stacey_dist.extras import install_line
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
@@ -24,12 +26,18 @@ INSTALL = {
 _ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_ELASTIC_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
+def print_info() -> int:
+    """Print what a report of a problem needs."""
+    print("\n".join(lines()))
+    return 0
+
+
 def lines() -> list[str]:
-    """The report, line by line."""
+    """Return the report, line by line."""
     found = [f"Python {platform.python_version()} on {platform.platform()}"]
     found += [f"{package} {_version(package) or _how_to_install(package)}" for package in PACKAGES]
     capability = torch.backends.cpu.get_cpu_capability()
-    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {cores()} cores for this process")
+    found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {available_cores()} cores for this process")
     found += _gpus()
     found.append(f"compiler: {_compiler() or 'none; ' + INSTALL['compiler']}")
     found += [f"kernel on {device}: {kernel(device)}" for device in ("cpu", "cuda")]
@@ -42,7 +50,7 @@ def lines() -> list[str]:
 
 
 def kernel(device_type: str) -> str:
-    """The kernel for a type of device, and why; or why there is none."""
+    """Return the kernel for a type of device, and why; or why there is none."""
     try:
         name = kernels.find(device_type).name
     except NoKernelError as error:
@@ -54,7 +62,7 @@ def kernel(device_type: str) -> str:
 
 
 def engines() -> dict[str, str]:
-    """Whether each engine can be had here, and what installs it where not."""
+    """Return whether each engine can be had here, and what installs it where not."""
     joined = "yes" if _backends() else "no: this torch was built without distributed"
     lacking = "" if _version("deepspeed") else f"no: {install_line('deepspeed')}"
     return {
@@ -77,11 +85,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def cores() -> int:
-    """The cores that this process may run on, where the system says which."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -95,9 +98,7 @@ def _gpus() -> list[str]:
 
 
 def _backends() -> list[str]:
-    """The ways for processes to talk that this torch has."""
-    import torch.distributed as dist
-
+    """Return the ways for processes to talk that this torch has."""
     if not dist.is_available():
         return []
     nccl = [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if dist.is_nccl_available() else []
@@ -105,7 +106,7 @@ def _backends() -> list[str]:
 
 
 def _compiler() -> str | None:
-    """The C++ compiler that an installation would take: Triton and DeepSpeed need one too, when they run."""
+    """Return the C++ compiler that an installation would take: Triton and DeepSpeed need one too, when they run."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and shutil.which(name):
             told = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)

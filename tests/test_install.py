@@ -32,14 +32,23 @@ def run(*command, **options):
 
 
 def without_the_source_tree():
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    """The environment for programs that are to find what is installed; uv does not read pip's own settings."""
+    variables = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), **os.environ}
+    return {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def copy_the_tests(*names, to):
+    """Tests without the source tree run what is installed."""
+    for name in names:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, to / name)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """(sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
     out = tmp_path_factory.mktemp("built")
-    run(sys.executable, "-m", "build", "--outdir", out, ROOT, env=without_the_source_tree())
+    run(sys.executable, "-m", "build", "--installer", "uv", "--outdir", out, ROOT, env=without_the_source_tree())
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
@@ -49,9 +58,10 @@ def bare(tmp_path_factory):
 
     def make(*requirements):
         directory = tmp_path_factory.mktemp("environment")
-        run(sys.executable, "-m", "venv", directory)
-        install = [directory / "bin/python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+        run("uv", "venv", "--clear", "--python", sys.executable, directory)
+        install = ["uv", "pip", "install", "--python", directory, "-c", ROOT / "constraints.txt"]
         run(*install, *requirements, env=without_the_source_tree())
+        run("uv", "pip", "check", "--python", directory)
         return directory / "bin"
 
     return make
@@ -88,33 +98,46 @@ def test_the_sdist_has_what_builds_and_tests_it_and_nothing_else(built):
     assert not tops & {"docs", "docker", "benchmarks", "build", ".ci", ".github"}
 
 
+@pytest.fixture(scope="module")
+def library_alone(built, bare):
+    """The bin directory of an environment with the wheel, what it needs, and what its tests need."""
+    return bare(built[1], *TEST_TOOLS)
+
+
+CORE_TESTS = ("tests/optim", "tests/sharding", "tests/checkpoint")
+# The kernels against the rule, and files: a little of everything that is compiled or installed.
+SOME_OF_THEM = "test_rule or test_settings or test_manifest or test_lengths"
+
+
 @pytest.mark.slow
-def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(built, bare, tmp_path):
-    programs = bare(built[1], *TEST_TOOLS)
-    run(programs / "pip", "check")
-    installed = {line.split("==")[0].lower() for line in run(programs / "pip", "freeze").splitlines()}
+def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(library_alone, tmp_path):
+    listed = run("uv", "pip", "freeze", "--python", library_alone / "python")
+    installed = {line.split("==")[0].lower() for line in listed.splitlines()}
     assert not installed & {"transformers", "accelerate", "datasets", "matplotlib", "pyyaml", "deepspeed"}
-    assert "stacey_dist 0." in run(programs / "stacey-dist", "--version")
-    assert "kernel on cpu: C++" in run(programs / "stacey-dist", "info", cwd=tmp_path)
-    command_line, experiments = [programs / "stacey-dist"], [programs / "python", "-m", "experiments"]
+    assert "stacey_dist 0." in run(library_alone / "stacey-dist", "--version")
+    assert "kernel on cpu: C++" in run(library_alone / "stacey-dist", "info", cwd=tmp_path)
+    commands, experiments = [library_alone / "stacey-dist"], [library_alone / "python", "-m", "experiments"]
     for command, extra in (
-        ([*command_line, "plan"], "train"),
-        ([*command_line, "prepare"], "train"),
+        ([*commands, "plan"], "train"),
+        ([*commands, "prepare"], "train"),
         ([*experiments, "reproduce", "list"], "experiments"),
     ):
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 2
         assert re.search(rf"is not installed; pip install 'stacey_dist\[{extra}\]'$", result.stderr.strip())
         assert result.stderr.count("\n") == 1
-    # The tests without the source tree, so that they run what the wheel installed.
-    for name in ("tests", "configs", "benchmarks"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    parts = ("tests/optim", "tests/sharding", "tests/checkpoint")
-    quick = ("-m", "not slow and not exhaustive", "-n", "1", "-p", "no:cacheprovider")
-    output = run(programs / "pytest", "--core", "-q", *quick, *parts, cwd=tmp_path, env=without_the_source_tree())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", [SOME_OF_THEM, pytest.param("", marks=pytest.mark.exhaustive)], ids=["some", "all"])
+def test_the_librarys_tests_pass_there(library_alone, tmp_path, tests):
+    copy_the_tests("tests", "configs", "benchmarks", "pyproject.toml", to=tmp_path)
+    program = (library_alone / "pytest", "--core", "-q", "-m", "not slow and not exhaustive", "-n", "0")
+    there = {"cwd": tmp_path, "env": without_the_source_tree()}
+    # All are collected: none of them imports what an extra installs.
+    output = run(*program, *CORE_TESTS, "-k", tests, **there)
     passed = int(re.search(r"(\d+) passed", output)[1])
-    assert passed > 500, output[-2000:]
+    assert passed > (100 if tests else 500), output[-2000:]
 
 
 @pytest.mark.exhaustive
@@ -127,10 +150,7 @@ def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(built, bare
 )
 def test_an_extra_runs_its_launchers(built, bare, tmp_path, extra, tests):
     programs = bare(f"{built[1]}[{extra}]", *TEST_TOOLS)
-    run(programs / "pip", "check")
-    for name in ("tests", "configs", "train_llm.py", "train_imagenet.py", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
+    copy_the_tests("tests", "configs", "train_llm.py", "train_imagenet.py", "pyproject.toml", to=tmp_path)
     run(programs / "pytest", "-n", "0", *tests, cwd=tmp_path, env=without_the_source_tree())
 
 

@@ -1,8 +1,8 @@
 """What a run will take before it is started: `stacey-dist plan`. See docs/plan.md."""
 
-from stacey_dist.plan.memory import Job
+from stacey_dist.plan.job import Job
 from stacey_dist.plan.model import Llama, llama
-from stacey_dist.plan.search import search
-from stacey_dist.plan.speed import checkpoint_bytes, speed
+from stacey_dist.plan.plans import Plan, make_plan, propose_plans
+from stacey_dist.plan.speed import checkpoint_bytes
 
-__all__ = ["Job", "Llama", "checkpoint_bytes", "llama", "search", "speed"]
+__all__ = ["Job", "Llama", "Plan", "checkpoint_bytes", "llama", "make_plan", "propose_plans"]

@@ -2,7 +2,7 @@
 
 The formulas follow transformers' modeling_llama line by line, with torch's `scaled_dot_product_attention` (which
 keeps queries, keys, values, output and a logarithm a head, and no matrix of scores). They equal to the byte what
-torch's autograd keeps on CPUs (`tests/test_plan_activations.py`).
+torch's autograd keeps on CPUs (`tests/plan/test_activations.py`).
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Activations:
 def activations(
     model: Llama, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: bool
 ) -> Activations:
-    """Of a micro-batch of `sequences` sequences of `length` tokens."""
+    """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens."""
     tokens, hidden = sequences * length, model.hidden
     size = FLOAT if arithmetic == "float32" else 2
     stream = 2 if arithmetic == "low" else FLOAT  # an element of the residual stream

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from stacey_dist.errors import SettingsError, unknown
-from stacey_dist.plan.engines import ENGINES
 from stacey_dist.plan.hardware import GB, GPUS, Gpu, find_gpu
-from stacey_dist.plan.memory import Job
+from stacey_dist.plan.job import Job
+from stacey_dist.plan.memory import ENGINES
 from stacey_dist.plan.model import llama
+from stacey_dist.plan.plans import make_plan, propose_plans
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
-from stacey_dist.plan.search import search
-from stacey_dist.plan.speed import speed
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm_config import LLMConfig
 
@@ -26,6 +25,8 @@ SHORT = {
     "--sequence-length": "data.sequence_length",
     "--optimizer": "optimizer.name",
 }
+# What a GPU's figures can be told by: the field of `Gpu`, in units of 10^9.
+FIGURES = {"--memory-gb": "memory", "--intra-gbs": "intra", "--inter-gbs": "inter", "--host-gbs": "host"}
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> str:
-    """What `stacey-dist plan` prints for these arguments.
+    """Return what `stacey-dist plan` prints for these arguments.
 
     Raises SettingsError for options and settings that are not known, not allowed, or do not go together.
     """
@@ -43,34 +44,21 @@ def plan(arguments: list[str]) -> str:
     options, others = parser.parse_known_args(arguments)
     _check_names(parser, others)
     config = _config(options, others)
-    gpu = _gpu(options)
-    for name in ("nodes", "gpus_per_node", "vocab_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not allowed; it must be >= 1")
-    efficiency = _efficiency(options.efficiency)
-    if not 0 <= options.margin < 1:
-        raise SettingsError(f"--margin: {options.margin} is not allowed; it must be within [0, 1)")
+    _check(options)
+    gpu, efficiency = _gpu(options), _efficiency(options.efficiency)
     room = gpu.memory * (1 - options.margin)
-    ranks = options.nodes * options.gpus_per_node
-    if options.search and options.engine:
-        raise SettingsError(f"--engine: {options.engine} is not allowed with --search, which tries all engines")
     if options.search:  # it is what is searched
         config.train.micro_batch_size = None
-    engine = _engine(options, ranks)
-    job = Job(config, llama(config, options.vocab_size), engine, options.nodes, options.gpus_per_node)
+    job = Job(config, llama(config, options.vocab_size), _engine(options), options.nodes, options.gpus_per_node)
     if options.search:
-        found = search(job, gpu, room, efficiency)
-        if options.json:
-            plans = [as_dict(p.job, gpu, p.speed, room) for p in found]
-            return json.dumps({"proposals": plans, "not_measured": NOT_MEASURED}, indent=1)
-        return proposals(found, gpu, room, job)
-    jobs = [job] if config.optimizer.name == "adamw" or config.model.dtype != "float32" else [job, job.with_adamw()]
-    speeds = [speed(each, gpu, efficiency) for each in jobs]
+        plans = propose_plans(job, gpu, room, efficiency)
+    else:
+        peer = config.optimizer.name != "adamw" and config.model.dtype == "float32"
+        plans = [make_plan(each, gpu, efficiency) for each in ([job, job.with_adamw()] if peer else [job])]
     if options.json:
-        plans = [as_dict(j, gpu, s, room) for j, s in zip(jobs, speeds, strict=True)]
-        return json.dumps({"plans": plans, "not_measured": NOT_MEASURED}, indent=1)
-    return table(jobs, gpu, speeds, room, efficiency)
+        kind = "proposals" if options.search else "plans"
+        return json.dumps({kind: [as_dict(p, gpu, room) for p in plans], "not_measured": NOT_MEASURED}, indent=1)
+    return proposals(plans, gpu, room, job) if options.search else table(plans, gpu, room, efficiency)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,7 +110,7 @@ def _links(gpu: Gpu) -> str:
 
 
 def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
-    """Options without a dot are of this command; those with one are the configuration's, which checks them."""
+    """Raise SettingsError for an unknown option without a dot; those with one are settings, which are checked later."""
     known = [option for action in parser._actions for option in action.option_strings]
     for argument in others:
         name = argument.partition("=")[0]
@@ -134,7 +122,7 @@ def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
 def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
     arguments = [word for file in options.config for word in ("--config", file)]
     for option, setting in SHORT.items():
-        value = getattr(options, option[2:].replace("-", "_"))
+        value = _value(options, option)
         if value is not None:
             arguments += [f"--{setting}", value]
     if options.gradient_checkpointing is not None:
@@ -142,8 +130,19 @@ def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
     return LLM.parse(arguments + others, "stacey-dist plan")
 
 
-def _engine(options: argparse.Namespace, ranks: int) -> str:
-    name = options.engine or ("single" if ranks == 1 else "fsdp2")
+def _check(options: argparse.Namespace) -> None:
+    for name in ("nodes", "gpus_per_node", "vocab_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not allowed; it must be >= 1")
+    if not 0 <= options.margin < 1:
+        raise SettingsError(f"--margin: {options.margin} is not allowed; it must be within [0, 1)")
+    if options.search and options.engine:
+        raise SettingsError(f"--engine: {options.engine} is not allowed with --search, which tries all engines")
+
+
+def _engine(options: argparse.Namespace) -> str:
+    name = options.engine or ("single" if options.nodes * options.gpus_per_node == 1 else "fsdp2")
     if name not in ENGINES:
         raise unknown("--engine", name, ENGINES, spelled=name.lower().replace("-", "_"), cutoff=0.4)
     if options.offload and name not in ("zero3", "zero3_offload"):
@@ -152,20 +151,18 @@ def _engine(options: argparse.Namespace, ranks: int) -> str:
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:
-    gpu = find_gpu(options.gpu)
     changes: dict[str, Any] = {}
-    for option, field in {
-        "memory_gb": "memory",
-        "intra_gbs": "intra",
-        "inter_gbs": "inter",
-        "host_gbs": "host",
-    }.items():
-        value = getattr(options, option)
+    for option, figure in FIGURES.items():
+        value = _value(options, option)
         if value is not None:
             if not 0 < value < math.inf:
-                raise SettingsError(f"--{option.replace('_', '-')}: {value} is not allowed; it must be > 0, and finite")
-            changes[field] = value * GB
-    return replace(gpu, **changes)
+                raise SettingsError(f"{option}: {value} is not allowed; it must be > 0, and finite")
+            changes[figure] = value * GB
+    return replace(find_gpu(options.gpu), **changes)
+
+
+def _value(options: argparse.Namespace, option: str) -> Any:
+    return getattr(options, option[2:].replace("-", "_"))
 
 
 def _efficiency(text: str) -> tuple[float, float]:

@@ -1,184 +1,185 @@
-"""A run on an engine as a plan sees it, and what of it has to fit into a GPU."""
+"""What each engine keeps on a rank, in bytes: padding, dtypes and buffers as torch 2.13 and DeepSpeed 0.19 make them.
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+Every number here is compared with the live tensors of a run (`tests/plan/test_ranks.py`).
+"""
 
-from stacey_dist.errors import SettingsError
-from stacey_dist.plan.activations import Activations, Arithmetic, activations
-from stacey_dist.plan.engines import Held, Setup, fullest
-from stacey_dist.plan.model import Llama
-from stacey_dist.training.config import OptimizerConfig
-from stacey_dist.training.llm_config import LLMConfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
-Precision = Literal["no", "bf16", "fp16"]
-DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
-GIVES_OUT_WEIGHTS = ("zero3", "zero3_offload", "fsdp2", "hsdp")
-WITHOUT_AUTOCAST = (*DEEPSPEED, "fsdp2", "hsdp")
+from stacey_dist.plan.job import Job
+
+# DeepSpeed's defaults, which configs/accelerate leaves as they are; elements, not bytes.
+BUCKET = 500_000_000  # reduce_bucket_size: a buffer of its own for gradients on their way
+SUB_GROUP = 1_000_000_000  # sub_group_size: ZeRO-3 updates so many elements of a rank at a time
+PERSISTENT = 100_000  # stage3_param_persistence_threshold: parameters up to this size stay whole
+MAX_LIVE = 1_000_000_000  # stage3_max_live_parameters: how many ZeRO-3 keeps gathered beside those
+
+MASTER = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
-class Job:
-    """A model, an optimizer and a batch on so many GPUs.
+class RankMemory:
+    """Bytes on a rank, by what they are for.
 
     Attributes:
-        config: the launcher's configuration. Its optimizer, batch and precision are what counts.
-        model: its model.
-        engine: a name of `stacey_dist.plan.engines.ENGINES`.
-        nodes, gpus_per_node: one process a GPU.
-
-    Raises:
-        SettingsError: the engine, precision and number of GPUs do not go together, or the batch does not divide.
+        device: "weights", "gradients" (after a backward pass), "masters" and the optimizer's states.
+        host: the same, where they lie in host memory.
+        buffers: the engine's own, on the device, for as long as a forward and backward pass takes.
+        update: what the update needs for a moment, when no activations are there.
     """
 
-    config: LLMConfig
-    model: Llama
-    engine: str
-    nodes: int
-    gpus_per_node: int
-
-    def __post_init__(self) -> None:
-        ranks, batch = self.ranks, self.config.train.global_batch_size
-        if self.engine == "single" and ranks > 1:
-            raise SettingsError(f"--engine: single is one process, and there are {ranks}; take another engine")
-        if self.engine == "hsdp" and self.nodes < 2:
-            raise SettingsError("--engine: hsdp keeps replicas on several nodes; --nodes 1 is fsdp2")
-        low = self.config.model.dtype != "float32"
-        if low and (self.precision != "no" or self.engine in DEEPSPEED):
-            raise SettingsError(
-                "model.dtype: bfloat16 is planned without mixed precision (--mixed-precision no) and without DeepSpeed"
-            )
-        if batch % ranks:
-            raise SettingsError(
-                f"train.global_batch_size: {batch} is not a multiple of the {ranks} GPUs; see --global-batch-size"
-            )
-        if (batch // ranks) % self.micro_batch:
-            raise SettingsError(
-                f"train.micro_batch_size: {self.micro_batch} does not divide train.global_batch_size / GPUs = "
-                f"{batch // ranks}; see --micro-batch-size"
-            )
-
-    @property
-    def ranks(self) -> int:
-        """The number of processes."""
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def host_bytes_to_build(self) -> int:
-        """Host memory of the first node while the model is built: one process's float32 weights, or each one's."""
-        return 4 * self.model.elements * (1 if self.engine in GIVES_OUT_WEIGHTS else self.gpus_per_node)
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of a forward pass."""
-        return self.config.train.micro_batch_size or max(1, self.config.train.global_batch_size // self.ranks)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of an update on a rank."""
-        return self.config.train.global_batch_size // self.ranks // self.micro_batch
-
-    @property
-    def precision(self) -> Precision:
-        """Mixed precision; where neither the configuration nor an option says it, bf16 as in configs/accelerate."""
-        return self.config.train.mixed_precision or ("bf16" if self.config.model.dtype == "float32" else "no")
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """In which dtypes forward and backward compute."""
-        if self.config.model.dtype != "float32":
-            return "low"
-        if self.precision == "no":
-            return "float32"
-        return "low" if self.engine in WITHOUT_AUTOCAST else "autocast"
-
-    @cached_property
-    def setup(self) -> Setup:
-        """What the engine is given."""
-        weight = 4 if self.config.model.dtype == "float32" else 2
-        return Setup(
-            model=self.model,
-            groups=self.model.groups(decay_norms=self.config.optimizer.decay_norms_and_biases),
-            ranks=self.ranks,
-            shard_ranks=self.gpus_per_node,
-            weight=weight,
-            compute=weight if self.precision == "no" else 2,
-            state=state_bytes(self.config.optimizer),
-            accumulation=self.accumulation,
-        )
-
-    @cached_property
-    def _fullest(self) -> tuple[int, Held]:
-        return fullest(self.engine, self.setup)
-
-    @property
-    def rank(self) -> int:
-        """The rank that holds most."""
-        return self._fullest[0]
-
-    @property
-    def held(self) -> Held:
-        """What that rank keeps."""
-        return self._fullest[1]
-
-    @property
-    def activations(self) -> Activations:
-        """Of a micro-batch."""
-        train, length = self.config.train, self.config.data.sequence_length
-        checkpointing = train.gradient_checkpointing
-        return activations(self.model, self.micro_batch, length, self.arithmetic, checkpointing=checkpointing)
-
-    @property
-    def peak(self) -> int:
-        """Bytes on the fullest rank's GPU at most: in forward and backward, or in the update.
-
-        Gradients are counted as a whole beside all activations: from an update's second micro-batch on they are.
-        """
-        held = self.held
-        passes = sum(held.buffers.values()) + self.activations.peak
-        return sum(held.device.values()) + max(passes, held.update)
-
-    def with_batch(self, micro: int, *, checkpointing: bool | None = None, batch: int | None = None) -> "Job":
-        """The same with another micro-batch, and other gradient checkpointing or global batch if given."""
-        train = self.config.train
-        train = replace(
-            train,
-            micro_batch_size=micro,
-            gradient_checkpointing=train.gradient_checkpointing if checkpointing is None else checkpointing,
-            global_batch_size=batch or train.global_batch_size,
-        )
-        return replace(self, config=replace(self.config, train=train))
-
-    def with_adamw(self) -> "Job":
-        """The same with AdamW in place of the optimizer."""
-        return replace(self, config=replace(self.config, optimizer=OptimizerConfig(name="adamw")))
-
-    def largest_micro_batch(self, memory: float) -> int:
-        """Sequences of the largest micro-batch, of any global batch, whose peak is within `memory` bytes; 0 if none."""
-
-        def fits(micro: int) -> bool:
-            return self.with_batch(micro, batch=2 * micro * self.ranks).peak <= memory
-
-        low, high = 0, 1
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+    device: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)
+    update: int = 0
 
 
-def state_bytes(optimizer: OptimizerConfig) -> dict[str, int]:
-    """Bytes of an element in each of an optimizer's states, beside float32 weights; torch's own have float32 ones."""
-    match optimizer.name:
-        case "stacey":
-            size = 2 if optimizer.state_dtype == "bfloat16" else 4
-            return {"z": size, "m": size}
-        case "adamw" | "adam":
-            return {"exp_avg": 4, "exp_avg_sq": 4}
-        case "lion":
-            return {"exp_avg": 4}
-        case "sgd":
-            return {"momentum_buffer": 4} if optimizer.momentum else {}
-        case _:
-            return {}
+def single(job: Job, rank: int) -> RankMemory:
+    """Return what one process keeps: everything, in the dtype in which it was made; autocast casts on the way."""
+    elements = job.model.elements
+    return RankMemory(_parts(job, elements * job.weight_bytes, elements * job.weight_bytes, 0, elements))
+
+
+def ddp(job: Job, rank: int) -> RankMemory:
+    """Return what DDP keeps: the same, and buckets for gradients (torch's `gradient_as_bucket_view` is off)."""
+    return replace(single(job, rank), buffers={"gradient buckets": job.model.elements * job.weight_bytes})
+
+
+def zero_redundancy(job: Job, rank: int) -> RankMemory:
+    """Return what DDP keeps, with the states of the parameters that this rank updates alone."""
+    memory, owned = ddp(job, rank), owned_elements(job)[rank]
+    return replace(memory, device=memory.device | {name: size * owned for name, size in job.state_bytes.items()})
+
+
+def owned_elements(job: Job) -> list[int]:
+    """Return the elements that ZeroRedundancyOptimizer has each rank update.
+
+    The largest parameter comes first, and goes to the rank that has least.
+    """
+    sizes = [0] * job.ranks
+    for group in job.groups:
+        for parameter in sorted(group, key=lambda p: p.elements, reverse=True):
+            sizes[sizes.index(min(sizes))] += parameter.elements
+    return sizes
+
+
+def zero1(job: Job, rank: int) -> RankMemory:
+    """Return what ZeRO-1 keeps: as ZeRO-2, and whole gradients until the last micro-batch reduces them."""
+    buffers = {"gradient bucket": BUCKET * job.compute_bytes, "whole gradients": job.model.elements * job.compute_bytes}
+    return replace(zero2(job, rank), buffers=buffers)
+
+
+def zero2(job: Job, rank: int) -> RankMemory:
+    """Return what ZeRO-2 keeps: flat groups, padded to 2 elements a rank, and one slice of each a rank's own.
+
+    The gradients of a slice are kept with all of the parameters that it cuts through. From the second micro-batch of
+    an update on, its gradients are added to the first one's: there are two.
+    """
+    sizes = flat_slices(job)
+    gradients = 0
+    for group, size in zip(job.groups, sizes, strict=True):
+        start = 0
+        for parameter in group:
+            stop = start + parameter.elements
+            if start < (rank + 1) * size and stop > rank * size:
+                gradients += parameter.elements
+            start = stop
+        gradients += min(size, max(0, (rank + 1) * size - start))  # the padding, which has gradients too
+    compute, owned = job.compute_bytes, sum(sizes)
+    buffers = {"gradient bucket": BUCKET * compute}
+    if job.accumulation > 1:
+        buffers["gradients to be added"] = gradients * compute
+    device = _parts(job, owned * job.ranks * compute, gradients * compute, owned * MASTER, owned)
+    # A group at a time: the slice of its gradients made flat, and in float32.
+    return RankMemory(device, buffers=buffers, update=max(sizes) * _update_bytes(job))
+
+
+def flat_slices(job: Job) -> list[int]:
+    """Return the elements of a rank's slice of each flat group of ZeRO-1 and 2, with the padding."""
+    return [_ceil(sum(p.elements for p in group), 2 * job.ranks) * 2 for group in job.groups]
+
+
+def zero3(job: Job, rank: int) -> RankMemory:
+    """Return what ZeRO-3 keeps: each parameter padded to a multiple of the ranks and cut."""
+    owned, compute = sum(map(sum, cut_parameters(job))), job.compute_bytes
+    largest = 0
+    for group in cut_parameters(job):
+        current = 0
+        for size in group:
+            current += size
+            largest = max(largest, current)
+            current = 0 if current >= SUB_GROUP else current
+    device = _parts(job, owned * compute, owned * compute, owned * MASTER, owned)
+    return RankMemory(device, buffers=_zero3_buffers(job), update=largest * _update_bytes(job))
+
+
+def zero3_offload(job: Job, rank: int) -> RankMemory:
+    """Return what ZeRO-3 keeps with its slices in host memory; the device has gathered weights and the bucket.
+
+    The host has the gradients twice: as they come, and in float32 for the update.
+    """
+    owned, compute = sum(map(sum, cut_parameters(job))), job.compute_bytes
+    host = _parts(job, owned * compute, owned * (compute + MASTER), owned * MASTER, owned)
+    return RankMemory(_parts(job, 0, 0, 0, 0), host=host, buffers=_zero3_buffers(job))
+
+
+def cut_parameters(job: Job) -> list[list[int]]:
+    """Return the elements of a rank's piece of each parameter, by group, under ZeRO-3; with the padding."""
+    return [[_ceil(p.elements, job.ranks) for p in group] for group in job.groups]
+
+
+def fsdp2(job: Job, rank: int) -> RankMemory:
+    """Return what FSDP2 keeps: rows of each parameter; weights and gradients with padding to equal numbers of rows."""
+    ranks, rank = job.shard_ranks, rank % job.shard_ranks
+    padded = own = 0
+    for parameter in job.model.parameters:
+        rows, row = parameter.shape[0], parameter.elements // parameter.shape[0]
+        longest = _ceil(rows, ranks)
+        padded += longest * row
+        own += (min(rows, longest * (rank + 1)) - min(rows, longest * rank)) * row
+    layer, tail = (sum(p.elements for p in unit) for unit in (job.model.layer(), job.model.tail))
+    buffers = {
+        # Two layers, of which one is on its way, and the tail, which stays gathered into the backward pass.
+        "gathered weights": (2 * layer + tail) * job.compute_bytes,
+        # What an all-gather and a reduce-scatter work on, and the gradients of a unit before they are scattered.
+        "gather and scatter": 3 * max(sum(p.elements for p in unit) for unit in job.model.units) * job.compute_bytes,
+    }
+    return RankMemory(_parts(job, padded * job.weight_bytes, padded * job.weight_bytes, 0, own), buffers=buffers)
+
+
+ENGINES: dict[str, Callable[[Job, int], RankMemory]] = {
+    **{f.__name__: f for f in (single, ddp, zero_redundancy, zero1, zero2, zero3, zero3_offload, fsdp2)},
+    "hsdp": fsdp2,  # within a group of ranks; other groups have replicas
+}
+
+
+def most_loaded_rank(job: Job) -> tuple[int, RankMemory]:
+    """Return the rank that keeps most on its device (the first of several), and what it keeps."""
+    uneven = job.engine in ("zero_redundancy", "zero1", "zero2")  # on the others, rank 0 has no fewer rows
+    ranks: Iterable[int] = range(job.ranks) if uneven else [0]
+    found = {rank: ENGINES[job.engine](job, rank) for rank in ranks}
+    rank = max(found, key=lambda r: sum(found[r].device.values()))
+    return rank, found[rank]
+
+
+def _parts(job: Job, weights: int, gradients: int, masters: int, elements: int) -> dict[str, int]:
+    states = {name: size * elements for name, size in job.state_bytes.items()}
+    return {"weights": weights, "gradients": gradients, "masters": masters, **states}
+
+
+def _update_bytes(job: Job) -> int:
+    """Return the bytes that DeepSpeed takes for an element that it updates: its gradient, made flat and float32."""
+    return MASTER + (job.compute_bytes if job.compute_bytes < MASTER else 0)
+
+
+def _zero3_buffers(job: Job) -> dict[str, int]:
+    small = sum(p.elements for p in job.model.parameters if p.elements <= PERSISTENT)
+    return {
+        "gradient bucket": BUCKET * job.compute_bytes,
+        "small weights": small * job.compute_bytes,
+        "gathered weights": min(job.model.elements - small, MAX_LIVE) * job.compute_bytes,
+    }
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

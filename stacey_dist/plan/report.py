@@ -1,20 +1,23 @@
-"""A plan as a table for a terminal, and as a dictionary for programs."""
+"""Plans as a table for a terminal, and as a dictionary for programs."""
 
+from dataclasses import asdict
 from typing import Any
 
 from stacey_dist.plan.hardware import GB, Gpu
-from stacey_dist.plan.memory import Job
-from stacey_dist.plan.search import Proposal
-from stacey_dist.plan.speed import Speed, checkpoint_bytes
+from stacey_dist.plan.job import Job
+from stacey_dist.plan.plans import Plan, largest_micro_batch
+from stacey_dist.plan.speed import checkpoint_bytes
 
 GIB = 2**30
-NOT_MEASURED = "Bytes that rest are checked against live tensors on CPUs; peaks and times were not measured on a GPU."
+NOT_MEASURED = (
+    "Weights, gradients and states at rest equal live tensors (CPUs); peaks and times were not measured on a GPU."
+)
 
 
-def as_dict(job: Job, gpu: Gpu, speed: Speed, room: float) -> dict[str, Any]:
-    """Everything that the table says; bytes, seconds and tokens."""
+def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
+    """Return everything that the table says; in bytes, seconds and tokens."""
+    job, speed = plan.job, plan.speed
     whole, share = checkpoint_bytes(job)
-    acts = job.activations
     return {
         "engine": job.engine,
         "optimizer": job.config.optimizer.name,
@@ -28,27 +31,18 @@ def as_dict(job: Job, gpu: Gpu, speed: Speed, room: float) -> dict[str, Any]:
         "micro_batch_size": job.micro_batch,
         "accumulation": job.accumulation,
         "gradient_checkpointing": job.config.train.gradient_checkpointing,
-        "rank": job.rank,
-        "device_bytes": job.held.device,
-        "host_bytes": job.held.host,
+        "rank": plan.rank,
+        "device_bytes": plan.memory.device,
+        "host_bytes": plan.memory.host,
         "host_bytes_to_build": job.host_bytes_to_build,
-        "buffer_bytes": job.held.buffers,
-        "update_bytes": job.held.update,
-        "activation_bytes": {"saved": acts.saved, "at_peak": acts.peak},
-        "peak_bytes": job.peak,
+        "buffer_bytes": plan.memory.buffers,
+        "update_bytes": plan.memory.update,
+        "activation_bytes": {"saved": plan.activations.saved, "at_peak": plan.activations.peak},
+        "peak_bytes": plan.peak,
         "room_bytes": int(room),
-        "fits": job.peak <= room,
-        "largest_micro_batch": job.largest_micro_batch(room),
-        "communication": [
-            {
-                "what": t.what,
-                "collective": t.collective,
-                "tensor_bytes": t.tensor_bytes,
-                "sent_bytes": t.sent_bytes,
-                "seconds": t.seconds,
-            }
-            for t in speed.transfers
-        ],
+        "fits": plan.peak <= room,
+        "largest_micro_batch": largest_micro_batch(job, room),
+        "communication": [asdict(transfer) for transfer in speed.transfers],
         "seconds": {
             "arithmetic": list(speed.arithmetic),
             "communication": speed.communication,
@@ -61,53 +55,47 @@ def as_dict(job: Job, gpu: Gpu, speed: Speed, room: float) -> dict[str, Any]:
     }
 
 
-def table(jobs: list[Job], gpu: Gpu, speeds: list[Speed], room: float, efficiency: tuple[float, float]) -> str:
-    """The plan for people: one column for each job, which differ in the optimizer alone."""
-    first, speed = jobs[0], speeds[0]
+def table(plans: list[Plan], gpu: Gpu, room: float, efficiency: tuple[float, float]) -> str:
+    """Return plans for people: a column for each, which differ in the optimizer alone."""
     blocks = [
-        _heading(first, gpu),
-        _memory(jobs, gpu, room),
-        _communication(speed, first, gpu),
-        _time(jobs, speeds, efficiency),
-        _checkpoint(jobs, gpu),
+        _heading(plans[0].job, gpu),
+        _memory(plans, gpu, room),
+        _communication(plans[0], gpu),
+        _time(plans, efficiency),
+        _checkpoint(plans, gpu),
         NOT_MEASURED + "\ndocs/plan.md has the formulas and what is assumed.",
     ]
     return "\n\n".join(blocks)
 
 
-def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
-    """The table of a search."""
-    if not found:
+def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job) -> str:
+    """Return the table of the plans that a search for `job` proposes."""
+    if not plans:
         return (
-            f"nothing fits into {size(room)} of a {gpu.name}: more GPUs, a shorter data.sequence_length or "
+            f"nothing fits into {_gib(room)} GiB of a {gpu.name}: more GPUs, a shorter data.sequence_length or "
             "a smaller model do"
         )
     train = job.config.train
     lines = [
-        f"LLaMA of {count(job.model.elements)} parameters on {machines(job, gpu)}, {size(room)} of each, "
-        f"{precision_name(job)}, {job.config.optimizer.name}",
+        f"{_model(job, gpu)}, {_gib(room)} GiB of each, {_precision(job)}, {job.config.optimizer.name}",
         f"an update: {train.global_batch_size:,} sequences of {job.config.data.sequence_length:,} tokens",
         "",
         f"  {'engine':<16}{'micro-batch':>11}{'accumulated':>13}{'checkpointing':>15}{'peak GiB':>10}"
         f"{'host GiB':>10}{'tokens/s':>26}{'MFU':>13}",
     ]
-    for proposal in found:
-        planned, timed = proposal.job, proposal.speed
+    for plan in plans:
         lines.append(
-            f"  {planned.engine:<16}{planned.micro_batch:>11}{planned.accumulation:>13}"
-            f"{'on' if planned.config.train.gradient_checkpointing else 'off':>15}{planned.peak / GIB:>10.1f}"
-            f"{_gib(sum(planned.held.host.values()) * planned.gpus_per_node):>10}"
-            f"{span(timed.tokens / timed.slow, timed.tokens / timed.fast):>26}"
-            f"{span(100 * timed.mfu(timed.slow), 100 * timed.mfu(timed.fast)) + ' %':>13}"
+            f"  {plan.job.engine:<16}{plan.job.micro_batch:>11}{plan.job.accumulation:>13}"
+            f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}"
+            f"{_gib(sum(plan.memory.host.values()) * plan.job.gpus_per_node):>10}{_rate(plan):>26}{_mfu(plan):>13}"
         )
-    best = found[0].job
-    checkpointing = str(best.config.train.gradient_checkpointing).lower()
-    name = {"single": "gpu"}.get(best.engine, best.engine)
+    best = plans[0].job
     lines += [
         "",
-        f"the first one: accelerate launch --config_file configs/accelerate/{name}.yaml … train_llm.py --config … \\",
+        f"the first one: accelerate launch --config_file configs/accelerate/"
+        f"{'gpu' if best.engine == 'single' else best.engine}.yaml … train_llm.py --config … \\",
         f"  --train.global_batch_size {train.global_batch_size} --train.micro_batch_size {best.micro_batch} "
-        f"--train.gradient_checkpointing {checkpointing}",
+        f"--train.gradient_checkpointing {str(best.config.train.gradient_checkpointing).lower()}",
         "",
         NOT_MEASURED,
     ]
@@ -115,144 +103,131 @@ def proposals(found: list[Proposal], gpu: Gpu, room: float, job: Job) -> str:
 
 
 def _heading(job: Job, gpu: Gpu) -> str:
-    train, length = job.config.train, job.config.data.sequence_length
-    tokens = train.global_batch_size * length
+    batch, length = job.config.train.global_batch_size, job.config.data.sequence_length
     return (
-        f"LLaMA of {count(job.model.elements)} parameters on {machines(job, gpu)}: "
-        f"{job.engine}, {precision_name(job)}\n"
-        f"an update: {train.global_batch_size:,} sequences of {length:,} tokens ({count(tokens)}); on a GPU "
+        f"{_model(job, gpu)}: {job.engine}, {_precision(job)}\n"
+        f"an update: {batch:,} sequences of {length:,} tokens ({_count(batch * length)}); on a GPU "
         f"{job.accumulation} micro-batch{'es' if job.accumulation > 1 else ''} of {job.micro_batch}, "
-        f"gradient checkpointing {'on' if train.gradient_checkpointing else 'off'}"
+        f"gradient checkpointing {_on_or_off(job)}"
     )
 
 
-def _memory(jobs: list[Job], gpu: Gpu, room: float) -> str:
-    rows: dict[str, list[int | None]] = {}
-
-    def add(place: str, parts: list[dict[str, int]]) -> None:
-        for name in dict.fromkeys(name for part in parts for name in part):
-            values = [part.get(name) for part in parts]
-            if any(values):
-                rows[f"{name}{place}"] = values
-
-    add("", [job.held.device for job in jobs])
-    add(" (while a batch is computed)", [job.held.buffers for job in jobs])
-    rows["activations, kept for the backward pass"] = [job.activations.saved for job in jobs]
-    rows["activations, for a moment"] = [job.activations.peak - job.activations.saved for job in jobs]
-    first = jobs[0]
-    title = f"memory of the fullest GPU (rank {first.rank}), GiB"
-    lines = [_row(title, [job.config.optimizer.name for job in jobs])]
-    lines += [_row(f"  {name}", [_gib(value) for value in values]) for name, values in rows.items()]
-    lines.append(_row("  peak", [_gib(job.peak) for job in jobs]))
-    lines.append(_row(f"  … of {gpu.memory / GIB:.1f} GiB", [f"{job.peak / gpu.memory:.0%}" for job in jobs]))
-    if any(sum(job.held.buffers.values()) + job.activations.peak < job.held.update for job in jobs):
-        lines.append(_row("  … which is in the update", [_gib(job.held.update) for job in jobs]))
-    lines.append(
-        _row(f"  largest micro-batch, in {room / GIB:.1f} GiB", [str(job.largest_micro_batch(room)) for job in jobs])
-    )
+def _memory(plans: list[Plan], gpu: Gpu, room: float) -> str:
+    first = plans[0]
+    rows = {
+        **_parts([plan.memory.device for plan in plans]),
+        **_parts([plan.memory.buffers for plan in plans], " (while a batch is computed)"),
+        "activations, kept for the backward pass": [_gib(plan.activations.saved) for plan in plans],
+        "activations, for a moment": [_gib(plan.activations.peak - plan.activations.saved) for plan in plans],
+        "peak": [_gib(plan.peak) for plan in plans],
+        f"… of {_gib(gpu.memory)} GiB": [f"{plan.peak / gpu.memory:.0%}" for plan in plans],
+    }
+    if any(sum(plan.memory.buffers.values()) + plan.activations.peak < plan.memory.update for plan in plans):
+        rows["… which is in the update"] = [_gib(plan.memory.update) for plan in plans]
+    rows[f"largest micro-batch, in {_gib(room)} GiB"] = [str(largest_micro_batch(plan.job, room)) for plan in plans]
+    blocks = [_block(f"memory of the fullest GPU (rank {first.rank}), GiB", _optimizers(plans), rows)]
     if first.peak > room:
-        lines.append("  DOES NOT FIT; --search looks for what does")
-    title = "memory of the first node to build the model, GiB"
-    lines.append(_row(title, [_gib(job.host_bytes_to_build) for job in jobs]))
-    if first.held.host:
-        lines.append(_row("host memory of a GPU's process, GiB", ["" for _ in jobs]))
-        for name in dict.fromkeys(name for job in jobs for name in job.held.host):
-            values = [job.held.host.get(name) for job in jobs]
-            if any(values):
-                lines.append(_row(f"  {name}", [_gib(value) for value in values]))
-    return "\n".join(lines)
+        blocks.append("  DOES NOT FIT; --search looks for what does")
+    build = [_gib(plan.job.host_bytes_to_build) for plan in plans]
+    blocks.append(_block("memory of the first node to build the model, GiB", build, {}))
+    if first.memory.host:
+        host = _parts([plan.memory.host for plan in plans])
+        blocks.append(_block("host memory of a GPU's process, GiB", [], host))
+    return "\n".join(blocks)
 
 
-def _communication(speed: Speed, job: Job, gpu: Gpu) -> str:
-    if not speed.transfers:
+def _communication(plan: Plan, gpu: Gpu) -> str:
+    if not plan.speed.transfers:
         return "communication of an update: none"
     links = f"{gpu.intra / GB:,.0f} GB/s in a node"
-    if job.nodes > 1:
-        links += f", {gpu.inter / GB * job.gpus_per_node:,.0f} between nodes"
+    if plan.job.nodes > 1:
+        links += f", {gpu.inter / GB * plan.job.gpus_per_node:,.0f} between nodes"
     lines = [f"{f'communication of an update ({links})':<60}{'tensors GiB':>13}{'sent GiB':>11}{'seconds':>10}"]
-    for transfer in speed.transfers:
+    for transfer in plan.speed.transfers:
         lines.append(
             f"  {f'{transfer.collective} of {transfer.what}':<58}{_gib(transfer.tensor_bytes):>13}"
-            f"{_gib(transfer.sent_bytes):>11}{_seconds(transfer.seconds):>10}"
+            f"{_gib(transfer.sent_bytes):>11}{_number(transfer.seconds):>10}"
         )
     return "\n".join(lines)
 
 
-def _time(jobs: list[Job], speeds: list[Speed], efficiency: tuple[float, float]) -> str:
+def _time(plans: list[Plan], efficiency: tuple[float, float]) -> str:
     low, high = efficiency
-    lines = [_row("time of an update, seconds (assumed: see docs)", [job.config.optimizer.name for job in jobs])]
-    parts = {
-        f"forward and backward, at {high:.0%} to {low:.0%} of peak": [_span_seconds(*s.arithmetic) for s in speeds],
-        "communication": [_seconds(s.communication) for s in speeds],
-        "optimizer": [_seconds(s.optimizer) for s in speeds],
-        "update, communication all hidden to not hidden": [_span_seconds(s.fast, s.slow) for s in speeds],
-        "tokens per second": [span(s.tokens / s.slow, s.tokens / s.fast) for s in speeds],
-        "MFU": [span(100 * s.mfu(s.slow), 100 * s.mfu(s.fast)) + " %" for s in speeds],
+    speeds = [plan.speed for plan in plans]
+    rows = {
+        f"forward and backward, at {high:.0%} to {low:.0%} of peak": [_span(*speed.arithmetic) for speed in speeds],
+        "communication": [_number(speed.communication) for speed in speeds],
+        "optimizer": [_number(speed.optimizer) for speed in speeds],
+        "update, communication all hidden to not hidden": [_span(speed.fast, speed.slow) for speed in speeds],
+        "tokens per second": [_rate(plan) for plan in plans],
+        "MFU": [_mfu(plan) for plan in plans],
     }
-    return "\n".join(lines + [_row(f"  {name}", values) for name, values in parts.items()])
+    return _block("time of an update, seconds (assumed: see docs)", _optimizers(plans), rows)
 
 
-def _checkpoint(jobs: list[Job], gpu: Gpu) -> str:
-    sizes = [checkpoint_bytes(job) for job in jobs]
+def _checkpoint(plans: list[Plan], gpu: Gpu) -> str:
+    sizes = [checkpoint_bytes(plan.job) for plan in plans]
     rows = {
         "size, GiB": [_gib(whole) for whole, _ in sizes],
         "copied by a rank, GiB": [_gib(share) for _, share in sizes],
-        f"training stands still, seconds (at {gpu.host / GB:.0f} GB/s)": [_seconds(s / gpu.host) for _, s in sizes],
+        f"training stands still, seconds (at {gpu.host / GB:.0f} GB/s)": [_number(s / gpu.host) for _, s in sizes],
     }
-    title = _row("checkpoint", [job.config.optimizer.name for job in jobs])
-    return "\n".join([title, *(_row(f"  {name}", values) for name, values in rows.items())])
+    return _block("checkpoint", _optimizers(plans), rows)
 
 
-def _row(name: str, values: list[str]) -> str:
-    return f"{name:<56}" + "".join(f"{value:>20}" for value in values)
+def _block(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    lines = [(title, columns), *((f"  {name}", values) for name, values in rows.items())]
+    return "\n".join(f"{name:<56}" + "".join(f"{value:>20}" for value in values) for name, values in lines)
 
 
-def _gib(size: float | None) -> str:
-    if not size:
-        return "–"
-    value = size / GIB
-    return f"{value:,.1f}" if value >= 99.95 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+def _parts(parts: list[dict[str, int]], note: str = "") -> dict[str, list[str]]:
+    names = dict.fromkeys(name for part in parts for name in part if any(p.get(name) for p in parts))
+    return {f"{name}{note}": [_gib(part.get(name, 0)) for part in parts] for name in names}
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+def _optimizers(plans: list[Plan]) -> list[str]:
+    return [plan.job.config.optimizer.name for plan in plans]
 
 
-def _span_seconds(low: float, high: float) -> str:
-    return f"{_seconds(low)} to {_seconds(high)}"
+def _on_or_off(job: Job) -> str:
+    return "on" if job.config.train.gradient_checkpointing else "off"
 
 
-def span(low: float, high: float) -> str:
-    """Two numbers in two or three digits that mean something."""
-
-    def digits(value: float) -> str:
-        return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-
-    if high >= 1000:  # the third digit is as uncertain as the range is wide
-        scale = 10 ** (len(str(int(high))) - 3)
-        return f"{round(low / scale) * scale:,.0f} to {round(high / scale) * scale:,.0f}"
-    return f"{digits(low)} to {digits(high)}"
-
-
-def machines(job: Job, gpu: Gpu) -> str:
-    """The GPUs, in words."""
+def _model(job: Job, gpu: Gpu) -> str:
     nodes = f" ({job.nodes} nodes of {job.gpus_per_node})" if job.nodes > 1 else ""
-    return f"{job.ranks} x {gpu.name}{nodes}"
+    return f"LLaMA of {_count(job.model.elements)} parameters on {job.ranks} x {gpu.name}{nodes}"
 
 
-def precision_name(job: Job) -> str:
-    """What is computed in."""
+def _precision(job: Job) -> str:
     return job.config.model.dtype if job.precision == "no" else f"mixed precision {job.precision}"
 
 
-def count(number: float) -> str:
-    """6738415616 as 6.74 B."""
+def _rate(plan: Plan) -> str:
+    return _span(plan.speed.tokens / plan.speed.slow, plan.speed.tokens / plan.speed.fast)
+
+
+def _mfu(plan: Plan) -> str:
+    return f"{100 * plan.speed.mfu(plan.speed.slow):.0f} to {100 * plan.speed.mfu(plan.speed.fast):.0f} %"
+
+
+def _count(number: int) -> str:
+    """Return 6738415616 as 6.74 B."""
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f}"
+    return str(number)
 
 
-def size(number: float) -> str:
-    """Bytes as 71.5 GiB."""
-    return f"{number / GIB:.1f} GiB"
+def _gib(size: float) -> str:
+    return _number(size / GIB)
+
+
+def _number(value: float) -> str:
+    """Return a number in three digits, since no more of them mean something; 0 as a dash."""
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:#.3g}".rstrip(".") if value else "–"
+
+
+def _span(low: float, high: float) -> str:
+    return f"{_number(low)} to {_number(high)}"

@@ -7,9 +7,9 @@ carry together is the speed between nodes. Latency is left out.
 
 from dataclasses import dataclass
 
-from stacey_dist.plan.engines import MASTER, PERSISTENT, owned_elements
 from stacey_dist.plan.hardware import Gpu
-from stacey_dist.plan.memory import Job
+from stacey_dist.plan.job import Job
+from stacey_dist.plan.memory import MASTER, PERSISTENT, RankMemory, cut_parameters, flat_slices, owned_elements
 from stacey_dist.plan.model import Parameter
 
 
@@ -70,15 +70,16 @@ class Speed:
         return self.arithmetic[1] + self.communication + self.optimizer
 
     def mfu(self, seconds: float) -> float:
-        """Share of the GPUs' peak that an update of so many seconds makes use of."""
+        """Return the share of the GPUs' peak that an update of so many seconds uses."""
         return self.flops / seconds / self.peak_flops
 
 
-def speed(job: Job, gpu: Gpu, efficiency: tuple[float, float]) -> Speed:
-    """The time of an update.
+def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu, efficiency: tuple[float, float]) -> Speed:
+    """Return the time of an update.
 
     Args:
         job: what is trained.
+        memory: what the most loaded rank keeps.
         gpu: on which GPU, with its links.
         efficiency: the least and the largest share of the GPU's peak that forward and backward reach.
     """
@@ -89,128 +90,105 @@ def speed(job: Job, gpu: Gpu, efficiency: tuple[float, float]) -> Speed:
     if job.config.train.gradient_checkpointing:  # each layer's forward pass, a third of its arithmetic, once more
         in_head = 6.0 * job.model.vocabulary * job.model.hidden * tokens
         done += (flops - in_head) / 3
-    peak = gpu.float32_flops if job.arithmetic == "float32" else gpu.flops
+    peak = job.ranks * (gpu.float32_flops if job.arithmetic == "float32" else gpu.flops)
     low, high = efficiency
     return Speed(
-        arithmetic=(done / job.ranks / peak / high, done / job.ranks / peak / low),
-        optimizer=_optimizer_bytes(job) / (gpu.host if job.engine == "zero3_offload" else gpu.memory_bandwidth),
+        arithmetic=(done / peak / high, done / peak / low),
+        optimizer=_optimizer_bytes(job, memory) / (gpu.host if memory.host else gpu.memory_bandwidth),
         transfers=transfers(job, gpu),
         tokens=tokens,
         flops=flops,
-        peak_flops=peak * job.ranks,
+        peak_flops=peak,
     )
 
 
 def transfers(job: Job, gpu: Gpu) -> list[Transfer]:
-    """The communication of an update."""
-    setup, model, times = job.setup, job.model, job.accumulation
-    elements, compute = setup.elements, setup.compute
-    whole = elements * setup.weight
-
-    def over(what: str, collective: str, size: int, ranks: int, bandwidth: float) -> Transfer:
-        share = (ranks - 1) / ranks if collective != "broadcast" else 1.0
-        sent = size * share * (2 if collective == "all-reduce" else 1)
-        return Transfer(what, collective, size, sent, sent / bandwidth)
+    """Return the communication of an update."""
+    times, compute = job.accumulation, job.compute_bytes
+    weights = job.model.elements * job.weight_bytes
+    ring = min(gpu.intra, gpu.inter * job.gpus_per_node) if job.nodes > 1 else gpu.intra
 
     def everywhere(what: str, collective: str, size: int) -> Transfer:
-        return over(what, collective, size, job.ranks, _bandwidth(job, gpu))
+        return _transfer(what, collective, size, job.ranks, ring)
 
-    padded = _padded(job) * compute
     match job.engine:
         case "single":
             return []
         case "ddp":
-            return [everywhere("gradients, once", "all-reduce", whole)]
+            return [everywhere("gradients, once", "all-reduce", weights)]
         case "zero_redundancy":
             return [
-                everywhere("gradients, once", "all-reduce", whole),
-                everywhere("updated weights", "broadcast", whole),
+                everywhere("gradients, once", "all-reduce", weights),
+                everywhere("updated weights", "broadcast", weights),
             ]
         case "zero1" | "zero2":
             # DeepSpeed's buckets have slices of many ranks: it all-reduces them, and each rank takes its own.
             count = times if job.engine == "zero2" else 1
             return [
-                everywhere(f"gradients, {_times(count)}", "all-reduce", elements * compute * count),
-                everywhere("updated weights", "all-gather", padded),
+                everywhere(f"gradients, {_times(count)}", "all-reduce", job.model.elements * compute * count),
+                everywhere("updated weights", "all-gather", sum(flat_slices(job)) * job.ranks * compute),
             ]
         case "zero3" | "zero3_offload":
-            small = sum(-(-p.elements // job.ranks) for p in model.parameters if p.elements <= PERSISTENT)
-            small_bytes = small * job.ranks * compute
+            share = sum(map(sum, cut_parameters(job))) * compute
+            small = [p.elements for p in job.model.parameters if p.elements <= PERSISTENT]
+            small_bytes = sum(-(-elements // job.ranks) for elements in small) * job.ranks * compute
+            padded = share * job.ranks
             found = [
                 everywhere(f"weights, {_times(2 * times)}", "all-gather", (padded - small_bytes) * 2 * times),
                 everywhere("small weights, once", "all-gather", small_bytes),
                 everywhere(f"gradients, {_times(times)}", "reduce-scatter", padded * times),
             ]
             if job.engine == "zero3_offload":
-                sent = padded // job.ranks * 4 * times  # to the GPU twice; gradients to the host, and added there
+                sent = share * 4 * times  # to the GPU twice; gradients to the host, and added there
                 found.append(Transfer("weights and gradients", "copy", sent, sent, sent / gpu.host))
             return found
         case _:
-            rows = _fsdp_bytes(job)
-            group, wide = (job.gpus_per_node, gpu.intra) if job.engine == "hsdp" else (job.ranks, _bandwidth(job, gpu))
+            units = [_padded_rows(unit, job.shard_ranks) * compute for unit in job.model.units]
+            gathered, scattered = (2 * sum(units) - units[-1]) * times, sum(units) * times
+            bandwidth = gpu.intra if job.engine == "hsdp" else ring
+            what = f"weights, {_times(2 * times)} (tail {_times(times)})"
             found = [
-                over(
-                    f"weights, {_times(2 * times)} (tail {_times(times)})", "all-gather", rows[0] * times, group, wide
-                ),
-                over(f"gradients, {_times(times)}", "reduce-scatter", rows[1] * times, group, wide),
+                _transfer(what, "all-gather", gathered, job.shard_ranks, bandwidth),
+                _transfer(f"gradients, {_times(times)}", "reduce-scatter", scattered, job.shard_ranks, bandwidth),
             ]
             if job.engine == "hsdp":
-                size = rows[1] // group * times
+                size = sum(units) // job.shard_ranks * times
                 # The GPUs of a node, each in a ring of its own, share the node's cards.
-                found.append(over("gradients between nodes", "all-reduce", size, job.nodes, gpu.inter))
+                found.append(_transfer("gradients between nodes", "all-reduce", size, job.nodes, gpu.inter))
             return found
 
 
 def checkpoint_bytes(job: Job) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors, and the most that one rank copies to host memory for it.
+    """Return the bytes of a checkpoint's tensors, and the most that one rank copies to host memory for it.
 
     Every element is saved once: its weight (the master where there is one), its states, and a count of updates for
     each parameter.
     """
-    saved = MASTER if job.config.model.dtype == "float32" else 2
-    saved += sum(job.setup.state.values())
-    whole = saved * job.setup.elements
-    steps = 8 * len(job.model.parameters)
+    element = job.weight_bytes + sum(job.state_bytes.values())
+    whole, counts = element * job.model.elements, 8 * len(job.model.parameters)
     if job.engine == "zero_redundancy":
-        return whole + steps, saved * max(owned_elements(job.setup))
-    return whole + steps, -(-whole // job.ranks)
+        return whole + counts, element * max(owned_elements(job))
+    return whole + counts, -(-whole // job.ranks)
 
 
-def _bandwidth(job: Job, gpu: Gpu) -> float:
-    """Of a ring over all ranks."""
-    return min(gpu.intra, gpu.inter * job.gpus_per_node) if job.nodes > 1 else gpu.intra
+def _transfer(what: str, collective: str, size: int, ranks: int, bandwidth: float) -> Transfer:
+    share = 1.0 if collective == "broadcast" else (ranks - 1) / ranks
+    sent = size * share * (2 if collective == "all-reduce" else 1)
+    return Transfer(what, collective, size, sent, sent / bandwidth)
 
 
-def _padded(job: Job) -> int:
-    """Elements of all slices of DeepSpeed with their padding."""
-    if job.engine in ("zero1", "zero2"):
-        sizes = [sum(p.elements for p in group) for group in job.setup.groups]
-        return sum(-(-size // (2 * job.ranks)) * 2 * job.ranks for size in sizes)
-    return sum(-(-p.elements // job.ranks) * job.ranks for p in job.model.parameters)
+def _padded_rows(parameters: list[Parameter], ranks: int) -> int:
+    """Return the elements of FSDP2's parameters with the rows that make equal pieces of them."""
+    return sum(-(-p.shape[0] // ranks) * ranks * (p.elements // p.shape[0]) for p in parameters)
 
 
-def _fsdp_bytes(job: Job) -> tuple[int, int]:
-    """Bytes that a micro-batch gathers (forward and backward; the tail once) and scatters, with the padding."""
-    ranks = job.gpus_per_node if job.engine == "hsdp" else job.ranks
-    compute = job.setup.compute
-
-    def size(parameters: list[Parameter]) -> int:
-        return sum(-(-p.shape[0] // ranks) * ranks * (p.elements // p.shape[0]) for p in parameters) * compute
-
-    units = [size(unit) for unit in job.model.units]
-    return 2 * sum(units[:-1]) + units[-1], sum(units)
-
-
-def _optimizer_bytes(job: Job) -> int:
-    """Bytes that an update reads and writes on a rank: weight and states twice, the gradient once."""
-    held = job.held
-    where = held.host or held.device
-    states = sum(where[name] for name in job.setup.state)
-    master = where["masters"] or where["weights"]
-    elements = states // max(1, sum(job.setup.state.values()))
-    if job.setup.state and job.engine == "zero_redundancy":
-        return elements * 3 * MASTER + 2 * states
-    return 2 * master + where["gradients"] + 2 * states
+def _optimizer_bytes(job: Job, memory: RankMemory) -> int:
+    """Return the bytes that an update reads and writes on a rank: weight and states twice, the gradient once."""
+    kept = memory.host or memory.device
+    states = sum(kept[name] for name in job.state_bytes)
+    if states and job.engine == "zero_redundancy":
+        return states // sum(job.state_bytes.values()) * 3 * MASTER + 2 * states
+    return 2 * (kept["masters"] or kept["weights"]) + kept["gradients"] + 2 * states
 
 
 def _times(count: int) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stacey_dist.training.engine import Engine
     from stacey_dist.training.launchers import Launcher, Parts
-    from stacey_dist.training.loop import Task, train
+    from stacey_dist.training.loop import train
+    from stacey_dist.training.task import Task
 
 __all__ = ["Engine", "Launcher", "Parts", "Task", "train"]
 
-_HOMES = {"Engine": "engine", "Launcher": "launchers", "Parts": "launchers", "Task": "loop", "train": "loop"}
+_HOMES = {"Engine": "engine", "Launcher": "launchers", "Parts": "launchers", "Task": "task", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

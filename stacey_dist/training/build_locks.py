@@ -76,7 +76,7 @@ def _remove_if_left(path: Path) -> bool:
 
 
 def _is_left(path: Path) -> bool:
-    """Whether the owner of a lock is gone: on a local file system nobody has it open; elsewhere it is very old."""
+    """Return whether a lock's owner is gone: on a local file system nobody has it open; elsewhere it is very old."""
     age = time.time() - path.stat().st_mtime
     if age < _JUST_MADE_SECONDS or any(True for _ in _openers(path)):
         return False
@@ -84,7 +84,7 @@ def _is_left(path: Path) -> bool:
 
 
 def _openers(path: Path) -> Iterator[int]:
-    """Return the processes of this machine that have a file open, as far as this user may see them."""
+    """Yield the processes of this machine that have a file open, as far as this user may see them."""
     wanted = path.stat()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):

@@ -7,15 +7,12 @@ name for a mistyped one.
 import dataclasses
 import difflib
 import functools
-import json
-import math
 import re
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
@@ -43,27 +40,26 @@ def parse(
     Prints the help and exits for --help; prints the error and exits with status 2 for a bad option, an unknown
     name (with the nearest right one) or a value of the wrong type.
     """
-    arguments = list(_as_yaml(config_class, sys.argv[1:] if arguments is None else arguments))
     parser = _parser(config_class, program)  # type: ignore[arg-type]
     try:
-        _check_options(arguments, parser.kinds)
-        files, options = _split(arguments)
+        options = list(_options(sys.argv[1:] if arguments is None else arguments))
+        if any(name in ("help", "h") for name, _ in options):
+            parser.parse_args(["--help"])
         settings = parser.get_defaults()
-        for path in files:
+        for path in [value for name, value in options if name == "config"]:
             parser.source = f"--config {path}: "
             settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
         parser.source = ""
-        parsed = parser.instantiate(parser.parse_args(options, namespace=settings))
+        given = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
+        parsed = parser.instantiate(parser.parse_object(given, namespace=settings))
         values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-        config = config_class(**values)
-        _check_values(config)
+        return config_class(**values)
     except SettingsError as error:
         parser.error(str(error))
-    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
+    """Return a configuration as plain dictionaries, lists and numbers, as YAML and JSON can hold."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
 
@@ -75,7 +71,7 @@ def _plain(value: Any) -> Any:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Return {"a.b": 1} for {"a": {"b": 1}}."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
@@ -121,7 +117,7 @@ class _Parser(ArgumentParser):
 
 
 def _describe(kind: Any) -> str:
-    """A type in a user's words."""
+    """Return a type in a user's words."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, arguments))
@@ -135,82 +131,45 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _as_yaml(config_class: Any, arguments: Sequence[str]) -> Iterator[str]:
-    """Options as a person types them, `--data.files a.txt` or `--optimizer.p inf`, with values as YAML wants them."""
-    lists = {f"--{name}" for name, kind in _fields(config_class) if get_origin(kind) is list}
-    tuples = {f"--{name}" for name, kind in _fields(config_class) if get_origin(kind) is tuple}
-    option = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            option, equals, value = argument.partition("=")
-        else:
-            option, equals, value = option, "", argument
-        if value == "inf":
-            value = ".inf"
-        elif option in lists and value and not value.startswith("["):
-            value = json.dumps(value.split(","))
-        elif option in tuples and value and not value.startswith("["):
-            value = f"[{value}]"
-        if not argument.startswith("--"):
-            yield value
-        else:
-            yield option + equals + value
-
-
 def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting's full name and type."""
+    """Yield every setting's full name and type, without the values that are allowed."""
+    kinds = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(field.type):
-            yield from _fields(field.type, f"{prefix}{field.name}.")
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", field.type
+            yield f"{prefix}{field.name}", kind
 
 
-def _check_options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> None:
-    """Raise SettingsError for an option that is not known, or whose value is not YAML."""
-    known = ["config", *kinds]
-    for option, value in _pairs(arguments):
-        name = option[2:].removesuffix("+")
-        if option in ("--help", "-h") or name.startswith("print_config"):
-            continue
-        if name not in known:
-            raise SettingsError(f"unknown option --{name}{_nearest(name, known, '--')}")
-        if value is None:
-            raise SettingsError(f"--{name}: a value is missing")
-        if name != "config" and str not in (kinds[name], *get_args(kinds[name])):
-            yaml_files.load(value, f"--{name}")
-
-
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Return every option with its value; None where there is none."""
-    waiting: str | None = None
-    for argument in arguments:
-        if argument.startswith("--") or argument == "-h":
-            if waiting is not None:
-                yield waiting, None
-            waiting, equals, value = argument.partition("=")
-            if equals or waiting in ("--help", "-h") or waiting.startswith("--print_config"):
-                yield waiting, value
-                waiting = None
-        elif waiting is None:
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield every option's name and value."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help"):
+            yield name.removeprefix("-"), ""
+        elif not argument.startswith("--"):
             raise SettingsError(f"{argument}: an option, as in --section.name value, must come before it")
         else:
-            yield waiting, argument
-            waiting = None
-    if waiting is not None:
-        yield waiting, None
+            value = value if equals else next(rest, "--")
+            if value.startswith("--") and not equals:
+                raise SettingsError(f"--{name}: a value is missing")
+            yield name, value
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files that --config names, and the other arguments."""
-    files: list[str] = []
-    options: list[str] = []
-    for option, value in _pairs(arguments):
-        if option == "--config":
-            files.append(str(value))
-        else:
-            options.append(f"{option}={value}" if value else option)
-    return files, options
+def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
+    """Return an option's value, as a person types it, for a setting of its type."""
+    if name not in kinds:
+        raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
+    kind = kinds[name]
+    if get_origin(kind) in (list, tuple):
+        if get_origin(kind) is list and value and not value.startswith("["):
+            return value.split(",")
+        value = value if value.startswith("[") else f"[{value}]"
+    elif _is_text(kind):
+        return None if value == "null" and NoneType in get_args(kind) else value
+    return _value(f"--{name}", yaml_files.load(".inf" if value == "inf" else value, f"--{name}"), kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -237,6 +196,13 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
     return checked
 
 
+def _is_text(kind: Any) -> bool:
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(arguments[0], str)
+    return kind is str or any(map(_is_text, arguments))
+
+
 def _value(where: str, value: Any, kind: Any) -> Any:
     """Return a file's value for a setting of this type."""
     kinds = (kind, *get_args(kind))
@@ -249,18 +215,6 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value
-
-
-def _check_values(config: Any) -> None:
-    """Raise SettingsError for a value that no setting can have."""
-    for name, values in flatten(to_dict(config)).items():
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise SettingsError(f"{name}: {value} is not allowed; it must be less than 2^63")
-            if isinstance(value, float) and math.isnan(value):
-                raise SettingsError(f"{name}: nan is not allowed; it must be a number")
-            if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-                raise SettingsError(f"{name}: {value!r} is not allowed; it must be UTF-8 without control characters")
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

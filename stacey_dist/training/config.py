@@ -5,10 +5,22 @@ What only one of them has is in `llm_config.py` and `image_config.py`, and so ar
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
+from stacey_dist.training.value_types import (
+    NonEmptyPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    NormOrder,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check,
+    check_values,
+)
 
 
 @dataclass
@@ -17,25 +29,25 @@ class OptimizerConfig:
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"] = "stacey"
     """The optimizer. The default numbers are stacey's: another needs lr and betas. sgd has Nesterov momentum."""
-    lr: float = 0.0012
+    lr: NonNegativeFloat = 0.0012
     """The peak learning rate (eta in the paper)."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, multiplied by the scheduled lr; adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
     """Decay one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
     """stacey: the rule, (p,2), (p,p) or (2,p). The default numbers are p2's: another needs lr, alpha and tau."""
-    p: float = 30.0
+    p: NormOrder = 30.0
     """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
-    alpha: float = 1.0
+    alpha: NonNegativeFloat = 1.0
     """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
-    tau: float = 0.004
+    tau: Share = 0.004
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
-    betas: tuple[float, float] = (0.5, 0.7)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.5, 0.7)
     """stacey, adamw, adam, lion: interpolation or first-moment decay, and momentum or second-moment decay."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """stacey, lp_descent, adamw, adam: added to the denominator."""
-    momentum: float = 0.9
+    momentum: ShareBelowOne = 0.9
     """sgd: the momentum; 0 is plain SGD."""
     z_init: Literal["params", "zeros"] = "params"
     """stacey: where z starts."""
@@ -53,15 +65,15 @@ class ScheduleConfig:
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """The shape of the decay after the warm-up."""
-    warmup_steps: int = 20
+    warmup_steps: NonNegativeInt = 20
     """Updates of linear warm-up; the first update already has lr / warmup_steps."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """The floor of the decay, as a share of the peak."""
     alpha: Literal["constant", "lr"] = "constant"
     """stacey: alpha stays as it is, as in the paper; or it is multiplied by the learning rate's share of its peak."""
     tau: Literal["constant", "lr"] = "constant"
     """stacey: the same of tau."""
-    final_p: float | None = None
+    final_p: NormOrder | None = None
     """stacey, lp_descent: p at the end, 1/(p - 1) changing evenly over the run. None: p stays, as in the paper."""
 
 
@@ -69,19 +81,19 @@ class ScheduleConfig:
 class TrainConfig:
     """How long, in what batches, and how often to look."""
 
-    max_steps: int = 600
+    max_steps: PositiveInt = 600
     """Updates of the whole run."""
-    epochs: float | None = None
+    epochs: PositiveFloat | None = None
     """Passes over the training data, in place of max_steps, which then follows."""
-    global_batch_size: int = 16
+    global_batch_size: PositiveInt = 16
     """Samples (sequences, images) of one update, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = None
     """Samples of one forward pass on one process; the accumulation follows. None: no accumulation."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 is off."""
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     """Updates between progress lines and rows of metrics.jsonl."""
-    eval_every_steps: int = 150
+    eval_every_steps: PositiveInt = 150
     """Updates between evaluations; there is always one at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward; fp16 with loss scaling. None: as `accelerate launch` was told."""
@@ -89,34 +101,34 @@ class TrainConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    cpu_threads: int | None = None
+    cpu_threads: PositiveInt | None = None
     """Threads of a process that trains on the CPU. None: the machine's cores, shared by the processes on it."""
-    max_skipped_steps: int = 20
+    max_skipped_steps: PositiveInt = 20
     """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
-    heartbeat_timeout_seconds: float | None = 120.0
+    heartbeat_timeout_seconds: PositiveFloat | None = 120.0
     """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
-    collective_timeout_seconds: float = 600.0
+    collective_timeout_seconds: PositiveFloat = 600.0
     """Seconds that processes wait for each other in a collective before they give up."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save, what to keep, whether to go on."""
+    """When to save, what to keep, whether to resume."""
 
-    every_steps: int | None = 150
+    every_steps: PositiveInt | None = 150
     """Updates between checkpoints; there is always one at the end and on SIGTERM or Ctrl-C."""
-    every_minutes: float | None = 30.0
+    every_minutes: PositiveFloat | None = 30.0
     """Minutes after which there is another checkpoint, whatever every_steps says."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """How many checkpoints are kept, the newest."""
     keep_best: bool = False
     """Save after every evaluation that is the best so far, and keep the best."""
-    keep_every: int | None = None
+    keep_every: PositiveInt | None = None
     """Checkpoints whose number of updates is a multiple of this are kept too, for good."""
     asynchronous: bool = True
     """Write beside training, which waits for a copy in host memory only; the last checkpoint is always waited for."""
     resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
+    """auto resumes from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
     resume_from: str | None = None
     """A checkpoint, of any run, to begin from while run_dir has none that came from it."""
     allow_changes: list[str] = field(default_factory=list)
@@ -139,9 +151,9 @@ class TrackingConfig:
 class RunConfig:
     """What a run of either launcher is set by; a subclass adds its model and its data."""
 
-    run_dir: str = "runs/quickstart"
+    run_dir: NonEmptyPath = "runs/quickstart"
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -154,6 +166,28 @@ class RunConfig:
     changes_to_allow: ClassVar[tuple[str, ...]] = ()
     """What makes it another run, and is refused on resuming unless `checkpoint.allow_changes` names it. The data
     themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for a value that is out of range, or for values that do not go together."""
+        check_values(self)
+        self.check_rules()
+
+    def check_rules(self) -> None:
+        """Raise SettingsError for values that do not go together. A subclass adds its own rules."""
+        _check_optimizer(self.optimizer, self.schedule.final_p)
+        _check_checkpoint(self.checkpoint, self.changes_to_allow)
+        for tracker in self.tracking.trackers:
+            missing = f"{tracker} is not installed; {install_line(tracker)}"
+            check(is_installed(tracker), "tracking.trackers", tracker, missing)
+        if self.train.epochs is None:
+            check_warmup(self)
+        micro, whole = self.train.micro_batch_size, self.train.global_batch_size
+        check(
+            micro is None or whole % micro == 0,
+            "train.micro_batch_size",
+            micro,
+            f"it must divide train.global_batch_size = {whole}",
+        )
 
     @property
     def weights_dtype(self) -> str:
@@ -170,47 +204,6 @@ SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.var
 """What makes it another run for every launcher."""
 
 
-def validate_shared(config: RunConfig) -> None:
-    """Raise SettingsError for a value of the shared settings that is out of range, whatever it is combined with."""
-    check_positive(
-        config,
-        train="max_steps epochs global_batch_size micro_batch_size log_every_steps eval_every_steps cpu_threads "
-        "max_skipped_steps heartbeat_timeout_seconds collective_timeout_seconds",
-        checkpoint="every_steps every_minutes keep_last keep_every",
-    )
-    not_negative = {
-        "optimizer": "lr weight_decay eps alpha",
-        "schedule": "warmup_steps min_lr_ratio",
-        "train": "max_grad_norm",
-    }
-    for section, names in not_negative.items():
-        for name in names.split():
-            value = getattr(getattr(config, section), name)
-            check(0 <= value < math.inf, f"{section}.{name}", value, "it must be a finite number >= 0")
-    check(0 <= config.seed < 2**32, "seed", config.seed, f"it must be within [0, {2**32 - 1}]")
-    check(config.run_dir.strip() != "", "run_dir", config.run_dir, "it must name a directory")
-    check_path("run_dir", config.run_dir)
-    _validate_optimizer(config.optimizer)
-    if config.schedule.final_p is not None:
-        _validate_p(config.optimizer, "schedule.final_p", config.schedule.final_p)
-    _validate_checkpoint(config.checkpoint, config.changes_to_allow)
-    for tracker in config.tracking.trackers:
-        check(
-            is_installed(tracker), "tracking.trackers", tracker, f"{tracker} is not installed; {install_line(tracker)}"
-        )
-    schedule, train = config.schedule, config.train
-    check(schedule.min_lr_ratio <= 1, "schedule.min_lr_ratio", schedule.min_lr_ratio, "it must be within [0, 1]")
-    if train.epochs is None:
-        check_warmup(config)
-    micro = train.micro_batch_size
-    check(
-        micro is None or train.global_batch_size % micro == 0,
-        "train.micro_batch_size",
-        micro,
-        f"it must divide train.global_batch_size = {train.global_batch_size}",
-    )
-
-
 def check_warmup(config: RunConfig) -> None:
     """Raise SettingsError if the run is over before the warm-up is."""
     check(
@@ -221,45 +214,19 @@ def check_warmup(config: RunConfig) -> None:
     )
 
 
-def check_path(setting: str, path: str | None) -> None:
-    """Raise SettingsError for a home directory, of which one by the name of ~ would be made."""
-    check(path is None or not path.startswith("~"), setting, path, "write the path in full: ~ is not expanded here")
-
-
-def check_positive(config: RunConfig, **sections: str) -> None:
-    """Raise SettingsError unless the named settings of each section are above zero and finite, or None."""
-    for section, names in sections.items():
-        for name in names.split():
-            value = getattr(getattr(config, section), name)
-            check(value is None or value > 0, f"{section}.{name}", value, "it must be > 0")
-            check(value is None or value < math.inf, f"{section}.{name}", value, "it must be finite")
-
-
-def _validate_optimizer(optimizer: OptimizerConfig) -> None:
-    _validate_p(optimizer, "optimizer.p", optimizer.p)
+def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
     check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
-    check(0 <= optimizer.tau <= 1, "optimizer.tau", optimizer.tau, "it must be within [0, 1]")
-    check(
-        all(0 <= beta < 1 for beta in optimizer.betas),
-        "optimizer.betas",
-        list(optimizer.betas),
-        "each must be within [0, 1)",
-    )
-    check(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "it must be within [0, 1)")
-
-
-def _validate_p(optimizer: OptimizerConfig, setting: str, p: float) -> None:
-    mirrors = optimizer.name == "stacey" and optimizer.variant != "p2"
-    check(p >= 2, setting, p, "it must be a number >= 2, or inf")
+    if optimizer.name != "stacey" or optimizer.variant == "p2":
+        return
     for_variant = f"for optimizer.variant = {optimizer.variant}"
-    check(p != math.inf or not mirrors, setting, p, f"it must be finite {for_variant}")
-    check(p <= 1000 or not mirrors, setting, p, f"it must be at most 1000 {for_variant}")
+    for setting, p in (("optimizer.p", optimizer.p), ("schedule.final_p", final_p or 2.0)):
+        check(p < math.inf, setting, p, f"it must be finite {for_variant}")
+        check(p <= 1000, setting, p, f"it must be at most 1000 {for_variant}")
 
 
-def _validate_checkpoint(checkpoint: CheckpointConfig, allowed: tuple[str, ...]) -> None:
-    names = ", ".join(allowed)
+def _check_checkpoint(checkpoint: CheckpointConfig, changes_to_allow: tuple[str, ...]) -> None:
     for name in checkpoint.allow_changes:
-        check(name in allowed, "checkpoint.allow_changes", name, f"it may name {names}")
+        check(name in changes_to_allow, "checkpoint.allow_changes", name, f"it may name {', '.join(changes_to_allow)}")
     source = checkpoint.resume_from
     check(
         source is None or checkpoint.resume != "never",
@@ -267,9 +234,3 @@ def _validate_checkpoint(checkpoint: CheckpointConfig, allowed: tuple[str, ...])
         checkpoint.resume,
         f"checkpoint.resume_from = {source} has to be resumed, now and when the run was interrupted",
     )
-
-
-def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
-    """Raise SettingsError naming the setting, its value and what is allowed, unless `condition` holds."""
-    if not condition:
-        raise SettingsError(f"{setting}: {value} is not allowed; {allowed}")

@@ -1,15 +1,13 @@
 """What a run's settings put into DeepSpeed's configuration, and what it may not say otherwise."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.launch_settings import check_unsupported
-
-if TYPE_CHECKING:
-    from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run
 
 
-def complete(run: "Run") -> None:
+def complete(run: Run[Any]) -> None:
     """Put the run's batch sizes, clipping and safety checks into the DeepSpeed configuration of its accelerator.
 
     DeepSpeed clips gradients at 1.0 where nothing is said, and takes several settings that belong to the run; a

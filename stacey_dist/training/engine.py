@@ -8,9 +8,9 @@ import functools
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from torch.optim import Optimizer
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.training import heartbeat, loss_scale
-from stacey_dist.training.launch import gives_out_weights, requested_engine
+from stacey_dist.training.launch import loads_weights_from_rank0, requested_engine
 from stacey_dist.training.launch_settings import one_line
-
-if TYPE_CHECKING:
-    from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Requests:
     """It was told to stop by a signal."""
     save: bool = False
     """It is time for a checkpoint."""
-    save_surely: bool = False
+    save_and_wait: bool = False
     """Checkpoints keep failing: the next one has to succeed."""
-    leave: bool = False
+    directory_gone: bool = False
     """run_dir is gone."""
 
 
@@ -67,7 +65,7 @@ class Engine:
 
     name: str
 
-    def __init__(self, run: "Run", model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, run: Run[Any], model: nn.Module, optimizer: Optimizer) -> None:
         self.run, self.module = run, model
         self.accelerator = run.accelerator
         self.name = requested_engine()
@@ -76,7 +74,7 @@ class Engine:
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
-            # The first process's weights are given out, one at a time. Accelerate cannot do that with buffers.
+            # Rank 0's weights are sent one at a time. Accelerate cannot do that for a model with buffers.
             parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
             no_buffers = self.module.state_dict().keys() <= parameters
             self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = no_buffers
@@ -85,10 +83,10 @@ class Engine:
         with one_line("what `accelerate launch` was told"):
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
 
-    def share_buffers(self) -> None:
-        """Give every process the buffers of the first, which are those in the checkpoints: batch norms' statistics.
+    def broadcast_buffers(self) -> None:
+        """Copy rank 0's buffers, which are those in the checkpoints, to every process: batch norms' statistics.
 
-        Engines leave each process with its own, of its own share of the batches, if nobody does.
+        Engines leave each process with those of its own share of the batches.
         """
         if self.accelerator.num_processes > 1:
             for buffer in self.module.buffers():
@@ -99,12 +97,12 @@ class Engine:
         norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
         return [buffer for norm in norms for buffer in norm.buffers()]
 
-    def keep_statistics(self) -> None:
-        """Remember batch norms' statistics: the forward pass moves them, even of an update that is then left out."""
+    def snapshot_batch_norms(self) -> None:
+        """Copy batch norms' statistics: the forward pass moves them, even in an update that is then skipped."""
         self._kept_statistics = [buffer.clone() for buffer in self._statistics]
 
-    def restore_statistics(self) -> None:
-        """Undo what happened to them since: one value that is not finite would stay in a running mean for ever."""
+    def restore_batch_norms(self) -> None:
+        """Restore the copies: a value that is not finite would stay in a running mean for ever."""
         for buffer, kept in zip(self._statistics, self._kept_statistics, strict=True):
             buffer.copy_(kept)
 
@@ -119,7 +117,7 @@ class Engine:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
@@ -131,37 +129,43 @@ class Engine:
         # Engines average gradients over processes.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
             requests: what this process asks for.
-            max_grad_norm: the norm to clip to; 0 is off.
         """
-        base = base_optimizer(self.optimizer)
-        clips_itself = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
-        if clips_itself:
-            self.accelerator.unscale_gradients()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        else:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
-            assert norm is not None
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
+        stacey = (
+            base if isinstance(base, Stacey) else None
+        )  # it clips in the pass over the gradients that it makes anyway
+        norm = self._gradient_norm() if stacey else self._clip_gradients(limit or math.inf)
         loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if not applied:
             self.optimizer.zero_grad()
-        elif clips_itself and 0 < max_grad_norm < grad_norm:
-            vars(base)["grad_scale"] = torch.full((), grad_norm / max_grad_norm, device=loss.device)
+        clipping: AbstractContextManager[None] = nullcontext()
+        if applied and stacey and 0 < limit < grad_norm:
+            clipping = stacey.scaled_gradients(torch.full((), grad_norm / limit, device=loss.device))
         if applied or self.accelerator.scaler is not None:
-            self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
-        vars(base).pop("grad_scale", None)
+            with clipping:
+                self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
         self.optimizer.zero_grad()
         return Update(loss_value, grad_norm, applied, agreed)
 
+    def _gradient_norm(self) -> Tensor:
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _clip_gradients(self, max_norm: float) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        assert norm is not None
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
-        """The update's loss over all processes, what any of them asks for, and the (common) gradient norm.
+        """Return the update's loss over all processes, what any of them asks for, and the gradient norm.
 
         One small all-reduce, and the update's one wait for the device.
         """
@@ -175,11 +179,11 @@ class Engine:
         return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
 
     def any_process(self, told: bool) -> bool:
-        """Whether it is so on any process. All processes ask together."""
+        """Return whether it is so on any process. All processes ask together."""
         return self._agree(torch.zeros((), device=self.accelerator.device), Requests(stop=told))[1].stop
 
     def state_report(self) -> str:
-        """How much optimizer state a process holds, for people. All processes call it together."""
+        """Return how much optimizer state a process holds, for people. All processes call it together."""
         parts = fragments(self.model, self.optimizer)
         mine = [state_bytes(self.optimizer), sum(f.stop - f.start for f in parts if f.replica == 0)]
         figures = torch.tensor(mine, dtype=torch.int64, device=self.accelerator.device)
@@ -188,7 +192,7 @@ class Engine:
         return f"optimizer state: {most / 2**20:,.1f} MiB a process, {most / parameters:.2f} bytes a parameter"
 
     def close(self) -> None:
-        """Let go of the model and the optimizer, then leave the other processes and close the trackers.
+        """Free the model and the optimizer, then leave the other processes and close the trackers.
 
         In this order: a DDP wrapper that is freed after the process group waits for gloo's thread, with the
         interpreter locked, while that thread may wait for the interpreter.
@@ -200,12 +204,12 @@ class Engine:
         self.accelerator.end_training()
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """The loss scale and what moves it; None without loss scaling."""
+        """Return the loss scale and what moves it; None without loss scaling."""
         scaler = self.accelerator.scaler
         return loss_scale.of_torch(scaler) if scaler is not None else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `scaler_state` gave, of whichever engine."""
+        """Load what `scaler_state` returned, of whichever engine."""
         if self.accelerator.scaler is not None:
             loss_scale.to_torch(state, self.accelerator.scaler)
 
@@ -216,18 +220,18 @@ class DeepSpeedEngine(Engine):
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         with one_line("the DeepSpeed configuration"):
-            if gives_out_weights(self.accelerator):
+            if loads_weights_from_rank0(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        # It casts the buffers with the weights: rotary frequencies and batch norms' statistics need their float32.
+        # DeepSpeed casts the buffers too: rotary frequencies and batch norms' statistics need their float32.
         for module, name, buffer in exact:
             if buffer is not None:
                 module._buffers[name] = buffer.to(self.accelerator.device)
 
     def _partition(self) -> None:
-        """Give each process its slices of the first one's weights, a layer at a time.
+        """Send each process its slices of rank 0's weights, a layer at a time.
 
-        DeepSpeed would else put the whole model on every device first.
+        DeepSpeed would put the whole model on every device first.
         """
         import deepspeed
 
@@ -237,7 +241,7 @@ class DeepSpeedEngine(Engine):
         for module in self.module.modules():
             own = nn.ParameterList(module.parameters(recurse=False))
             for param in own:
-                if not hasattr(param, "ds_id"):  # a tied one has been here
+                if not hasattr(param, "ds_id"):  # a tied one is partitioned already
                     param.data = param.data.to(self.accelerator.device, dtype)
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
@@ -249,31 +253,31 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and `backward` of a micro-batch; `last` of the update."""
+        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         yield
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
-        self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+        # DeepSpeed skips an update whose gradients are not finite, and does not look at the loss: a loss that is not
+        # finite must not have finite gradients.
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor, requests: Requests, max_grad_norm: float) -> Update:
+    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
         loss_value, agreed, _ = self._agree(loss, requests)
-        # DeepSpeed looks at the gradients for itself, and drops them if their norm is not finite.
-        with nullcontext() if math.isfinite(loss_value) else _without_step(base_optimizer(self.optimizer)):
-            self.model.step()
+        self.model.step()
         grad_norm = float(self.model.get_global_grad_norm() or 0.0)
-        applied = math.isfinite(loss_value) and not getattr(self._zero, "overflow", False)
-        return Update(loss_value, grad_norm, applied, agreed)
+        return Update(loss_value, grad_norm, not getattr(self._zero, "overflow", False), agreed)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """The loss scale and what moves it; None without loss scaling."""
+        """Return the loss scale and what moves it; None without loss scaling."""
         scaler = self._dynamic_scaler
         return loss_scale.of_deepspeed(scaler) if scaler else None
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `scaler_state` gave, of whichever engine."""
+        """Load what `scaler_state` returned, of whichever engine."""
         if scaler := self._dynamic_scaler:
             loss_scale.to_deepspeed(state, scaler)
 
@@ -283,16 +287,6 @@ class DeepSpeedEngine(Engine):
         return scaler if getattr(scaler, "dynamic", False) else None
 
 
-def build_engine(run: "Run", model: nn.Module, optimizer: Optimizer) -> Engine:
-    """The engine that the launch asked for, with the model and its optimizer on it."""
+def build_engine(run: Run[Any], model: nn.Module, optimizer: Optimizer) -> Engine:
+    """Return the engine that the launch asked for, with the model and its optimizer on it."""
     return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)
-
-
-@contextmanager
-def _without_step(optimizer: Optimizer) -> Iterator[None]:
-    """While entered, the optimizer's step does nothing."""
-    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del optimizer.step  # the class's own again

@@ -6,6 +6,10 @@ watches all counters, the others watch process 0's. Whoever finds one silent, or
 all read it there, so that one line says what happened, and stop with status 75 (EX_TEMPFAIL). The launcher's
 `--max_restarts`, or the scheduler, starts the run again.
 
+torch names no such process within seconds on both gloo and NCCL: `monitored_barrier` is gloo's alone, and a barrier;
+the elastic agent sees processes of its own node exit, and not hang; its health check answers for the agent; NCCL's
+watchdog and flight recorder act after minutes, when a collective has timed out, and leave dumps to be read.
+
 Only these threads are judged, never the progress of training: a process that prepares data for hours goes on beating.
 """
 
@@ -28,7 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from stacey_dist.training import rendezvous
 
 EXIT_STATUS = 75
-_AGAIN = "all processes stop; started again, the run goes on from its newest checkpoint"
+_AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"
 # Added to a counter: as a word in its place, it could not be read as one that may not be there yet.
 _GOODBYE = 10**15
 # In the message of an error that another process may be the cause of: gloo's, NCCL's and the store's.
@@ -86,7 +90,7 @@ class Heartbeat:
         self._line.close()
 
     def report(self, error: Exception) -> bool:
-        """Whether the error that ends this process is to be raised: no other process has failed before.
+        """Return whether to raise the error that ends this process: no other process has failed before.
 
         Does not return if another process is the cause.
         """
@@ -177,14 +181,14 @@ class Heartbeat:
         return self._store_gone
 
     def _read(self) -> list[int]:
-        """The counters of those that are watched."""
+        """Return the counters of the processes that are watched."""
         keys = [f"beat/{other}" for other in self._watched]
         for key in keys if len(self._counters) < len(keys) else []:
             self.store.add(key, 0)  # reading a key that is not there would wait for it
         return [int(counter) for counter in self.store.multi_get(keys)]
 
     def _names(self, ranks: list[int]) -> str:
-        """For people: "rank 3 on a, ranks 8, 9 on b"."""
+        """Return ranks for people: "rank 3 on a, ranks 8, 9 on b"."""
         by_host: dict[str, list[str]] = {}
         for other in ranks:
             known = self.store.check([f"host/{other}"])
@@ -232,19 +236,19 @@ def stop() -> None:
 
 
 def report(error: Exception) -> bool:
-    """Whether the error that ends this process is to be raised; see `Heartbeat.report`."""
+    """Return whether to raise the error that ends this process; see `Heartbeat.report`."""
     return _running is None or _running.report(error)
 
 
 def is_by_another(error: Exception) -> bool:
-    """Whether another process may be the cause of this error."""
+    """Return whether another process may be the cause of this error."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and bool(_BY_ANOTHER.search(str(error)))
     )
 
 
 def summary(error: Exception) -> str:
-    """The error in one line."""
+    """Return the error in one line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 

@@ -1,6 +1,5 @@
 """The settings of `train_imagenet.py` beside the shared ones. The defaults are its quickstart."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -11,10 +10,16 @@ from stacey_dist.training.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+)
+from stacey_dist.training.value_types import (
+    FilePath,
+    NonEmptyPath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    ShareBelowOne,
     check,
-    check_path,
-    check_positive,
-    validate_shared,
 )
 
 
@@ -26,7 +31,7 @@ class ImageModelConfig:
     """Number of layers."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """The beginning: a 7x7 convolution with stride 2 and max-pooling, or a plain 3x3 convolution."""
-    width: int = 16
+    width: PositiveInt = 16
     """Channels of the stem, 64 in the published networks; all else is wider by the usual factors."""
     zero_init_residual: bool = False
     """Begin with the last batch norm of each block at 0."""
@@ -52,31 +57,31 @@ class ImageDataConfig:
     """The column of the images. None: the one that holds images."""
     label_column: str | None = None
     """The column of the labels. None: the one that holds classes."""
-    image_size: int = 28
+    image_size: PositiveInt = 28
     """Height and width of what the network sees."""
     crop: Literal["random_resized", "padded", "none"] = "padded"
     """Training crops: of random area and shape; or as large as the image, after padding it by 1/8; or all of it."""
-    min_scale: float = 0.08
+    min_scale: PositiveShare = 0.08
     """random_resized: the smallest share of the image's area."""
     flip: bool = False
     """Flip training images left to right, each with probability 1/2."""
-    eval_resize: int | None = None
+    eval_resize: PositiveInt | None = None
     """Evaluate on the centre after resizing the shorter side to this. None: resized only where it must be to fit."""
     mean: tuple[float, float, float] = (0.1307, 0.1307, 0.1307)
     """Subtracted from red, green and blue, which go from 0 to 1."""
-    std: tuple[float, float, float] = (0.3081, 0.3081, 0.3081)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.3081, 0.3081, 0.3081)
     """Divides red, green and blue after that."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = None
     """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
-    prefetch: int = 4
+    prefetch: PositiveInt = 4
     """Micro-batches that each of them is ahead."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: PositiveFloat = 300.0
     """A micro-batch that these processes do not give for so long ends the run with an error."""
     cache: Literal["none", "decoded", "resized"] = "none"
     """Keep decoded pixels in cache_dir; resized: with the shorter side at most cache_resize."""
-    cache_resize: int = 256
+    cache_resize: PositiveInt = 256
     """The longest shorter side in a cache of resized images."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Where the cache and the hub's tables are kept, for all runs. None: run_dir/data."""
 
 
@@ -84,7 +89,7 @@ class ImageDataConfig:
 class ImageTrainConfig(TrainConfig):
     """How long, in what batches, and how often to look."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """The share of a label that is spread evenly over all classes."""
 
 
@@ -92,7 +97,7 @@ class ImageTrainConfig(TrainConfig):
 class ImageConfig(RunConfig):
     """Train a ResNet on images with STACEY."""
 
-    run_dir: str = "runs/digits"
+    run_dir: NonEmptyPath = "runs/digits"
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -117,6 +122,36 @@ class ImageConfig(RunConfig):
         "train.label_smoothing",
     )
 
+    def check_rules(self) -> None:
+        """Raise SettingsError for values that do not go together."""
+        super().check_rules()
+        data = self.data
+        check(
+            not (data.path and data.dataset),
+            "data.dataset",
+            data.dataset,
+            "give either data.path or data.dataset, not both (--data.dataset null)",
+        )
+        check(
+            data.eval_resize is not None or data.crop != "random_resized",
+            "data.eval_resize",
+            None,
+            "data.crop random_resized needs it, as in 256 for images of 224; at least data.image_size "
+            f"({data.image_size})",
+        )
+        check(
+            data.eval_resize is None or data.eval_resize >= data.image_size,
+            "data.eval_resize",
+            data.eval_resize,
+            f"it must be at least data.image_size = {data.image_size}",
+        )
+        check(
+            not self.train.gradient_checkpointing,
+            "train.gradient_checkpointing",
+            True,
+            "transformers' ResNet has none; a smaller train.micro_batch_size saves memory",
+        )
+
     def layer_classes(self) -> set[str]:
         """Return the names of the classes of the model's layers."""
         import torch
@@ -126,45 +161,3 @@ class ImageConfig(RunConfig):
         with torch.device("meta"):
             model = build_resnet(self.model.depth, ["a", "b"], stem=self.model.stem, width=self.model.width)
         return {type(module).__name__ for module in model.modules()}
-
-
-def validate(config: ImageConfig) -> None:
-    """Raise SettingsError for a value that is out of range, whatever it is combined with."""
-    check_positive(
-        config,
-        model="width",
-        data="image_size min_scale eval_resize prefetch timeout_seconds cache_resize",
-    )
-    validate_shared(config)
-    data, train = config.data, config.train
-    check_path("data.cache_dir", data.cache_dir)
-    check(data.min_scale <= 1, "data.min_scale", data.min_scale, "it must be within (0, 1]")
-    check(data.workers is None or data.workers >= 0, "data.workers", data.workers, "it must be >= 0")
-    check(
-        not (data.path and data.dataset),
-        "data.dataset",
-        data.dataset,
-        "give either data.path or data.dataset, not both (--data.dataset null)",
-    )
-    check(
-        all(0 < deviation < math.inf for deviation in data.std), "data.std", list(data.std), "each must be above zero"
-    )
-    check(
-        data.eval_resize is not None or data.crop != "random_resized",
-        "data.eval_resize",
-        None,
-        f"data.crop random_resized needs it, as in 256 for images of 224; at least data.image_size ({data.image_size})",
-    )
-    check(
-        data.eval_resize is None or data.eval_resize >= data.image_size,
-        "data.eval_resize",
-        data.eval_resize,
-        f"it must be at least data.image_size = {data.image_size}",
-    )
-    check(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "it must be within [0, 1)")
-    check(
-        not train.gradient_checkpointing,
-        "train.gradient_checkpointing",
-        True,
-        "transformers' ResNet has none; a smaller train.micro_batch_size saves memory",
-    )

@@ -24,13 +24,14 @@ from stacey_dist.data.images import (
 )
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.models import build_resnet
-from stacey_dist.training.config import check
+from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.launchers import Parts
-from stacey_dist.training.run import Run, cores_per_process
+from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
+from stacey_dist.training.value_types import check
 
 _OF_DATA = (
     *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),
@@ -58,7 +59,7 @@ class ImageData:
 
 @settings_errors(SETTINGS)
 def prepare_data(run: Run[ImageConfig]) -> ImageData:
-    """Find the configured images, and put them into the cache if one is asked for.
+    """Find the configured images, and cache them if the settings say so.
 
     Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
     that this device does not have, for batches that are too small for batch norms or too large for the memory.
@@ -85,14 +86,14 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
         train, validation = (cached(images, data.cache, cache, data.cache_resize) for images in found)
         return train, validation
 
-    train, validation = run.on_main(work)
+    train, validation = run.call_on_main(work)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
     return ImageData(train, validation, transform)
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
-    """The ResNet of the configuration, with the same initial weights on every process."""
+    """Build the ResNet of the configuration, with the same initial weights on every process."""
     model = run.config.model
     torch.manual_seed(run.config.seed)
     resnet = build_resnet(
@@ -148,24 +149,24 @@ class ImageClassification:
         )
 
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
-        """This process's share of the update's images, in order."""
+        """Yield this process's share of the update's images, in order."""
         with settings_errors(SETTINGS):
             for batch in self._loader.micro_batches(position):
                 yield self._on_device(batch)
 
     def units(self, position: int) -> int:
-        """Images of the update."""
+        """Return the images of the update."""
         return self.batch_size
 
     def loss(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """The micro-batch's summed cross-entropy over the number of images in the whole update."""
+        """Return the micro-batch's summed cross-entropy over the number of images in the whole update."""
         smoothing = self.run.config.train.label_smoothing
         logits = self._logits(model, batch)
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) / self.batch_size
 
     @settings_errors(SETTINGS)
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss without smoothing, and the shares of right first and first five guesses, each image counted once."""
+        """Return the loss without smoothing and the top-1 and top-5 accuracy, each image counted once."""
         accelerator = self.run.accelerator
         batches = evaluation_batches(
             self.data.validation,
@@ -193,7 +194,7 @@ class ImageClassification:
         return {"eval_loss": loss / images, "eval_top1": top1 / images, "eval_top5": top5 / images}
 
     def score(self, figures: dict[str, float]) -> float:
-        """How good such figures are: higher is better."""
+        """Return the top-1 accuracy."""
         return figures["eval_top1"]
 
     def close(self) -> None:
@@ -233,7 +234,7 @@ def _check_batch_norms(run: Run[ImageConfig]) -> None:
 
 
 def _forward_flops(model: nn.Module, image_size: int) -> int:
-    """Floating-point operations of one image's forward pass."""
+    """Return the floating-point operations of one image's forward pass."""
     described: Any = model
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         type(described)(described.config)(pixel_values=torch.zeros(2, 3, image_size, image_size))

@@ -18,7 +18,7 @@ _SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY, "fsdp2")
 
 
 def requested_engine() -> str:
-    """The engine that the launch asked for: single, ddp, zero_redundancy, deepspeed or fsdp2.
+    """Return the engine that the launch asked for: single, ddp, zero_redundancy, deepspeed or fsdp2.
 
     Accelerate's configuration files know no ZeroRedundancyOptimizer; ours name it in torchrun's `role`, which the
     processes find in ROLE_NAME.
@@ -56,7 +56,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     patience = timedelta(seconds=config.train.collective_timeout_seconds, milliseconds=1)
     joining: dict[str, Any] = {"timeout": patience, "init_method": rendezvous.ATTEMPT}
     if requested == "fsdp2" and on_cpu:
-        # Accelerate goes on to FSDP only from several GPUs, though `fully_shard` works on CPUs as well.
+        # Accelerate uses FSDP on GPUs only, though `fully_shard` works on CPUs as well.
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
@@ -64,7 +64,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         build_locks.look_after()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
-    # The buffers are shared when they are looked at (`Engine.share_buffers`), not in every forward pass.
+    # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     with launch_settings.one_line("what `accelerate launch` was told"):
         accelerator = Accelerator(
@@ -84,11 +84,11 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def gives_out_weights(accelerator: Accelerator) -> bool:
-    """Whether each process gets its slices of the first one's weights from the engine, whatever it has itself.
+def loads_weights_from_rank0(accelerator: Accelerator) -> bool:
+    """Return whether the engine sends each process its slices of rank 0's weights, whatever it has itself.
 
-    So it is where the model may be too large for a process, or a GPU: with ZeRO-3 and FSDP2. But a model
-    with buffers in its state dict is not given out by Accelerate's FSDP2: it needs its weights on every process.
+    ZeRO-3 and FSDP2 do, as the model may be too large for a process. Accelerate's FSDP2 cannot where buffers are in the
+    state dict: there every process needs the weights.
     """
     if requested_engine() == "deepspeed":
         return bool(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
@@ -96,7 +96,7 @@ def gives_out_weights(accelerator: Accelerator) -> bool:
 
 
 def _check_devices() -> None:
-    """Accelerate would give the GPUs out twice, and NCCL fail in the first collective."""
+    """Raise SettingsError for more processes than GPUs: NCCL would fail in the first collective."""
     here, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     if here > found:
         raise SettingsError(
@@ -119,8 +119,8 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
         raise SettingsError(f"{requested} was asked for, but Accelerate came up with {kind.value}; {hint}")
 
 
-def engine_description(accelerator: Accelerator) -> str:
-    """How the processes share the work, for people: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
+def describe_engine(accelerator: Accelerator) -> str:
+    """Return how processes share the work, for people: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
     name = requested_engine()
     if name == "deepspeed":
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]

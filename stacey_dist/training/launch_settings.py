@@ -130,7 +130,7 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """While entered, errors that a configuration causes are SettingsErrors, in one line with where it stands.
+    """Raise errors that a configuration causes as SettingsErrors of one line that says where it stands.
 
     `STACEY_DIST_TRACEBACK=1` leaves them as they are.
 

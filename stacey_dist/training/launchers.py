@@ -13,16 +13,14 @@ from stacey_dist.training.command_line import parse
 from stacey_dist.training.config import RunConfig
 from stacey_dist.training.failures import user_errors
 from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.image_config import validate as validate_images
 from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.llm_config import validate as validate_llm
 
 if TYPE_CHECKING:  # they take seconds to import, and bad settings are refused before
     from torch import nn
 
     from stacey_dist.training.engine import Engine
-    from stacey_dist.training.loop import Task
     from stacey_dist.training.run import Run
+    from stacey_dist.training.task import Task
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -63,12 +61,12 @@ class Launcher(Generic[C]):
 
     A program of your own is a `Launcher` with a subclass of `RunConfig`, started by `accelerate launch`::
 
-        Launcher("my_program.py", MyConfig, validate, lambda: Parts(prepare_data, build_model, MyTask)).main()
+        Launcher("my_program.py", MyConfig, lambda: Parts(prepare_data, build_model, MyTask)).main()
 
     Args:
         program: The file that starts it, for messages.
-        config: The dataclass of its settings. Every field is an option of the command line and a key in YAML files.
-        validate: Raise `SettingsError` for settings that are out of range or do not go together.
+        config: The dataclass of its settings. Every field is an option of the command line and a key in YAML files;
+            `check_rules` says which values do not go together.
         load_parts: Return what a run is built of. It is called after the settings were checked, so that imports which
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
@@ -77,7 +75,6 @@ class Launcher(Generic[C]):
 
     program: str
     config: type[C]
-    validate: Callable[[C], None]
     load_parts: Callable[[], Parts]
     metrics: Sequence[str] = ("eval_loss",)
     users_data: Callable[[str], dict[str, Any]] | None = None
@@ -96,7 +93,7 @@ class Launcher(Generic[C]):
         """
         elsewhere = {name: other.config for name, other in LAUNCHERS.items() if name != self.program}
         config = parse(self.config, arguments, program, elsewhere)
-        self.validate(config)
+        config.validate()
         return config
 
     def build(self, config: C) -> Job:
@@ -110,7 +107,7 @@ class Launcher(Generic[C]):
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.optimizers import build_optimizer
-        from stacey_dist.training.run import start
+        from stacey_dist.training.start import start
 
         parts = self.load_parts()
         run = start(config)
@@ -158,7 +155,6 @@ def _image_parts() -> Parts:
 LLM = Launcher(
     "train_llm.py",
     LLMConfig,
-    validate_llm,
     _llm_parts,
     metrics=("eval_loss", "eval_perplexity"),
     users_data=lambda data: {"data.dataset": None, "data.files": data.split(",")},
@@ -166,7 +162,6 @@ LLM = Launcher(
 IMAGES = Launcher(
     "train_imagenet.py",
     ImageConfig,
-    validate_images,
     _image_parts,
     metrics=("eval_loss", "eval_top1", "eval_top5"),
     users_data=lambda data: {"data.dataset": None, "data.path": data},

@@ -26,10 +26,10 @@ from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import settings_errors
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.launch import gives_out_weights
+from stacey_dist.training.flops import flops_per_token
+from stacey_dist.training.launch import loads_weights_from_rank0
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
-from stacey_dist.training.metrics import flops_per_token
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 
@@ -77,7 +77,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
         tokenizers.append(tokenizer)
         return directory, tokenizer.vocab_size, tokenizer.end_token_id
 
-    directory, vocab_size, end_token_id = run.on_main(work)
+    directory, vocab_size, end_token_id = run.call_on_main(work)
     length = run.config.data.sequence_length
     train, validation = (TokenStream(directory, split, length) for split in ("train", "validation"))
     if not train.vocab_size == validation.vocab_size == vocab_size:
@@ -95,7 +95,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
 
 
 def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenizer]:
-    """The directory of the configured text's tokens, made if it is not there yet, and their tokenizer.
+    """Return the directory of the configured text's tokens, prepared if it is not there yet, and their tokenizer.
 
     With `verify`, all tokens that are there are read, and damaged parts made anew. Raises SettingsError as
     `prepare_data` does.
@@ -151,9 +151,9 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
 
 
 def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """The LLaMA of the configuration, with the same initial weights on every process.
+    """Build the LLaMA of the configuration, with the same initial weights on every process.
 
-    Where the engine gives out the first process's, the others' are never touched, and take no memory.
+    Where the engine sends rank 0's weights, those of other ranks are never touched, and take no memory.
     """
     model = run.config.model
     config = LlamaConfig(
@@ -172,8 +172,8 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         use_cache=False,
     )
     torch.manual_seed(run.config.seed)
-    gets_them = gives_out_weights(run.accelerator) and not run.accelerator.is_main_process
-    with no_init_weights() if gets_them else nullcontext():
+    from_rank0 = loads_weights_from_rank0(run.accelerator) and not run.accelerator.is_main_process
+    with no_init_weights() if from_rank0 else nullcontext():
         llama = LlamaForCausalLM(config).to(getattr(torch, model.dtype))
     llama.tie_weights()
     if run.config.train.gradient_checkpointing:
@@ -214,17 +214,17 @@ class LanguageModeling:
         self.flops_per_unit = flops_per_token(weights, shape.num_hidden_layers, shape.hidden_size, context)
 
     def samples(self, position: int) -> Sequence[int]:
-        """The windows that all processes together train on in the update at `position`, in order."""
+        """Return the windows that all processes together train on in the update at `position`, in order."""
         if self._samples[0] != position:
             self._samples = (position, self.sampler.samples(position, self.batch_size).tolist())
         return self._samples[1]
 
     def units(self, position: int) -> int:
-        """Tokens predicted in the update: fewer than batch x length where the last, partial window is in it."""
+        """Return the tokens predicted in the update: fewer than batch x length if the last, partial window is in it."""
         return sum(self.data.train.label_count(i) for i in self.samples(position))
 
     def micro_batches(self, position: int) -> Iterator[TokenBatch]:
-        """This process's share of the update's windows, in order. Raises SettingsError for damaged tokens."""
+        """Yield this process's share of the update's windows, in order. Raises SettingsError for damaged tokens."""
         if self.data.verification is not None:
             self.data.verification.check()
         labels = self.units(position)
@@ -236,11 +236,11 @@ class LanguageModeling:
             yield self._batch(self.data.train, mine[start : start + size], labels)
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """The micro-batch's summed cross-entropy over the number of tokens in the whole update."""
+        """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update."""
         return self._summed_loss(model, batch) / batch.update_labels
 
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss in nats per token and perplexity over every held-out token, each predicted once."""
+        """Return the loss in nats per token and the perplexity over every held-out token, each predicted once."""
         accelerator, stream, size = self.run.accelerator, self.data.validation, self.run.micro_batch_size
         mine = range(accelerator.process_index, len(stream), accelerator.num_processes)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -257,7 +257,7 @@ class LanguageModeling:
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
     def score(self, figures: dict[str, float]) -> float:
-        """How good such figures are: higher is better."""
+        """Return the negative loss."""
         return -figures["eval_loss"]
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class LanguageModeling:
         )
 
     def _batch(self, stream: TokenStream, windows: Sequence[int | None], update_labels: int) -> TokenBatch:
-        """The windows as tensors on the device; None stands for a window without labels."""
+        """Return windows as tensors on the device; None stands for a window without labels."""
         length = self.run.config.data.sequence_length
         empty = (np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64))
         pairs = [empty if i is None else stream.window(i) for i in windows]
@@ -295,7 +295,7 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
         assert data.tokenizer is not None  # the main process has it
         data.tokenizer.save(directory, _some_texts(data.train, data.tokenizer))
 
-    run.on_main(check_tokens)
+    run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
     run.say(f"\nsample: {sample(run, engine, data)}\n")
     return f"model and tokenizer for transformers: {exported}"
@@ -308,7 +308,7 @@ def _some_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
 
 
 def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
-    """A held-out beginning and how the trained model continues it, as text; empty except on the main process.
+    """Return how the trained model continues a held-out text; empty except on the main process.
 
     All processes call it together: sharded weights are gathered by all.
     """

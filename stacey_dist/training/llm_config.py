@@ -3,35 +3,29 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from stacey_dist.training.config import (
-    SHARED_CHANGES,
-    RunConfig,
-    check,
-    check_path,
-    check_positive,
-    validate_shared,
-)
+from stacey_dist.training.config import SHARED_CHANGES, RunConfig
+from stacey_dist.training.value_types import AtLeastTwo, FilePath, PositiveFloat, PositiveInt, check
 
 
 @dataclass
 class ModelConfig:
     """The LLaMA to build (transformers' LlamaForCausalLM)."""
 
-    hidden_size: int = 128
+    hidden_size: PositiveInt = 128
     """Width of the residual stream."""
-    intermediate_size: int = 344
+    intermediate_size: PositiveInt = 344
     """Width inside each feed-forward block."""
-    num_hidden_layers: int = 4
+    num_hidden_layers: PositiveInt = 4
     """Number of layers."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Number of attention heads."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: PositiveInt | None = None
     """Number of key-value heads. None: one for each attention head."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: PositiveInt | None = None
     """Longest sequence the model is declared for. None: data.sequence_length."""
-    rope_theta: float = 10000.0
+    rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
-    initializer_range: float = 0.02
+    initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = False
     """Share the input and output embeddings."""
@@ -61,13 +55,13 @@ class DataConfig:
     """The column or key that holds a document's text."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What a line or row without a valid text does: end the preparation, or be left out, counted and named."""
-    sequence_length: int = 128
+    sequence_length: PositiveInt = 128
     """Tokens of one training sequence."""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Training tokens to prepare at most. None: all."""
-    validation_every: int = 50
+    validation_every: AtLeastTwo = 50
     """Without a validation set, one document in this many is held out."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Where tokenized data is kept, for all runs. None: run_dir/data."""
 
 
@@ -79,7 +73,7 @@ class TokenizerConfig:
     """A tokenizer on the Hugging Face hub, or a directory that AutoTokenizer loads."""
     file: str | None = None
     """A sentencepiece .model file."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Without name and file, a sentencepiece BPE model of this size is trained on the data."""
 
 
@@ -97,6 +91,30 @@ class LLMConfig(RunConfig):
         *(f"model.{name.name}" for name in fields(ModelConfig) if name.name != "max_position_embeddings"),
         "data.sequence_length",
     )
+
+    def check_rules(self) -> None:
+        """Raise SettingsError for values that do not go together."""
+        super().check_rules()
+        _check_model(self)
+        data, tokenizer = self.data, self.tokenizer
+        check(
+            not (data.files and data.dataset),
+            "data.dataset",
+            data.dataset,
+            "give either data.files or data.dataset, not both (--data.dataset null)",
+        )
+        check(
+            bool(data.files) or not data.validation_files,
+            "data.validation_files",
+            data.validation_files,
+            "it goes with data.files",
+        )
+        check(
+            not (tokenizer.name and tokenizer.file),
+            "tokenizer.file",
+            tokenizer.file,
+            "give either tokenizer.name or tokenizer.file, not both",
+        )
 
     @property
     def weights_dtype(self) -> str:
@@ -117,42 +135,7 @@ class LLMConfig(RunConfig):
         return {type(module).__name__ for module in model.modules()}
 
 
-def validate(config: LLMConfig) -> None:
-    """Raise SettingsError for a value that is out of range, whatever it is combined with."""
-    check_positive(
-        config,
-        model="hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "max_position_embeddings rope_theta initializer_range",
-        data="sequence_length max_tokens",
-        tokenizer="vocab_size",
-    )
-    _validate_model(config)
-    validate_shared(config)
-    data = config.data
-    check_path("data.cache_dir", data.cache_dir)
-    check(data.validation_every >= 2, "data.validation_every", data.validation_every, "it must be >= 2")
-    check(
-        not (data.files and data.dataset),
-        "data.dataset",
-        data.dataset,
-        "give either data.files or data.dataset, not both (--data.dataset null)",
-    )
-    check(
-        bool(data.files) or not data.validation_files,
-        "data.validation_files",
-        data.validation_files,
-        "it goes with data.files",
-    )
-    tokenizer = config.tokenizer
-    check(
-        not (tokenizer.name and tokenizer.file),
-        "tokenizer.file",
-        tokenizer.file,
-        "give either tokenizer.name or tokenizer.file, not both",
-    )
-
-
-def _validate_model(config: LLMConfig) -> None:
+def _check_model(config: LLMConfig) -> None:
     model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size
     check(

@@ -2,246 +2,271 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training import signals
-from stacey_dist.training.engine import Engine, Requests
+from stacey_dist.training.engine import Engine, Requests, Update
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import scheduled
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Saver, checkpoint_path, is_finite
+from stacey_dist.training.saving import Progress, Saver, checkpoint_path, is_finite
 from stacey_dist.training.signals import StopSignal
+from stacey_dist.training.task import Task
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the device
 
 
-class Task(Protocol):
-    """What is trained: the data of each update, its loss, and how to judge the result."""
+def train(run: Run[Any], task: Task, engine: Engine) -> Path:
+    """Train the engine's model in place to `train.max_steps` updates, from the run's newest checkpoint if it has one.
 
-    unit: str
-    """What the data is counted in, as in "tokens"."""
-    flops_per_unit: float
-    """Floating-point operations of forward and backward on one unit."""
+    All processes call it together.
 
-    data_identity: str
-    """Differs where the data do: a run is not resumed on other data."""
+    Args:
+        run: the run, as `Launcher.build` starts it.
+        task: the data, the loss and the evaluation.
+        engine: the model and its optimizer.
 
-    batch_size: int
-    """Samples of one update, over all processes."""
-
-    samples_per_epoch: int
-    """Samples of the training data."""
-
-    def micro_batches(self, position: int) -> Iterable[Any]:
-        """This process's micro-batches of the update whose first sample is at this global position.
-
-        A function of the settings and the position.
-        """
-        ...
-
-    def units(self, position: int) -> int:
-        """Units that all processes together train on in the update at this global position."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The micro-batch's share of the update's loss: shares of all micro-batches and processes sum to the mean."""
-        ...
-
-    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Held-out figures, the same on every process.
-
-        `stopping` is to be asked after each batch, as often on every process; where it is true there are none.
-        """
-        ...
-
-    def score(self, figures: dict[str, float]) -> float:
-        """How good such figures are: higher is better."""
-        ...
-
-    def close(self) -> None:
-        """End what the task has started, as processes that read data. Called after the last update."""
-        ...
-
-
-def train(run: Run, task: Task, engine: Engine) -> Path:
-    """Train the engine's model in place to `train.max_steps` updates, going on from the run's newest checkpoint.
-
-    Returns the checkpoint of the last update.
+    Returns:
+        The checkpoint of the last update.
 
     Raises:
-        SettingsError: the run's checkpoints do not fit the settings, or
-            run_dir was renamed or removed.
+        SettingsError: the run's checkpoints do not fit the settings, or run_dir was renamed or removed.
         DivergedError: too many updates in a row were skipped, or weights or states are not finite in the end.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
-    config, accelerator = run.config, run.accelerator
-    run.settle_length(task.samples_per_epoch)
+    run.resolve_max_steps(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
-    last = config.train.max_steps
-
-    def is_evaluated(step: int) -> bool:
-        return step == last or step % config.train.eval_every_steps == 0
-
-    # A run that was told to stop leaves the evaluation for when it goes on.
-    missed = progress.evaluated_step < progress.step <= last and is_evaluated(progress.step)
-    if progress.step >= last and not missed:
+    trainer = _Trainer(run, task, engine, progress)
+    if progress.step >= trainer.last_step and not trainer.evaluation_is_missing():
         run.say(f"nothing to do: {run.directory} is complete with {progress.step} updates")
         return checkpoint_path(run, progress.step)
     run.write_config()
-    metrics = Metrics(run, task.unit, task.flops_per_unit, progress)
-    micro_batches = run.process_batch_size // run.micro_batch_size
-    skipped_in_a_row = 0
-    save_is_due = False
-    engine.model.train()
+    trainer.start_metrics()
+    with trainer.stop, trainer.saver:
+        if trainer.evaluation_is_missing():
+            trainer.make_up_for_the_evaluation()
+        while progress.step < trainer.last_step:
+            update = trainer.train_step()
+            trainer.after_step(update)
+    trainer.check_result()
+    run.say(engine.state_report())
+    return checkpoint_path(run, trainer.last_step)
 
-    def stopping() -> bool:
-        return engine.any_process(stop.received is not None)
 
-    def evaluate() -> tuple[bool, bool]:
-        """Whether it is the best so far, and whether it was left because a process was told to stop."""
+class _Trainer:
+    """One process's part of a run of training: a step, and what follows a step."""
+
+    def __init__(self, run: Run[Any], task: Task, engine: Engine, progress: Progress) -> None:
+        self.run, self.task, self.engine, self.progress = run, task, engine, progress
+        self.config = run.config
+        self.last_step = run.config.train.max_steps
+        self.saver = Saver(run, engine, task.data_identity)
+        self.stop = StopSignal()
+        self.lr = 0.0
+        self.skipped_in_a_row = 0
+        self.save_is_due = False
+        self.stopping = False
+        """A process was told to stop."""
+        self.directory_gone = False
+        engine.model.train()
+
+    def start_metrics(self) -> None:
+        self.metrics = Metrics(self.run, self.task.unit, self.task.flops_per_unit, self.progress)
+
+    def train_step(self) -> Update:
+        """Make one update: forward and backward of each micro-batch, then clip and apply the gradients."""
+        engine, progress = self.engine, self.progress
+        settings = scheduled(self.config, progress.step, progress.skipped_steps)
+        self.lr = settings["lr"]
+        engine.set_group_settings(settings)
+        engine.snapshot_batch_norms()
+        count = self.run.process_batch_size // self.run.micro_batch_size
+        loss = torch.zeros((), device=self.run.accelerator.device)
+        for number, batch in enumerate(self._micro_batches(), start=1):
+            signals.progress()
+            with engine.micro_batch(last=number == count):
+                share = self.task.loss(engine.model, batch)
+                engine.backward(share)
+            loss += share.detach()
+        update = engine.finish_update(loss, self._requests())
+        if not update.applied:
+            engine.restore_batch_norms()
+        self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+        progress.advance(self.task.batch_size, update.applied)
+        return update
+
+    def after_step(self, update: Update) -> None:
+        """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
+        progress = self.progress
+        self._check_skipped(update)
+        self.saver.report()
+        self.stopping, self.directory_gone = update.requests.stop, update.requests.directory_gone
+        if self.directory_gone:
+            self.run.recreate_directory()
+        self._report(update)
+        self.metrics.pause_clock()
+        # Whoever asked for a stop kills soon: saving is first.
+        evaluating = self._is_evaluated(progress.step) and not (self.stopping or self.directory_gone)
+        improved = self.evaluate() if evaluating else False
+        ending = self.stopping or self.directory_gone or progress.step == self.last_step
+        if ending and not self.directory_gone and self.engine.any_process(self.run.directory_is_gone()):
+            self.directory_gone = True  # during the evaluation
+            self.run.recreate_directory()
+        self._save(update, ending, best=improved and self.config.checkpoint.keep_best)
+        if evaluating or ending:
+            self.metrics.plot(always=ending)
+        if self.directory_gone:
+            self._fail_without_directory()
+        if self.stopping:
+            self.leave()
+        self.metrics.resume_clock()
+
+    def evaluate(self) -> bool:
+        """Evaluate the model; return whether it is the best so far. A process that was told to stop ends it early."""
         try:
-            figures = _evaluate(task, engine, stopping)
+            figures = _evaluate(self.task, self.engine, self.stop)
         except StoppedWaitingError:
-            if accelerator.num_processes > 1:
+            if self.run.accelerator.num_processes > 1:
                 raise
-            engine.model.train()
-            return False, True
+            self.engine.model.train()
+            figures = None
         if figures is None:
-            return False, True
-        metrics.evaluation(progress.step, figures)
-        progress.evaluated_step = progress.step
-        return progress.improves(task.score(figures)), False
+            self.stopping = True
+            return False
+        self.metrics.evaluation(self.progress.step, figures)
+        self.progress.evaluated_step = self.progress.step
+        return self.progress.improves(self.task.score(figures))
 
-    def micro_batches_of_update() -> Iterator[Any]:
-        """Yield them; one process that is told to stop and gets none saves what it has, and leaves.
+    def evaluation_is_missing(self) -> bool:
+        """Return whether the last update is still to be evaluated: a run that is told to stop leaves that undone."""
+        step = self.progress.step
+        return self.progress.evaluated_step < step <= self.last_step and self._is_evaluated(step)
+
+    def make_up_for_the_evaluation(self) -> None:
+        """Evaluate the update that the run resumed from."""
+        self.evaluate()
+        if self.stopping:
+            self.leave()
+        if self.progress.step == self.last_step:  # the checkpoint says that it was evaluated, and which one was best
+            self._save_and_wait(delete_older=True)
+            self.metrics.plot(always=True)
+        self.metrics.resume_clock()
+
+    def leave(self) -> NoReturn:
+        """End this process after a signal, once everything is saved."""
+        number = int(self.stop.received or 15)
+        # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
+        self.run.say(
+            f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
+        )
+        self.engine.close()
+        sys.exit(128 + number)
+
+    def check_result(self) -> None:
+        """End the run with an error if rows of metrics.jsonl are lost, or the last checkpoint is not finite."""
+        run, last, rows = self.run, self.last_step, self.metrics.rows
+        if self.engine.any_process(rows.flush() > 0):
+            run.fail(
+                f"run_dir: {rows.path} could not be written to the end; the checkpoint of update {last} is complete"
+            )
+        if run.call_on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
+            run.fail(
+                f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
+                f"optimizer.lr, or look at the data; {self.saver.describe_resume_point()}",
+                DivergedError,
+            )
+
+    def _micro_batches(self) -> Iterator[Any]:
+        """Yield the update's micro-batches; a single process that is told to stop and gets none saves and leaves.
 
         Of several, the others are in the middle of an update, which this one cannot finish: it ends with an error, and
         they with it.
         """
         try:
-            yield from metrics.timed(task.micro_batches(progress.position))
+            yield from self.metrics.timed(self.task.micro_batches(self.progress.position))
         except StoppedWaitingError:
-            if accelerator.num_processes > 1:
+            if self.run.accelerator.num_processes > 1:
                 raise
-            engine.restore_statistics()
-            metrics.say(f"saved {saver.save_surely(progress, delete_older=skipped_in_a_row == 0)}")
-            metrics.plot(surely=True)
-            leave()
+            self.engine.restore_batch_norms()
+            self._save_and_wait(delete_older=self.skipped_in_a_row == 0)
+            self.metrics.plot(always=True)
+            self.leave()
 
-    def leave() -> NoReturn:
-        number = int(stop.received or 15)
-        # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
-        run.say(f"stopped by signal {number} after update {progress.step}; the same command goes on from here")
-        engine.close()
-        sys.exit(128 + number)
+    def _requests(self) -> Requests:
+        return Requests(
+            stop=self.stop.received is not None,
+            save=self.saver.is_due_by_the_clock,
+            save_and_wait=self.saver.has_to_succeed,
+            directory_gone=self.run.directory_is_gone(),
+        )
 
-    with StopSignal() as stop, Saver(run, engine, task.data_identity) as saver:
-        if missed:
-            _, stopped = evaluate()
-            if stopped:
-                leave()
-            if progress.step == last:  # the checkpoint says that it was evaluated, and which one was best
-                metrics.say(f"saved {saver.save_surely(progress)}")
-                metrics.plot(surely=True)
-            metrics.go_on()
-        while progress.step < last:
-            settings = scheduled(config, progress.step, progress.skipped_steps)
-            engine.set_group_settings(settings)
-            engine.keep_statistics()
-            loss = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(micro_batches_of_update(), start=1):
-                signals.progress()
-                with engine.micro_batch(last=number == micro_batches):
-                    share = task.loss(engine.model, batch)
-                    engine.backward(share)
-                loss += share.detach()
-            requests = Requests(
-                stop.received is not None, saver.minutes_are_over, saver.keeps_failing, run.directory_is_gone()
+    def _is_evaluated(self, step: int) -> bool:
+        return step == self.last_step or step % self.config.train.eval_every_steps == 0
+
+    def _check_skipped(self, update: Update) -> None:
+        """End the run if too many updates in a row were skipped."""
+        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+            self.run.fail(
+                f"train.max_skipped_steps: {self.skipped_in_a_row} updates in a row up to update {self.progress.step} "
+                f"had a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
+                f"lower optimizer.lr, or look at the data; {self.saver.describe_resume_point()}",
+                DivergedError,
             )
-            update = engine.finish_update(loss, requests, config.train.max_grad_norm)
-            units = task.units(progress.position)
-            progress.step += 1
-            progress.position += task.batch_size
-            progress.skipped_steps += not update.applied
-            if not update.applied:
-                engine.restore_statistics()
-            skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
-            if skipped_in_a_row > config.train.max_skipped_steps:
-                run.fail(
-                    f"train.max_skipped_steps: {skipped_in_a_row} updates in a row up to update {progress.step} had "
-                    f"a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
-                    f"lower optimizer.lr, or look at the data; {saver.what_is_left()}",
-                    DivergedError,
-                )
-            saver.report()
-            gone = update.requests.leave
-            if gone:
-                run.make_directory_again()
-            epoch = progress.position / task.samples_per_epoch
-            metrics.step(progress, units, epoch=epoch, loss=update.loss, lr=settings["lr"], grad_norm=update.grad_norm)
-            metrics.pause()
-            improved, stopped = False, update.requests.stop
-            # Whoever asked for a stop kills soon: saving is first.
-            evaluating = is_evaluated(progress.step) and not (stopped or gone)
-            if evaluating:
-                improved, stopped = evaluate()
-            ending = stopped or gone or progress.step == last
-            if ending and not gone and engine.any_process(run.directory_is_gone()):  # during the evaluation
-                gone = True
-                run.make_directory_again()
-            best = improved and config.checkpoint.keep_best
-            save_is_due |= update.requests.save or update.requests.save_surely or saver.is_due(progress.step)
-            # Skipped updates may mean that the weights are ruined. A save that is due waits for one that is applied.
-            # What has just been evaluated as the best is not ruined.
-            if ending:
-                metrics.say(f"saved {saver.save_surely(progress, delete_older=update.applied)}")
-            elif best or (save_is_due and update.applied):
-                save = saver.save_surely if update.requests.save_surely else saver.save
-                save(progress, delete_older=update.applied)
-                save_is_due = False
-            if evaluating or ending:
-                metrics.plot(surely=ending)
-            if gone:
-                metrics.flush()
-                run.fail(
-                    f"run_dir: {run.directory} was renamed or removed while the run went on. All of the training is "
-                    f"in {checkpoint_path(run, progress.step)}, in a new directory of that name; the same command "
-                    "goes on from there. Older checkpoints and metrics are where the old directory is, if it is"
-                )
-            if stopped:
-                leave()
-            metrics.go_on()
-    if engine.any_process(metrics.flush() > 0):
-        run.fail(
-            f"run_dir: {metrics.path} could not be written to the end; the checkpoint of update {last} is complete"
+
+    def _report(self, update: Update) -> None:
+        progress, task = self.progress, self.task
+        self.metrics.step(
+            progress,
+            task.units(progress.position - task.batch_size),
+            epoch=progress.position / task.samples_per_epoch,
+            loss=update.loss,
+            lr=self.lr,
+            grad_norm=update.grad_norm,
         )
-    if run.on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
-        run.fail(
-            f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
-            f"optimizer.lr, or look at the data; {saver.what_is_left()}",
-            DivergedError,
+
+    def _save(self, update: Update, ending: bool, best: bool) -> None:
+        """Save at the end, and where it is due.
+
+        Skipped updates may mean that the weights are ruined: a save that is due waits for an update that is applied.
+        What has just been evaluated as the best is not ruined.
+        """
+        requests = update.requests
+        self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(self.progress.step)
+        if ending:
+            self._save_and_wait(delete_older=update.applied)
+        elif best or (self.save_is_due and update.applied):
+            save = self.saver.save_and_wait if requests.save_and_wait else self.saver.save
+            save(self.progress, delete_older=update.applied)
+            self.save_is_due = False
+
+    def _save_and_wait(self, *, delete_older: bool) -> None:
+        self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
+
+    def _fail_without_directory(self) -> NoReturn:
+        self.metrics.rows.flush()
+        self.run.fail(
+            f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
+            f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "
+            "resumes from there. Older checkpoints and metrics are where the old directory is, if it is"
         )
-    run.say(engine.state_report())
-    return checkpoint_path(run, last)
 
 
-def _evaluate(task: Task, engine: Engine, stopping: Callable[[], bool]) -> dict[str, float] | None:
-    engine.share_buffers()
+def _evaluate(task: Task, engine: Engine, stop: StopSignal) -> dict[str, float] | None:
+    engine.broadcast_buffers()
     engine.model.eval()
     batches = itertools.count(1)
 
-    def asked() -> bool:
+    def stopping() -> bool:
         signals.progress()
-        return next(batches) % _ASK_EVERY == 0 and stopping()
+        return next(batches) % _ASK_EVERY == 0 and engine.any_process(stop.received is not None)
 
     with torch.no_grad():
-        figures = task.evaluate(engine.module, asked)
+        figures = task.evaluate(engine.module, stopping)
     engine.model.train()
     return figures

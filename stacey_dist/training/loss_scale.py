@@ -1,4 +1,4 @@
-"""The state of a loss scale in one form, with which an fp16 run goes on on any engine: torch's and DeepSpeed's differ.
+"""The state of a loss scale in one form, from which an fp16 run resumes on any engine: torch's and DeepSpeed's differ.
 
 Both double the scale after so many applied updates in a row, and halve it when a gradient is not finite. The form is
 {"scale": s, "applied": n, "hysteresis": h}: the updates applied in a row that count towards the next doubling, and how
@@ -11,18 +11,18 @@ from torch.amp import GradScaler
 
 
 def of_torch(scaler: GradScaler) -> dict[str, Any]:
-    """What torch's scaler holds."""
+    """Return the state of torch's scaler."""
     return {"scale": scaler.get_scale(), "applied": scaler._get_growth_tracker(), "hysteresis": None}
 
 
 def to_torch(state: dict[str, Any], scaler: GradScaler) -> None:
-    """Have torch's scaler go on from a state."""
+    """Load a state into torch's scaler."""
     applied = min(state["applied"], scaler.get_growth_interval() - 1)
     scaler.load_state_dict(scaler.state_dict() | {"scale": state["scale"], "_growth_tracker": applied})
 
 
 def of_deepspeed(scaler: Any) -> dict[str, Any]:
-    """What DeepSpeed's dynamic scaler holds: it counts all updates, and remembers the last that overflowed."""
+    """Return the state of DeepSpeed's dynamic scaler, which counts all updates and remembers the last overflow."""
     applied = scaler.cur_iter - scaler.last_overflow_iter - 1
     if applied > 0:  # it doubles the scale after 1, 2, ... windows, in the update that follows
         applied = (applied - 1) % scaler.scale_window + 1
@@ -30,7 +30,7 @@ def of_deepspeed(scaler: Any) -> dict[str, Any]:
 
 
 def to_deepspeed(state: dict[str, Any], scaler: Any) -> None:
-    """Have DeepSpeed's dynamic scaler go on from a state."""
+    """Load a state into DeepSpeed's dynamic scaler."""
     scaler.cur_scale = state["scale"]
     scaler.cur_iter, scaler.last_overflow_iter = state["applied"], -1
     if state["hysteresis"] is not None:

@@ -12,7 +12,7 @@ from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConf
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: decayed, and (norms and biases, by default) not decayed."""
+    """Return the trainable parameters in two groups: decayed, and (norms and biases, by default) not decayed."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for param in model.parameters():  # lists a tied parameter once
         if param.requires_grad:
@@ -22,9 +22,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int, *, by_owner: bool = False) -> Optimizer:
-    """The optimizer of `config` over the model's trainable parameters; `seed` is of stochastic rounding.
+    """Build the optimizer of `config` over the model's trainable parameters; `seed` is of stochastic rounding.
 
-    With `by_owner` it is torch's ZeroRedundancyOptimizer around it: each parameter is updated by one process, which
+    With `by_owner`, torch's ZeroRedundancyOptimizer is around it: each parameter is updated by one process, which
     alone has its state, and sent to the others.
     """
     optimizer_class, settings = _class_and_settings(config, seed)
@@ -58,7 +58,7 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
 
 
 def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
-    """The settings of all parameter groups that update number `step` (from 0) has, of those that change over a run.
+    """Return those settings of update number `step` (from 0) that change over a run.
 
     A pure function of the update's number, and of how many before it were skipped: nothing to save, and nothing that a
     number of processes could step too often. All but the learning rate are constant in the paper, and unless the
@@ -84,7 +84,7 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
 
 
 def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float]:
-    """The betas with which m and c of update number `step` (from 0) are weighted means of the gradients so far.
+    """Return the betas with which m and c of update number `step` (from 0) are weighted means of the gradients so far.
 
     With W_t = 1 - beta2^t, the sum of weights in a moving average of t gradients that began at 0,
 
@@ -97,7 +97,7 @@ def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float
 
 
 def lr_share(step: int, schedule: ScheduleConfig, max_steps: int) -> float:
-    """The learning rate of update number `step` (from 0), as a share of the peak."""
+    """Return the learning rate of update number `step` (from 0), as a share of the peak."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     progress = min(1.0, (step - schedule.warmup_steps) / max(1, max_steps - schedule.warmup_steps))

@@ -7,8 +7,8 @@ from stacey_dist.training.launchers import LLM
 def prepare(arguments: list[str]) -> int:
     """Fill the cache that the run with the same settings finds; returns 0.
 
-    Tokens that are there are read, and damaged ones made anew. Killed, it goes on from its last commit when it is
-    started again. Raises SettingsError for bad settings or text, OSError for a full disk.
+    Tokens that are there are read, and damaged ones made anew. Killed and started again, it resumes from its last
+    commit. Raises SettingsError for bad settings or text, OSError for a full disk.
     """
     config = LLM.parse(arguments, "stacey-dist prepare")
     from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds

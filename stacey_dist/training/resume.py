@@ -1,4 +1,4 @@
-"""Where a run goes on: choosing a checkpoint, and refusing one of another run."""
+"""How a run resumes: choose a checkpoint, and refuse one of another run."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")
 def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
 
-    One whose weights or optimizer states are not finite is passed over: every update from it would be skipped.
+    One whose weights or optimizer states are not finite is skipped: no update from it could be applied.
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
@@ -49,9 +49,9 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
 
 
 def _choose(run: Run, data_identity: str) -> Path | None:
-    """The checkpoint to go on from. What is passed over is said. All processes call it together."""
+    """Return the checkpoint to resume from; name those that are skipped. All processes call it together."""
     source = run.config.checkpoint.resume_from
-    found = run.on_main(lambda: _find(run.directory / "checkpoints"))
+    found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
     reasons = set()
     for path in found:
         try:
@@ -59,15 +59,15 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         except UnknownFormatError as error:
             run.fail(f"run_dir: {error}; give another run_dir, or the version that wrote it")
         except DamagedCheckpointError as error:
-            run.say(f"passed over a damaged checkpoint: {error}")
+            run.say(f"skipped a damaged checkpoint: {error}")
             reasons.add("damaged")
             continue
         if says_finite(manifest) is False:
-            run.say(f"warning: passed over {path}: it holds weights or optimizer states that are not finite")
+            run.say(f"warning: skipped {path}: it holds weights or optimizer states that are not finite")
             reasons.add("not finite")
             continue
         extra = manifest["extra"]
-        run.on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
+        run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
         return path
     if found:
         # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
@@ -85,7 +85,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
         run.fail(
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
-    run.on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
+    run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
     return Path(source)
 
 
@@ -100,25 +100,25 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def _find(directory: Path) -> list[Path]:
-    """The checkpoints in the run's directory, newest first, without what a run that was killed in a save has left."""
+    """Remove what a run that was killed in a save has left; return the checkpoints, newest first."""
     clear_leftovers(directory)
     return find_checkpoints(directory)
 
 
 def _setting(run: Run, path: Path) -> str:
-    """The setting that a checkpoint was found by."""
+    """Return the setting that a checkpoint was found by."""
     return "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
 
 
 def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
-    """Refuse a checkpoint in the run's own directory that the settings do not go on from."""
+    """Refuse a checkpoint in the run's own directory that a run of these settings does not resume from."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
     if settings.resume == "never":
         raise SettingsError(
             f"checkpoint.resume: never is not allowed for run_dir {run.directory}, which holds {path.name}; "
             "give another run_dir"
         )
-    # The same command, started again, goes on from its own checkpoints.
+    # The same command, started again, resumes from its own checkpoints.
     if source is not None and path.resolve() != Path(source).resolve():
         begun = extra.get("config", {}).get("checkpoint", {}).get("resume_from")
         if begun is None or Path(begun).resolve() != Path(source).resolve():

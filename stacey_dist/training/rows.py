@@ -1,8 +1,73 @@
-"""The rows of a run's metrics.jsonl; in a file of its own, for readers that train nothing and need no torch."""
+"""The rows of a run's metrics.jsonl: how they are read, and how they are written so that none is lost."""
 
 import json
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stacey_dist.errors import SettingsError
+
+
+class RowFile:
+    """Writes a metrics.jsonl; rows that cannot be written, as on a full disk, wait until they can.
+
+    Args:
+        path: the file.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self._waiting: list[str] = []
+
+    def drop_later(self, step: int, evaluated_step: int) -> None:
+        """Drop the rows of updates after `step` and of evaluations after `evaluated_step`, which are made again.
+
+        Raises SettingsError if the path is no regular file.
+        """
+        if self.path.exists() and not self.path.is_file():
+            raise SettingsError(f"run_dir: {self.path} is no regular file; move it away")
+        lines, bad = read_lines(self.path)
+        if bad:
+            shown = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
+            self.say(f"warning: {self.path}: dropped {len(bad)} of its lines, which hold no row: line {shown}")
+        kept = [line for line, row in lines if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write a row. JSON has no NaN and no infinity: they become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._waiting.append(json.dumps(finite, allow_nan=False) + "\n")
+        self.flush()
+
+    def flush(self) -> int:
+        """Write the rows that wait; return how many still wait."""
+        if not self._waiting:
+            return 0
+        new = not self.path.exists()
+        try:
+            self._write_all_or_nothing(0 if new else self.path.stat().st_size)
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self.say(f"{self.path} could not be written, its rows are kept until it can: {error}")
+            return len(self._waiting)
+        if new:
+            self.say(f"{self.path} was renamed or removed during the run; later rows are in a new one")
+        self._waiting.clear()
+        return 0
+
+    def _write_all_or_nothing(self, end: int) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.writelines(self._waiting)
+        except OSError:
+            if self.path.exists():
+                os.truncate(self.path, end)  # no row twice, and none by half
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

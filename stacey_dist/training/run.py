@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
-from stacey_dist.info import cores
 from stacey_dist.models.export_directory import check_output
-from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import RunConfig, check, check_warmup
-from stacey_dist.training.launch import engine_description, requested_engine, start_accelerator
-from stacey_dist.training.run_lock import occupy
+from stacey_dist.training.config import RunConfig, check_warmup
+from stacey_dist.training.run_lock import acquire_run_lock
+from stacey_dist.training.value_types import check
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -45,7 +41,7 @@ class Run(Generic[C]):
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
         self.tracker_ids: dict[str, str] = {}
-        """By which trackers know the run, where they do: so that a resumed run goes on in the same place."""
+        """The run's names in the trackers, under which a resumed run continues there."""
         processes, batch = accelerator.num_processes, config.train.global_batch_size
         check(
             batch % processes == 0,
@@ -61,12 +57,12 @@ class Run(Generic[C]):
             self.micro_batch_size,
             f"it must divide train.global_batch_size / processes = {self.process_batch_size}",
         )
-        self.on_main(self._make_directory)
+        self.call_on_main(self._prepare_directory)
 
     def _occupy_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = occupy(self.directory)
+            self._lock = acquire_run_lock(self.directory)
             # While it is open, no other directory gets its number.
             self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -83,13 +79,13 @@ class Run(Generic[C]):
         except OSError:  # a file system that hiccups
             return False
 
-    def make_directory_again(self) -> None:
-        """Make run_dir after it was renamed or removed, for a last checkpoint. All processes call it together.
+    def recreate_directory(self) -> None:
+        """Make run_dir anew after it was renamed or removed, for a last checkpoint. All processes call it together.
 
         Raises SettingsError if it cannot be written, or another process trains there by now.
         """
         self.say(
-            f"run_dir: {self.directory} was renamed or removed while the run goes on; it is made again for a last "
+            f"run_dir: {self.directory} was renamed or removed during the run; it is made again for a last "
             "checkpoint, then the run stops"
         )
 
@@ -97,10 +93,10 @@ class Run(Generic[C]):
             os.close(self._descriptor)
             self._occupy_directory()
 
-        self.on_main(occupy_again)
+        self.call_on_main(occupy_again)
         self.write_config()
 
-    def _make_directory(self) -> None:
+    def _prepare_directory(self) -> None:
         self._occupy_directory()
         try:  # it is written at the end, which is late to learn that it cannot be
             check_output(self.directory / "model", unlisted=True)
@@ -113,8 +109,8 @@ class Run(Generic[C]):
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
-    def settle_length(self, samples_per_epoch: int) -> None:
-        """Let `train.max_steps` follow from `train.epochs`, where that is given.
+    def resolve_max_steps(self, samples_per_epoch: int) -> None:
+        """Set `train.max_steps` from `train.epochs`, where that is given.
 
         Raises SettingsError if the run is over before the warm-up is.
         """
@@ -136,13 +132,13 @@ class Run(Generic[C]):
             print(message, flush=True)
 
     def fail(self, message: str, error: type[SettingsError] = SettingsError) -> NoReturn:
-        """End the run with a SettingsError that one process says. All processes call it together."""
+        """End the run with a SettingsError, raised on one process. All processes call it together."""
         if self.accelerator.is_main_process:
             raise error(message)
         sys.exit(2)
 
     def report(self, exported: str) -> None:
-        """Say where everything is, `exported` too, and the command to go on."""
+        """Print where everything is, with the line `exported`, and the command that trains longer."""
         train = self.config.train
         longer = (
             f"--train.max_steps {2 * train.max_steps}"
@@ -153,11 +149,11 @@ class Run(Generic[C]):
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"to go on: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
+            f"to continue: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
             f"{longer}"
         )
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def call_on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on the main process and give its result (anything picklable) to all of them.
 
         The others wait without a time limit: the main process tells them every second that it is still at it, so
@@ -192,71 +188,3 @@ def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
         outcome["result"] = work()
     except BaseException as error:  # every error goes to the main thread, which raises it
         outcome["error"] = error
-
-
-def start(config: C) -> Run[C]:
-    """Bring up the processes and the run directory for a checked configuration.
-
-    Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    separate_runs_of_a_sweep(config)
-    accelerator = start_accelerator(config)
-    heartbeat.start(config.train.heartbeat_timeout_seconds)
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
-        torch.set_num_threads(config.train.cpu_threads or cores_per_process())
-    set_seed(config.seed)
-    run = Run(config, accelerator)
-    _check_precision(run)
-    if requested_engine() == "deepspeed":
-        deepspeed_config.complete(run)
-        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
-    elif requested_engine() == "fsdp2":
-        launch_settings.check_layer_classes(config.layer_classes)
-    processes, mixed = accelerator.num_processes, accelerator.mixed_precision
-    arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
-    run.say(
-        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
-        f"{engine_description(accelerator)}, "
-        f"{arithmetic}, "
-        f"{config.train.global_batch_size} {config.samples} an update"
-    )
-    return run
-
-
-def _check_precision(run: Run[Any]) -> None:
-    """Raise SettingsError where weights that are not float32 do not go with the mixed precision that came up.
-
-    It is `accelerate launch`'s where the run does not say.
-    """
-    mixed = run.accelerator.mixed_precision
-    if run.config.weights_dtype == "float32" or mixed == "no":
-        return
-    if mixed == "fp16" or requested_engine() == "fsdp2":  # Accelerate would make FSDP2's weights float32
-        raise SettingsError(
-            f"model.dtype: {run.config.weights_dtype} is not allowed with mixed precision {mixed} on this engine; use "
-            "float32, or --train.mixed_precision no"
-        )
-
-
-def separate_runs_of_a_sweep(config: RunConfig) -> None:
-    """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
-
-    None may go on from another's checkpoint, and trackers that write files do so there.
-    """
-    if sweep := os.environ.get("WANDB_SWEEP_ID"):
-        config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))
-
-
-def cores_per_process() -> int:
-    """This process's share of the machine's cores, which the launch's processes on it divide."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person knows it: a GPU's model, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"

@@ -1,4 +1,8 @@
-"""One run at a time in a directory: two would delete each other's checkpoints and mix their metrics."""
+"""One run at a time in a directory: two would delete each other's checkpoints and mix their metrics.
+
+The filelock library does not do: on a file system without locks it leaves a marker file that a killed process does not
+take away, and the holder's name would need a file of its own.
+"""
 
 import fcntl
 import os
@@ -15,10 +19,10 @@ _PATIENCE_HERE_SECONDS = 30.0
 _PATIENCE_ELSEWHERE_SECONDS = 120.0
 
 
-def occupy(directory: Path) -> IO[str]:
-    """Take `directory` for this process, until the file that is returned is closed or the process ends, however.
+def acquire_run_lock(directory: Path) -> IO[str]:
+    """Take `directory` for this process, until the returned file is closed or the process ends, however it ends.
 
-    Waits for a while for a process that has it. Where the file system has no locks, says so and goes on.
+    Waits for a while for a process that has it. Where the file system has no locks, prints that and takes none.
 
     Raises:
         SettingsError: another process has it, and keeps it.
@@ -30,7 +34,7 @@ def occupy(directory: Path) -> IO[str]:
     deadline = None
     while True:
         try:
-            # Not flock, which processes that this one forks, as to read data, would go on holding.
+            # Not flock: processes that this one forks, as to read data, would hold it after its death.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves to the system

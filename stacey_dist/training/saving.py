@@ -38,8 +38,14 @@ class Progress:
     evaluated_step: int = 0
     """After which update it was last evaluated."""
 
+    def advance(self, samples: int, applied: bool) -> None:
+        """Count an update of this many samples."""
+        self.step += 1
+        self.position += samples
+        self.skipped_steps += not applied
+
     def improves(self, score: float) -> bool:
-        """Whether an evaluation is the best so far; if it is, it is noted."""
+        """Return whether an evaluation is the best so far, and remember it if it is."""
         better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
         if better:
             self.best_step, self.best_score = self.step, score
@@ -47,7 +53,7 @@ class Progress:
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
-    """Where the run's checkpoint after `step` updates is."""
+    """Return the path of the run's checkpoint after `step` updates."""
     return run.directory / "checkpoints" / directory_name(step)
 
 
@@ -76,23 +82,23 @@ class Saver:
                 self._background.wait()
 
     @property
-    def minutes_are_over(self) -> bool:
+    def is_due_by_the_clock(self) -> bool:
         """Whether the main process's clock asks for a checkpoint."""
         minutes = self.settings.every_minutes
         due = minutes is not None and time.monotonic() - self._since >= 60 * minutes
         return due and self.run.accelerator.is_main_process
 
     @property
-    def keeps_failing(self) -> bool:
+    def has_to_succeed(self) -> bool:
         """Whether so many saves in a row have failed that the next one has to succeed."""
         return self._background.failed_in_a_row >= _GIVE_UP_AFTER
 
     def is_due(self, step: int) -> bool:
-        """Whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
+        """Return whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
         return self.settings.every_steps is not None and step % self.settings.every_steps == 0
 
     def save(self, progress: Progress, *, delete_older: bool = True) -> None:
-        """Save, beside training if the settings say so. A failure is reported, and training goes on.
+        """Save, beside training if the settings say so. A failure is reported, and training continues.
 
         `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
         """
@@ -101,7 +107,7 @@ class Saver:
             self._background.wait()
             self.report()
 
-    def save_surely(self, progress: Progress, *, delete_older: bool = True) -> Path:
+    def save_and_wait(self, progress: Progress, *, delete_older: bool = True) -> Path:
         """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
         with signals.writing():
             path = self._begin(progress, delete_older)
@@ -110,18 +116,18 @@ class Saver:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path
 
-    def what_is_left(self) -> str:
-        """Return what the same command would go on from, for people, after a save in progress has ended."""
+    def describe_resume_point(self) -> str:
+        """Return what the same command would resume from, for people, after a save in progress has ended."""
         self._background.wait()
         usable = newest_usable(self.run.directory / "checkpoints")
         if usable is None:
-            return "there is no checkpoint with finite weights and states to go on from"
-        return f"the same command goes on from {usable}, the newest checkpoint with finite weights and states"
+            return "there is no checkpoint with finite weights and states to resume from"
+        return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
     def report(self) -> None:
-        """Say why the last save failed, if it did and this was not yet said."""
+        """Print why the last save failed, if it did and this was not printed yet."""
         if (error := self._background.failure()) is not None:
-            self.run.say(f"a checkpoint failed, training goes on: {error}")
+            self.run.say(f"a checkpoint failed, training continues: {error}")
 
     def _begin(self, progress: Progress, delete_older: bool) -> Path:
         self._background.wait()
@@ -138,7 +144,7 @@ class Saver:
         }
         path = checkpoint_path(self.run, progress.step)
         if self._has_saved and not path.parent.is_dir():
-            self.run.say(f"{path.parent} was renamed or removed while the run goes on; it is made again")
+            self.run.say(f"{path.parent} was renamed or removed during the run; it is made again")
         self._has_saved = True
         best = progress.best_step if self.settings.keep_best else None
 
@@ -158,7 +164,7 @@ class Saver:
             if delete_older:
                 retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
         except OSError as error:
-            print(f"an older checkpoint could not be deleted, training goes on: {error}", flush=True)
+            print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
 
 
 def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
@@ -172,7 +178,7 @@ def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path
         beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
     """
     directory = run.directory / "model"
-    run.on_main(lambda: export_model(checkpoint, directory, beside=beside, unlisted=True))
+    run.call_on_main(lambda: export_model(checkpoint, directory, beside=beside, unlisted=True))
     return directory
 
 
@@ -191,7 +197,7 @@ def _warn_unless_finite(saved: Path) -> None:
     if is_finite(saved) is False:
         usable = newest_usable(saved.parent)
         print(
-            f"warning: {saved} holds weights or optimizer states that are not finite; a resumed run passes it over, "
-            + (f"and goes on from {usable}" if usable else "and there is no other"),
+            f"warning: {saved} holds weights or optimizer states that are not finite; a resumed run skips it, "
+            + (f"and resumes from {usable}" if usable else "and there is no other"),
             flush=True,
         )

@@ -99,13 +99,13 @@ _state = _State()
 
 
 def progress() -> None:
-    """Note that the main thread goes on: a micro-batch is done, a part of an evaluation."""
+    """Note that the main thread makes progress: a micro-batch is done, or a batch of an evaluation."""
     _state.progress_at = time.monotonic()
 
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """While entered, the main thread waits for a checkpoint, which no signal cuts short while bytes are written."""
+    """Tell the listening thread that the main thread waits for a checkpoint, which no signal may cut short."""
     _state.writing = True
     try:
         yield
@@ -116,7 +116,7 @@ def writing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """While entered, SIGTERM and Ctrl-C end this process and its children in time, whatever the main thread waits for.
+    """Have SIGTERM and Ctrl-C end this process and its children in time, whatever the main thread waits for.
 
     Outside `StopSignal` they raise SystemExit (with 128 + the signal's number) and KeyboardInterrupt. A process that
     does not end by itself is ended, with one line that says where its main thread was.
@@ -140,7 +140,7 @@ def listening() -> Iterator[None]:
 
 
 class _Listener:
-    """The thread that hears of signals, and what it does about them."""
+    """The thread that receives every signal, and ends the process in time."""
 
     def __init__(self) -> None:
         self._children: list[psutil.Process] = []
@@ -189,7 +189,7 @@ class _Listener:
             self._end(number)
 
     def _watch(self, number: int) -> None:
-        """End the process where the main thread does not go on after a signal."""
+        """End the process where the main thread makes no progress after a signal."""
         progress()
         written = _bytes_written()
         if not _state.training:
@@ -213,7 +213,7 @@ class _Listener:
         """End this process and its children at once, with a line that says where the main thread was."""
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         place = _place(sys._current_frames().get(self._main or 0))
-        saved = "without a save; the same command goes on from the newest checkpoint" if _state.training else "at once"
+        saved = "without a save; the same command resumes from the newest checkpoint" if _state.training else "at once"
         with contextlib.suppress(OSError):
             os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
         _end_all([*self._children, *_children()])
@@ -261,7 +261,7 @@ def _bytes_written() -> int:
 
 
 def _waits_for_a_disk() -> bool:
-    """Whether a thread of this process is in the kernel, at a disk or its network."""
+    """Return whether a thread of this process is in the kernel, at a disk or its network."""
     for stat in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):
             if stat.read_text().rpartition(")")[2].split()[0] == "D":
@@ -270,7 +270,7 @@ def _waits_for_a_disk() -> bool:
 
 
 def _waits_for_others() -> bool:
-    """Whether the thread that writes a checkpoint is in a collective."""
+    """Return whether the thread that writes a checkpoint is in a collective."""
     frames = sys._current_frames()
     for thread in threading.enumerate():
         frame = frames.get(thread.ident or 0) if thread.name.startswith("writes ") else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ViTConfig
 
-from stacey_dist import Stacey, cli
+from stacey_dist import Stacey, checkpoint_commands
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.checkpoint.manifest import UnknownFormatError
 from stacey_dist.cli import main
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_called_damaged(run, tmp_path, ca
     def newer(path):
         raise UnknownFormatError(f"{path} has format 9")
 
-    monkeypatch.setattr(cli, "read_manifest", newer)
+    monkeypatch.setattr(checkpoint_commands, "read_manifest", newer)
     assert f"{second(run)}  {second(run)} has format 9\n" in call(capsys, "list", run[0])[1]
     assert call(capsys, "show", second(run)) == (1, "", f"stacey-dist: {second(run)} has format 9\n")
 
@@ -116,7 +116,7 @@ def test_verify(run, tmp_path, capsys):
 
 
 def test_diff_of_updates_and_of_a_copy(run, tmp_path, capsys):
-    assert call(capsys, "diff", first(run), first(run))[:2] == (0, "equal to the bit\n")
+    assert call(capsys, "diff", first(run), first(run))[:2] == (0, "equal bit for bit\n")
     status, out, _ = call(capsys, "diff", first(run), second(run))
     assert status == 1
     assert "optimizer/model.norm.weight/step: 1 of 1 elements differ, by 1 at most" in out
@@ -140,7 +140,7 @@ def test_diff_counts_bits(tmp_path, capsys, value, line):
         paths.append(save_checkpoint(tmp_path / f"step_{index}", model, Stacey(model.parameters())))
     status, out, _ = call(capsys, "diff", *paths)
     assert status == (line is not None)
-    assert (line or "equal to the bit") in out
+    assert (line or "equal bit for bit") in out
 
 
 def test_diff_names_what_only_one_has(run, tmp_path, capsys):

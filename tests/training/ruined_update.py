@@ -6,6 +6,7 @@ RUIN="STEP KIND": after the update of this number one element of KIND, which is 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist.sharding import fragments
-from stacey_dist.training import engine
+from stacey_dist.training import engine, llm
 from stacey_dist.training.launchers import LLM
 
 ruined_step, kind = os.environ.get("RUIN", "0 none").split()
@@ -22,12 +23,16 @@ last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")
 updates = [0]
 
 
+class RuinedLoss(llm.LanguageModeling):
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return loss + torch.nan if int(ruined_step) <= updates[0] < recover else loss
+
+
 def finish_update(original):
-    def finish(self, loss, *arguments):
+    def finish(self, *arguments):
         updates[0] += 1
-        if int(ruined_step) < updates[0] <= recover:
-            loss = loss + torch.nan
-        update = original(self, loss, *arguments)
+        update = original(self, *arguments)
         if updates[0] == int(ruined_step) and kind != "none" and last:
             for fragment in fragments(self.model, self.optimizer):
                 flat = fragment.weight if kind == "weight" else fragment.state[kind]
@@ -41,4 +46,4 @@ def finish_update(original):
 if __name__ == "__main__":
     for owner in (engine.Engine, engine.DeepSpeedEngine):
         owner.finish_update = finish_update(owner.finish_update)
-    LLM.main()
+    replace(LLM, load_parts=lambda: replace(llm.PARTS, task=RuinedLoss)).main()

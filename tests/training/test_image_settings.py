@@ -7,7 +7,8 @@ import yaml
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
-from stacey_dist.training.image_config import ImageConfig, validate
+from stacey_dist.training.image_config import ImageConfig
+from stacey_dist.training.launchers import IMAGES
 from tests.training.forked import ROOT
 
 CONFIGS = sorted((ROOT / "configs/imagenet").glob("*.yaml"))
@@ -21,8 +22,7 @@ def test_the_quickstart_file_is_the_defaults():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_file_is_valid(path):
-    config = parse(ImageConfig, ["--config", str(path)])
-    validate(config)
+    config = IMAGES.parse(["--config", str(path)])
     assert path.stem in path.read_text().splitlines()[1], "the file's second line is the command that runs it"
     assert config.run_dir == ("runs/digits" if path.stem == "quickstart" else f"runs/{path.stem}")
 
@@ -87,7 +87,7 @@ def test_help_explains_every_setting_with_its_default(capsys):
         ("--data.workers -1", "data.workers: -1 is not allowed; it must be >= 0"),
         ("--data.path x --data.dataset y", "data.dataset: y is not allowed; give either data.path or data.dataset"),
         ("--train.label_smoothing 1", "train.label_smoothing: 1.0 is not allowed; it must be within [0, 1)"),
-        ("--train.epochs 0", "train.epochs: 0.0 is not allowed; it must be > 0"),
+        ("--train.epochs 0", "train.epochs: 0.0 is not allowed; it must be finite and > 0"),
         ("--train.epochs inf", "train.epochs: inf is not allowed; it must be finite"),
         ("--checkpoint.allow_changes model.hidden_size", "checkpoint.allow_changes: model.hidden_size"),
         ("--optimizer.lr -1", "optimizer.lr: -1.0 is not allowed"),
@@ -95,7 +95,7 @@ def test_help_explains_every_setting_with_its_default(capsys):
 )
 def test_values_out_of_range(options, message):
     with pytest.raises(SettingsError) as error:
-        validate(parse(ImageConfig, options.split()))
+        IMAGES.parse(options.split())
     assert message in str(error.value)
 
 

@@ -202,7 +202,7 @@ def test_workers_survive_the_signal_that_everyone_gets(config, tmp_path):
     assert status == 128 + signal.SIGTERM, output
     assert "SIGTERM: finishing this step, then saving" in output
     assert "Traceback" not in output
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     _, left = psutil.wait_procs(workers, timeout=15)
     assert not left
 
@@ -232,7 +232,7 @@ def test_sigterm_saves_and_ends_a_run_that_waits_for_data(config, on, tmp_path, 
     assert time.monotonic() - begun < 30
     assert status == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     assert not psutil.wait_procs(workers, timeout=5)[1]
     if not evaluating:
         # What a part of an update has done to the statistics of batch norms is not in the checkpoint.

@@ -66,7 +66,7 @@ def test_sigterm_to_one_process_at_any_moment(undisturbed, config, tmp_path, eng
     verify(newest)
     assert status == 128 + signal.SIGTERM, output
     assert step_of(newest) < STEPS
-    assert output.count(f"stopped by signal 15 after update {step_of(newest)}; the same command goes on") == 1
+    assert output.count(f"stopped by signal 15 after update {step_of(newest)}; the same command resumes from here") == 1
     output, status = start(config, run, engine=engine).wait()
     assert status == 0, output
     assert f"resumed from {newest}" in output
@@ -187,7 +187,7 @@ def test_a_full_disk_stops_a_run_at_the_third_failure_and_loses_nothing_before(
     os.kill(stopped, signal.SIGCONT)
     output, status = group.wait()
     assert status == 2, output
-    assert output.count("a checkpoint failed, training goes on: ") == 2, output
+    assert output.count("a checkpoint failed, training continues: ") == 2, output
     assert "train_llm.py: error: run_dir: the checkpoint after update" in output
     assert "No space left on device" in output
     assert output.count("its rows are kept until it can") <= 1
@@ -210,7 +210,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(undisturbed, config, tmp
         os.kill(stopped, signal.SIGCONT)
     output, status = group.wait()
     assert status == 0, output
-    assert output.count("a checkpoint failed, training goes on: ") == 1
+    assert output.count("a checkpoint failed, training continues: ") == 1
     assert differences(last(run), last(undisturbed / "cpu_ddp")) == []
     # Rows that could not be written wait for it.
     assert [row["step"] for row in training_rows(run)] == list(range(1, STEPS + 1))
@@ -229,7 +229,7 @@ def test_a_run_outlives_a_limit_of_the_process_for_a_while(config, tmp_path, lim
     # Under it for the checkpoints after updates 4 and 6; the next one has to succeed.
     output, status = Forked(*arguments, program="tests/training/limited.py", LIMIT=f"{limit} 4 7").wait()
     assert status == 0, output
-    assert output.count("a checkpoint failed, training goes on: ") == 2, output
+    assert output.count("a checkpoint failed, training continues: ") == 2, output
     assert message in output
     assert step_of(find_checkpoints(run / "checkpoints")[0]) == STEPS
     verify(last(run))

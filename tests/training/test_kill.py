@@ -1,4 +1,4 @@
-"""SIGKILL at any instant: restarted until it is done, a run ends equal to the bit to one that nobody disturbed."""
+"""SIGKILL at any instant: restarted until it is done, a run ends equal bit for bit to one that nobody disturbed."""
 
 import random
 import shutil

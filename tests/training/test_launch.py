@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     states = checkpoint(run, 40)
     assert {t.dtype for n, t in states.items() if n.endswith(("/z", "/m"))} == {torch.bfloat16}
-    assert "to go on: accelerate launch train_llm.py" in output
+    assert "to continue: accelerate launch train_llm.py" in output
     assert "sample: " in output
 
 
@@ -78,7 +78,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, numb
     arguments = ("--config", config, "--train.eval_every_steps", 1)
     output, status = launch_and_signal(number, 7, tmp_path / "run", *arguments)
     assert status == 128 + number
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     step = max(row["step"] for row in training_rows(tmp_path / "run"))
     assert f"after update {step};" in output
     assert 7 <= step < 40
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     content[len(content) // 2] ^= 1
     broken.write_bytes(content)
     output = launch("--config", config, "--run_dir", tmp_path / "run")
-    assert f"passed over a damaged checkpoint: {broken}: its content does not match its checksum" in output
+    assert f"skipped a damaged checkpoint: {broken}: its content does not match its checksum" in output
     assert "step_00000020 after 20 updates" in output
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
 
@@ -221,21 +221,10 @@ def test_mixed_precision(uninterrupted, tmp_path, precision):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--model.dtype", "bfloat16"),
-        ("--train.gradient_checkpointing", "true"),
-        ("--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
-        ("--optimizer.name", "lp_descent"),
+        ("--model.dtype", "bfloat16", "--train.gradient_checkpointing", "true"),
+        ("--optimizer.name", "lp_descent", "--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
         ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
-        (
-            "--optimizer.name",
-            "lion",
-            "--optimizer.lr",
-            "0.001",
-            "--train.compile",
-            "true",
-            "--model.num_hidden_layers",
-            "1",
-        ),
+        ("--optimizer.name", "lion", "--optimizer.lr", "0.001"),
         ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
         ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
     ],
@@ -254,6 +243,21 @@ def test_options_train_and_resume(uninterrupted, tmp_path, options):
         assert torch.equal(tensor, assert_equal[1][name]), name
     losses = training_rows(tmp_path / "whole")
     assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "program", ["tests/training/traced.py", pytest.param("train_llm.py", marks=pytest.mark.exhaustive)]
+)
+def test_a_compiled_model_resumes_a_run_that_was_not_compiled(uninterrupted, tmp_path, program):
+    """The names of its weights are the same, and its losses but for the order of sums."""
+    directory, config, _ = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(directory / "run" / "checkpoints" / "step_00000020", run / "checkpoints" / "step_00000020")
+    output = launch("--config", config, "--run_dir", run, "--train.compile", "true", program=program)
+    assert "changed since the checkpoint: train.compile: False there, True now" in output
+    losses = [[row["loss"] for row in training_rows(path)[-20:]] for path in (run, directory / "run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert "traced a graph" in output or losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(("precision", "processes"), [("no", 2), ("fp16", 1)])

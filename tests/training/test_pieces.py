@@ -15,16 +15,18 @@ import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import llm, metrics, signals
+from stacey_dist.training import llm, signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.failures import user_errors
+from stacey_dist.training.flops import peak_flops
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
-from stacey_dist.training.rows import read_rows
-from stacey_dist.training.run import separate_runs_of_a_sweep
+from stacey_dist.training.progress_line import duration
+from stacey_dist.training.rows import RowFile, read_rows
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
+from stacey_dist.training.start import separate_runs_of_a_sweep
 from tests.sharding.processes import spawn
 
 
@@ -158,13 +160,13 @@ def test_norms_and_biases_are_not_decayed_unless_asked():
 
 
 def test_peak_flops_and_durations():
-    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert metrics.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert metrics.peak_flops("NVIDIA H100 NVL") == 835e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 NVL") == 835e12
     for other in ("Some Other Chip", "NVIDIA RTX A4000", "NVIDIA L40", "NVIDIA T400 4GB"):
-        assert metrics.peak_flops(other) is None
-    assert [metrics.duration(s) for s in (5, 65, 3599.7, 7265)] == ["5s", "1m05s", "1h00m", "2h01m"]
+        assert peak_flops(other) is None
+    assert [duration(s) for s in (5, 65, 3599.7, 7265)] == ["5s", "1m05s", "1h00m", "2h01m"]
 
 
 def test_rows_survive_a_cut_line(tmp_path):
@@ -197,19 +199,17 @@ def test_lines_that_hold_no_row_are_named_and_the_others_kept(tmp_path, capsys):
     good = [b'{"step": 1, "loss": 0.1}', b'{"step": 2, "loss": 1e-07}', b'{"step": 2, "eval_loss": 3.0}']
     later = b'{"step": 3, "loss": 0.5}'
     path.write_bytes(b"\n".join([good[0], *bad[:9], b"", good[1], *bad[9:], good[2], later]) + b"\n")
-    say = functools.partial(print, flush=True)
-    run = SimpleNamespace(say=say, directory=tmp_path)
-    written = SimpleNamespace(path=path, say=say, run=run)
-    metrics.Metrics._drop_later_rows(written, Progress(step=2, evaluated_step=2))
+    written = RowFile(path, functools.partial(print, flush=True))
+    written.drop_later(2, 2)
     assert path.read_bytes() == b"".join(line + b"\n" for line in good)
     warning = f"warning: {path}: dropped {len(bad)} of its lines, which hold no row: line 2, 3, 4, ..."
     assert warning in capsys.readouterr().out
-    metrics.Metrics._drop_later_rows(written, Progress(step=2, evaluated_step=2))
+    written.drop_later(2, 2)
     assert capsys.readouterr().out == ""
     path.unlink()
     path.mkdir()
     with pytest.raises(SettingsError, match="is no regular file"):
-        metrics.Metrics._drop_later_rows(written, Progress())
+        written.drop_later(0, 0)
 
 
 def test_flops_per_token_of_the_papers_model():
@@ -306,7 +306,7 @@ def test_processes_agree_on_the_loss_the_requests_and_the_first_ones_norm():
 
 def test_a_process_that_is_given_its_weights_makes_none(monkeypatch):
     config = LLMConfig()
-    monkeypatch.setattr(llm, "gives_out_weights", lambda accelerator: True)
+    monkeypatch.setattr(llm, "loads_weights_from_rank0", lambda accelerator: True)
 
     def build(main):
         run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=main), say=lambda text: None)
@@ -329,10 +329,10 @@ def test_statistics_of_an_update_that_is_left_out_are_undone():
     engine.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
     engine.module(torch.randn(4, 2))
     norm, before = engine.module[0], {name: buffer.clone() for name, buffer in engine.module[0].named_buffers()}
-    engine.keep_statistics()
+    engine.snapshot_batch_norms()
     engine.module(torch.full((4, 2), torch.inf))
     assert not norm.running_mean.isfinite().any()
-    engine.restore_statistics()
+    engine.restore_batch_norms()
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
     assert norm.num_batches_tracked == 1
 

@@ -114,7 +114,7 @@ def test_a_damaged_one_is_passed_over(directory, capsys, damage, pattern):
     (file,) = directory.checkpoint(20).glob(pattern)
     damage(file)
     assert directory.start()[:2] == (Progress(10, 160, 1, evaluated_step=10), [10])
-    assert f"passed over a damaged checkpoint: {file}" in capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: {file}" in capsys.readouterr().out
 
 
 def test_what_a_kill_leaves_is_passed_over(directory, capsys):
@@ -124,7 +124,7 @@ def test_what_a_kill_leaves_is_passed_over(directory, capsys):
     (part,) = directory.checkpoint(20).glob("*.safetensors")
     shutil.copy(part, half)
     assert directory.start()[1] == [20]
-    assert f"passed over a damaged checkpoint: {half}/manifest.json" in capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: {half}/manifest.json" in capsys.readouterr().out
 
 
 def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(directory, capsys):
@@ -132,7 +132,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(directory, c
         remove(directory.checkpoint(step) / "manifest.json")
     with pytest.raises(SettingsError, match=r"run_dir: every checkpoint in .* is damaged .* delete them to begin anew"):
         directory.start()
-    assert capsys.readouterr().out.count("passed over a damaged checkpoint") == 2
+    assert capsys.readouterr().out.count("skipped a damaged checkpoint") == 2
     shutil.rmtree(directory.path / "checkpoints")
     assert directory.start()[:2] == (Progress(), [0])
 

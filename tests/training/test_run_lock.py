@@ -8,15 +8,15 @@ import pytest
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import run_lock
-from stacey_dist.training.run_lock import occupy
+from stacey_dist.training.run_lock import acquire_run_lock
 from tests.training.forked import ROOT
 
 # Takes the directory and keeps it until its standard input is closed; or is killed.
 PROGRAM = """if True:
     import sys
     from pathlib import Path
-    from stacey_dist.training.run_lock import occupy
-    file = occupy(Path(sys.argv[1]))
+    from stacey_dist.training.run_lock import acquire_run_lock
+    file = acquire_run_lock(Path(sys.argv[1]))
     print("taken", flush=True)
     sys.stdin.read()
 """
@@ -36,13 +36,13 @@ def test_a_second_run_waits_and_is_refused(other, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(run_lock, "_PATIENCE_HERE_SECONDS", 0.5)
     holder = f"process {other.pid} on {socket.gethostname()}"
     with pytest.raises(SettingsError, match=f"run_dir: {tmp_path} is in use by {holder}; give another --run_dir"):
-        occupy(tmp_path)
+        acquire_run_lock(tmp_path)
     assert f"{holder} trains in {tmp_path}; waiting for its end" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_the_first_was_killed(other, tmp_path, capsys):
     other.kill()
-    with occupy(tmp_path):
+    with acquire_run_lock(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text().startswith("process ")
     assert str(other.pid) not in (tmp_path / ".lock").read_text()
@@ -53,5 +53,5 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
-    with occupy(tmp_path):
+    with acquire_run_lock(tmp_path):
         assert "no lock can be taken there (No locks available)" in capsys.readouterr().out

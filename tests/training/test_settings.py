@@ -12,7 +12,7 @@ from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, parse, to_dict
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig, validate
+from stacey_dist.training.llm_config import LLMConfig
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
 
@@ -41,8 +41,7 @@ def test_the_class_differs_from_the_launchers_in_the_tuned_settings_alone():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_file_is_valid(path):
-    config = parse(LLMConfig, ["--config", str(path)])
-    validate(config)
+    config = LLM.parse(["--config", str(path)])
     assert path.stem in path.read_text().splitlines()[1], "the file's second line is the command that runs it"
     assert config.run_dir == f"runs/{path.stem}"
 
@@ -206,15 +205,15 @@ OUT_OF_RANGE = [
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
-    ("--run_dir=~/run", "run_dir: ~/run is not allowed; write the path in full"),
-    ("--data.cache_dir=~/cache", "data.cache_dir: ~/cache is not allowed; write the path in full"),
+    ("--run_dir=~/run", "run_dir: ~/run is not allowed; it must be a path written in full"),
+    ("--data.cache_dir=~/cache", "data.cache_dir: ~/cache is not allowed; it must be a path written in full"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE)
 def test_values_out_of_range(options, message):
     with pytest.raises(SettingsError) as error:
-        validate(parse(LLMConfig, options.split()))
+        LLM.parse(options.split())
     assert message in str(error.value)
 
 

@@ -7,13 +7,9 @@ import yaml
 
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import image_config, llm_config
-from stacey_dist.training.command_line import _fields, flatten, parse, to_dict
+from stacey_dist.training.command_line import _fields, flatten, to_dict
+from stacey_dist.training.launchers import LAUNCHERS
 
-LAUNCHERS = [
-    (llm_config.LLMConfig, llm_config.validate),
-    (image_config.ImageConfig, image_config.validate),
-]
 SCALARS = [
     *[
         "0",
@@ -80,11 +76,10 @@ SYNTAX = [*":-?[]{},#&*!|>'\"%@` \n\t~<=.0e\0\x85\u2028", "---\n", "...\n", "<<:
 STRAY = ["--", "-", "x", "", "-x", "--=", "--config", "@x"]
 
 
-def outcome(config_class, validate, arguments, capsys):
+def outcome(launcher, arguments, capsys):
     """Return the configuration, or the line that refuses it."""
     try:
-        config = parse(config_class, arguments, "program")
-        validate(config)
+        config = launcher.parse(arguments, "program")
     except SettingsError as error:
         lines = [str(error)]
     except SystemExit:
@@ -140,9 +135,9 @@ def file_text(rng, names, template):
     ("seed", "cases"),
     [(0, 150), *(pytest.param(seed, 1000, marks=pytest.mark.exhaustive) for seed in range(1, 6))],
 )
-@pytest.mark.parametrize(("config_class", "validate"), LAUNCHERS, ids=["llm", "imagenet"])
-def test_random_settings(config_class, validate, seed, cases, tmp_path, capsys):
-    rng = random.Random(seed)
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_random_settings(launcher, seed, cases, tmp_path, capsys):
+    rng, config_class = random.Random(seed), launcher.config
     names = [name for name, _ in _fields(config_class)]
     template = yaml.safe_dump(to_dict(config_class()), sort_keys=False)
     path = tmp_path / "fuzz.yaml"
@@ -153,7 +148,7 @@ def test_random_settings(config_class, validate, seed, cases, tmp_path, capsys):
         else:
             path.write_text(file_text(rng, names, template))
             arguments = ["--config", str(path)]
-        config = outcome(config_class, validate, arguments, capsys)
+        config = outcome(launcher, arguments, capsys)
         if isinstance(config, config_class):
             accepted += 1
             assert yaml_files.load(yaml_files.dump(to_dict(config)), "again") == to_dict(config)

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, replace_file, write_json
-from stacey_dist.info import cores
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -131,7 +131,7 @@ def cached(
     if not (place / COMPLETE).exists():
         with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, load, len(images), threads or cores(), progress)
+                _make(place, load, len(images), threads or available_cores(), progress)
     return CachedImages(place, images, identity)
 
 

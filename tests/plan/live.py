@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACCELERATE = Path(__file__).parents[1] / "configs/accelerate"
+ACCELERATE = Path(__file__).parents[2] / "configs/accelerate"
 # Nothing divides: an odd vocabulary, 3 key-value heads; one matrix is larger than ZeRO-3 leaves whole.
 SHAPE = dict(
     hidden_size=108, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
@@ -100,7 +100,7 @@ def measure(engine, precision, tied, directory):
     from stacey_dist.training.engine import Requests, build_engine
     from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.optimizers import build_optimizer
-    from stacey_dist.training.run import start
+    from stacey_dist.training.start import start
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -123,7 +123,7 @@ def measure(engine, precision, tied, directory):
                     logits = made.model(input_ids=tokens).logits
                     made.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / 4)
             found = parts(made)
-            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+            made.finish_update(torch.tensor(1.0), Requests())
     state = base_optimizer(made.optimizer).state.values()
     for name in ("z", "m"):
         found[name] = storage_bytes(values[name] for values in state)
@@ -225,7 +225,7 @@ def simulate(rank, processes, cases):
             tokens = torch.arange(8).reshape(1, 8)
             with made.micro_batch(True):
                 made.backward(made.model(input_ids=tokens).logits.float().logsumexp(-1).sum())
-            made.finish_update(torch.tensor(1.0), Requests(), 1.0)
+            made.finish_update(torch.tensor(1.0), Requests())
             model, optimizer = made.model, made.optimizer
         else:  # Accelerate would put it on the device
             model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])

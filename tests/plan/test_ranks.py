@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from stacey_dist.plan import Job, checkpoint_bytes, llama
-from stacey_dist.plan.engines import BUCKET, ENGINES
 from stacey_dist.plan.hardware import find_gpu
+from stacey_dist.plan.memory import BUCKET, ENGINES
 from stacey_dist.plan.speed import transfers
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
-from tests.plan_run import VOCABULARY, config_of, measure_all, simulate
+from tests.plan.live import VOCABULARY, config_of, measure_all, simulate
 from tests.sharding.processes import spawn
 from tests.training.forked import server
 
@@ -61,8 +61,8 @@ def test_every_byte_that_rests_is_planned(directory, processes, engine, precisio
         by_collective[transfer.collective] = size
     by_collective.pop("copy", None)
     for rank, all_found in enumerate(measured(processes, directory)):
-        found, held = dict(all_found[engine, precision, tied]), ENGINES[engine](job.setup, rank)
-        planned = held.host or held.device
+        found, kept = dict(all_found[engine, precision, tied]), ENGINES[engine](job, rank)
+        planned = kept.host or kept.device
         assert found["weights"] == planned["weights"]
         if engine == "zero3":  # it would put a whole model on every device
             assert found["before the engine"] == planned["weights"]
@@ -70,9 +70,9 @@ def test_every_byte_that_rests_is_planned(directory, processes, engine, precisio
         assert [found[name] for name in ("masters", "z", "m")] == [planned[name] for name in ("masters", "z", "m")]
         for name in ("gradient bucket", "small weights"):
             if name in found:
-                assert found[name] == held.buffers[name]
+                assert found[name] == kept.buffers[name]
         if "buckets" in found:
-            assert found["buckets"] == held.buffers["gradient buckets"]
+            assert found["buckets"] == kept.buffers["gradient buckets"]
         gathered = found["collectives"].pop("all-gather", 0)
         if engine.startswith("zero3"):  # keeps what fits into MAX_LIVE from forward to backward; here, everything
             assert 0 < gathered <= by_collective["all-gather"]
@@ -90,7 +90,7 @@ ENGINES_OF_MANY = {256: ("fsdp2",), 1024: ("fsdp2", "hsdp", "zero2")}
 
 
 def large():
-    config = parse(LLMConfig, ["--config", str(Path(__file__).parents[1] / "configs/llm/llama_70b.yaml")])
+    config = parse(LLMConfig, ["--config", str(Path(__file__).parents[2] / "configs/llm/llama_70b.yaml")])
     config.train.global_batch_size = 1024
     return config
 
@@ -131,21 +131,21 @@ def test_ranks_of_many_own_what_is_planned(rank, processes):
     assert isinstance(found, list), found
     *small, (count_70b, _) = found
     for engine, (count, state) in zip(ENGINES_OF_MANY[processes], small, strict=True):
-        held = ENGINES[engine](job_of(engine, "bf16", False, processes).setup, rank)
-        assert state == held.device["z"] + held.device["m"]
+        kept = ENGINES[engine](job_of(engine, "bf16", False, processes), rank)
+        assert state == kept.device["z"] + kept.device["m"]
         padding = 2 * 2 * processes if engine == "zero2" else 0  # of each group, to 2 elements a rank
         assert count <= state // 4 <= count + padding
     config = large()
     job = Job(config, llama(config), "fsdp2", processes // 8, 8)
-    assert 2 * count_70b == ENGINES["fsdp2"](job.setup, rank).device["z"]
+    assert 2 * count_70b == ENGINES["fsdp2"](job, rank).device["z"]
 
 
 def test_the_bucket_is_deepspeeds_default():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from stacey_dist.plan import engines
+    from stacey_dist.plan import memory
 
     defaults = DeepSpeedZeroConfig()
-    ours = (BUCKET, engines.SUB_GROUP, engines.PERSISTENT, engines.MAX_LIVE)
+    ours = (BUCKET, memory.SUB_GROUP, memory.PERSISTENT, memory.MAX_LIVE)
     theirs = defaults.reduce_bucket_size, defaults.sub_group_size, defaults.param_persistence_threshold
     assert ours == (*theirs, defaults.max_live_parameters)

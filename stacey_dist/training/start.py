@@ -1,0 +1,71 @@
+"""How a run starts: the processes join, and what the launch and the settings say is checked against each other."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import set_seed
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
+from stacey_dist.training.config import RunConfig
+from stacey_dist.training.devices import cores_per_process, device_name
+from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
+from stacey_dist.training.run import C, Run
+
+
+def start(config: C) -> Run[C]:
+    """Join the processes and prepare the run directory for a checked configuration.
+
+    Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    separate_runs_of_a_sweep(config)
+    accelerator = start_accelerator(config)
+    heartbeat.start(config.train.heartbeat_timeout_seconds)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets OMP_NUM_THREADS to 1, which would leave the other cores idle.
+        torch.set_num_threads(config.train.cpu_threads or cores_per_process())
+    set_seed(config.seed)
+    run = Run(config, accelerator)
+    _check_precision(run)
+    if requested_engine() == "deepspeed":
+        deepspeed_config.complete(run)
+        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+    elif requested_engine() == "fsdp2":
+        launch_settings.check_layer_classes(config.layer_classes)
+    processes, mixed = accelerator.num_processes, accelerator.mixed_precision
+    arithmetic = config.weights_dtype if mixed == "no" else f"mixed precision {mixed}"
+    run.say(
+        f"{processes} process{'es' if processes > 1 else ''} on {device_name(accelerator.device)}"
+        f"{describe_engine(accelerator)}, "
+        f"{arithmetic}, "
+        f"{config.train.global_batch_size} {config.samples} an update"
+    )
+    return run
+
+
+def _check_precision(run: Run[Any]) -> None:
+    """Raise SettingsError where weights that are not float32 do not go with the mixed precision that came up.
+
+    It is `accelerate launch`'s where the run does not say.
+    """
+    mixed = run.accelerator.mixed_precision
+    if run.config.weights_dtype == "float32" or mixed == "no":
+        return
+    if mixed == "fp16" or requested_engine() == "fsdp2":  # Accelerate would make FSDP2's weights float32
+        raise SettingsError(
+            f"model.dtype: {run.config.weights_dtype} is not allowed with mixed precision {mixed} on this engine; use "
+            "float32, or --train.mixed_precision no"
+        )
+
+
+def separate_runs_of_a_sweep(config: RunConfig) -> None:
+    """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
+
+    None may resume from another's checkpoint, and trackers write their files there.
+    """
+    if sweep := os.environ.get("WANDB_SWEEP_ID"):
+        config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))

@@ -1,0 +1,95 @@
+"""Types of settings that say which values are allowed, and the check of a configuration against them.
+
+They are `Annotated` types, and not those of jsonargparse: values stay plain numbers, which YAML and JSON can hold, and
+those that a program assigns are checked too.
+"""
+
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from stacey_dist.errors import SettingsError
+
+
+@dataclass(frozen=True, repr=False)
+class Allowed:
+    """What a value has to be, besides being of its type.
+
+    Args:
+        words: completes "it must be".
+        holds: Return whether a value is so.
+    """
+
+    words: str
+    holds: Callable[[Any], bool] = field(compare=False)
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+PositiveInt = Annotated[int, Allowed("> 0", lambda value: value > 0)]
+NonNegativeInt = Annotated[int, Allowed(">= 0", lambda value: value >= 0)]
+AtLeastTwo = Annotated[int, Allowed(">= 2", lambda value: value >= 2)]
+Seed = Annotated[int, Allowed(f"within [0, {2**32 - 1}]", lambda value: 0 <= value < 2**32)]
+PositiveFloat = Annotated[float, Allowed("finite and > 0", lambda value: 0 < value < math.inf)]
+NonNegativeFloat = Annotated[float, Allowed("a finite number >= 0", lambda value: 0 <= value < math.inf)]
+Share = Annotated[float, Allowed("within [0, 1]", lambda value: 0 <= value <= 1)]
+PositiveShare = Annotated[float, Allowed("within (0, 1]", lambda value: 0 < value <= 1)]
+ShareBelowOne = Annotated[float, Allowed("within [0, 1)", lambda value: 0 <= value < 1)]
+NormOrder = Annotated[float, Allowed("a number >= 2, or inf", lambda value: value >= 2)]
+# Else a directory of the name ~ would be made.
+FilePath = Annotated[str, Allowed("a path written in full: ~ is not expanded here", lambda path: path[:1] != "~")]
+NonEmptyPath = Annotated[FilePath, Allowed("the name of a directory", lambda path: path.strip() != "")]
+
+
+def check_values(section: Any, prefix: str = "") -> None:
+    """Raise SettingsError for a value that its setting cannot have, whatever the other settings are.
+
+    Args:
+        section: a dataclass whose fields are settings, or sections of settings.
+        prefix: what the names of its settings begin with.
+    """
+    kinds = get_type_hints(type(section), include_extras=True)
+    for setting in dataclasses.fields(section):
+        name, value = f"{prefix}{setting.name}", getattr(section, setting.name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+        elif wrong := _wrong(kinds[setting.name], value):
+            shown = list(value) if isinstance(value, tuple) else value
+            check(False, name, shown if str(shown).isprintable() else repr(shown), wrong)
+
+
+def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
+    """Raise SettingsError naming the setting, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise SettingsError(f"{setting}: {value} is not allowed; {allowed}")
+
+
+def _wrong(kind: Any, value: Any) -> str | None:
+    """Return what a value must be and is not; None if it is allowed."""
+    arguments = get_args(kind)
+    if value is None:
+        return None
+    if get_origin(kind) in (list, tuple):
+        kinds = arguments if get_origin(kind) is tuple else arguments * len(value)
+        found = [wrong for inner, item in zip(kinds, value, strict=True) if (wrong := _wrong(inner, item))]
+        return found[0].replace("it must", "each must", 1) if found else None
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (one for one in arguments if one is not NoneType)
+        return _wrong(kind, value)
+    rules = [*_ALWAYS, *(arguments[1:] if get_origin(kind) is Annotated else ())]
+    return next((f"it must be {rule.words}" for rule in rules if not rule.holds(value)), None)
+
+
+_ALWAYS = (
+    Allowed("a number", lambda value: value == value),
+    Allowed("less than 2^63", lambda value: type(value) is not int or abs(value) < 2**63),
+    Allowed(
+        "UTF-8 without control characters",
+        lambda value: type(value) is not str or not any(unicodedata.category(c) in ("Cc", "Cs") for c in value),
+    ),
+)

@@ -1,0 +1,81 @@
+"""A program of a user's own: a linear regression, with a task, settings and a model that are no part of the package."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from stacey_dist.training import Launcher, Parts
+from stacey_dist.training.config import RunConfig
+from stacey_dist.training.value_types import PositiveInt, check
+
+
+@dataclass
+class ModelConfig:
+    """The model to fit."""
+
+    features: PositiveInt = 5
+    """How many inputs it has."""
+
+
+@dataclass
+class RegressionConfig(RunConfig):
+    """Fit a line."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def check_rules(self):
+        super().check_rules()
+        check(self.model.features != 13, "model.features", 13, "it brings bad luck")
+
+
+class Regression:
+    unit = "points"
+    flops_per_unit = 60.0
+    data_identity = "points on a plane"
+    samples_per_epoch = 100
+
+    def __init__(self, run, data, model):
+        self.run, self.data = run, data
+        self.batch_size = run.config.train.global_batch_size
+
+    def micro_batches(self, position):
+        size = self.run.micro_batch_size
+        first = position + self.run.accelerator.process_index * self.run.process_batch_size
+        for start in range(first, first + self.run.process_batch_size, size):
+            rows = torch.arange(start, start + size) % len(self.data)
+            yield self.data[rows]
+
+    def units(self, position):
+        return self.batch_size
+
+    def loss(self, model, batch):
+        return (model(batch[:, :-1]).squeeze(1) - batch[:, -1]).square().sum() / self.batch_size
+
+    def evaluate(self, model, stopping):
+        return {"eval_loss": float((model(self.data[:, :-1]).squeeze(1) - self.data[:, -1]).square().mean())}
+
+    def score(self, figures):
+        return -figures["eval_loss"]
+
+    def close(self):
+        print("closed", flush=True)
+
+
+def prepare_data(run):
+    generator = torch.Generator().manual_seed(run.config.seed)
+    points = torch.randn(100, run.config.model.features, generator=generator)
+    return torch.cat([points, points.sum(1, keepdim=True) + 1.0], dim=1)
+
+
+def build_model(run, data):
+    torch.manual_seed(run.config.seed)
+    return nn.Linear(run.config.model.features, 1)
+
+
+if __name__ == "__main__":
+    Launcher("own_program.py", RegressionConfig, lambda: Parts(prepare_data, build_model, Regression)).main()
