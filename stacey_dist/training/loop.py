@@ -119,12 +119,12 @@ class _Trainer:
             self.directory_gone = True  # during the evaluation
             self.run.recreate_directory()
         self._save(update, ending, best=improved and self.config.checkpoint.keep_best)
-        if evaluating or ending:
-            self.metrics.plot(always=ending)
         if self.directory_gone:
             self._fail_without_directory()
         if self.stopping:
             self.leave()
+        if evaluating:
+            self.metrics.plot(always=ending)
         self.metrics.resume_clock()
 
     def evaluate(self) -> bool:
@@ -165,6 +165,7 @@ class _Trainer:
         self.run.say(
             f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
         )
+        self.metrics.plot(always=True)
         self.engine.close()
         sys.exit(128 + number)
 
@@ -195,7 +196,6 @@ class _Trainer:
                 raise
             self.engine.restore_batch_norms()
             self._save_and_wait(delete_older=self.skipped_in_a_row == 0)
-            self.metrics.plot(always=True)
             self.leave()
 
     def _requests(self) -> Requests:
@@ -250,6 +250,7 @@ class _Trainer:
 
     def _fail_without_directory(self) -> NoReturn:
         self.metrics.rows.flush()
+        self.metrics.plot(always=True)
         self.run.fail(
             f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
             f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "
