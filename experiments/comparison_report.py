@@ -145,7 +145,7 @@ def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standa
     sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
 
     def place(name: str) -> tuple[int, float]:
-        """What diverged with some seed is not judged by the others."""
+        """Return the sort key of a row: what diverged with some seed is not judged by the others."""
         row = values[name]
         return row["diverged"], 0.0 if row["mean"] is None else sign * row["mean"]
 

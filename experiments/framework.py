@@ -24,8 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from stacey_dist.data.lock import locked
-from stacey_dist.data.parts import replace_file
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.version import __version__
 

@@ -51,7 +51,7 @@ MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
 
 def make_optimizer(name: str, p: int, alpha: float = ALPHA, tau: float = TAU) -> MakeOptimizer:
-    """What makes the optimizer of that name in `OPTIMIZERS`; p, alpha and tau are STACEY's."""
+    """Return a function that makes the optimizer of that name; p, alpha and tau are STACEY's."""
     if name == "AdamW":
         return partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
     if name == "Lion":
@@ -60,18 +60,18 @@ def make_optimizer(name: str, p: int, alpha: float = ALPHA, tau: float = TAU) ->
 
 
 def gradient(x: Tensor, p: int) -> Tensor:
-    """The gradient of the negative log-density of N_p(mu), p even, at the rows of x, shape (n, 2); shaped as x."""
+    """Return the gradient of the negative log-density of N_p(mu), p even, at the rows of x, shaped (n, 2) as x."""
     # nabla f(x) = sign(x - mu) |x - mu|^(p-1);  for even p that is (x - mu)^(p-1)
     return (x - x.new_tensor(MU)) ** (p - 1)
 
 
 def starts(seeds: int) -> Tensor:
-    """Starts from a standard Gaussian, shape (seeds, 2), float32: row i is a function of i alone."""
+    """Return starts from a standard Gaussian, shape (seeds, 2), float32: row i is a function of i alone."""
     return torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)])
 
 
 def descend(start: Tensor, p: int, make: MakeOptimizer, iterations: int, advance: Advance) -> Tensor:
-    """All points on the way: shape (iterations + 1, n, 2), from the start on."""
+    """Return all points on the way: shape (iterations + 1, n, 2), from the start on."""
     x = torch.nn.Parameter(start.clone())
     optimizer = make([x])
     path = start.new_empty(iterations + 1, *start.shape)
@@ -94,7 +94,7 @@ def measure(p: int, make: MakeOptimizer, seeds: int, iterations: int, advance: A
 
 
 def summary(distance: Tensor) -> dict[str, Any]:
-    """What is kept of the distances to mu, shape (iterations + 1, seeds).
+    """Return what is kept of the distances to mu, shape (iterations + 1, seeds).
 
     Means and spreads are of the starts that never were beyond `FAR`, and None if there is none; shares are of all.
     """
@@ -126,7 +126,7 @@ def summary(distance: Tensor) -> dict[str, Any]:
 
 
 def run(reproduction: Reproduction) -> Outcome:
-    """The four optimizers on the three distributions, then STACEY with other p and alpha."""
+    """Run the four optimizers on the three distributions, then STACEY with other p and alpha."""
     iterations = reproduction.scale.settings["iterations"]
 
     def part(p: int, name: str, q: int, alpha: float, tau: float) -> Part:

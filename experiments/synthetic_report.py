@@ -22,7 +22,7 @@ Swept = Mapping[tuple[str, int, float, float, int], dict[str, Any]]
 
 
 def figure(found: Found, seeds: int, mu: Sequence[float], shown_every: int, near: float) -> Figure:
-    """Trajectories from one start above; below, the mean distance over all starts, with its spread."""
+    """Draw trajectories from one start above; below, the mean distance over all starts, with its spread."""
     distributions = list(dict.fromkeys(p for p, _ in found))
     drawn = Figure(figsize=(12.5, 7.4), layout="constrained")
     panels = drawn.subplots(2, len(distributions), squeeze=False)
@@ -65,7 +65,7 @@ def _level_sets(axes: Any, p: int, mu: Sequence[float]) -> None:
 
 
 def table(found: Found, swept: Swept, seeds: int, iterations: int, near: float) -> str:
-    """The comparison, and what other settings of STACEY would have given, in Markdown."""
+    """Return the comparison, and what other settings of STACEY would have given, in Markdown."""
     early, middle = iterations // 5, 2 * iterations // 5
     lines = [
         f"Distance to µ from {seeds} starts: the share of starts that diverged (were ever more than 100 from µ, or",
@@ -106,7 +106,7 @@ def table(found: Found, swept: Swept, seeds: int, iterations: int, near: float) 
 
 
 def arrival(values: dict[str, Any]) -> str:
-    """The median iteration of arrival, if more than half arrive."""
+    """Return the median iteration of arrival, if more than half arrive."""
     return "–" if values["arrival_median"] is None else f"{values['arrival_median']:,.0f}"
 
 

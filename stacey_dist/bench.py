@@ -16,10 +16,8 @@ import math
 import multiprocessing
 import platform
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -253,32 +251,16 @@ def _extra_bytes(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with _watched_memory() as most:
-        work()
-    return most[0]
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel records the peak anew
+    before = _kilobytes("VmRSS")
+    work()
+    return (_kilobytes("VmHWM") - before) * 1024
 
 
-@contextmanager
-def _watched_memory() -> Iterator[list[int]]:
-    """Record how much more memory than before this process has at most, while entered."""
-
-    def now() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before, most, running = now(), [0], True
-
-    def watch() -> None:
-        while running:
-            most[0] = max(most[0], now() - before)
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        running = False
-        thread.join()
+def _kilobytes(field: str) -> int:
+    """Return a figure of this process's memory; VmHWM is the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def machine(device: str | None = None) -> str:

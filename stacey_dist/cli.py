@@ -7,7 +7,7 @@ from collections.abc import Callable
 from stacey_dist import bench, checkpoint_commands, info
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError, SettingsError
 from stacey_dist.extras import message
 from stacey_dist.files import printable
 from stacey_dist.version import __version__
@@ -56,7 +56,7 @@ def exit_status(
     """
     try:
         return command()
-    except SettingsError as error:
+    except (SettingsError, InputError) as error:
         status, line = 2, f"{refused}{error}"
     except DamagedCheckpointError as error:
         status, line = 1, checkpoint_commands.describe_damage(error)

@@ -31,7 +31,7 @@ class DivergedError(SettingsError):
 
 
 def unknown(setting: str, value: str, known: Collection[str], *, spelled: str, cutoff: float) -> SettingsError:
-    """The error for a value that is none of `known`: it says all of them, and first the one nearest to `spelled`.
+    """Return the error for a value that is none of `known`: it names all, and first the one nearest to `spelled`.
 
     `spelled` is the value as the known ones are spelled; `cutoff` is how alike the nearest has to be, from 0 to 1.
     """

@@ -1,4 +1,4 @@
-"""Open and read files that others have made, so that none of them makes the program wait or fail without a reason."""
+"""Read files that others have made without waiting for them or failing without a reason, and replace files at once."""
 
 import errno
 import io
@@ -77,6 +77,26 @@ def parse_json(text: str | bytes) -> Any:
     if _is_deep(value):
         raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, as `replace_file` does."""
+    replace_file(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that at any instant, a loss of power included, the whole old or the whole new one is there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def printable(text: object) -> str:

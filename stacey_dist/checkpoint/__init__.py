@@ -1,4 +1,18 @@
-"""Checkpoints: complete or invisible, verified before they are believed, on any engine, never a pickle."""
+"""Checkpoints: complete or invisible, verified before they are loaded, on any engine, never a pickle.
+
+A weight's way into a file and back:
+
+    write.py       save_checkpoint: snapshot, then each rank's file, the manifest, and one rename (replace.py)
+    snapshot.py    this rank's share of weights and states, copied to host memory
+    shard.py       one rank's file, hashed as it is written; ranges out of such files
+    manifest.py    what makes the directory a checkpoint; schema.py checks every entry of it
+    read.py        load_checkpoint: verify, allocate, read, restore
+    restore.py     tensors of this rank that are read into, and what completes them
+
+Beside it: background.py saves beside training, retention.py deletes old checkpoints, replicas.py compares ranks that
+hold the same, collectives.py makes ranks fail together, compare.py compares two checkpoints, and importers/ reads those
+of others.
+"""
 
 from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, verify

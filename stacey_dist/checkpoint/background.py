@@ -1,6 +1,7 @@
 """Save beside training, which waits for the copy to host memory only."""
 
 import datetime
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ class BackgroundSaver:
 
     def save(
         self,
-        path: Path,
+        path: str | os.PathLike[str],
         model: nn.Module,
         optimizer: Any,
         extra: dict[str, Any] | None = None,
@@ -48,6 +49,7 @@ class BackgroundSaver:
         See `save_checkpoint`. `then` is called on each rank when the checkpoint is complete. `failure` returns what
         went wrong.
         """
+        path = Path(path)
         self.wait()
         compare_once(model, optimizer, self._group)
         copies = snapshot(model, optimizer, self._host_memory)

@@ -1,19 +1,17 @@
 """Load a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import all_gather_call, rank, rank0_call, world_size
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
 from stacey_dist.checkpoint.model_tensors import Contents, write_whole
-from stacey_dist.checkpoint.restore import allocate, incompatibilities, restore, whole_batches
+from stacey_dist.checkpoint.restore import allocate, empty_ranges, incompatibilities, restore, whole_batches
 from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.sharding import fragments, refresh_weights
 
@@ -67,13 +65,11 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
     kinds = tensors(manifest)
     kinds = {name: kinds[name] for name in (kinds if names is None else names)}
     try:
-        whole = {
-            name: torch.empty(math.prod(shape), dtype=getattr(torch, dtype)) for name, (shape, dtype) in kinds.items()
-        }
+        whole = empty_ranges(kinds)
     except RuntimeError as error:
         raise OSError(errno.ENOMEM, f"{path}: there is no memory for its tensors: {error}") from error
-    _read(path, manifest, {name: Range(0, values) for name, values in whole.items()})
-    return {name: values.view(kinds[name][0]) for name, values in whole.items()}
+    _read(path, manifest, whole)
+    return {name: part.values.view(kinds[name][0]) for name, part in whole.items()}
 
 
 def tensors(manifest: dict[str, Any]) -> Contents:

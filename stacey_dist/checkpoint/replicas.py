@@ -99,7 +99,7 @@ def _first_difference(entries: list[_Entries]) -> str:
     for row in zip(*entries, strict=False):
         if len(set(row)) > 1:
             return row[0][0]
-    return max(entries, key=len)[min(map(len, entries))][0]  # a rank has more than another
+    return max(entries, key=len)[min(map(len, entries))][0]  # equal as far as the shorter one goes
 
 
 def _ranks(ranks: list[int]) -> str:

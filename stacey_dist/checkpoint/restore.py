@@ -129,7 +129,7 @@ def _allocate_state(base: Any, group: dict[str, Any], f: Fragment, key: str, dty
     state = base.state[f.owner]
     if key == "step":
         on_device = group.get("capturable") or (isinstance(base, torch.optim.Adam) and group.get("fused"))
-        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # whatever was saved
+        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # its own, whatever was saved
         state[key] = torch.zeros((), dtype=own, device=f.owner.device if on_device else "cpu")
     elif key not in state:  # fragments may share their owner
         state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)
@@ -151,7 +151,7 @@ def restore(allocated: Allocated, optimizer: Any) -> None:
         for f, key in allocated.unsaved:
             dtype = str(f.state[key].dtype).removeprefix("torch.")
             group = groups.get(f.owner, base.param_groups[0]) | {"state_dtype": dtype}
-            f.state[key].copy_(base._init_state(f.weight, group)[key])
+            f.state[key].copy_(base.initial_state(f.weight, group)[key])
 
 
 def batches(contents: Contents) -> Iterator[Contents]:
@@ -172,7 +172,12 @@ def whole_batches(contents: Contents, model: nn.Module) -> Iterator[dict[str, Ra
     """Yield flat tensors to read frozen parameters and persistent buffers into, some at a time."""
     names = [name for tensors in (frozen_parameters(model), persistent_buffers(model)) for name, _ in tensors]
     for batch in batches({f"model/{name}": contents[f"model/{name}"] for name in names}):
-        yield {
-            name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
-            for name, (shape, dtype) in batch.items()
-        }
+        yield empty_ranges(batch)
+
+
+def empty_ranges(contents: Contents) -> dict[str, Range]:
+    """Return flat tensors in host memory to read whole tensors into, by name."""
+    return {
+        name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
+        for name, (shape, dtype) in contents.items()
+    }

@@ -114,7 +114,7 @@ def _add_fragment(copies: Snapshot, f: Fragment) -> None:
             part = tensor.reshape(-1)[first:last]
             copies.add(name, part, shape=f.shape, start=f.start + first, trained=True)
     if f.step is not None and f.start == 0 and f.replica == 0:
-        # float32 holds the counts of torch's own optimizers, and no integer above 2^24.
+        # torch's own optimizers count in float32; an int64 is exact above 2^24, too.
         dtype = torch.float32 if f.step.is_floating_point() else torch.int64
         copies.add(f"optimizer/{f.name}/step", f.step.to(dtype), shape=torch.Size(), trained=False)
 

@@ -3,12 +3,11 @@
 Importing this package loads neither torch nor transformers.
 """
 
+from stacey_dist.data.cache import prepare
 from stacey_dist.data.embedded import standard_library_documents
-from stacey_dist.data.hub import hub_documents
-from stacey_dist.data.prepare import prepare
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
-from stacey_dist.data.text import BadRecord, Document, expand_files, read_documents, read_records
+from stacey_dist.data.text import BadRecord, Document, read_records
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 
@@ -22,14 +21,11 @@ __all__ = [
     "TokenStream",
     "Tokenizer",
     "embedded_source",
-    "expand_files",
     "files_source",
-    "hub_documents",
     "hub_source",
     "load_pretrained",
     "load_sentencepiece",
     "prepare",
-    "read_documents",
     "read_records",
     "standard_library_documents",
     "train_sentencepiece",

@@ -4,14 +4,14 @@ import ast
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from stacey_dist.data.text import Document
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 EXTRACTOR_VERSION = 1
-"""Raised whenever the extracted text changes, so that caches made from the old text are not used again."""
+"""To be raised when the extracted text changes, so that caches of the old text are not used for the new."""
 
 # Tests, and packages that are tables, machine-made or not always installed: noise, or text that varies by
 # system.
@@ -22,45 +22,35 @@ _SKIPPED = {
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def standard_library_documents() -> Iterator[Document]:
+def standard_library_documents() -> Generator[Document, None, None]:
     """Yield about 3 MB of English: ``pydoc_data.topics`` and the standard library's docstrings and comments.
 
     One document a help topic, then one a module, in the order of their names: the same for one Python version
     on every machine with a complete standard library. Modules are parsed, never imported.
 
     Raises:
-        SettingsError: this Python has no help topics or no library sources, as in some minimal images.
+        InputError: this Python has no help topics or no library sources, as in some minimal images.
     """
-    yield from help_topics()
+    try:
+        from pydoc_data.topics import topics  # one dictionary of strings
+    except ImportError as error:
+        raise InputError(
+            "the embedded text needs the module pydoc_data, which this Python lacks: "
+            "install a complete Python, or give `files` of your own"
+        ) from error
+    for name in sorted(topics):
+        yield Document(topics[name].strip(), f"python:topics/{name}")
     root = Path(sysconfig.get_path("stdlib"))
     modules = _modules(root)
     if not modules:
-        raise SettingsError(
+        raise InputError(
             f"the embedded text is made from the standard library's sources and {root} has none: "
-            "install a complete Python, or set data.files to text of your own"
+            "install a complete Python, or give `files` of your own"
         )
     for module in modules:
         text = _prose(root / module)
         if text:
             yield Document(text, f"python:{module}")
-
-
-def help_topics() -> Iterator[Document]:
-    """Yield ``pydoc_data.topics``, 0.5 MB of explanations with headings, code and tables, sorted by name.
-
-    Raises:
-        SettingsError: this Python has no help topics.
-    """
-    try:
-        # Pure data: one dictionary of strings.
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise SettingsError(
-            "the embedded text needs the module pydoc_data, which this Python lacks: "
-            "install a complete Python, or set data.files to text of your own"
-        ) from error
-    for name in sorted(topics):
-        yield Document(topics[name].strip(), f"python:topics/{name}")
 
 
 def _modules(root: Path) -> list[str]:
@@ -82,7 +72,7 @@ def _prose(path: Path) -> str:
         return ""
     pieces: list[tuple[int, str]] = []
     in_strings: set[int] = set()
-    for node in _nodes_of_several_lines(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant | ast.JoinedStr):
             in_strings.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, _DEFINITIONS) and (docstring := ast.get_docstring(node)):
@@ -91,23 +81,10 @@ def _prose(path: Path) -> str:
     return "\n\n".join(text for _, text in sorted(pieces) if text)
 
 
-def _nodes_of_several_lines(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that can hold a docstring or hide what looks like a comment: a small part of all."""
-    pending = [tree]
-    while pending:
-        node = pending.pop()
-        yield node
-        for child in ast.iter_child_nodes(node):
-            last = getattr(child, "end_lineno", None)
-            if last is None or last > child.lineno:  # type: ignore[attr-defined]
-                pending.append(child)
-
-
 def _comments(source: str, in_strings: set[int]) -> Iterator[tuple[int, str]]:
     """Yield (first line, text) of each block of comment lines.
 
-    Reading lines instead of tokens takes a tenth of the time; the lines of multi-line strings are what it
-    could mistake.
+    Lines are read in a tenth of the time that tokens take; ``in_strings`` are those inside of strings.
     """
     block: list[str] = []
     number = 0

@@ -1,4 +1,8 @@
-"""One process at a time makes what many processes on a machine ask for."""
+"""One process at a time makes what many processes on a machine ask for.
+
+The lock is flock itself and not the filelock library, which on a file system without flock leaves a marker file that
+a killed process does not take away. Unlike lockf, which locks a run's directory, it parts the threads of a process too.
+"""
 
 import contextlib
 import errno
@@ -7,38 +11,38 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 
 @contextlib.contextmanager
-def making(directory: Path, setting: str, when_full: str, *, announce: bool) -> Iterator[None]:
+def locked_directory(directory: Path, argument: str, when_full: str, *, announce: bool) -> Iterator[None]:
     """Hold the lock of a directory to be filled, which is made where it is not there.
 
     Args:
         directory: what many processes ask for.
-        setting: which the user moves it with.
+        argument: the name of the argument that gave the directory, for messages.
         when_full: what to do where its disk is full.
         announce: as for `locked`.
 
     Raises:
-        SettingsError: it cannot be made or locked, or its disk is full.
+        InputError: it cannot be made or locked, or its disk is full.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{setting}: {directory} cannot be made: {error.strerror}") from error
+        raise InputError(f"{argument}: {directory} cannot be made: {error.strerror}") from error
     with locked(directory / "lock", announce):
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise SettingsError(f"{setting}: the disk of {directory} is full; {when_full}") from error
+            raise InputError(f"{argument}: the disk of {directory} is full; {when_full}") from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file that the system gives back when the process ends, however it ends.
+    """Hold a lock file, which the system gives back when the process ends, however it ends.
 
     Args:
         path: the lock file, made where it is not there; its directory is named in the message.
@@ -47,7 +51,7 @@ def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it, and this one is not to wait.
-        SettingsError: the file system has no such locks.
+        InputError: the file system has no such locks.
     """
     with open(path, "ab") as file:
         try:
@@ -59,8 +63,8 @@ def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise SettingsError(
-                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); name a "
-                "directory on another, as in data.cache_dir"
+            raise InputError(
+                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "
+                "name a directory on another"
             ) from error
         yield

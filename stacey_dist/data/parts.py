@@ -1,6 +1,8 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
-import json
+import bisect
+import copy
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
+from stacey_dist.files import read_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -21,8 +24,6 @@ SPLITS = ("train", "validation")
 
 PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
-
-_NOTHING = {"documents": 0, "tokens": 0, "crc32": 0}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -45,12 +46,12 @@ def encode_ids(tokens: Sequence[int] | NDArray[Any], vocab_size: int) -> bytes:
     """Return ids as they are stored.
 
     Raises:
-        SettingsError: an id is not in the vocabulary.
+        InputError: an id is not in the vocabulary.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = int(ids.max() if ids.max() >= vocab_size else ids.min())
-        raise SettingsError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
+        raise InputError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
     return ids.astype(token_dtype(vocab_size)).tobytes()
 
 
@@ -58,21 +59,21 @@ def read_index(directory: Path) -> dict[str, Any]:
     """Return the index of a complete directory.
 
     Raises:
-        SettingsError: there is none, it is damaged, or another version's.
+        InputError: there is none, it is damaged, or another version's.
     """
     path = directory / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         if not isinstance(index, dict):
             raise ValueError("not an object")
         if index.get("format") == FORMAT_VERSION:
             _check_index(index)
     except FileNotFoundError as error:
-        raise SettingsError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SettingsError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
+        raise InputError(f"{directory} holds no prepared tokens: it has no {INDEX}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); delete {directory}") from error
     if index.get("format") != FORMAT_VERSION:
-        raise SettingsError(
+        raise InputError(
             f"{directory} has format {index.get('format')} and this version reads {FORMAT_VERSION}: "
             "delete the directory"
         )
@@ -97,24 +98,44 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file as `replace_file` does, with a value as JSON."""
-    replace_file(path, json.dumps(value, indent=1, sort_keys=True).encode())
+class SplitTokens:
+    """The tokens of one split as one array over its parts, which are mapped into memory.
+
+    What was mapped can be read even when a part is renamed or replaced meanwhile.
+
+    Args:
+        directory: where the parts lie.
+        parts: the entries of the index: ``name`` and ``tokens`` of each.
+        dtype: of the ids.
+    """
+
+    def __init__(self, directory: Path, parts: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
+        self._parts = [_map(directory / part["name"], part["tokens"], dtype) for part in parts]
+        self._starts = [0, *itertools.accumulate(part["tokens"] for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a copy of the tokens [start, stop), of which there is at least one.
+
+        Raises:
+            OSError: a part was missing or shorter than recorded.
+        """
+        pieces = []
+        for i in range(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)):
+            part, begin = self._parts[i], self._starts[i]
+            if part is None:
+                raise OSError(f"part {i} is missing or too short")
+            pieces.append(part[max(0, start - begin) : stop - begin])
+        return np.concatenate(pieces)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file so that at any instant, a loss of power included, the whole old or new one is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
+def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        return np.asarray(np.memmap(path, dtype, "r", shape=(tokens,)))
+    except (OSError, ValueError):
+        return None
 
 
 class PartWriter:
@@ -126,7 +147,7 @@ class PartWriter:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
         vocab_size: every id is below it.
-        state: what `state` returned before, to go on from there: what was written after it is cut off.
+        state: what `state` returned, to resume from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.
@@ -136,42 +157,34 @@ class PartWriter:
         self._directory = directory
         self._split = split
         self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
         self._file: BinaryIO | None = None
-        self._parts: list[dict[str, Any]] = [dict(part) for part in state["parts"]] if state else []
-        self._mark: dict[str, int] = dict(state["mark"]) if state else dict(_NOTHING)
+        self._parts: list[dict[str, Any]] = copy.deepcopy(state["parts"]) if state else []
         self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
-    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any]) -> None:
+    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any], sums: dict[str, int]) -> None:
         """Append one document's ids, the end token included.
 
         Args:
             tokens: the ids, at least one.
             place: how to find the document again, JSON-able; kept where it begins a part.
+            sums: ``{"documents": n, "tokens": n, "crc32": n}`` of its input so far (modified in place).
 
         Raises:
-            SettingsError: an id is not in the vocabulary.
+            InputError: an id is not in the vocabulary.
         """
         if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
             self._open_next(place)
         assert self._file is not None
         content = encode_ids(tokens, self._vocab_size)
         self._file.write(content)
-        part = self._parts[-1]
-        part["tokens"] += len(tokens)
-        part["crc32"] = zlib.crc32(content, part["crc32"])
-        self._mark["documents"] += 1
-        self._mark["tokens"] += len(tokens)
-        self._mark["crc32"] = zlib.crc32(content, self._mark["crc32"])
+        for each in (self._parts[-1], sums):
+            each["tokens"] += len(tokens)
+            each["crc32"] = zlib.crc32(content, each["crc32"])
+        sums["documents"] += 1
         self.tokens += len(tokens)
         self.documents += 1
-
-    def mark(self) -> dict[str, int]:
-        """Return ``{"documents": n, "tokens": n, "crc32": n}`` of what was appended since the last call."""
-        since, self._mark = self._mark, dict(_NOTHING)
-        return since
 
     def flush(self) -> None:
         """Bring everything appended so far to the disk."""
@@ -187,19 +200,11 @@ class PartWriter:
             self._file = None
 
     def state(self) -> dict[str, Any]:
-        """Return the number of documents, the parts and the mark, JSON-able.
-
-        A part is ``{"name": …, "tokens": n, "crc32": n, "start": …}``.
-        """
-        return {
-            "documents": self.documents,
-            "parts": [dict(part) for part in self._parts],
-            "mark": dict(self._mark),
-        }
+        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n, "start": …}, …]}``."""
+        return {"documents": self.documents, "parts": copy.deepcopy(self._parts)}
 
     def _open_next(self, place: dict[str, Any]) -> None:
-        if self._file is not None:
-            self.close()
+        self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
             name = f"{self._split}-{len(self._parts):05d}.bin"
             self._parts.append({"name": name, "tokens": 0, "crc32": 0, "start": place})
@@ -208,7 +213,8 @@ class PartWriter:
 
     def _cut(self) -> None:
         """Cut off what was written after the state: bytes at the end of a part, and whole parts."""
-        sizes = {part["name"]: part["tokens"] * self._dtype.itemsize for part in self._parts}
+        itemsize = token_dtype(self._vocab_size).itemsize
+        sizes = {part["name"]: part["tokens"] * itemsize for part in self._parts}
         for name, size in sizes.items():
             if (self._directory / name).stat().st_size < size:
                 raise OSError(f"{name} is shorter than its recorded {size} bytes")

@@ -1,4 +1,4 @@
-"""Paths and patterns of settings: a path that exists is taken literally, a pattern is expanded here."""
+"""Paths and patterns: a path that exists is taken literally, a pattern is expanded here."""
 
 import contextlib
 import glob
@@ -8,37 +8,37 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 # All but what `datasets`, and fsspec below it, certainly take for a name. They know patterns, chains of file systems,
 # home directories and variables.
 _SPECIAL = re.compile(r"[^\w./ ,+@=-]")
 
 
-def expand_files(setting: str, patterns: Sequence[str], endings: Sequence[str]) -> list[str]:
+def expand_files(argument: str, patterns: Sequence[str], endings: Sequence[str]) -> list[str]:
     """Return the files that paths and glob patterns name, each pattern's matches sorted, each file once.
 
     A path that exists is that file, whatever characters it has. In a pattern, the folders at its beginning that exist
     are taken literally too: ``run[1]/*.jsonl`` names the files of a folder ``run[1]`` where there is one.
 
     Args:
-        setting: the setting that the patterns come from, for messages.
+        argument: the name of the argument that the patterns come from, for messages.
         patterns: paths or patterns; ``**`` matches any directories, ``~`` is the home directory.
         endings: what a file's name may end with.
 
     Raises:
-        SettingsError: there are no patterns, one matches nothing, or a match is not a file with text in a known format.
+        InputError: there are no patterns, one matches nothing, or a match is not a file with text in a known format.
     """
     if not patterns:
-        raise SettingsError(f"{setting}: no files were given")
+        raise InputError(f"{argument}: no files were given")
     files: list[str] = []
     for pattern in patterns:
         matches = _matches(pattern)
         if not matches:
-            raise SettingsError(f"{setting}: {pattern!r} matches no file")
+            raise InputError(f"{argument}: {pattern!r} matches no file")
         files += matches
     for file in files:
-        _check_file(setting, file, endings)
+        _check_file(argument, file, endings)
     return list(dict.fromkeys(files))
 
 
@@ -54,17 +54,17 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob.glob(os.sep.join([*escaped, *folders[existing:]]), recursive=True))
 
 
-def _check_file(setting: str, file: str, endings: Sequence[str]) -> None:
+def _check_file(argument: str, file: str, endings: Sequence[str]) -> None:
     if os.path.isdir(file):
-        raise SettingsError(f"{setting}: {file} is a directory; to take its files, write {file}/*.json.gz")
+        raise InputError(f"{argument}: {file} is a directory; to take its files, write {file}/*.json.gz")
     if not Path(file).name.endswith(tuple(endings)):
-        raise SettingsError(f"{setting}: {file} has none of the endings that can be read: {', '.join(endings)}")
+        raise InputError(f"{argument}: {file} has none of the endings that can be read: {', '.join(endings)}")
     if not os.path.exists(file):
-        raise SettingsError(f"{setting}: {file} is a link to a file that is not there")
+        raise InputError(f"{argument}: {file} is a link to a file that is not there")
     if not os.path.isfile(file):
-        raise SettingsError(f"{setting}: {file} is not a regular file")
+        raise InputError(f"{argument}: {file} is not a regular file")
     if os.path.getsize(file) == 0:
-        raise SettingsError(f"{setting}: {file} is empty (0 bytes)")
+        raise InputError(f"{argument}: {file} is empty (0 bytes)")
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def literal_directory(directory: str) -> Iterator[str]:
     characters this is a temporary directory of links to the files.
 
     Raises:
-        SettingsError: the directory for temporary files has such a name itself.
+        InputError: the directory for temporary files has such a name itself.
     """
     path = os.path.realpath(directory)
     if not _SPECIAL.search(path):
@@ -84,8 +84,8 @@ def literal_directory(directory: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="stacey_dist-") as temporary:
         links = os.path.realpath(temporary)
         if _SPECIAL.search(links):
-            raise SettingsError(
-                f"data.dataset: {directory} has characters that the datasets library takes for a pattern, and so has "
+            raise InputError(
+                f"dataset: {directory} has characters that the datasets library takes for a pattern, and so has "
                 f"the directory for temporary files, {links}; set TMPDIR to another, or rename it"
             )
         for place, _, names in os.walk(path, followlinks=True):

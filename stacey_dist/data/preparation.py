@@ -1,7 +1,7 @@
 """One preparation: the tokens of a source, input after input, into a directory."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from stacey_dist.data.parts import (
     PartWriter,
     split_of,
     token_dtype,
-    write_json,
 )
 from stacey_dist.data.readahead import Batch, End, read_ahead
-from stacey_dist.data.reuse import Found, Reuse
+from stacey_dist.data.reuse import Reuse, TokenizedInput
 from stacey_dist.data.source import Input, Source
 from stacey_dist.data.text import BadRecord
 from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
+from stacey_dist.files import read_json, write_json
 
 _COMMIT_TOKENS = 2**24
-"""Progress is made safe after so many tokens: not many seconds of work to repeat, few waits for the disk."""
+"""Progress is saved after so many tokens: few seconds of work to repeat, few waits for the disk."""
 
 _LEAST_VALIDATION = 2**20
 """With max_tokens, separate validation documents are read up to at least this many tokens."""
@@ -35,19 +35,69 @@ _NAMED = 5
 """So many skipped records are named."""
 
 
-class Preparation:
-    """The writers, the place in the inputs, the progress bar.
+@dataclass
+class _Pass:
+    """One reading of the training inputs, or of separate validation inputs.
 
-    There are two passes, ``train`` and, where there are separate validation inputs, ``validation``. A document is
-    counted, for holding out every so many, if the tokenizer gives it any tokens.
+    Attributes:
+        name: ``train`` or ``validation``.
+        inputs: what is read.
+        limit: the pass ends when the split of its name has so many tokens; None for no limit.
+        writer: of that split.
+        records: what each finished input gave: ``read`` records, of which some were ``skipped``, after ``documents`` of
+            other inputs, with the sums of each of the ``splits``.
+        current: the same of the input that is being read; empty where there is none.
+        bytes: how much text was read, for the progress bar.
+        finished: whether nothing is left to do.
+    """
+
+    name: str
+    inputs: Sequence[Input]
+    limit: int | None
+    writer: PartWriter
+    records: list[dict[str, Any]] = field(default_factory=list)
+    current: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    finished: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.writer.tokens == self.limit
+
+    @property
+    def done(self) -> int:
+        """How far it is: in tokens where they are limited, and otherwise in bytes of text."""
+        return self.bytes if self.limit is None else self.writer.tokens
+
+    def begin_input(self, documents: int) -> None:
+        """Begin the next input, if there is one, after so many documents."""
+        self.current = {}
+        if len(self.records) < len(self.inputs):
+            self.current = {
+                "input": self.inputs[len(self.records)].identity,
+                "read": 0,
+                "documents": documents,
+                "skipped": {"count": 0, "first": []},
+                "splits": {split: {"documents": 0, "tokens": 0, "crc32": 0} for split in SPLITS},
+            }
+
+    def count_skipped(self, message: str) -> None:
+        """Count a bad record of the input, and keep the messages of the first."""
+        skipped = self.current["skipped"]
+        skipped["count"] += 1
+        if len(skipped["first"]) < _NAMED:
+            skipped["first"].append(message)
+
+
+class Preparation:
+    """The writers, the passes over the inputs, the progress bar.
+
+    A document is counted, for holding out every so many, if the tokenizer gives it any tokens.
 
     Args:
-        directory: where the tokens go; locked by the caller. What an interrupted preparation left there is taken up.
-        source: the documents.
-        tokenizer: what to encode them with.
-        max_tokens: as for `prepare`.
-        validation_every: as for `prepare`.
-        progress: show a progress bar on stderr.
+        directory: where the tokens go; locked by the caller. An interrupted preparation is resumed there.
+        source, tokenizer, max_tokens, validation_every, progress: as for `prepare`.
     """
 
     def __init__(
@@ -59,227 +109,187 @@ class Preparation:
         validation_every: int,
         progress: bool,
     ) -> None:
-        self.directory = directory
-        self.source = source
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.validation_every = validation_every
-        self.progress = progress
-        self.position: dict[str, dict[str, Any]]
-        self.inputs: dict[str, list[dict[str, Any]]]
-        self.writers: dict[str, PartWriter]
-        self._resume()
+        self._directory = directory
+        self._source = source
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._every = validation_every
+        self._held_out = validation_every if source.validation_inputs is None else None
+        self._progress = progress
+        self._writers: dict[str, PartWriter]
+        self._passes: list[_Pass]
+        try:
+            self._start(read_json(directory / PROGRESS))
+        except (OSError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
+            self._start(None)
         self._committed = self._tokens()
-        self._reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, source.on_bad_record)
+        # A copy that ends at a limit would not know how many of the skipped records came before.
+        with_skipped = source.on_bad_record == "skip" and max_tokens is None
+        self._reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
 
     def run(self) -> None:
-        """Read, encode and write everything, index last."""
-        every, separate = self.validation_every, self.source.validation_inputs
-        if separate is not None:
-            # What keeps the second from being read is said before the hours that the first takes.
-            for inputs in (self.source.inputs, separate):
-                next(iter(inputs[0].records()), None)
-        self._pass("train", self.source.inputs, self.max_tokens)
-        if separate is not None:
-            limit = None if self.max_tokens is None else max(self.max_tokens // every, _LEAST_VALIDATION)
-            self._pass("validation", separate, limit)
-        for split, writer in self.writers.items():
+        """Read, encode and write everything, the index last."""
+        if self._source.validation_inputs is not None:
+            # An input that cannot be read is found before the hours that the others take.
+            for each in self._passes:
+                next(iter(each.inputs[0].records()), None)
+        for each in self._passes:
+            self._run(each)
+        for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
-                raise SettingsError(
+                raise InputError(
                     f"the data give {writer.tokens} tokens for {split}, too few: add text, or lower "
-                    f"data.validation_every (now {every})"
+                    f"`validation_every` (now {self._every})"
                 )
-        splits = {split: writer.state() | {"tokens": writer.tokens} for split, writer in self.writers.items()}
-        write_json(self.directory / INDEX, self._header() | {"splits": splits})
-        (self.directory / PROGRESS).unlink(missing_ok=True)
-        for damaged in self.directory.glob(f"*{ASIDE}"):
+        splits = {split: writer.state() | {"tokens": writer.tokens} for split, writer in self._writers.items()}
+        write_json(self._directory / INDEX, self._header() | {"splits": splits})
+        (self._directory / PROGRESS).unlink(missing_ok=True)
+        for damaged in self._directory.glob(f"*{ASIDE}"):
             damaged.unlink()
         self._reuse.remove_outdated()
 
+    def _start(self, saved: dict[str, Any] | None) -> None:
+        """Open the writers and the passes where the last commit left them, or at the beginning."""
+        size, splits = self._tokenizer.vocab_size, saved["splits"] if saved else dict.fromkeys(SPLITS)
+        self._writers = {split: PartWriter(self._directory, split, size, splits[split]) for split in SPLITS}
+        least = None if self._max_tokens is None else max(self._max_tokens // self._every, _LEAST_VALIDATION)
+        self._passes = [
+            _Pass("train", self._source.inputs, self._max_tokens, self._writers["train"]),
+            _Pass("validation", self._source.validation_inputs or (), least, self._writers["validation"]),
+        ]
+        if saved:
+            for each in self._passes:
+                place = saved["position"][each.name]
+                each.records = saved["inputs"][each.name]
+                each.current, each.bytes, each.finished = place["current"], place["bytes"], place["finished"]
+
     def _header(self) -> dict[str, Any]:
-        """Return what is written of the data beside their splits."""
-        skipped = [each["skipped"] for name in SPLITS for each in (*self.inputs[name], self.position[name])]
+        """Return what the index and the saved progress say beside the splits."""
+        records = [record for each in self._passes for record in (*each.records, each.current)]
+        skipped = [record["skipped"] for record in records if record]
         return {
             "format": FORMAT_VERSION,
-            "dtype": token_dtype(self.tokenizer.vocab_size).str,
-            "vocab_size": self.tokenizer.vocab_size,
-            "end_token_id": self.tokenizer.end_token_id,
-            "tokenizer": self.tokenizer.fingerprint,
-            "difference": self.tokenizer.difference,
-            "source": self.source.identity,
-            "held_out": self._held_out(),
-            "inputs": self.inputs,
+            "dtype": token_dtype(self._tokenizer.vocab_size).str,
+            "vocab_size": self._tokenizer.vocab_size,
+            "end_token_id": self._tokenizer.end_token_id,
+            "tokenizer": self._tokenizer.fingerprint,
+            "source": self._source.identity,
+            "held_out": self._held_out,
+            "inputs": {each.name: each.records for each in self._passes},
             "skipped": {
                 "count": sum(each["count"] for each in skipped),
                 "first": [message for each in skipped for message in each["first"]][:_NAMED],
             },
         }
 
-    def _held_out(self) -> int | None:
-        return self.validation_every if self.source.validation_inputs is None else None
-
-    def _resume(self) -> None:
-        """Take up the last commit; where there is none or its parts are damaged, begin anew."""
-        size = self.tokenizer.vocab_size
-        try:
-            saved = json.loads((self.directory / PROGRESS).read_text(encoding="utf-8"))
-            self.position = {split: _new_position() | saved["position"][split] for split in SPLITS}
-            self.inputs = {split: list(saved["inputs"][split]) for split in SPLITS}
-            self.writers = {s: PartWriter(self.directory, s, size, saved["splits"][s]) for s in SPLITS}
-            self.tokenizer.difference = self.tokenizer.difference or saved["difference"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            self.position = {split: _new_position() for split in SPLITS}
-            self.inputs = {split: [] for split in SPLITS}
-            self.writers = {split: PartWriter(self.directory, split, size) for split in SPLITS}
-
     def _commit(self) -> None:
-        for writer in self.writers.values():
+        """Save the progress, to resume from."""
+        for writer in self._writers.values():
             writer.flush()
-        splits = {split: writer.state() for split, writer in self.writers.items()}
-        position = {name: place | self._current_input(name) for name, place in self.position.items()}
-        write_json(self.directory / PROGRESS, self._header() | {"position": position, "splits": splits})
+        splits = {split: writer.state() for split, writer in self._writers.items()}
+        position = {
+            each.name: {"current": each.current, "bytes": each.bytes, "finished": each.finished}
+            for each in self._passes
+        }
+        write_json(self._directory / PROGRESS, self._header() | {"position": position, "splits": splits})
         self._committed = self._tokens()
-
-    def _current_input(self, name: str) -> dict[str, Any]:
-        """Return the identity of the input that a pass is at, by which another preparation finds it."""
-        inputs = (self.source.inputs if name == "train" else self.source.validation_inputs) or ()
-        at = self.position[name]["input"]
-        return {"identity": inputs[at].identity} if at < len(inputs) else {}
-
-    def _tokens(self) -> int:
-        return sum(writer.tokens for writer in self.writers.values())
-
-    def _documents(self) -> int:
-        return sum(writer.documents for writer in self.writers.values())
-
-    def _pass(self, name: str, inputs: Sequence[Input], limit: int | None) -> None:
-        """Go on from the last commit until the inputs end or split ``name`` has ``limit`` tokens."""
-        place = self.position[name]
-        if place["finished"]:
-            return
-        if place["input"] == place["read"] == 0:
-            place["documents"] = self._documents()
-        limited = self.writers[name]
-        with self._bar(name, limit, place["bytes"] if limit is None else limited.tokens) as bar:
-
-            def report(size: int, before: int) -> None:
-                bar.update(size if limit is None else limited.tokens - before)
-                bar.set_postfix_str(f"{limited.tokens / 1e6:.1f}M tokens", refresh=False)
-
-            while place["input"] < len(inputs) and limited.tokens != limit:
-                now = place["input"]
-                found = self._reuse.find(inputs[now].identity) if place["read"] == 0 else None
-                if found is not None and not self._ends_among_skipped(found, limited, limit):
-                    before = limited.tokens
-                    self._copy(name, found, inputs[now], limit)
-                    report(found.bytes, before)
-                else:
-                    known = (n for n in range(now + 1, len(inputs)) if self._reuse.knows(inputs[n].identity))
-                    self._read(name, inputs[now : next(known, len(inputs))], limit, report)
-        place["finished"] = True
-        self._commit()
-
-    def _ends_among_skipped(self, found: Found, limited: PartWriter, limit: int | None) -> bool:
-        """Return whether a copy would end at the limit, where it is not known how many records were skipped so far."""
-        tokens = sum(mark["tokens"] for mark in found.record["splits"].values())
-        return limit is not None and limited.tokens + tokens >= limit and found.record["skipped"]["count"] > 0
-
-    def _read(self, name: str, inputs: Sequence[Input], limit: int | None, report: Callable[[int, int], None]) -> None:
-        """Encode the inputs that come next."""
-        place, limited = self.position[name], self.writers[name]
-        first = place["input"]
-        with read_ahead(inputs, place["read"]) as batches:
-            for batch in batches:
-                before = limited.tokens
-                self._encode(name, batch, inputs, first, limit)
-                place["bytes"] += batch.size
-                report(batch.size, before)
-                if batch.error is not None:
-                    self._commit()
-                    raise batch.error
-                if limited.tokens == limit:
-                    return
-                self._commit_if_due()
-
-    def _encode(self, name: str, batch: Batch, inputs: Sequence[Input], first: int, limit: int | None) -> None:
-        place, limited = self.position[name], self.writers[name]
-        encoded = iter(self.tokenizer.encode_batch(batch.texts))
-        for record in batch.records:
-            if isinstance(record, End):
-                self._finish_input(name, inputs[place["input"] - first])
-                continue
-            if isinstance(record, BadRecord):
-                _count_skipped(place["skipped"], record.message)
-            elif tokens := next(encoded):
-                tokens.append(self.tokenizer.end_token_id)
-                self._append(name, tokens, limit)
-            place["read"] += 1
-            if limited.tokens == limit:
-                return
-
-    def _append(self, name: str, tokens: Any, limit: int | None) -> None:
-        place, number = self.position[name], self._documents()
-        split = split_of(name, self._held_out(), number)
-        writer = self.writers[split]
-        if limit is not None and split == name:
-            tokens = tokens[: limit - writer.tokens]
-        # Where a part begins: so many documents after the beginning of an input.
-        writer.append(tokens, {"pass": name, "input": place["input"], "skip": number - place["documents"]})
-
-    def _copy(self, name: str, found: Found, source: Input, limit: int | None) -> None:
-        """Copy what another directory has of the input that comes next."""
-        place, limited = self.position[name], self.writers[name]
-        for tokens in found.documents():
-            self._append(name, tokens, limit)
-            if limited.tokens == limit:
-                return
-        self.tokenizer.difference = self.tokenizer.difference or found.header["difference"]
-        place["read"], place["skipped"] = found.record["read"], found.record["skipped"]
-        place["bytes"] += found.bytes
-        if found.finished:
-            self._finish_input(name, source)
-        self._commit_if_due()
-
-    def _finish_input(self, name: str, source: Input) -> None:
-        """Write down what the input gave, and go on to the next."""
-        place = self.position[name]
-        marks = {split: writer.mark() for split, writer in self.writers.items()}
-        self.inputs[name].append(
-            {"input": source.identity, "splits": marks} | {key: place[key] for key in ("read", "documents", "skipped")}
-        )
-        place.update(_new_position(), input=place["input"] + 1, bytes=place["bytes"], documents=self._documents())
 
     def _commit_if_due(self) -> None:
         if self._tokens() - self._committed >= _COMMIT_TOKENS:
             self._commit()
 
-    def _bar(self, name: str, limit: int | None, done: int) -> "tqdm[Any]":
-        total = limit if limit is not None else self.source.size_bytes if name == "train" else None
+    def _tokens(self) -> int:
+        return sum(writer.tokens for writer in self._writers.values())
+
+    def _documents(self) -> int:
+        return sum(writer.documents for writer in self._writers.values())
+
+    def _run(self, now: _Pass) -> None:
+        """Tokenize from the last commit on, until the inputs end or the limit is reached."""
+        if now.finished or not now.inputs:
+            return
+        if not now.current:
+            now.begin_input(self._documents())
+        with self._bar(now) as bar:
+            while now.current and not now.full:
+                found = None if now.current["read"] else self._reuse.find(now.current["input"])
+                if found is None:
+                    self._read(now, bar)
+                else:
+                    self._copy(now, found)
+                _show(bar, now)
+        now.finished = True
+        self._commit()
+
+    def _copy(self, now: _Pass, found: TokenizedInput) -> None:
+        """Copy what another directory has of the current input."""
+        for tokens in found.documents():
+            self._append(now, tokens)
+            if now.full:
+                return
+        now.current |= {key: found.record[key] for key in ("read", "skipped")}
+        now.bytes += found.bytes
+        if found.finished:
+            self._finish_input(now)
+        self._commit_if_due()
+
+    def _read(self, now: _Pass, bar: "tqdm[Any]") -> None:
+        """Encode the current input and those after it, up to one of which another directory may have the tokens."""
+        first, last = len(now.records), len(now.inputs)
+        known = (n for n in range(first + 1, last) if self._reuse.knows(now.inputs[n].identity))
+        with read_ahead(now.inputs[first : next(known, last)], now.current["read"]) as batches:
+            for batch in batches:
+                self._encode(now, batch)
+                now.bytes += batch.size
+                _show(bar, now)
+                if batch.error is not None:
+                    self._commit()
+                    raise batch.error
+                if now.full:
+                    return
+                self._commit_if_due()
+
+    def _encode(self, now: _Pass, batch: Batch) -> None:
+        for record in batch.encode(self._tokenizer):
+            if isinstance(record, End):
+                self._finish_input(now)
+                continue
+            if isinstance(record, BadRecord):
+                now.count_skipped(record.message)
+            elif record:
+                self._append(now, record)
+            now.current["read"] += 1
+            if now.full:
+                return
+
+    def _append(self, now: _Pass, tokens: Any) -> None:
+        number = self._documents()
+        split = split_of(now.name, self._held_out, number)
+        writer = self._writers[split]
+        if now.limit is not None and split == now.name:
+            tokens = tokens[: now.limit - writer.tokens]
+        # A part that begins here begins so many documents after the beginning of the input.
+        start = {"pass": now.name, "input": len(now.records), "skip": number - now.current["documents"]}
+        writer.append(tokens, start, now.current["splits"][split])
+
+    def _finish_input(self, now: _Pass) -> None:
+        now.records.append(now.current)
+        now.begin_input(self._documents())
+
+    def _bar(self, now: _Pass) -> "tqdm[Any]":
+        total = now.limit if now.limit is not None else self._source.size_bytes if now.name == "train" else None
         return tqdm(
-            desc=f"tokenizing {name}",
+            desc=f"tokenizing {now.name}",
             total=total,
-            initial=done,
-            unit="B" if limit is None else "tok",
+            initial=now.done,
+            unit="B" if now.limit is None else "tok",
             unit_scale=True,
-            disable=not self.progress,
+            disable=not self._progress,
             dynamic_ncols=True,
         )
 
 
-def _new_position() -> dict[str, Any]:
-    """Return the place at the start of a pass: ``documents`` counts those before the input, ``read`` its records."""
-    return {
-        "input": 0,
-        "read": 0,
-        "documents": 0,
-        "bytes": 0,
-        "skipped": {"count": 0, "first": []},
-        "finished": False,
-    }
-
-
-def _count_skipped(skipped: dict[str, Any], message: str) -> None:
-    skipped["count"] += 1
-    if len(skipped["first"]) < _NAMED:
-        skipped["first"].append(message)
+def _show(bar: "tqdm[Any]", now: _Pass) -> None:
+    bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
+    bar.update(now.done - bar.n)

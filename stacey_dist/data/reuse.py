@@ -13,22 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.lock import locked
-from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, split_of
-from stacey_dist.data.source import OnBadRecord, file_identity
+from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, split_of
+from stacey_dist.data.source import file_identity
+from stacey_dist.files import read_json
 
 _CHUNK = 2**24
 """Tokens that are read at once."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The tokens of an input, or of its first documents, in another directory.
+class TokenizedInput:
+    """The tokens that another directory has of an input, or of its first documents.
 
     Attributes:
         directory: where the parts lie.
         header: the directory's index, or its progress.
         name: the pass that read the input.
-        record: what was written down of the input: ``read``, ``documents``, ``skipped``, ``splits``.
+        record: what the directory says of the input: ``read``, ``documents``, ``skipped``, ``splits``.
         finished: these are all of its documents.
         starts: where in each split the input begins, in tokens.
     """
@@ -43,12 +44,12 @@ class Found:
     @property
     def bytes(self) -> int:
         """About how many bytes of text these are, for the progress bar."""
-        return 4 * sum(mark["tokens"] for mark in self.record["splits"].values())
+        return 4 * sum(sums["tokens"] for sums in self.record["splits"].values())
 
     def intact(self) -> bool:
-        """Return whether the tokens are those that were written, and can be told apart into documents."""
+        """Return whether the tokens are those that were written, and end tokens part the documents."""
         end = self.header["end_token_id"]
-        for split, mark in self.record["splits"].items():
+        for split, sums in self.record["splits"].items():
             crc, ends, last = 0, 0, end
             try:
                 for tokens in self._tokens(split):
@@ -57,43 +58,33 @@ class Found:
                     last = int(tokens[-1])
             except OSError:
                 return False
-            if (crc, ends, last) != (mark["crc32"], mark["documents"], end):
+            if (crc, ends, last) != (sums["crc32"], sums["documents"], end):
                 return False
         return True
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield each document's ids with its end token, in the order of reading."""
         streams = {split: self._documents(split) for split in self.record["splits"]}
-        first, count = self.record["documents"], sum(mark["documents"] for mark in self.record["splits"].values())
+        first, count = self.record["documents"], sum(sums["documents"] for sums in self.record["splits"].values())
         for number in range(first, first + count):
             yield next(streams[split_of(self.name, self.header["held_out"], number)])
 
     def _documents(self, split: str) -> Iterator[NDArray[Any]]:
-        pending: list[NDArray[Any]] = []
+        rest: list[NDArray[Any]] = []
         for tokens in self._tokens(split):
-            start = 0
-            for stop in (np.flatnonzero(tokens == self.header["end_token_id"]) + 1).tolist():
-                yield np.concatenate([*pending, tokens[start:stop]]) if pending else tokens[start:stop]
-                pending, start = [], stop
-            if start < len(tokens):
-                pending.append(tokens[start:])
+            *documents, last = np.split(tokens, np.flatnonzero(tokens == self.header["end_token_id"]) + 1)
+            for document in documents:
+                yield np.concatenate([*rest, document])
+                rest = []
+            rest.append(last)
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
-        """Yield the input's tokens of a split in pieces. Raises OSError for a part that is missing or too short."""
-        dtype = np.dtype(self.header["dtype"])
+        """Yield the input's tokens of a split in pieces."""
+        tokens = SplitTokens(self.directory, self.header["splits"][split]["parts"], np.dtype(self.header["dtype"]))
         start = self.starts[split]
         stop = start + self.record["splits"][split]["tokens"]
-        before = 0
-        for part in self.header["splits"][split]["parts"]:
-            after = before + part["tokens"]
-            for at in range(max(start, before), min(stop, after), _CHUNK):
-                count = min(_CHUNK, stop - at, after - at)
-                path = self.directory / part["name"]
-                tokens = np.fromfile(path, dtype, count, offset=(at - before) * dtype.itemsize)
-                if len(tokens) < count:
-                    raise OSError(f"{path} is shorter than recorded")
-                yield tokens
-            before = after
+        for at in range(start, stop, _CHUNK):
+            yield tokens.read(at, min(at + _CHUNK, stop))
 
 
 class Reuse:
@@ -103,29 +94,27 @@ class Reuse:
         directory: the one that is being filled.
         tokenizer: the fingerprint of the tokenizer that must have made the tokens.
         end_token_id: what ends their documents.
-        on_bad_record: an input with skipped records is not taken for ``error``.
+        with_skipped: find inputs of which records were skipped, too.
     """
 
-    def __init__(self, directory: Path, tokenizer: str, end_token_id: int, on_bad_record: OnBadRecord) -> None:
-        self._found: dict[str, Found] = {}
+    def __init__(self, directory: Path, tokenizer: str, end_token_id: int, with_skipped: bool) -> None:
+        self._found: dict[str, TokenizedInput] = {}
         self._used: set[Path] = set()
-        for other in sorted(directory.parent.iterdir()):
-            if other == directory:
-                continue
+        for other in sorted(set(directory.parent.iterdir()) - {directory}):
             # What is not a directory of this version has nothing to offer.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 header = _header(other)
                 if (header["tokenizer"], header["end_token_id"]) == (tokenizer, end_token_id):
                     for found in _inputs(other, header):
-                        if on_bad_record == "skip" or not found.record["skipped"]["count"]:
+                        if with_skipped or not found.record["skipped"]["count"]:
                             self._add(found)
 
     def knows(self, identity: Any) -> bool:
-        """Return whether there may be tokens of an input."""
+        """Return whether another directory may have the tokens of an input."""
         return json.dumps(identity, sort_keys=True) in self._found
 
-    def find(self, identity: Any) -> Found | None:
-        """Return the tokens of an input, after they were verified, or None."""
+    def find(self, identity: Any) -> TokenizedInput | None:
+        """Return the verified tokens of an input, or None."""
         found = self._found.pop(json.dumps(identity, sort_keys=True), None)
         if found is None or not found.intact():
             return None
@@ -133,10 +122,7 @@ class Reuse:
         return found
 
     def remove_outdated(self) -> None:
-        """Remove the directories that were used, are incomplete, and whose files have changed since.
-
-        Nothing will complete them.
-        """
+        """Remove the used directories that nothing will complete: they are incomplete, and their files have changed."""
         for directory in self._used:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
@@ -145,7 +131,7 @@ class Reuse:
                 if not (directory / INDEX).exists() and _has_changed(_header(directory)["source"]):
                     shutil.rmtree(directory)
 
-    def _add(self, found: Found) -> None:
+    def _add(self, found: TokenizedInput) -> None:
         identity = json.dumps(found.record["input"], sort_keys=True)
         known = self._found.get(identity)
         if known is None or (found.finished, found.record["read"]) > (known.finished, known.record["read"]):
@@ -154,24 +140,22 @@ class Reuse:
 
 def _header(directory: Path) -> dict[str, Any]:
     name = INDEX if (directory / INDEX).exists() else PROGRESS
-    header: dict[str, Any] = json.loads((directory / name).read_text(encoding="utf-8"))
+    header: dict[str, Any] = read_json(directory / name)
     return header
 
 
-def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[Found]:
+def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]:
     """Yield all inputs that a directory has finished, and the one that it is at."""
     starts = dict.fromkeys(header["splits"], 0)
     for name in SPLITS:
         records = [(record, True) for record in header["inputs"][name]]
-        at = header.get("position", {}).get(name)
-        if at is not None and at["read"] and "identity" in at:
-            marks = {split: content["mark"] for split, content in header["splits"].items()}
-            records.append((at | {"input": at["identity"], "splits": marks}, False))
+        if (place := header.get("position", {}).get(name)) and place["current"]:
+            records.append((place["current"], False))
         for record, finished in records:
             if record["read"]:
-                yield Found(directory, header, name, record, finished, dict(starts))
-            for split, mark in record["splits"].items():
-                starts[split] += mark["tokens"]
+                yield TokenizedInput(directory, header, name, record, finished, dict(starts))
+            for split, sums in record["splits"].items():
+                starts[split] += sums["tokens"]
 
 
 def _has_changed(source: dict[str, Any]) -> bool:

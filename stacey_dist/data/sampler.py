@@ -1,11 +1,9 @@
 """A global shuffle that is a function: the sample at any position, without state or a stored permutation."""
 
-from typing import overload
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 # Halves of one bit mix slowly: with 8 rounds, pairs of samples out of 5 to 8 were visibly uneven.
 _ROUNDS = 16
@@ -27,12 +25,12 @@ class GlobalSampler:
         seed: any integer; its lowest 64 bits count.
 
     Raises:
-        SettingsError: size is out of range.
+        InputError: size is out of range.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         if not 1 <= size <= _LARGEST:
-            raise SettingsError(f"a sampler needs from 1 to 2**40 samples, got {size}")
+            raise InputError(f"size: {size} is not allowed; a sampler has from 1 to 2**40 samples")
         self.size = size
         self.seed = seed
         bits = (size - 1).bit_length()
@@ -41,19 +39,13 @@ class GlobalSampler:
         self._low_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
         self._high_mask = np.uint64((1 << (bits // 2)) - 1)
 
-    @overload
-    def sample(self, k: int) -> int: ...
-    @overload
-    def sample(self, k: NDArray[np.integer]) -> NDArray[np.int64]: ...
-
-    def sample(self, k: int | NDArray[np.integer]) -> int | NDArray[np.int64]:
-        """Return the sample at global position k, or the samples at an array of positions (int64, of its
-        shape).
+    def sample(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Return the samples at global positions, int64 of their shape.
 
         Raises:
             ValueError: a position is negative.
         """
-        positions = np.asarray(k)
+        positions = np.asarray(positions)
         if positions.size and positions.min() < 0:
             raise ValueError(f"a sampler's positions start at 0, got {positions.min()}")
         # One dimension at least: numpy warns of wraparound in scalars, and here it is wanted.
@@ -63,8 +55,7 @@ class GlobalSampler:
         samples = self._permute(flat % size, keys)
         while (outside := np.flatnonzero(samples >= size)).size:
             samples[outside] = self._permute(samples[outside], keys[outside])
-        result = samples.astype(np.int64).reshape(positions.shape)
-        return int(result) if isinstance(k, int) else result
+        return samples.astype(np.int64).reshape(positions.shape)
 
     def samples(self, position: int, count: int) -> NDArray[np.int64]:
         """Return the samples at the positions [position, position + count), int64 of length count."""

@@ -1,5 +1,6 @@
 """Where training text comes from: files, a dataset of the Hub, or the embedded text."""
 
+import contextlib
 import itertools
 import os
 import platform
@@ -9,9 +10,9 @@ from functools import partial
 from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
-from stacey_dist.data.hub import hub_records
-from stacey_dist.data.text import BadRecord, Document, expand_files, raising, read_records
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.paths import expand_files, literal_directory
+from stacey_dist.data.text import ENDINGS, BadRecord, Document, Records, document_of, one_line, read_records
+from stacey_dist.errors import InputError
 
 OnBadRecord = Literal["error", "skip"]
 
@@ -29,13 +30,13 @@ class Input:
         identity: a JSON-able value that differs wherever the documents may differ.
     """
 
-    records: Callable[[], Iterator[Document | BadRecord]]
+    records: Callable[[], Records]
     identity: Any
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, and what tells them from other documents.
+    """Documents, and their identity.
 
     Attributes:
         inputs: the parts of the text, in order.
@@ -69,19 +70,19 @@ def files_source(
         files: paths and glob patterns.
         validation_files: the same for validation; empty to hold out some of ``files``.
         text_column: the key or column of the text.
-        on_bad_record: what to do with a line or row without a document: raise SettingsError, or skip it.
+        on_bad_record: what to do with a line or row without a document: raise InputError, or skip it.
 
     Raises:
-        SettingsError: a pattern matches nothing or a file that cannot be read, or both match the same one.
+        InputError: a pattern matches nothing or a file that cannot be read, or both match the same one.
     """
-    training = expand_files("data.files", files)
-    validation = expand_files("data.validation_files", validation_files) if validation_files else []
+    training = expand_files("files", files, ENDINGS)
+    validation = expand_files("validation_files", validation_files, ENDINGS) if validation_files else []
     both = {os.path.realpath(file) for file in training} & {os.path.realpath(file) for file in validation}
     if both:
-        raise SettingsError(f"data.validation_files: {min(both)} is one of data.files too: it would be trained on")
+        raise InputError(f"validation_files: {min(both)} is one of `files` too: it would be trained on")
 
     def input_of(file: str) -> Input:
-        records = _bad_records(on_bad_record, partial(read_records, file, text_column))
+        records = _opening(on_bad_record, partial(read_records, file, text_column))
         return Input(records, {"file": file_identity(file), "text_column": text_column})
 
     identity = {
@@ -107,19 +108,19 @@ def hub_source(
     streaming: bool,
     on_bad_record: OnBadRecord = "error",
 ) -> Source:
-    """Return the documents of a dataset of the Hugging Face Hub.
+    """Return the documents of a dataset of the Hugging Face Hub, or of a local directory that ``datasets`` loads.
 
-    Nothing is read before the documents are opened.
+    Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read.
 
     Args:
-        dataset: its name, such as ``allenai/c4``, by which alone it is told from others; or a local directory, which is
-            told by its files.
+        dataset: its name, such as ``allenai/c4``, which alone identifies it; or a local directory, which is taken
+            literally and identified by its files.
         config: its configuration, such as ``en``; None for the only one.
         split: the split to train on.
         validation_split: the split for validation; None to hold out some of ``split``.
         text_column: the column of the text.
         streaming: read over the network as needed instead of downloading everything first.
-        on_bad_record: what to do with a row without a document: raise SettingsError, or skip it.
+        on_bad_record: what to do with a row without a document: raise InputError, or skip it.
     """
     identity = {
         "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
@@ -127,18 +128,18 @@ def hub_source(
         "text_column": text_column,
     }
 
-    def validation(split: str) -> Iterator[Document | BadRecord]:
+    def validation_records(split: str) -> Records:
         try:
-            yield from hub_records(dataset, config, split, text_column, streaming)
-        except SettingsError as error:
-            what = "data.dataset_validation_split (null: documents held out of the training data)"
-            raise SettingsError(f"{what}: {error}") from error
+            yield from _hub_records(dataset, config, split, text_column, streaming)
+        except InputError as error:
+            raise InputError(f"validation_split: {error}; without one, training documents are held out") from error
 
-    def input_of(split: str, read: Callable[[], Iterator[Document | BadRecord]]) -> Input:
-        return Input(_bad_records(on_bad_record, read), identity | {"split": split})
+    def input_of(split: str, records: Callable[[], Records]) -> Input:
+        return Input(_opening(on_bad_record, records), identity | {"split": split})
 
-    training = partial(hub_records, dataset, config, split, text_column, streaming)
-    held_out = [input_of(validation_split, partial(validation, validation_split))] if validation_split else None
+    training = partial(_hub_records, dataset, config, split, text_column, streaming)
+    held_out = [input_of(validation_split, partial(validation_records, validation_split))] if validation_split else None
+
     return Source(
         inputs=[input_of(split, training)],
         identity=identity | {"split": split, "validation_split": validation_split} | _if_skipping(on_bad_record),
@@ -155,24 +156,61 @@ def embedded_source() -> Source:
 
 
 def file_identity(file: str) -> dict[str, Any]:
-    """Return what tells a file from another, or from itself after a change: path, size, time of modification."""
+    """Return a file's identity, which a change of the file changes: its path, size and time of modification."""
     status = os.stat(file)
     return {"path": os.path.realpath(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _bad_records(
-    action: OnBadRecord, read: Callable[[], Iterator[Document | BadRecord]]
-) -> Callable[[], Iterator[Document | BadRecord]]:
-    return read if action == "skip" else lambda: raising(read())
+def _hub_records(dataset: str, config: str | None, split: str, text_column: str, streaming: bool) -> Records:
+    """Yield the documents of a split, and a `BadRecord` for each row without a text."""
+    import datasets
+
+    name = f"dataset {dataset!r}" + (f", config {config!r}" if config else "") + f", split {split!r}"
+    with contextlib.ExitStack() as stack:
+        path = dataset
+        if os.path.isdir(dataset):
+            path = stack.enter_context(literal_directory(dataset))
+            # A cache of temporary links would be found by no later run.
+            streaming = streaming or path != os.path.realpath(dataset)
+        # Every loader and file system behind `datasets` has its own exceptions: all of them mean that it cannot
+        # be read.
+        try:
+            rows = iter(datasets.load_dataset(path, config, split=split, streaming=streaming))
+        except Exception as error:
+            raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
+        # An open parquet reader would hang the process at exit.
+        stack.callback(getattr(rows, "close", lambda: None))
+        for number in itertools.count(1):
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise InputError(f"{name}: row {number} cannot be read: {one_line(error)}") from error
+            if row is None:
+                return
+            found = document_of(row, text_column, name, f"row {number}", f"{name}, row {number}")
+            if found is not None:
+                yield found
+
+
+def _opening(on_bad_record: OnBadRecord, read: Callable[[], Records]) -> Callable[[], Records]:
+    """Return a function that opens records, and raises InputError for the first bad one unless they are skipped."""
+
+    def records() -> Records:
+        for record in read():
+            if isinstance(record, BadRecord):
+                raise InputError(f"{record.message}; fix it, or leave out bad records with `on_bad_record` skip")
+            yield record
+
+    return read if on_bad_record == "skip" else records
 
 
 def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
-    """Return the setting for an identity; without it where it is the default, so that older caches are found."""
+    """Return the argument for an identity; without it where it is the default, so that older caches are found."""
     return {} if on_bad_record == "error" else {"on_bad_record": on_bad_record}
 
 
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
-    """Of all files in a local directory that ``datasets`` loads, at any depth."""
+    """Return the identities of all files in a local directory that ``datasets`` loads, at any depth."""
     files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names]
     return [file_identity(file) for file in sorted(files)]
 

@@ -9,13 +9,13 @@ _PROBES = ("{0}", " {0}", "{0} ", "a {0} b", "a{0}b", "{0}{0}", "({0})", "\n{0}\
 def read_literally(pretrained: Any) -> Any:
     """Return a fast tokenizer of ``transformers`` that encodes text which spells a special token as other text.
 
-    Most tokenizers find special tokens in text before their model sees it; that is switched off, as
+    Most tokenizers look for special tokens before their model sees the text; that is switched off, as
     ``split_special_tokens`` does. A model that has the token among its words or pieces (WordPiece, unigram) may still
-    give it; then a step before the model parts the first character of such text from the rest. The unknown token is
-    left alone: it stands for characters, not for what is written.
+    give it; then a pre-tokenizer splits the first character of such text from the rest. The unknown token is not
+    looked at: it stands for any characters.
 
     Args:
-        pretrained: changed in place, and not to be used again.
+        pretrained: a fast tokenizer (modified in place; use the returned one instead).
 
     Raises:
         ValueError: the text cannot be kept from becoming a special token, which the message names.
@@ -23,13 +23,13 @@ def read_literally(pretrained: Any) -> Any:
     backend = pretrained.backend_tokenizer
     tokens = special_tokens(pretrained)
     backend.encode_special_tokens = True
-    found = [token for token in tokens if _arises(backend, token)]
-    if not found:
+    spelled_tokens = [token for token in tokens if _spells(backend, token)]
+    if not spelled_tokens:
         return pretrained
-    _part(backend, found)
-    left = next((token for token in found if _arises(backend, token)), None)
-    if left is not None:
-        raise ValueError(f"text that spells {left!r} becomes that token")
+    _split_spellings(backend, spelled_tokens)
+    for token in spelled_tokens:
+        if _spells(backend, token):
+            raise ValueError(f"text that spells {token!r} becomes that token")
     return _as_generic(pretrained)
 
 
@@ -46,13 +46,14 @@ def spelled(tokens: Any) -> list[str]:
     return [probe.format(token) for token in tokens for probe in _PROBES]
 
 
-def _arises(backend: Any, token: str) -> bool:
+def _spells(backend: Any, token: str) -> bool:
+    """Return whether text that spells a token is encoded as it."""
     unwanted = backend.token_to_id(token)
     encodings = backend.encode_batch_fast(spelled([token]), add_special_tokens=False)
     return any(unwanted in encoding.ids for encoding in encodings)
 
 
-def _part(backend: Any, tokens: list[str]) -> None:
+def _split_spellings(backend: Any, tokens: list[str]) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     ends = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens if len(token) > 1]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.data.parts import read_index
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.parts import SplitTokens, read_index
+from stacey_dist.data.verify import check_size
+from stacey_dist.errors import InputError
 
 IGNORED_LABEL = -100
 """The label of padding, which torch's cross entropy leaves out."""
@@ -25,7 +26,7 @@ class TokenStream:
     `identity` is a text that differs where the tokens, the tokenizer or the number of records that were skipped
     differ, wherever their files lie.
 
-    It can be pickled, for loader processes, which map the files anew.
+    It can be pickled, for loader processes, which map the files again.
 
     Args:
         directory: what `prepare` returned.
@@ -33,23 +34,27 @@ class TokenStream:
         sequence_length: L, at least 1.
 
     Raises:
-        SettingsError: the directory is not a complete one, a part is missing or has another size than
+        InputError: the directory is not a complete one, a part is missing or has another size than
             recorded, the split has fewer than two tokens, or sequence_length is below 1.
     """
 
     def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
         if sequence_length < 1:
-            raise SettingsError(f"sequence_length must be at least 1, got {sequence_length}")
+            raise InputError(f"sequence_length: {sequence_length} is not allowed; it must be at least 1")
         self.directory = Path(directory)
         self.split = split
         self.sequence_length = sequence_length
         index = read_index(self.directory)
         if split not in index["splits"]:
-            raise SettingsError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
+            raise InputError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
         parts = index["splits"][split]["parts"]
-        dtype = np.dtype(index["dtype"])
-        self._parts = [_map(self.directory / part["name"], part["tokens"], dtype) for part in parts]
-        self._starts = np.cumsum([0] + [part["tokens"] for part in parts])
+        for part in parts:
+            if damaged := check_size(self.directory, index, split, part):
+                raise InputError(
+                    f"{self.directory / part['name']} {damaged.reason}; `stacey-dist prepare` prepares it again, or "
+                    f"delete {self.directory}"
+                )
+        self._tokens = SplitTokens(self.directory, parts, np.dtype(index["dtype"]))
         skipped = index.get("skipped", {}).get("count", 0)
         content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
         self.identity: str = json.dumps(
@@ -57,9 +62,9 @@ class TokenStream:
         )
         self.vocab_size: int = index["vocab_size"]
         self.end_token_id: int = index["end_token_id"]
-        self.tokens: int = int(self._starts[-1])
+        self.tokens = len(self._tokens)
         if self.tokens < 2:
-            raise SettingsError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
+            raise InputError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
 
     @property
     def total_labels(self) -> int:
@@ -75,7 +80,8 @@ class TokenStream:
         Raises:
             IndexError: i is not in [0, len(self)).
         """
-        self._check(i)
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
         return min(self.sequence_length, self.total_labels - i * self.sequence_length)
 
     def window(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -85,7 +91,7 @@ class TokenStream:
 
         Raises:
             IndexError: i is not in [0, len(self)).
-            SettingsError: an id is not in the vocabulary.
+            InputError: an id is not in the vocabulary.
         """
         count = self.label_count(i)
         start = i * self.sequence_length
@@ -98,37 +104,16 @@ class TokenStream:
         return inputs, labels
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling a memory map would copy its content.
+        # A pickle of a memory map would hold all tokens.
         return TokenStream, (self.directory, self.split, self.sequence_length)
 
-    def _check(self, i: int) -> None:
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-
     def _read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return tokens [start, stop) as int64, from as many parts as they lie in."""
-        result = np.empty(stop - start, dtype=np.int64)
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
-        at = start
-        while at < stop:
-            end = min(stop, int(self._starts[part + 1]))
-            offset = int(self._starts[part])
-            result[at - start : end - start] = self._parts[part][at - offset : end - offset]
-            at, part = end, part + 1
-        if result.size and result.max() >= self.vocab_size:
+        """Return tokens [start, stop) as int64."""
+        result = self._tokens.read(start, stop).astype(np.int64)
+        if result.max() >= self.vocab_size:
             # An embedding on a GPU would end the process without a word about the data.
-            raise SettingsError(
+            raise InputError(
                 f"{self.directory}: {self.split} holds the token id {result.max()}, and the vocabulary ends at "
-                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` makes what is damaged anew"
+                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` prepares damaged parts again"
             )
         return result
-
-
-def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size = path.stat().st_size if path.exists() else 0
-    if size != tokens * dtype.itemsize:
-        raise SettingsError(
-            f"{path} has {size} bytes where {tokens * dtype.itemsize} were written: "
-            f"it was truncated or altered; `stacey-dist prepare` makes it anew, or delete {path.parent}"
-        )
-    return np.memmap(path, dtype=dtype, mode="r")

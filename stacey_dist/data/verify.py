@@ -1,11 +1,10 @@
-"""Parts of prepared tokens are compared with what was written, and made anew where they differ."""
+"""Verify that parts of prepared tokens are what was written."""
 
 import contextlib
 import os
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from stacey_dist.data.parts import ASIDE, encode_ids, read_index, split_of
-from stacey_dist.data.readahead import read_ahead
-from stacey_dist.data.source import Source
-from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.parts import ASIDE, read_index
+from stacey_dist.errors import InputError
 
 _CHUNK = 2**23
 """Bytes that are read at once."""
@@ -35,21 +31,20 @@ class DamagedPart:
 
     Attributes:
         split: ``train`` or ``validation``.
-        name: of its file.
-        tokens: how many it should hold.
-        crc32: of its bytes as they should be.
-        start: where in the documents it begins, as the index has it; None where it has not.
+        entry: what the index says of it: ``name``, ``tokens``, ``crc32``, and where its documents ``start``.
         reason: what is wrong, as a predicate.
         inode: of the file that was read, where it was.
     """
 
     split: str
-    name: str
-    tokens: int
-    crc32: int | None
-    start: dict[str, Any] | None
+    entry: dict[str, Any]
     reason: str
     inode: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return str(self.entry["name"])
 
 
 def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
@@ -60,11 +55,11 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
         whole: read all of them, and not only their sizes.
 
     Raises:
-        SettingsError: the index is damaged, or a part that is as it was written has an id that is not in the
+        InputError: the index is damaged, or a part that is as it was written has an id that is not in the
             vocabulary.
     """
     index = read_index(directory)
-    check = _verify if whole else _check_size
+    check = _verify if whole else check_size
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
         found = pool.map(lambda each: check(directory, index, *each), _parts(index))
         return [part for part in found if part is not None]
@@ -73,7 +68,7 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
 class Verification:
     """Reads all parts of a directory in threads, beside training.
 
-    A damaged part is put aside under another name, so that the next start makes it anew.
+    A damaged part is put aside under another name, so that the next start prepares it again.
 
     Args:
         directory: as `prepare` returns it.
@@ -82,7 +77,7 @@ class Verification:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._index = read_index(directory)
-        self._pending = deque(_parts(self._index))
+        self._pending = iter(list(_parts(self._index)))
         self._errors: list[str] = []
         self._waited = False
         # Daemons: a run that ends does not wait for them.
@@ -91,7 +86,7 @@ class Verification:
             thread.start()
 
     def check(self, *, finish: bool = False) -> None:
-        """Raise SettingsError if damage has been found so far.
+        """Raise InputError if damage has been found so far.
 
         The first call waits some seconds, in which all parts of a small directory are read. With ``finish``, the call
         waits for all of them.
@@ -102,87 +97,20 @@ class Verification:
                 thread.join(None if finish else max(0.0, deadline - time.monotonic()))
             self._waited = True
         if self._errors:
-            raise SettingsError(
-                f"{'; '.join(self._errors)}: the run stops, and the next start makes it anew. A checkpoint that was "
-                "saved since this start may have been trained on other text"
+            raise InputError(
+                f"{'; '.join(self._errors)}: the run stops, and the next start prepares it again. A checkpoint that "
+                "was saved since this start may have been trained on other text"
             )
 
     def _work(self) -> None:
-        with contextlib.suppress(IndexError):  # of an empty deque
-            while True:
-                split, part = self._pending.popleft()
-                try:
-                    damaged = _verify(self._directory, self._index, split, part)
-                    if damaged is not None:
-                        _put_aside(self._directory / damaged.name, damaged.inode)
-                        self._errors.append(f"{self._directory / damaged.name} {damaged.reason}")
-                except (OSError, SettingsError) as error:
-                    self._errors.append(f"{self._directory / part['name']}: {error}")
-
-
-def make_anew(directory: Path, part: DamagedPart, source: Source, tokenizer: Tokenizer, validation_every: int) -> None:
-    """Encode the documents of a damaged part again, and replace it.
-
-    Args:
-        directory: as `prepare` returns it, locked by the caller.
-        part: what to make; it has a start.
-        source: as for `prepare`.
-        tokenizer: as for `prepare`.
-        validation_every: as for `prepare`.
-
-    Raises:
-        SettingsError: the text cannot be read, or gives other tokens than it did.
-    """
-    path = directory / part.name
-    temporary = path.with_name(path.name + ".tmp")
-    tokens, crc = 0, 0
-    with open(temporary, "wb") as file:
-        for document in _documents(directory, part, source, tokenizer, validation_every):
-            content = encode_ids(document[: part.tokens - tokens], tokenizer.vocab_size)
-            file.write(content)
-            tokens, crc = tokens + min(len(document), part.tokens - tokens), zlib.crc32(content, crc)
-            if tokens == part.tokens:
-                break
-        file.flush()
-        os.fsync(file.fileno())
-    if (tokens, crc) != (part.tokens, part.crc32):
-        temporary.unlink()
-        raise SettingsError(
-            f"{path} {part.reason}, and the text gives other tokens now than when it was made; delete {directory} to "
-            "have all of it prepared anew"
-        )
-    os.replace(temporary, path)
-    path.with_name(path.name + ASIDE).unlink(missing_ok=True)
-
-
-def _documents(
-    directory: Path, part: DamagedPart, source: Source, tokenizer: Tokenizer, validation_every: int
-) -> Iterator[list[int]]:
-    """Yield the documents of a part's split from where the part begins."""
-    start = part.start
-    assert start is not None
-    inputs = source.inputs if start["pass"] == "train" else source.validation_inputs
-    assert inputs is not None
-    held_out = validation_every if source.validation_inputs is None else None
-    records = read_index(directory)["inputs"][start["pass"]]
-    number, skip, read = sum(_documents_in(record) for record in records[: start["input"]]), start["skip"], 0
-    if start["input"] < len(records) and records[start["input"]]["read"] == _documents_in(records[start["input"]]):
-        # Every document that was read is in the parts: those before need not be encoded.
-        read, number, skip = skip, number + skip, 0
-    with read_ahead(inputs[start["input"] :], read) as batches:
-        for batch in batches:
-            for tokens in tokenizer.encode_batch(batch.texts):
-                if not tokens:
-                    continue
-                if skip == 0 and split_of(start["pass"], held_out, number) == part.split:
-                    yield [*tokens, tokenizer.end_token_id]
-                number, skip = number + 1, max(0, skip - 1)
-            if batch.error is not None:
-                raise batch.error
-
-
-def _documents_in(record: dict[str, Any]) -> int:
-    return sum(mark["documents"] for mark in record["splits"].values())
+        for split, part in self._pending:
+            path = self._directory / part["name"]
+            try:
+                if damaged := _verify(self._directory, self._index, split, part):
+                    _put_aside(path, damaged.inode)
+                    self._errors.append(f"{path} {damaged.reason}")
+            except (OSError, InputError) as error:
+                self._errors.append(f"{path}: {error}")
 
 
 def _parts(index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,18 +119,22 @@ def _parts(index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield split, part
 
 
-def _check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
+def check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
     """Return a part that is not there or has another size than recorded."""
     path, size = directory / part["name"], part["tokens"] * np.dtype(index["dtype"]).itemsize
     if not path.exists():
-        return _damaged(split, part, "is missing")
+        return DamagedPart(split, part, "is missing")
     found = path.stat().st_size
-    return None if found == size else _damaged(split, part, f"has {found} bytes where {size} were written")
+    return None if found == size else DamagedPart(split, part, f"has {found} bytes where {size} were written")
 
 
 def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
-    """Return a part that is not what was written. Raises SettingsError for one that is, with ids that are none."""
-    if wrong := _check_size(directory, index, split, part):
+    """Return a part that is not what was written.
+
+    Raises:
+        InputError: it is what was written, and has an id that is not in the vocabulary.
+    """
+    if wrong := check_size(directory, index, split, part):
         return wrong
     dtype, vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
     crc, largest = 0, 0
@@ -213,21 +145,17 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
             crc = zlib.crc32(buffer[:count], crc)
             largest = max(largest, int(np.frombuffer(buffer[: count - count % dtype.itemsize], dtype).max(initial=0)))
     if crc != part.get("crc32", crc):
-        return _damaged(split, part, "has another content than was written", inode)
+        return DamagedPart(split, part, "does not hold what was written", inode)
     if largest >= vocab_size:
-        raise SettingsError(
+        raise InputError(
             f"{directory / part['name']} holds the token id {largest}, and the vocabulary ends at {vocab_size - 1}; "
-            f"delete {directory} to have it prepared anew"
+            f"delete {directory} to prepare it again"
         )
     return None
 
 
-def _damaged(split: str, part: dict[str, Any], reason: str, inode: int | None = None) -> DamagedPart:
-    return DamagedPart(split, part["name"], part["tokens"], part.get("crc32"), part.get("start"), reason, inode)
-
-
 def _put_aside(path: Path, inode: int | None) -> None:
-    """Rename a damaged part, unless another process has done that or has made it anew."""
+    """Rename a damaged part, unless another process has done that or has prepared it again."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_ino == inode:
             os.replace(path, path.with_name(path.name + ASIDE))

@@ -28,7 +28,7 @@ def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.
     share = (lr / reference).to(dtype)
     whole, fraction = (part.double() for part in log2_parts(share))
     alpha_whole, alpha_fraction = log2_in_parts(alpha)
-    fraction += alpha_fraction  # within [-1, 2]: its integer goes to the whole
+    fraction += alpha_fraction  # within [-1, 2]; its integer part is moved to `whole`
     carry = fraction.round()
     whole = (whole + alpha_whole + carry).clamp(max=MAX_LOG2_ALPHA)
     share = share.double()

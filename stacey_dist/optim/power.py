@@ -58,7 +58,7 @@ def multiply_add(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     product = a.to(torch.float64).mul_(_rounded(b))
     c = _rounded(c)
     total = product + c
-    # A GPU is not waited for, and a compiler does not see values: there every sum is taken for a tie.
+    # Looking at values would wait for a GPU, and a compiler has none: there every sum is treated as a tie.
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and not _may_have_ties(total):
         return total.to(torch.float32)
     # The sum is rounded to odd: its last bit is 1 where it is not exact, which keeps the final rounding to float32 from

@@ -21,8 +21,8 @@ def support_in_deepspeed(optimizer_class: type[Optimizer]) -> None:
     supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None and optimizer_class not in supported:
         supported.append(optimizer_class)
-    # Stage 0 in bf16 and fp16 makes an update with zero gradients at the full lr before the first real one, to have
-    # the states made. It would count, decay and couple; ours make their states when they need them.
+    # Stage 0 in bf16 and fp16 makes an update with zero gradients at the full lr before the first real one, to create
+    # the states. It would count a step, decay and couple; ours create their states in their first step.
     unfused = sys.modules.get("deepspeed.runtime.fp16.unfused_optimizer")
     wrapper = getattr(unfused, "FP16_UnfusedOptimizer", None)
     if wrapper is not None and not hasattr(wrapper.initialize_optimizer_states, "skipped_for"):

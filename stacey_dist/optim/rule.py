@@ -31,9 +31,9 @@ from stacey_dist.optim.power import (
 
 Variant = Literal["p2", "pp", "2p"]
 
-# What rounds to a half in float32, in which kernels have beta.
+# The smallest number that rounds to 1/2 in float32, the dtype in which kernels compare beta.
 HALF = 0.5 - 2.0**-26
-# Of the logarithm of alpha in a mirror step: alpha |c| then has an exponent that `power.exp2_times` takes.
+# The largest log2(alpha) in a mirror step: `power.exp2_times` takes the exponent of alpha |c| then.
 MAX_LOG2_ALPHA = 120.0
 
 

@@ -21,7 +21,8 @@ from stacey_dist.optim.group_settings import (
     rule_lr,
     state_dtype,
 )
-from stacey_dist.optim.kernels import Call, NoKernelError
+from stacey_dist.optim.kernels import Call, NoKernelError, Row
+from stacey_dist.optim.memory import local
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
 
@@ -157,7 +158,8 @@ class Stacey(ElementwiseOptimizer):
         on_gpu = not isinstance(lr, Tensor) or lr.device.type == "cuda"
         require(self, on_gpu, "lr", lr, "a tensor must be on the GPU with capturable=True")
 
-    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return z, a copy of the parameter or zeros, and m, zeros."""
         dtype = state_dtype(group)
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
@@ -173,6 +175,9 @@ class Stacey(ElementwiseOptimizer):
             names = " and ".join(map(str, refused))
             raise RuntimeError(f"Stacey: fused=True, but {names} is neither float32 nor bfloat16; use fused=None")
         self._step_supports_amp_scaling = True  # as in torch's: GradScaler sets grad_scale and found_inf
+
+    def _row(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> Row:
+        return Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
 
     def _kernel_call(self, group: dict[str, Any]) -> Call | None:
         if group["fused"] is False:

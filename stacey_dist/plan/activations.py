@@ -47,7 +47,7 @@ class Activations:
 def activations(
     model: Llama, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: bool
 ) -> Activations:
-    """Of a micro-batch of `sequences` sequences of `length` tokens."""
+    """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens."""
     tokens, hidden = sequences * length, model.hidden
     size = FLOAT if arithmetic == "float32" else 2
     stream = 2 if arithmetic == "low" else FLOAT  # an element of the residual stream

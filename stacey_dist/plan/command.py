@@ -110,7 +110,7 @@ def _links(gpu: Gpu) -> str:
 
 
 def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
-    """Options without a dot are of this command; those with one are the configuration's, which checks them."""
+    """Raise SettingsError for an unknown option without a dot; those with one are settings, which are checked later."""
     known = [option for action in parser._actions for option in action.option_strings]
     for argument in others:
         name = argument.partition("=")[0]

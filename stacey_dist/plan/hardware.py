@@ -62,7 +62,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name. Raises SettingsError, with the nearest name, for another one."""
+    """Return the GPU of this name. Raises SettingsError, with the nearest name, for another one."""
     if name not in GPUS:
         raise unknown("--gpu", name, GPUS, spelled=name.lower(), cutoff=0.3)
     return GPUS[name]

@@ -35,18 +35,18 @@ class RankMemory:
 
 
 def single(job: Job, rank: int) -> RankMemory:
-    """One process: everything, in the dtype in which it was made; autocast casts on the way."""
+    """Return what one process keeps: everything, in the dtype in which it was made; autocast casts on the way."""
     elements = job.model.elements
     return RankMemory(_parts(job, elements * job.weight_bytes, elements * job.weight_bytes, 0, elements))
 
 
 def ddp(job: Job, rank: int) -> RankMemory:
-    """DDP: the same, and buckets in which gradients travel (torch's `gradient_as_bucket_view` is off)."""
+    """Return what DDP keeps: the same, and buckets for gradients (torch's `gradient_as_bucket_view` is off)."""
     return replace(single(job, rank), buffers={"gradient buckets": job.model.elements * job.weight_bytes})
 
 
 def zero_redundancy(job: Job, rank: int) -> RankMemory:
-    """DDP, with the states of the parameters that this rank updates."""
+    """Return what DDP keeps, with the states of the parameters that this rank updates alone."""
     memory, owned = ddp(job, rank), owned_elements(job)[rank]
     return replace(memory, device=memory.device | {name: size * owned for name, size in job.state_bytes.items()})
 
@@ -64,13 +64,13 @@ def owned_elements(job: Job) -> list[int]:
 
 
 def zero1(job: Job, rank: int) -> RankMemory:
-    """DeepSpeed ZeRO-1: whole weights; whole gradients until the last micro-batch reduces them."""
+    """Return what ZeRO-1 keeps: as ZeRO-2, and whole gradients until the last micro-batch reduces them."""
     buffers = {"gradient bucket": BUCKET * job.compute_bytes, "whole gradients": job.model.elements * job.compute_bytes}
     return replace(zero2(job, rank), buffers=buffers)
 
 
 def zero2(job: Job, rank: int) -> RankMemory:
-    """DeepSpeed ZeRO-2: flat groups, padded to 2 elements a rank, and one slice of each a rank's own.
+    """Return what ZeRO-2 keeps: flat groups, padded to 2 elements a rank, and one slice of each a rank's own.
 
     The gradients of a slice are kept with all of the parameters that it cuts through. From the second micro-batch of
     an update on, its gradients are added to the first one's: there are two.
@@ -100,7 +100,7 @@ def flat_slices(job: Job) -> list[int]:
 
 
 def zero3(job: Job, rank: int) -> RankMemory:
-    """DeepSpeed ZeRO-3: each parameter padded to a multiple of the ranks and cut."""
+    """Return what ZeRO-3 keeps: each parameter padded to a multiple of the ranks and cut."""
     owned, compute = sum(map(sum, cut_parameters(job))), job.compute_bytes
     largest = 0
     for group in cut_parameters(job):
@@ -114,7 +114,7 @@ def zero3(job: Job, rank: int) -> RankMemory:
 
 
 def zero3_offload(job: Job, rank: int) -> RankMemory:
-    """ZeRO-3 with its slices in host memory; the device has what is gathered, and the gradients' bucket.
+    """Return what ZeRO-3 keeps with its slices in host memory; the device has gathered weights and the bucket.
 
     The host has the gradients twice: as they come, and in float32 for the update.
     """
@@ -129,7 +129,7 @@ def cut_parameters(job: Job) -> list[list[int]]:
 
 
 def fsdp2(job: Job, rank: int) -> RankMemory:
-    """FSDP2: rows of each parameter; weights and gradients padded to equal numbers of rows, the states not."""
+    """Return what FSDP2 keeps: rows of each parameter; weights and gradients with padding to equal numbers of rows."""
     ranks, rank = job.shard_ranks, rank % job.shard_ranks
     padded = own = 0
     for parameter in job.model.parameters:

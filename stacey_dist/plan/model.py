@@ -55,7 +55,7 @@ class Llama:
         return [norm, Parameter("lm_head.weight", (self.vocabulary, self.hidden))]
 
     def layer(self, index: int = 0) -> list[Parameter]:
-        """The parameters of a layer."""
+        """Return the parameters of a layer."""
         hidden, wide, keys = self.hidden, self.intermediate, self.key_value_heads * self.head_size
         shapes: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (hidden, hidden),
@@ -84,7 +84,7 @@ class Llama:
         return [self.embedding, *layers, *last]
 
     def groups(self, *, decay_norms: bool) -> list[list[Parameter]]:
-        """The optimizer's groups: with weight decay, and (norms, unless they decay too) without."""
+        """Return the optimizer's groups: with weight decay, and (norms, unless they decay too) without."""
         matrices = [p for p in self.parameters if len(p.shape) > 1 or decay_norms]
         norms = [p for p in self.parameters if len(p.shape) == 1 and not decay_norms]
         return [matrices, norms] if norms else [matrices]
@@ -101,13 +101,13 @@ class Llama:
         return layers + self.vocabulary * self.hidden
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of forward and backward on a token, as `train_llm.py` counts them for its MFU."""
+        """Return the floating-point operations of forward and backward on a token, as in the MFU of `train_llm.py`."""
         weights = self.elements - (0 if self.tied else self.embedding.elements)
         return flops_per_token(weights, self.layers, self.hidden, length)
 
 
 def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:
-    """The model of a configuration.
+    """Return the model of a configuration.
 
     Raises SettingsError if the vocabulary's size stands neither there nor in `vocabulary` (tokens).
     """

@@ -70,7 +70,7 @@ class Speed:
         return self.arithmetic[1] + self.communication + self.optimizer
 
     def mfu(self, seconds: float) -> float:
-        """Share of the GPUs' peak that an update of so many seconds makes use of."""
+        """Return the share of the GPUs' peak that an update of so many seconds uses."""
         return self.flops / seconds / self.peak_flops
 
 

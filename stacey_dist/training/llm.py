@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from stacey_dist.data.lock import making
-from stacey_dist.data.prepare import prepare, skipped_records
+from stacey_dist.data.cache import prepare, skipped_records
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
+from stacey_dist.errors import settings_errors
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.launch import loads_weights_from_rank0
@@ -31,6 +32,24 @@ from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
+
+# The settings that give the arguments of data functions.
+_SETTINGS = {
+    "files": "data.files",
+    "validation_files": "data.validation_files",
+    "dataset": "data.dataset",
+    "validation_split": "data.dataset_validation_split",
+    "on_bad_record": "data.on_bad_record",
+    "max_tokens": "data.max_tokens",
+    "validation_every": "data.validation_every",
+    "cache_dir": "data.cache_dir",
+    "vocab_size": "tokenizer.vocab_size",
+    "path": "tokenizer.file",
+    "name_or_directory": "tokenizer.name",
+}
+
+_COMPARED_WINDOWS = 1024
+"""An exported tokenizer is compared on the text of so many windows."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +102,19 @@ def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenize
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
-    source = _source(data)
-    tokenizer = _tokenizer(config, source, cache)
-    directory = prepare(
-        source,
-        tokenizer,
-        cache,
-        max_tokens=data.max_tokens,
-        validation_every=data.validation_every,
-        verify=verify,
-    )
+    with settings_errors(_SETTINGS):
+        source = _source(data)
+        tokenizer = _tokenizer(config, source, cache)
+        directory = prepare(
+            source,
+            tokenizer,
+            cache,
+            max_tokens=data.max_tokens,
+            validation_every=data.validation_every,
+            verify=verify,
+        )
     if skipped := skipped_records(directory):
-        print(skipped, file=sys.stderr, flush=True)
+        print(f"data.on_bad_record skip: {skipped}", file=sys.stderr, flush=True)
     return directory, tokenizer
 
 
@@ -122,7 +142,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
     # Trained once for this data and size, then found again.
     identity = json.dumps([source.identity, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    with making(directory, "data.cache_dir", "make room", announce=True):
+    with locked_directory(directory, "cache_dir", "make room", announce=True):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
@@ -273,12 +293,18 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
 
     def save_tokenizer(directory: Path) -> None:
         assert data.tokenizer is not None  # the main process has it
-        data.tokenizer.save(directory)
+        data.tokenizer.save(directory, _some_texts(data.train, data.tokenizer))
 
     run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
     run.say(f"\nsample: {sample(run, engine, data)}\n")
     return f"model and tokenizer for transformers: {exported}"
+
+
+def _some_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
+    """Return the text of windows from all over the tokens, on which an exported tokenizer is compared."""
+    windows = np.unique(np.linspace(0, len(stream) - 1, _COMPARED_WINDOWS, dtype=np.int64))
+    return [tokenizer.decode(stream.window(int(i))[0].tolist()) for i in windows]
 
 
 def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:

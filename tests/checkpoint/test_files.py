@@ -9,6 +9,7 @@ import torch
 
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import (
+    BackgroundSaver,
     DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
@@ -63,6 +64,18 @@ def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
             restored = other_optimizer.state[b][key]
             assert value.dtype == restored.dtype
             assert torch.equal(value, restored)
+
+
+def test_paths_may_be_text(tmp_path):
+    model = make_model()
+    optimizer = Stacey(p for p in model.parameters() if p.requires_grad)
+    path = save_checkpoint(str(tmp_path / "step_00000001"), model, optimizer)
+    saver = BackgroundSaver()
+    saver.save(str(tmp_path / "step_00000002"), model, optimizer)
+    saver.wait()
+    for found in (path, tmp_path / "step_00000002"):
+        assert load_checkpoint(str(found), model, optimizer)["files"] == verify(str(found))["files"]
+        assert torch.equal(read_tensors(str(found))["model/0.weight"], model[0].weight)
 
 
 def test_buffers_and_tied_parameters_are_saved_once(tmp_path):

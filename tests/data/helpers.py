@@ -3,11 +3,13 @@
 import gzip
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data import Document, Input, Source
+from stacey_dist.data import Document, Input, Source, hub_source
+from stacey_dist.data.source import _opening
+from stacey_dist.data.text import Records, read_records
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -22,7 +24,6 @@ class ByteTokenizer:
         self.vocab_size = vocab_size
         self.end_token_id = 256
         self.fingerprint = fingerprint
-        self.difference: str | None = None
         self.encoded = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -32,8 +33,18 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         raise NotImplementedError
+
+
+def read_documents(files: Sequence[str], column: str) -> Iterator[Document]:
+    """Yield the documents of files, and raise InputError for the first bad record, as a source does."""
+    for file in files:
+        yield from _opening("error", lambda file=file: read_records(file, column))()  # type: ignore[misc]
+
+
+def hub_documents(dataset: str, config: str | None, split: str, column: str, streaming: bool) -> Records:
+    return hub_source(dataset, config, split, None, column, streaming).inputs[0].records()
 
 
 def list_input(texts: list[str], name: str = "list") -> Input:

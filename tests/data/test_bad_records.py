@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stacey_dist.data import BadRecord, Document, TokenStream, files_source, prepare, read_records
-from stacey_dist.data.prepare import skipped_records
+from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer
 
 GOOD = b'{"text": "good"}\n'
@@ -21,7 +21,7 @@ LINES = {
     "two on a line": (GOOD[:-1] + GOOD, "not one JSON object a line"),
     "a list": (b'["text"]', "expected one JSON object a line, got list"),
     "a string": (b'"text"', "expected one JSON object a line, got str"),
-    "no text": (b'{"body": "b"}', "no column 'text' (text_column); it has body"),
+    "no text": (b'{"body": "b", "url": "c"}', "no column 'text' (text_column); it has body, url"),
     "nothing": (b"{}", "no column 'text' (text_column); it has none"),
     "a number": (b'{"text": 3}', "column 'text' holds int, not a string"),
     "null": (b'{"text": null}', "column 'text' holds NoneType"),
@@ -58,7 +58,7 @@ def test_a_bad_line(tmp_path: Path, kind: str, ending: str) -> None:
     assert bad[0].startswith(f"{file}, line 3: {message}")
     assert len(bad[0].splitlines()) == 1
     assert len(bad[0]) < 400 + len(str(file))
-    with pytest.raises(SettingsError, match=r"line 3: .*; mend it, or leave such out with data\.on_bad_record skip"):
+    with pytest.raises(InputError, match=r"line 3: .*; fix it, or leave out bad records with `on_bad_record` skip"):
         list(files_source([str(file)], [], "text").documents())
     assert len(list(files_source([str(file)], [], "text", "skip").documents())) == 3
 
@@ -121,7 +121,7 @@ def test_blank_documents_and_lines_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("\n \n\u00a0\n")
     pq.write_table(pa.table({"text": BLANKS}), tmp_path / "d.parquet")
     for name in ("b.jsonl", "c.txt", "d.parquet"):
-        with pytest.raises(SettingsError, match=rf"{name}: no text in it"):
+        with pytest.raises(InputError, match=rf"{name}: no text in it"):
             records(tmp_path / name)
 
 
@@ -174,7 +174,7 @@ def test_skipped_records_are_counted_named_and_part_of_the_identity(tmp_path: Pa
     directory = make(file, tmp_path / "skip")
     assert tokens(directory, "train") == tokens(whole, "train")
     line = str(skipped_records(directory))
-    assert line.startswith(f"data.on_bad_record skip: 7 bad records were left out; the first: {file}, line 4: ")
+    assert line.startswith(f"7 bad records were left out; the first: {file}, line 4: ")
     assert "line 8: " in line
     assert "line 9: " not in line
     assert TokenStream(directory, "train", 4).identity != TokenStream(whole, "train", 4).identity

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.data import Document, embedded, embedded_source, standard_library_documents
+from stacey_dist.data import Document, embedded_source, standard_library_documents
 from stacey_dist.data.embedded import _prose
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,11 +54,11 @@ def test_source() -> None:
 
 def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(SettingsError, match=f"{tmp_path} has none"):
+    with pytest.raises(InputError, match=f"{tmp_path} has none"):
         list(standard_library_documents())
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(SettingsError, match="pydoc_data"):
-        list(embedded.help_topics())
+    with pytest.raises(InputError, match="pydoc_data"):
+        list(standard_library_documents())
 
 
 def test_importing_the_package_is_cheap_and_reading_imports_nothing() -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stacey_dist.data import BadRecord, Document, files_source, read_records
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 CASES = [
     pytest.param(range(300), id="300"),
@@ -102,7 +102,7 @@ def check_the_error(file: Path, has_bad: bool) -> None:
     message = None
     try:
         list(files_source([str(file)], [], "text").documents())
-    except SettingsError as error:
+    except InputError as error:
         message = str(error)
     assert message is not None or not has_bad
     assert message is None or (str(file) in message and len(message.splitlines()) == 1)
@@ -113,7 +113,7 @@ def fuzz(seeds: range, file: Path, work: Callable[[random.Random], None]) -> Non
         try:
             work(random.Random(seed))
         except Exception as error:
-            if not (isinstance(error, SettingsError) and str(file) in str(error)):
+            if not (isinstance(error, InputError) and str(file) in str(error)):
                 raise AssertionError(f"seed {seed}") from error
 
 

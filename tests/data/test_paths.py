@@ -12,16 +12,16 @@ import pytest
 
 from stacey_dist.data import (
     TokenStream,
-    expand_files,
     files_source,
-    hub_documents,
     load_pretrained,
     load_sentencepiece,
     prepare,
     train_sentencepiece,
 )
-from stacey_dist.errors import SettingsError
-from tests.data.helpers import ByteTokenizer, list_source, texts
+from stacey_dist.data.paths import expand_files
+from stacey_dist.data.text import ENDINGS
+from stacey_dist.errors import InputError
+from tests.data.helpers import ByteTokenizer, hub_documents, list_source, texts
 
 NAMES = {
     "run[1]": "run1",
@@ -75,8 +75,8 @@ def test_files(name: str, tmp_path: Path, file: str) -> None:
 def test_patterns_in_a_folder_with_such_a_name(name: str, tmp_path: Path) -> None:
     for pattern in ("*.jsonl", "t?ain.jsonl", "train.[j]sonl", "**/*.jsonl"):
         assert read(f"{name}/{pattern}") == read(f"{tmp_path}/{name}/{pattern}") == ["right"]
-    with pytest.raises(SettingsError, match="matches no file"):
-        expand_files("data.files", [f"{name}/nothing*.jsonl"])
+    with pytest.raises(InputError, match="matches no file"):
+        expand_files("files", [f"{name}/nothing*.jsonl"], ENDINGS)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -100,10 +100,10 @@ def test_links_are_removed_and_are_not_made_in_such_a_place(tmp_path: Path, monk
     documents = hub_documents(str(tmp_path / "a[b]"), None, "train", "text", True)
     assert next(documents).text == "right"
     assert len(os.listdir(tmp_path / "tmp")) == 1
-    documents.close()  # type: ignore[attr-defined]
+    documents.close()
     assert os.listdir(tmp_path / "tmp") == []
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t*"))
-    with pytest.raises(SettingsError, match=r"^data\.dataset: .*a\[b\] has characters .* set TMPDIR to another"):
+    with pytest.raises(InputError, match=r"^dataset: .*a\[b\] has characters .* set TMPDIR to another"):
         next(hub_documents(str(tmp_path / "a[b]"), None, "train", "text", True))
 
 
@@ -145,8 +145,8 @@ def test_the_home_directory_and_a_folder_of_that_name(tmp_path: Path, monkeypatc
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(SettingsError, match=r"a\.jsonl is not a regular file"):
-        expand_files("data.files", [f"{tmp_path}/*.jsonl"])
+    with pytest.raises(InputError, match=r"a\.jsonl is not a regular file"):
+        expand_files("files", [f"{tmp_path}/*.jsonl"], ENDINGS)
     os.mkfifo(tmp_path / "a.model")
-    with pytest.raises(SettingsError, match=r"tokenizer\.file: .*a\.model is not a file"):
+    with pytest.raises(InputError, match=r"^path: .*a\.model is not a file"):
         load_sentencepiece(tmp_path / "a.model")

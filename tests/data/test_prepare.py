@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stacey_dist.data import Document, Input, Source, TokenStream, files_source, parts, preparation, prepare, readahead
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts, tree, write_c4
 
 
@@ -89,9 +89,9 @@ def test_limit_stops_reading_and_closes(tmp_path: Path) -> None:
 def test_reading_error_comes_through(tmp_path: Path) -> None:
     def bad() -> Iterator[Document]:
         yield Document("x", "s")
-        raise SettingsError("line 2 is bad")
+        raise InputError("line 2 is bad")
 
-    with pytest.raises(SettingsError, match="line 2 is bad"):
+    with pytest.raises(InputError, match="line 2 is bad"):
         prepare(Source([Input(bad, "b")], "b"), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
 
 
@@ -99,11 +99,11 @@ def test_validation_that_cannot_be_read_is_said_before_training_text_is_read(tmp
     tokenizer = ByteTokenizer()
 
     def bad() -> Iterator[Document]:
-        raise SettingsError("no such split")
+        raise InputError("no such split")
         yield
 
     source = Source([list_input(texts(50))], "v", validation_inputs=[Input(bad, "bad")])
-    with pytest.raises(SettingsError, match="no such split"):
+    with pytest.raises(InputError, match="no such split"):
         prepare(source, tokenizer, tmp_path, max_tokens=None, validation_every=2)
     assert tokenizer.encoded == 0
 
@@ -179,14 +179,14 @@ def test_dtype_follows_vocabulary(tmp_path: Path) -> None:
 )
 def test_too_little_text(tmp_path: Path, source: Source, word: str) -> None:
     for _ in range(2):
-        with pytest.raises(SettingsError, match=f"0 tokens for {word}"):
+        with pytest.raises(InputError, match=f"0 tokens for {word}"):
             prepare(source, ByteTokenizer(), tmp_path, max_tokens=None, validation_every=100)
 
 
 @pytest.mark.parametrize("settings", [{"max_tokens": 1}, {"max_tokens": -5}, {"validation_every": 1}])
 def test_bad_settings(tmp_path: Path, settings: dict[str, int]) -> None:
     (name,) = settings
-    with pytest.raises(SettingsError, match=f"data.{name}.*{settings[name]}"):
+    with pytest.raises(InputError, match=f"^{name}: {settings[name]} is not allowed"):
         prepare(
             list_source(["a"]),
             ByteTokenizer(),
@@ -197,7 +197,7 @@ def test_bad_settings(tmp_path: Path, settings: dict[str, int]) -> None:
 
 def test_cache_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"data\.cache_dir"):
+    with pytest.raises(InputError, match=r"^cache_dir: .* cannot be made"):
         prepare(list_source(["a"]), ByteTokenizer(), tmp_path / "file", max_tokens=None, validation_every=9)
 
 
@@ -206,7 +206,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(parts.PartWriter, "append", full)
-    with pytest.raises(SettingsError, match=r"data\.cache_dir: the disk of .* is full; make room"):
+    with pytest.raises(InputError, match=r"^cache_dir: the disk of .* is full; make room"):
         prepare(list_source(texts(5)), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)
 
 
@@ -215,5 +215,5 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(SettingsError, match=r"has no flock \(Function not implemented; Lustre: .*data\.cache_dir"):
+    with pytest.raises(InputError, match=r"has no flock \(Function not implemented; Lustre: .*directory on another"):
         prepare(list_source(texts(5)), ByteTokenizer(), tmp_path, max_tokens=None, validation_every=2)

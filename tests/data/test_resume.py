@@ -83,7 +83,8 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     (killed / "train-00099.bin").write_bytes(b"junk")
     progress = json.loads((killed / "progress.json").read_text())
     finished = [record for records in progress["inputs"].values() for record in records]
-    done = sum(place["read"] for place in (*progress["position"].values(), *finished))
+    current = [place["current"] for place in progress["position"].values() if place["current"]]
+    done = sum(record["read"] for record in (*current, *finished))
     assert done > 0
     last = start(tmp_path / "killed", 0, kind)
     output = last.communicate()[0]
@@ -92,20 +93,22 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     assert int(output.split()[1]) <= everything - done + 20
 
 
-def test_damaged_progress_begins_anew(tmp_path: Path) -> None:
+def test_damaged_progress_starts_over(tmp_path: Path) -> None:
     whole = prepare(list_source(texts(90)), ByteTokenizer(), tmp_path / "a", max_tokens=None, validation_every=9)
     directory = tmp_path / "b" / whole.name
     directory.mkdir(parents=True)
-    state = {"documents": 30, "parts": [], "mark": {"documents": 30, "tokens": 10**6, "crc32": 0}}
+    state = {"documents": 30, "parts": []}
     good = {
-        "position": {"train": {"read": 30}, "validation": {}},
+        "position": {split: {"current": {}, "bytes": 0, "finished": False} for split in ("train", "validation")},
         "inputs": {"train": [], "validation": []},
-        "difference": None,
         "splits": {"train": state, "validation": state | {"documents": 0}},
     }
     longer_than_its_part = json.loads(json.dumps(good))
     longer_than_its_part["splits"]["train"]["parts"] = [{"name": "train-00000.bin", "tokens": 10**6, "crc32": 0}]
-    of_an_older_version = {"position": good["position"], "splits": good["splits"]}
+    places_of_an_older_version = {
+        split: {"input": 3, "read": 30, "bytes": 0, "finished": False} for split in good["splits"]
+    }
+    of_an_older_version = good | {"position": places_of_an_older_version}
     for progress in ("{", "{}", "[]", json.dumps(longer_than_its_part), json.dumps(of_an_older_version)):
         (directory / "progress.json").write_text(progress)
         (directory / "index.json").unlink(missing_ok=True)

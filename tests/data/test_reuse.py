@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from stacey_dist.data import files_source, parts, preparation, prepare, readahead, reuse
-from stacey_dist.data.prepare import skipped_records
+from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree, write_c4
 
 Prepared = tuple[Path, int]
@@ -72,7 +72,7 @@ def test_a_repaired_file_is_encoded_alone(make: Callable[..., Prepared], corpus:
     good = corpus[3].read_text()
     break_line(corpus[3], 31)
     tokenizer = ByteTokenizer()
-    with pytest.raises(SettingsError, match=rf"{corpus[3]}, line 31: not one JSON object a line .*on_bad_record skip"):
+    with pytest.raises(InputError, match=rf"{corpus[3]}, line 31: not one JSON object a line .*`on_bad_record` skip"):
         make(corpus, tokenizer=tokenizer)
     assert tokenizer.encoded == 150  # all that came before the bad line
     corpus[3].write_text(good)
@@ -85,7 +85,7 @@ def test_a_repaired_file_is_encoded_alone(make: Callable[..., Prepared], corpus:
 
 def test_after_a_bad_line_skipping_goes_on_from_there(make: Callable[..., Prepared], corpus: list[Path]) -> None:
     break_line(corpus[3], 31)
-    with pytest.raises(SettingsError):
+    with pytest.raises(InputError):
         make(corpus)
     directory, encoded = make(corpus, on_bad="skip")
     assert encoded == 199 - 150
@@ -135,6 +135,15 @@ def test_what_was_cut_at_a_limit_is_no_whole_input(make: Callable[..., Prepared]
     assert tree(directory) == from_nothing(make, corpus)
 
 
+def test_a_limit_at_the_end_of_a_document(make: Callable[..., Prepared], corpus: list[Path]) -> None:
+    """What was read of the training text until then is not counted for the first validation file."""
+    limit = sum(len(text.encode()) + 1 for text in texts(40, seed=0)[:20])
+    make(corpus[:2], validation=[corpus[4]], limit=limit)
+    directory, encoded = make(corpus[:2], validation=[corpus[4]])
+    assert encoded == 80  # the validation file is copied
+    assert tree(directory) == from_nothing(make, corpus[:2], validation=[corpus[4]])
+
+
 def test_damaged_or_foreign_tokens_are_not_taken(make: Callable[..., Prepared], corpus: list[Path]) -> None:
     first, _ = make(corpus)
     part = sorted(first.glob("train-*.bin"))[4]
@@ -156,7 +165,7 @@ def test_skipped_records_are_not_taken_for_an_error(make: Callable[..., Prepared
     break_line(corpus[1], 5, '{"text": null}')
     directory, encoded = make(corpus, on_bad="skip")
     assert encoded == 199
-    with pytest.raises(SettingsError, match=rf"{corpus[1]}, line 5: column 'text' holds NoneType"):
+    with pytest.raises(InputError, match=rf"{corpus[1]}, line 5: column 'text' holds NoneType"):
         make(corpus)
     again, encoded = make(corpus[:3], on_bad="skip")
     assert encoded == 0
@@ -170,7 +179,7 @@ def test_a_directory_in_use_is_not_removed(make: Callable[..., Prepared], corpus
 
     good = corpus[3].read_text()
     break_line(corpus[3], 31)
-    with pytest.raises(SettingsError):
+    with pytest.raises(InputError):
         make(corpus)
     (unfinished,) = corpus[0].parent.parent.joinpath("cache").iterdir()
     corpus[3].write_text(good)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist.data import IGNORED_LABEL, TokenStream
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 END = 9
 
@@ -74,34 +74,41 @@ def test_pickle_maps_instead_of_copying(tmp_path: Path) -> None:
     assert len(pickle.loads(pickled)) == len(stream)
 
 
+def test_a_part_that_is_put_aside_is_read_on(tmp_path: Path) -> None:
+    """One process finds the damage; the others stop where it says so, and not where the file is missing."""
+    stream = TokenStream(write(tmp_path, [[1, 2, 3], [4, 5, 6]]), "train", 5)
+    (tmp_path / "train-00001.bin").rename(tmp_path / "train-00001.bin.damaged")
+    assert stream.window(0)[1].tolist() == [2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("size", [0, 3, 5, 8])
 def test_altered_part_is_named(tmp_path: Path, size: int) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5, 6]])
     (tmp_path / "train-00001.bin").write_bytes(b"\1" * size)
-    with pytest.raises(SettingsError, match=r"train-00001\.bin.*delete"):
+    with pytest.raises(InputError, match=r"train-00001\.bin.*delete"):
         TokenStream(tmp_path, "train", 2)
 
 
 def test_missing_part_is_named(tmp_path: Path) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5, 6]])
     (tmp_path / "train-00000.bin").unlink()
-    with pytest.raises(SettingsError, match=r"train-00000\.bin.*delete"):
+    with pytest.raises(InputError, match=r"train-00000\.bin.*delete"):
         TokenStream(tmp_path, "train", 2)
 
 
 def test_bad_directories(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"index\.json"):
+    with pytest.raises(InputError, match=r"index\.json"):
         TokenStream(tmp_path, "train", 2)
     write(tmp_path, [[1]])
-    with pytest.raises(SettingsError, match="1 tokens"):
+    with pytest.raises(InputError, match="1 tokens"):
         TokenStream(tmp_path, "train", 2)
-    with pytest.raises(SettingsError, match="'test', only train"):
+    with pytest.raises(InputError, match="'test', only train"):
         TokenStream(tmp_path, "test", 2)
-    with pytest.raises(SettingsError, match="sequence_length"):
+    with pytest.raises(InputError, match="sequence_length"):
         TokenStream(tmp_path, "train", 0)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(SettingsError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         TokenStream(tmp_path, "train", 2)
     (tmp_path / "index.json").write_text('{"format": 0}')
-    with pytest.raises(SettingsError, match="format 0"):
+    with pytest.raises(InputError, match="format 0"):
         TokenStream(tmp_path, "train", 2)

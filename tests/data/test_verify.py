@@ -1,4 +1,4 @@
-"""Tokens that are not what was written are found, named, put aside, and made anew with the same bytes."""
+"""Tokens that are not what was written are found, named, put aside, and prepared again with the same bytes."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ import pytest
 
 from stacey_dist.data import Source, TokenStream, parts, preparation, prepare, readahead, verify
 from stacey_dist.data.verify import Verification, damaged_parts
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree
 
 
@@ -57,7 +57,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer, Dropping])
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("limit", [2345, 10**6])
-def test_every_part_is_made_anew_alone(
+def test_every_part_is_prepared_again_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: type[ByteTokenizer], separate: bool, limit: int
 ) -> None:
     directory = make(tmp_path, tokenizer(), separate, limit=limit)
@@ -72,11 +72,11 @@ def test_every_part_is_made_anew_alone(
         assert make(tmp_path, again, separate, check=True, limit=limit) == directory
         assert tree(directory) == whole
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert f"{directory / name} has another content than was written" in capsys.readouterr().err
+        assert f"{directory / name} does not hold what was written" in capsys.readouterr().err
         assert again.encoded < everything / 2  # a part is not more than a quarter, and batches are read ahead
 
 
-def test_a_part_of_another_size_or_none_is_made_anew_without_being_asked(tmp_path: Path) -> None:
+def test_a_part_of_another_size_or_none_is_prepared_again_without_being_asked(tmp_path: Path) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     (directory / "train-00001.bin").write_bytes(b"\1" * 7)
@@ -85,7 +85,7 @@ def test_a_part_of_another_size_or_none_is_made_anew_without_being_asked(tmp_pat
     assert tree(directory) == whole
 
 
-def test_damage_stops_a_run_and_the_next_start_mends_it(tmp_path: Path) -> None:
+def test_damage_stops_a_run_and_the_next_start_repairs_it(tmp_path: Path) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     Verification(directory).check(finish=True)
@@ -93,17 +93,17 @@ def test_damage_stops_a_run_and_the_next_start_mends_it(tmp_path: Path) -> None:
     flip(directory / "validation-00000.bin")
     running = Verification(directory)
     for _ in range(2):
-        with pytest.raises(SettingsError) as raised:
+        with pytest.raises(InputError) as raised:
             running.check()
-        assert f"{directory}/train-00002.bin has another content than was written" in str(raised.value)
-        assert f"{directory}/validation-00000.bin has another content" in str(raised.value)
-        assert "the next start makes it anew" in str(raised.value)
+        assert f"{directory}/train-00002.bin does not hold what was written" in str(raised.value)
+        assert f"{directory}/validation-00000.bin does not hold what was written" in str(raised.value)
+        assert "the next start prepares it again" in str(raised.value)
     assert (directory / "train-00002.bin.damaged").exists()
     make(tmp_path)
     assert tree(directory) == whole
 
 
-def test_what_was_made_anew_meanwhile_is_not_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_prepared_again_meanwhile_is_not_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make(tmp_path)
     whole = tree(directory)
     flip(directory / "train-00002.bin")
@@ -118,7 +118,7 @@ def test_what_was_made_anew_meanwhile_is_not_put_aside(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(verify, "_verify", slow)
     running = Verification(directory)
-    with pytest.raises(SettingsError, match="train-00002"):
+    with pytest.raises(InputError, match="train-00002"):
         running.check(finish=True)
     assert tree(directory) == whole
 
@@ -135,9 +135,9 @@ def test_the_first_update_waits_for_a_time_and_the_export_for_all(
     running.check()  # big data: training begins
     running.check()
     go_on.set()
-    with pytest.raises(SettingsError, match="train-00002"):
+    with pytest.raises(InputError, match="train-00002"):
         running.check(finish=True)
-    with pytest.raises(SettingsError, match="train-00002"):
+    with pytest.raises(InputError, match="train-00002"):
         running.check()
 
 
@@ -145,12 +145,12 @@ def test_text_that_has_changed_unseen_is_said(tmp_path: Path, monkeypatch: pytes
     directory = make(tmp_path)
     flip(directory / "train-00000.bin")
     monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, batch: [[1] * len(text) for text in batch])
-    with pytest.raises(SettingsError, match=r"train-00000\.bin .*gives other tokens now than when it was made; delete"):
+    with pytest.raises(InputError, match=r"train-00000\.bin .*gives other tokens now than when it was made; delete"):
         make(tmp_path, check=True)
     assert not list(directory.glob("*.tmp"))
 
 
-def test_a_cache_of_0_1_0_is_verified_and_made_anew(tmp_path: Path) -> None:
+def test_a_cache_of_0_1_0_is_verified_and_prepared_again(tmp_path: Path) -> None:
     """Its index has no place of a part in the text."""
     directory = make(tmp_path)
     whole = tree(directory)
@@ -178,15 +178,15 @@ def test_ids_are_in_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     directory = make(tmp_path)
     index = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(index | {"vocab_size": 200, "end_token_id": 3}))
-    with pytest.raises(SettingsError, match=r"\.bin holds the token id 256, and the vocabulary ends at 199"):
+    with pytest.raises(InputError, match=r"\.bin holds the token id 256, and the vocabulary ends at 199"):
         damaged_parts(directory, whole=True)
-    with pytest.raises(SettingsError, match="holds the token id 256"):
+    with pytest.raises(InputError, match="holds the token id 256"):
         Verification(directory).check(finish=True)
     stream = TokenStream(directory, "train", 100)
-    with pytest.raises(SettingsError, match="train holds the token id 256, and the vocabulary ends at 199"):
+    with pytest.raises(InputError, match="train holds the token id 256, and the vocabulary ends at 199"):
         stream.window(0)
     monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, batch: [[257] for _ in batch])
-    with pytest.raises(SettingsError, match="the tokenizer gives the id 257, and its vocabulary ends at 256"):
+    with pytest.raises(InputError, match="the tokenizer gives the id 257, and its vocabulary ends at 256"):
         make(tmp_path / "other")
 
 
@@ -207,7 +207,7 @@ def test_an_index_that_says_something_else_is_damaged(tmp_path: Path, change: di
     index = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(index | change))
     for use in (lambda: TokenStream(directory, "train", 4), lambda: Verification(directory), lambda: make(tmp_path)):
-        with pytest.raises(SettingsError, match=rf"^{directory}/index\.json is damaged \(.*delete {directory}"):
+        with pytest.raises(InputError, match=rf"^{directory}/index\.json is damaged \(.*delete {directory}"):
             use()
 
 

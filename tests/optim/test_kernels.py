@@ -301,6 +301,25 @@ def test_scaled_gradients_are_divided_in_the_steps_within_alone(make):
     assert torch.equal(params[0], params[1])
 
 
+def test_the_host_does_not_read_a_scale_that_a_kernel_reads(monkeypatch):
+    class OnADevice(torch.Tensor):
+        """Cannot be read."""
+
+        def __float__(self):
+            pytest.fail("the host waited for the device")
+
+    theta, gradients = make_problem(size=70, steps=1)
+    param = torch.nn.Parameter(theta)
+    param.grad = gradients[0]
+    monkeypatch.setattr(base, "kernel", lambda device_type: lambda rows, call: None)
+    optimizer = Stacey([param])
+    with optimizer.scaled_gradients(torch.tensor(2.0).as_subclass(OnADevice)):
+        optimizer.step()
+    optimizer = Stacey([param], fused=False)
+    with pytest.raises(pytest.fail.Exception), optimizer.scaled_gradients(torch.tensor(2.0).as_subclass(OnADevice)):
+        optimizer.step()
+
+
 def test_the_gradient_scaler_hands_its_scale_to_a_fused_optimizer():
     theta, gradients = make_problem(size=700, steps=3)
     outcomes = []

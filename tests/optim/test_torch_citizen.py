@@ -389,7 +389,7 @@ def test_refused_gradients_and_parameters(optimizer_class):
     ids=["contiguous", "transposed", "channels_last"],
 )
 def test_chunks_and_memory_layout_change_nothing(make, monkeypatch):
-    monkeypatch.setattr("stacey_dist.optim.base.CPU_CHUNK_PER_THREAD", 1000)
+    monkeypatch.setattr("stacey_dist.optim.chunks.CPU_CHUNK_PER_THREAD", 1000)
     theta = make(torch.randn(256, 640, generator=torch.Generator().manual_seed(0)))
     g = torch.randn_like(theta)
     result, state = run(Stacey, theta, [g, -g / 2])

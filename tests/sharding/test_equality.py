@@ -17,7 +17,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 
 def in_ci(world_size, engine, case):
     """Every two of a number of ranks, an engine and a case meet in CI; all three do with -m exhaustive."""
-    return (world_size + ENGINES.index(engine) + list(CASES).index(case)) % 2 == 0
+    return (world_size + ENGINES.index(engine) + list(CASES).index(case)) % 4 == 0
 
 
 ALL = list(itertools.product(WORLD_SIZES, ENGINES, CASES))

@@ -21,7 +21,7 @@ def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
     assert main(["prepare", "--config", str(config)]) == 0
     directory, *_ = capsys.readouterr().out.splitlines()[-1].partition(": ")
     monkeypatch.setattr(llm, "train_sentencepiece", None)  # nothing is made again
-    monkeypatch.setattr(sys.modules["stacey_dist.data.prepare"], "Preparation", None)
+    monkeypatch.setattr(sys.modules["stacey_dist.data.cache"], "Preparation", None)
     found, _ = llm.tokenize(parse(LLMConfig, ["--config", str(config)]))
     assert str(found) == directory
 
@@ -50,7 +50,7 @@ def flip(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_damaged_tokens_stop_the_run_and_the_next_start_makes_them_anew(tmp_path, processes):
+def test_damaged_tokens_stop_the_run_and_the_next_start_prepares_them_again(tmp_path, processes):
     config = write_config(tmp_path, train={"max_steps": 2, "eval_every_steps": 2}, schedule={"warmup_steps": 1})
     arguments = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
     assert main(["prepare", *arguments]) == 0
@@ -58,21 +58,21 @@ def test_damaged_tokens_stop_the_run_and_the_next_start_makes_them_anew(tmp_path
     content = part.read_bytes()
     flip(part)
     output = launch(*arguments, processes=processes, expect=2)
-    assert output.count(f"train_llm.py: error: {part} has another content than was written") == 1
+    assert output.count(f"train_llm.py: error: {part} does not hold what was written") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
     output = launch(*arguments, processes=processes)
-    assert output.count(f"{part} is missing: it is made anew") == 1
+    assert output.count(f"{part} is missing: preparing it again") == 1
     assert part.read_bytes() == content
 
 
-def test_prepare_makes_damaged_tokens_anew(tmp_path, capsys):
+def test_prepare_prepares_damaged_tokens_again(tmp_path, capsys):
     arguments = ["prepare", "--config", str(write_config(tmp_path))]
     assert main(arguments) == 0
     (part,) = tmp_path.glob("cache/*/validation-00000.bin")
     content = part.read_bytes()
     flip(part)
     assert main(arguments) == 0
-    assert f"{part} has another content than was written: it is made anew" in capsys.readouterr().err
+    assert f"{part} does not hold what was written: preparing it again" in capsys.readouterr().err
     assert part.read_bytes() == content
 
 

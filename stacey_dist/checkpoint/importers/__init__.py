@@ -67,7 +67,7 @@ def import_checkpoint(
     except (ForeignCheckpointError, OSError):
         raise
     except Exception as error:
-        # Pickles may hold anything: what does not look as its name promises shows at the first look that fails.
+        # Pickles may hold anything, so any line above may fail, with any error.
         raise ForeignCheckpointError(
             f"{source}: its files do not fit together, or are not what they are named ({one_line(error)})"
         ) from error
@@ -161,7 +161,7 @@ def _check(source: Path, weights: dict[str, Tensor], states: dict[str, _State]) 
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ForeignCheckpointError(f"{source}: tensors of {tensor.dtype} can't be saved")
-    # Files may name one tensor many times, and what follows makes copies.
+    # A file can have one tensor under many names, and each name is given a copy later.
     size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
     if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
         raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")

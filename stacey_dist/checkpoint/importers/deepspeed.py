@@ -100,7 +100,7 @@ def _add_the_rest(described: list[dict[str, Any]], weights: dict[str, Tensor], s
         for name in described[0].get("buffer_names") or []:
             weights[name] = module[name]
         return
-    tied = {module[name].data_ptr() for name in weights if name in module}  # the file keeps what is shared
+    tied = {module[name].data_ptr() for name in weights if name in module}  # tied parameters share memory here, too
     for name, tensor in module.items():
         if name not in weights and tensor.data_ptr() not in tied:
             weights[name] = tensor

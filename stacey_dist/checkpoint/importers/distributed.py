@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from stacey_dist.checkpoint.importers import torch_file
 from stacey_dist.checkpoint.importers.pickles import Function, Record, record, unpickle
 from stacey_dist.checkpoint.schema import is_count
 from stacey_dist.files import open_regular
+
+T = TypeVar("T")
 
 _METADATA = {name: record(name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")}
 _CHUNK, _TENSOR, _BYTES = (record(f"{kind}StorageMetadata") for kind in ("Chunk", "Tensor", "Bytes"))
@@ -165,22 +167,23 @@ def _load_piece(directory: Path, name: str, piece: _Piece, dtype: torch.dtype) -
     return values
 
 
+def _typed(value: Any, kind: type[T], what: str) -> T:
+    """Return a value of exactly this type. Raise ValueError for others, subclasses among them."""
+    if type(value) is not kind:
+        raise ValueError(f"there is a {type(value).__name__} where a {what} belongs")
+    return value
+
+
 def _fields(value: Any, kind: type[Record]) -> dict[str, Any]:
-    if type(value) is not kind or type(value.state) is not dict:
-        raise ValueError(f"there is a {type(value).__name__} where a {kind.__name__} belongs")
-    return value.state
+    return _typed(_typed(value, kind, kind.__name__).state, dict, kind.__name__)
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:
-    if type(value) is not dict:
-        raise ValueError(f"there is a {type(value).__name__} where a dictionary belongs")
-    return list(value.items())
+    return list(_typed(value, dict, "dictionary").items())
 
 
 def _name(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"there is a {type(value).__name__} where a name belongs")
-    return value
+    return _typed(value, str, "name")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

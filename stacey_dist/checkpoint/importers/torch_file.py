@@ -59,7 +59,7 @@ class _Archive:
             raise ValueError("it has two members of one name")
         size = opened.seek(0, 2)
         if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-            raise ValueError("it is compressed")  # it could be of any size
+            raise ValueError("it is compressed")  # a small file could have any size then
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it is not what torch.save writes")

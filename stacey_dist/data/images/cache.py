@@ -19,9 +19,9 @@ from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError, read_pixels
 from stacey_dist.data.images.image_set import ImageSet, sampled
-from stacey_dist.data.lock import making
-from stacey_dist.data.parts import replace_file, write_json
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file, write_json
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -133,7 +133,7 @@ def cached(
     identity = images.identity if shorter is None else _hash([images.identity, "resized", shorter])
     place = Path(directory) / f"images-{_hash([FORMAT_VERSION, images.identity, shorter])[:24]}"
     if not (place / COMPLETE).exists():
-        with making(place, "data.cache", "set data.cache: none", announce=progress):
+        with locked_directory(place, "data.cache", "set data.cache: none", announce=progress):
             if not (place / COMPLETE).exists():
                 _make(place, images, shorter, threads or available_cores(), progress)
     return CachedImages(place, images, identity)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stacey_dist.data.lock import making
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import SettingsError
 
 _FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ def load_parquet(files: Sequence[Path], columns: Sequence[str], features: Any, c
     directory = cache_dir / "parquet"
     converted = [directory / _name(file, chosen) for file in files]
     if not all(arrow.exists() for arrow in converted):
-        with making(directory, "data.cache_dir", "name a data.cache_dir on another", announce=True):
+        with locked_directory(directory, "data.cache_dir", "name a data.cache_dir on another", announce=True):
             for file, arrow in zip(files, converted, strict=True):
                 if not arrow.exists():
                     _convert(file, chosen, arrow)

@@ -15,7 +15,7 @@ import pytest
 
 from stacey_dist.data.images import ArrayImages, BrokenImageError, CachedImages, ImageSet, Transform, cached, decode
 from stacey_dist.data.images.augment import resize_shorter_side
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError, SettingsError
 from tests.data.images.helpers import encoded, picture, same
 
 module = sys.modules[cached.__module__]
@@ -169,7 +169,7 @@ def test_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SettingsError, match=r"^data\.cache: the disk of .* is full; set data\.cache: none$"):
+    with pytest.raises(InputError, match=r"^data\.cache: the disk of .* is full; set data\.cache: none$"):
         make(Photos(), tmp_path)
 
 
@@ -213,5 +213,5 @@ def test_bad_settings(tmp_path: Path, cache: Any, resize_to: int | None, message
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"^data\.cache: .* cannot be made: Not a directory$"):
+    with pytest.raises(InputError, match=r"^data\.cache: .* cannot be made: Not a directory$"):
         make(Photos(), tmp_path / "file")

@@ -1,18 +1,18 @@
-"""Tokenize a source once, into parts that are memory-mapped by every later run."""
+"""The cache of prepared tokens: a source is tokenized once, into parts that every later run maps into memory."""
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.lock import making
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, read_index
 from stacey_dist.data.preparation import Preparation
+from stacey_dist.data.repair import repair_parts
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.data.verify import DamagedPart, damaged_parts, make_anew
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.verify import damaged_parts
+from stacey_dist.errors import InputError
 
 
 def prepare(
@@ -25,19 +25,19 @@ def prepare(
     progress: bool = True,
     verify: bool = False,
 ) -> Path:
-    """Return a directory with the source's tokens, making it first if it is not there yet.
+    """Return a directory with the source's tokens, made first if it is not there yet.
 
     The directory is ``cache_dir/<fingerprint>``, where the fingerprint covers the source's identity, the
     tokenizer, and the two settings below. It holds ``train-*.bin`` and ``validation-*.bin``, little-endian
     uint16 (uint32 above 65 536 ids), each document followed by the end token, and ``index.json``, which is
     written last: with it, it is complete.
 
-    A killed preparation goes on from its last commit, and ends with the same bytes as one that was never
-    killed. What another directory in ``cache_dir`` has of the same inputs and tokenizer is copied from there, so that
-    only inputs that are new or have changed are encoded. Any number of processes may ask for the same directory at
-    once: one makes it, the others wait.
+    A killed preparation resumes from its last commit, and ends with the same bytes as one that was never killed. What
+    another directory in ``cache_dir`` has of the same inputs and tokenizer is copied from there, so that only inputs
+    that are new or have changed are encoded. Any number of processes may ask for the same directory at once: one makes
+    it, the others wait.
 
-    A part of a complete directory that is missing or has another size than recorded is made anew.
+    A part of a complete directory that is missing or has another size than recorded is prepared again.
 
     Args:
         source: the documents.
@@ -48,24 +48,23 @@ def prepare(
         validation_every: without separate validation documents, the first document and every so many after it
             are held out for validation; at least 2.
         progress: show a progress bar on stderr.
-        verify: read all parts of a directory that is found, and make anew those whose content has changed too.
+        verify: read all parts of a directory that is found, and prepare those again whose content has changed too.
 
     Raises:
-        SettingsError: a bad setting, a document that cannot be read, no tokens for training or for
-            validation, a full disk, or a damaged part that cannot be made anew.
+        InputError: a bad setting, a document that cannot be read, no tokens for training or for
+            validation, a full disk, or a damaged part that cannot be prepared again.
     """
     if max_tokens is not None and max_tokens < 2:
-        raise SettingsError(f"data.max_tokens must be at least 2 or null, got {max_tokens}")
+        raise InputError(f"max_tokens: {max_tokens} is not allowed; it must be at least 2")
     if validation_every < 2:
-        raise SettingsError(f"data.validation_every must be at least 2, got {validation_every}")
+        raise InputError(f"validation_every: {validation_every} is not allowed; it must be at least 2")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
     if not (directory / INDEX).exists() or damaged_parts(directory, whole=verify):
-        with making(directory, "data.cache_dir", "make room, and the same command goes on", announce=progress):
+        with locked_directory(directory, "cache_dir", "make room, and the same command resumes", announce=progress):
             if (directory / INDEX).exists():
-                _mend(directory, source, tokenizer, validation_every, damaged_parts(directory, whole=verify))
+                repair_parts(directory, damaged_parts(directory, whole=verify), source, tokenizer)
             if not (directory / INDEX).exists():
                 Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
-    tokenizer.difference = tokenizer.difference or read_index(directory).get("difference")
     return directory
 
 
@@ -76,19 +75,7 @@ def skipped_records(directory: Path) -> str | None:
         return None
     first = "; ".join(skipped["first"])
     some = "the first: " if skipped["count"] > len(skipped["first"]) else ""
-    return f"data.on_bad_record skip: {skipped['count']:,} bad records were left out; {some}{first}"
-
-
-def _mend(
-    directory: Path, source: Source, tokenizer: Tokenizer, validation_every: int, damaged: list[DamagedPart]
-) -> None:
-    for part in damaged:
-        print(f"{directory / part.name} {part.reason}: it is made anew", file=sys.stderr, flush=True)
-    if any(part.start is None for part in damaged):
-        (directory / INDEX).unlink()  # 0.1.0 did not write where a part begins
-        return
-    for part in damaged:
-        make_anew(directory, part, source, tokenizer, validation_every)
+    return f"{skipped['count']:,} bad records were left out; {some}{first}"
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, max_tokens: int | None, validation_every: int) -> str:
