@@ -45,7 +45,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     requested = requested_engine()
     launch_settings.check_environment()
     # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
-    device = torch.accelerator.current_accelerator(check_available=True)
+    # torch 2.6 has no `check_available`.
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

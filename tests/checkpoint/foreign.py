@@ -28,7 +28,7 @@ def save_distributed(directory, content):
     """What torch.distributed.checkpoint writes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(content, storage_writer=FileSystemWriter(directory), no_dist=True)
+        save(content, storage_writer=FileSystemWriter(directory))
 
 
 def make_fsdp2(source):

@@ -1,7 +1,6 @@
 """`lr_reference`: tau and alpha follow a group's learning rate."""
 
 import copy
-import importlib
 import math
 import pickle
 
@@ -158,14 +157,6 @@ def test_tensor_lr_and_the_kernel_give_the_bits_of_the_plain_rule(variant, fused
     found, found_state = run(Stacey, theta, gradients, [torch.tensor(lr) for lr in lrs], fused=fused, **settings)
     assert torch.equal(found, expected)
     assert all(torch.equal(found_state[name], value) for name, value in state.items())
-
-
-@pytest.fixture(scope="module")
-def triton_kernel():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # Triton looks at it as the functions are made
-        module = importlib.reload(importlib.import_module("stacey_dist.optim.kernels.triton"))
-        yield module.TritonKernel()
 
 
 @VARIANTS

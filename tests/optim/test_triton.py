@@ -1,8 +1,6 @@
 """The Triton kernel under Triton's interpreter, on the CPU: the plain rule's bits."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -27,14 +25,8 @@ from tests.optim.kernel_cases import (
 
 
 @pytest.fixture(scope="module")
-def kernel():
-    version = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "3.6"
-    if tuple(map(int, version.split(".")[:2])) < (3, 6):
-        pytest.skip("the interpreter of Triton before 3.6 lacks operations of the kernel")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # Triton looks at it as the functions are made
-        module = importlib.reload(importlib.import_module("stacey_dist.optim.kernels.triton"))
-        yield module.TritonKernel()
+def kernel(triton_kernel):
+    return triton_kernel
 
 
 @pytest.mark.parametrize(("weight", "gradient", "state", "stochastic", "scale"), KINDS)
