@@ -57,14 +57,14 @@ class BatchNorm(nn.BatchNorm2d):
 def build_resnet(
     depth: int, classes: list[str], *, stem: str = "imagenet", width: int = 64, zero_init_residual: bool = False
 ) -> Any:
-    """A ResNet with random weights (He's initialization, as torchvision's): 25 557 032 of them at depth 50.
+    """Return a ResNet with random weights (He's initialization, as torchvision's): 25 557 032 of them at depth 50.
 
     Args:
         depth: one of `DEPTHS`.
         classes: the names of the classes.
         stem: "imagenet", a 7x7 convolution with stride 2 and a pooling, or "cifar", see `CifarResNet`.
         width: channels of the stem; everything else is wider by the usual factors.
-        zero_init_residual: begin with each block's last batch norm at 0, so that a block adds nothing at first.
+        zero_init_residual: set the weights of each block's last batch norm to 0, so that a block adds nothing at first.
     """
     kind, depths, expansion = _SHAPES[depth]
     config = ResNetConfig(

@@ -1,7 +1,6 @@
 """Image classification as a task of the training loop: data, model, loss, evaluation, export."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,12 @@ from stacey_dist.data.images import (
     ImageLoader,
     ImageSet,
     Transform,
+    Workers,
     cached,
-    check_shared_memory,
     evaluation_batches,
     open_images,
 )
-from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.models import build_resnet
 from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
@@ -34,6 +32,20 @@ from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
 from stacey_dist.training.value_types import check
+
+_OF_DATA = (
+    *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),
+    *("crop", "min_scale", "eval_resize", "workers", "prefetch"),
+)
+SETTINGS = {
+    **{name: f"data.{name}" for name in _OF_DATA},
+    "resize_to": "data.cache_resize",
+    "size": "data.image_size",
+    "timeout": "data.timeout_seconds",
+    "global_batch_size": "train.global_batch_size",
+    "micro_batch_size": "train.micro_batch_size",
+}
+"""The settings by which the arguments of `stacey_dist.data.images` are given."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +57,19 @@ class ImageData:
     transform: Transform
 
 
+@settings_errors(SETTINGS)
 def prepare_data(run: Run[ImageConfig]) -> ImageData:
     """Find the configured images, and cache them if the settings say so.
 
     Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
-    that this device does not have, for batches that are too small for batch norms or too large for shared memory.
+    that this device does not have, for batches that are too small for batch norms or too large for the memory.
     """
     if run.config.model.sync_batch_norm:
         device = run.accelerator.device.type
         check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
     data = run.config.data
     _check_batch_norms(run)
-    check_shared_memory(
-        _workers(data, run.accelerator.device),
-        data.prefetch,
-        run.micro_batch_size * (3 * data.image_size**2 + 8),  # pixels and a label
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
     cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
 
     def work() -> tuple[ImageSet, ImageSet]:
@@ -110,6 +118,7 @@ class ImageClassification:
 
     unit = "images"
 
+    @settings_errors(SETTINGS)
     def __init__(self, run: Run[ImageConfig], data: ImageData, model: nn.Module) -> None:
         self.run, self.data = run, data
         settings, accelerator = run.config, run.accelerator
@@ -125,31 +134,25 @@ class ImageClassification:
         # Images arrive in channels_last order. In that order oneDNN's AVX2 kernels write past their workspace where a
         # strided 1x1 convolution has fewer than 8 channels (its issue 6035; torch 2.13), which only narrow models have.
         self._row_major = accelerator.device.type == "cpu" and settings.model.width < 8
-        self._workers = dict(
-            workers=_workers(settings.data, accelerator.device),
-            prefetch=settings.data.prefetch,
-            pin_memory=accelerator.device.type == "cuda",
-            timeout=settings.data.timeout_seconds,
-            stopping=stop_requested,
-        )
+        self._workers = _workers(settings.data, accelerator.device)
         self._broken: set[int] = set()
         """Held-out images that cannot be read and were named."""
         self._loader = ImageLoader(
             data.train,
             data.transform,
-            sampler=GlobalSampler(len(data.train), settings.seed),
             seed=settings.seed,
             global_batch_size=self.batch_size,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             micro_batch_size=run.micro_batch_size,
-            **self._workers,
+            workers=self._workers,
         )
 
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
         """Yield this process's share of the update's images, in order."""
-        for batch in self._loader.micro_batches(position):
-            yield self._on_device(batch)
+        with settings_errors(SETTINGS):
+            for batch in self._loader.micro_batches(position):
+                yield self._on_device(batch)
 
     def units(self, position: int) -> int:
         """Return the images of the update."""
@@ -161,6 +164,7 @@ class ImageClassification:
         logits = self._logits(model, batch)
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing) / self.batch_size
 
+    @settings_errors(SETTINGS)
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Return the loss without smoothing and the top-1 and top-5 accuracy, each image counted once."""
         accelerator = self.run.accelerator
@@ -171,7 +175,7 @@ class ImageClassification:
             num_processes=accelerator.num_processes,
             batch_size=self.run.micro_batch_size,
             broken=self._broken,
-            **self._workers,
+            workers=self._workers,
         )
         totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1, top-5
         for batch in map(self._on_device, batches):
@@ -237,12 +241,11 @@ def _forward_flops(model: nn.Module, image_size: int) -> int:
     return counter.get_total_flops() // 2  # a batch norm refuses a single image that has shrunk to a pixel
 
 
-def _workers(data: ImageDataConfig, device: torch.device) -> int:
-    if data.workers is not None:
-        return data.workers
-    if device.type == "cpu":
-        return 0  # the network has the cores
-    return cores_per_process()
+def _workers(data: ImageDataConfig, device: torch.device) -> Workers:
+    # On a CPU the network has the cores.
+    count = data.workers if data.workers is not None else 0 if device.type == "cpu" else cores_per_process()
+    pin_memory = device.type == "cuda"
+    return Workers(count, data.prefetch, pin_memory, data.timeout_seconds, stop_requested)
 
 
 def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: Path) -> str:

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from stacey_dist.checkpoint import read_tensors
-from stacey_dist.checkpoint.importers import ForeignCheckpointError, distributed, import_checkpoint, pickles, torch_file
+from stacey_dist.checkpoint.importers import ForeignCheckpointError, distributed, import_checkpoint, torch_file
 from stacey_dist.cli import main
+from stacey_dist.safe_pickle import unpickle
 from tests.checkpoint.foreign import MAKERS, make_fsdp2, make_zero1, save_distributed, tensors
 
 
@@ -342,7 +343,7 @@ def test_a_pickle_has_nothing_called_or_changed(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "system", ran.append)
         with pytest.raises(Exception, match=r".*") as caught:
-            pickles.unpickle(HARM[name], distributed._KNOWN)
+            unpickle(HARM[name], distributed._KNOWN)
     assert not isinstance(caught.value, (AssertionError, MemoryError))
     assert ran == []
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import torch_file
-from stacey_dist.checkpoint.importers.pickles import Function, Record, record, unpickle
 from stacey_dist.checkpoint.schema import is_count
 from stacey_dist.files import open_regular
+from stacey_dist.safe_pickle import Function, Record, record, unpickle
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from stacey_dist.checkpoint.importers.pickles import Function, Ordered, record, unpickle
 from stacey_dist.checkpoint.schema import is_count
+from stacey_dist.safe_pickle import Function, Ordered, record, unpickle
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -36,7 +36,6 @@ _PLAIN = {
     ("torch", "device"): record("torch.device"),
     ("builtins", "set"): Function(lambda values=(): list(values)),
     ("__builtin__", "set"): Function(lambda values=(): list(values)),
-    ("_codecs", "encode"): Function(lambda text, _: str.encode(text, "latin1")),
 }
 # Classes of DeepSpeed's that are in its files beside the tensors.
 _BESIDE = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from stacey_dist.data.images.uniform import uniforms
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 
 Crop = Literal["random_resized", "padded", "none"]
 
@@ -37,7 +37,7 @@ class Transform:
             image is smaller than ``size``; None to not resize (``random_resized``), or to fit (the others).
 
     Raises:
-        SettingsError: a value is out of range.
+        InputError: a value is out of range.
     """
 
     size: int
@@ -48,13 +48,13 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise SettingsError(f"data.image_size must be at least 1, got {self.size}")
+            raise InputError(f"size: {self.size} is not allowed; it must be at least 1")
         if self.crop not in ("random_resized", "padded", "none"):
-            raise SettingsError(f"data.crop must be random_resized, padded or none, got {self.crop!r}")
+            raise InputError(f"crop: {self.crop!r} is not allowed; it must be random_resized, padded or none")
         if not 0.0 < self.min_scale <= 1.0:
-            raise SettingsError(f"data.min_scale must be above 0 and at most 1, got {self.min_scale}")
+            raise InputError(f"min_scale: {self.min_scale} is not allowed; it must be above 0 and at most 1")
         if self.eval_resize is not None and self.eval_resize < 1:
-            raise SettingsError(f"data.eval_resize must be at least 1 or null, got {self.eval_resize}")
+            raise InputError(f"eval_resize: {self.eval_resize} is not allowed; it must be at least 1 or None")
 
     def training(self, pixels: NDArray[np.uint8], seed: int, epoch: int, sample: int) -> NDArray[np.uint8]:
         """Return a random view of an image, uint8 of shape (size, size, 3).

@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
-from stacey_dist.data.images.decode import BrokenImageError, read_pixels
-from stacey_dist.data.images.image_set import ImageSet, sampled
+from stacey_dist.data.images.decode import BrokenImageError
+from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
 from stacey_dist.data.lock import locked_directory
-from stacey_dist.errors import SettingsError
-from stacey_dist.files import replace_file, write_json
+from stacey_dist.errors import InputError
+from stacey_dist.files import read_json, replace_file, write_json
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -34,6 +34,9 @@ PART_IMAGES = 4096
 # What the index has of an image: where it begins in its part, and its height and width, 0 where it is broken.
 _ENTRY = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 
+Load = Callable[[int], NDArray[np.uint8] | None]
+"""Returns the pixels of an image; None where it is broken."""
+
 
 class CachedImages:
     """The pixels of a complete cache, with the labels, classes and names of the images they were made from.
@@ -44,40 +47,25 @@ class CachedImages:
         identity: of its pixels.
 
     Raises:
-        SettingsError: the cache is damaged.
+        InputError: the cache is damaged.
     """
 
     def __init__(self, directory: Path, images: ImageSet, identity: str) -> None:
         self.directory, self.images, self.identity = directory, images, identity
-        self._open()
-
-    def _open(self) -> None:
+        self.classes, self.labels = images.classes, images.labels
         try:
-            complete = json.loads((self.directory / COMPLETE).read_text(encoding="utf-8"))
-            self._part_images: int = complete["part_images"]
-            parts = range(-(-len(self.images) // self._part_images))
-            indexes = [(self.directory / _index_name(part)).read_bytes() for part in parts]
-            if zlib.crc32(b"".join(indexes)) != complete["index_crc32"]:
+            complete = read_json(directory / COMPLETE)
+            self._part_images = int(complete["part_images"])
+            index = _read_index(directory, range(-(-len(images) // self._part_images)))
+            if zlib.crc32(index) != complete["index_crc32"]:
                 raise ValueError("its index was altered")
-            self._index = np.frombuffer(b"".join(indexes), dtype=_ENTRY)
-            self._pixels = [
-                _map(self.directory / _part_name(part), size) for part, size in enumerate(complete["part_bytes"])
-            ]
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingsError(f"data.cache: {self.directory} is damaged ({error}); delete it") from error
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes."""
-        return self.images.classes
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Every image's label."""
-        return self.images.labels
+            self._index = np.frombuffer(index, dtype=_ENTRY)
+            self._pixels = [_map(directory / _part_name(i), size) for i, size in enumerate(complete["part_bytes"])]
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.labels)
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Return the pixels of image i, mapped from the disk. Raises BrokenImageError where it was broken."""
@@ -107,7 +95,7 @@ def cached(
     """Return the same images decoded on a disk, making the cache first if it is not there yet.
 
     The cache is a directory named by the images' identity in ``directory``: parts of raw pixels, each with an index,
-    and ``complete.json``, written last. A killed preparation goes on after its last whole part. Any number of
+    and ``complete.json``, written last. A killed preparation resumes after its last whole part. Any number of
     processes of a machine may ask for it at once: one makes it, the others wait.
 
     Args:
@@ -120,77 +108,63 @@ def cached(
         progress: show a progress bar on stderr.
 
     Raises:
-        SettingsError: the directory cannot be made, the disk is too small, the cache is damaged.
+        InputError: the directory cannot be made, the disk is too small, the cache is damaged.
     """
     if cache == "none":
         return images
     if cache not in ("decoded", "resized"):
-        raise SettingsError(f"data.cache must be none, decoded or resized, got {cache!r}")
+        raise InputError(f"cache: {cache!r} is not allowed; it must be none, decoded or resized")
     if cache == "resized" and (resize_to is None or resize_to < 1):
-        raise SettingsError(f"data.cache_resize must be at least 1 for data.cache resized, got {resize_to}")
+        raise InputError(f"resize_to: {resize_to} is not allowed with `cache` resized; it must be at least 1")
     shorter = resize_to if cache == "resized" else None
     # Decoded pixels are the images themselves; resized ones are other images.
     identity = images.identity if shorter is None else _hash([images.identity, "resized", shorter])
     place = Path(directory) / f"images-{_hash([FORMAT_VERSION, images.identity, shorter])[:24]}"
+
+    def load(i: int) -> NDArray[np.uint8] | None:
+        try:
+            pixels = read_pixels(images, i)
+        except BrokenImageError:
+            return None
+        return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
+
     if not (place / COMPLETE).exists():
-        with locked_directory(place, "data.cache", "set data.cache: none", announce=progress):
+        with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, images, shorter, threads or available_cores(), progress)
+                _make(place, load, len(images), threads or available_cores(), progress)
     return CachedImages(place, images, identity)
 
 
-def _make(directory: Path, images: ImageSet, shorter: int | None, threads: int, progress: bool) -> None:
-    def load(i: int) -> NDArray[np.uint8] | None:
-        return _load(images, i, shorter)
-
-    count = len(images)
+def _make(directory: Path, load: Load, count: int, threads: int, progress: bool) -> None:
+    parts = [range(start, min(start + PART_IMAGES, count)) for start in range(0, count, PART_IMAGES)]
     # Of parts, the ones with an index are whole: it is renamed last.
-    starts = [s for s in range(0, count, PART_IMAGES) if not (directory / _index_name(s // PART_IMAGES)).exists()]
-    left = sum(min(PART_IMAGES, count - start) for start in starts)
-    with (
-        ThreadPoolExecutor(threads, "decode") as pool,
-        tqdm(
-            desc="decoding images",
-            total=count,
-            initial=count - left,
-            unit="img",
-            disable=not progress,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        _check_space(directory, [_load(images, i, shorter) for i in sampled(count)], left)
-        for start in starts:
-            numbers = range(start, min(start + PART_IMAGES, count))
-            _write_part(directory, start // PART_IMAGES, _in_order(pool, load, numbers, 4 * threads), bar)
-    parts = range(-(-count // PART_IMAGES))
-    index = b"".join((directory / _index_name(part)).read_bytes() for part in parts)
-    sizes = [(directory / _part_name(part)).stat().st_size for part in parts]
-    write_json(
-        directory / COMPLETE,
-        {
-            "format": FORMAT_VERSION,
-            "images": count,
-            "part_images": PART_IMAGES,
-            "part_bytes": sizes,
-            "index_crc32": zlib.crc32(index),
-        },
+    left = [number for number in range(len(parts)) if not (directory / _index_name(number)).exists()]
+    images_left = sum(len(parts[number]) for number in left)
+    bar = tqdm(
+        desc="decoding images",
+        total=count,
+        initial=count - images_left,
+        unit="img",
+        disable=not progress,
+        dynamic_ncols=True,
     )
+    with bar, ThreadPoolExecutor(threads, "decode") as pool:
+        _check_space(directory, [load(i) for i in sampled(count)], images_left)
+        for number in left:
+            _write_part(directory, number, _in_order(pool, load, parts[number], 4 * threads), bar)
+    complete = {
+        "format": FORMAT_VERSION,
+        "images": count,
+        "part_images": PART_IMAGES,
+        "part_bytes": [(directory / _part_name(number)).stat().st_size for number in range(len(parts))],
+        "index_crc32": zlib.crc32(_read_index(directory, range(len(parts)))),
+    }
+    write_json(directory / COMPLETE, complete)
 
 
-def _load(images: ImageSet, i: int, shorter: int | None) -> NDArray[np.uint8] | None:
-    """Return what the cache has of image i; None where it is broken."""
-    try:
-        pixels = read_pixels(images, i)
-    except BrokenImageError:
-        return None
-    return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, load: Callable[[int], NDArray[np.uint8] | None], numbers: range, ahead: int
-) -> Iterator[NDArray[np.uint8] | None]:
+def _in_order(pool: ThreadPoolExecutor, load: Load, numbers: range, ahead: int) -> Iterator[NDArray[np.uint8] | None]:
     """Yield load(i) in order, with at most ``ahead`` of them loading or waiting."""
-    coming: deque[Any] = deque()
+    coming: deque[Future[NDArray[np.uint8] | None]] = deque()
     for i in numbers:
         coming.append(pool.submit(load, i))
         if len(coming) >= ahead:
@@ -199,7 +173,7 @@ def _in_order(
         yield coming.popleft().result()
 
 
-def _write_part(directory: Path, part: int, pictures: Iterator[NDArray[np.uint8] | None], bar: "tqdm[Any]") -> None:
+def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint8] | None], bar: "tqdm[Any]") -> None:
     """Write a part and then its index, each under another name until it is whole."""
     entries, offset = [], 0
     temporary = directory / "part.tmp"
@@ -213,19 +187,23 @@ def _write_part(directory: Path, part: int, pictures: Iterator[NDArray[np.uint8]
             bar.update()
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, directory / _part_name(part))
-    replace_file(directory / _index_name(part), np.array(entries, dtype=_ENTRY).tobytes())
+    os.replace(temporary, directory / _part_name(number))
+    replace_file(directory / _index_name(number), np.array(entries, dtype=_ENTRY).tobytes())
 
 
 def _check_space(directory: Path, pictures: list[NDArray[np.uint8] | None], count: int) -> None:
-    """Raise SettingsError where ``count`` images as large as these, on average, will not fit on the disk."""
+    """Raise InputError where ``count`` images as large as these, on average, will not fit on the disk."""
     needed = int(sum(pixels.size for pixels in pictures if pixels is not None) / len(pictures) * count * 1.02)
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise SettingsError(
-            f"data.cache: {directory} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
-            "set another data.cache_dir, or data.cache: none"
+        raise InputError(
+            f"cache: {directory} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+            "set another `cache_dir`, or none"
         )
+
+
+def _read_index(directory: Path, parts: range) -> bytes:
+    return b"".join((directory / _index_name(number)).read_bytes() for number in parts)
 
 
 def _map(path: Path, size: int) -> NDArray[np.uint8]:

@@ -13,8 +13,6 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from stacey_dist.data.images.image_set import ImageSet
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is decoded, by content, whatever a file's name says. Pillow knows many more: for EPS it starts Ghostscript."""
 
@@ -47,17 +45,6 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         except ValueError:
             pass
     return _decode_with_pillow(data)
-
-
-def read_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
-    """Return image i of a set as RGB pixels of shape (height, width, 3).
-
-    Raises:
-        BrokenImageError: it cannot be decoded.
-        OSError: its file cannot be read.
-    """
-    content = images.read(i)
-    return decode(content) if isinstance(content, bytes) else content
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:

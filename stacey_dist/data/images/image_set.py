@@ -1,20 +1,28 @@
 """What a set of labelled images is to training: images by number, labels, class names, an identity."""
 
+import errno
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stacey_dist.data.images.decode import BrokenImageError, decode
+from stacey_dist.errors import InputError
+from stacey_dist.files import open_regular
+
 _SAMPLED_IMAGES = 256
+_LARGEST_FILE = 2**30
 
 
 class ImageSet(Protocol):
     """Labelled images in a fixed order, any of which can be read at any time, by many processes at once.
 
-    It can be pickled, for workers that are not forked, and keeps no Python object an image: forked workers would
+    It can be pickled, for the other processes of a run, and keeps no Python object for each image: forked workers would
     copy those.
     """
 
@@ -79,7 +87,7 @@ class ArrayImages:
     @cached_property
     def identity(self) -> str:
         """A hash of all pixels, labels and class names."""
-        return identity_of(self.classes, self.labels, [self.pixels])
+        return identity_of(self, [self.pixels])
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -93,10 +101,61 @@ class ArrayImages:
         return f"{self.source} {i}"
 
 
-def identity_of(classes: list[str], labels: NDArray[np.int64], contents: Iterable[bytes | NDArray]) -> str:
-    """Return a hash of class names, labels, and any contents in their order."""
+def read_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
+    """Return image i of a set as RGB pixels of shape (height, width, 3).
+
+    Raises:
+        BrokenImageError: it cannot be decoded.
+        OSError: its file cannot be read.
+    """
+    content = images.read(i)
+    return decode(content) if isinstance(content, bytes) else content
+
+
+def read_file(path: str) -> bytes:
+    """Return the content of an image file.
+
+    Raises:
+        BrokenImageError: it is larger than 1 GiB, ten times as large as large photos are, or no regular file: a folder,
+            a pipe, a device.
+        OSError: it cannot be read.
+    """
+    try:
+        with open_regular(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _LARGEST_FILE:
+                raise BrokenImageError(f"{size:,} bytes are too many for an image")
+            return file.read(_LARGEST_FILE)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENXIO):
+            raise BrokenImageError("no regular file") from error
+        raise
+
+
+def sampled(count: int) -> list[int]:
+    """Return up to 256 of ``count`` images, evenly spread: as many as are looked into where all would take long."""
+    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_IMAGES)).astype(np.int64)).tolist()
+
+
+def read_sampled(images: ImageSet) -> Iterator[bytes | NDArray[np.uint8]]:
+    """Yield the `sampled` images of a set, nothing in the place of a broken one.
+
+    Raises:
+        InputError: the file of one cannot be read.
+    """
+    for i in sampled(len(images)):
+        try:
+            yield images.read(i)
+        except BrokenImageError:
+            yield b""
+        except OSError as error:
+            raise InputError(f"{images.name(i)} cannot be read: {error}") from error
+
+
+def identity_of(images: ImageSet, contents: Iterable[bytes | NDArray]) -> str:
+    """Return a hash of a set's class names and labels, and of any contents in their order."""
     result = hashlib.sha256()
-    for content in ("\0".join(classes).encode(), labels, *contents):
+    for content in ("\0".join(images.classes).encode(), images.labels, *contents):
         if isinstance(content, bytes):
             result.update(f"bytes {len(content)}:".encode())
             result.update(content)
@@ -104,8 +163,3 @@ def identity_of(classes: list[str], labels: NDArray[np.int64], contents: Iterabl
             result.update(f"{content.dtype.str} {content.shape}:".encode())
             result.update(np.ascontiguousarray(content).data)
     return result.hexdigest()
-
-
-def sampled(count: int) -> list[int]:
-    """Return up to 256 of ``count`` images, evenly spread: as many as are looked into where all would take long."""
-    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_IMAGES)).astype(np.int64)).tolist()

@@ -1,25 +1,28 @@
 """Batches of images, decoded and cropped by worker processes: a function of the data, the seed and the position."""
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
-from stacey_dist.data.images.batches import EvaluationBatches, TrainingBatches
-from stacey_dist.data.images.image_set import ImageSet
-from stacey_dist.data.images.workers import Workers
+from stacey_dist.data.images.decode import BrokenImageError
+from stacey_dist.data.images.image_set import ImageSet, read_pixels
+from stacey_dist.data.images.workers import Place, Workers
 from stacey_dist.data.sampler import GlobalSampler
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.tokens import IGNORED_LABEL
+from stacey_dist.errors import InputError
 
-TIMEOUT_SECONDS = 300.0
+_MOST_BROKEN = 1000
+"""After so many broken images one after another, it is not the images that are broken."""
 
-
-def never() -> bool:
-    """Return False: nobody tells this process to stop."""
-    return False
+Broken = dict[int, str]
+"""The numbers of broken images, and why they cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,15 @@ class ImageLoader:
     Args:
         images: to train on.
         transform: what is done to each.
-        sampler: the order of images; of their number.
-        seed: of the random crops.
+        seed: of the order of the images and of the random crops.
         global_batch_size: images in an update, on all processes together.
         process_index: of this process.
         num_processes: of the run; divides the batch.
-        micro_batch_size: images in a batch; the last one of an update has what is left.
-        workers: processes that prepare batches; 0 to prepare them when they are asked for.
-        prefetch: batches that each worker prepares ahead.
-        pin_memory: put batches into page-locked memory, for copies to a GPU beside its work.
-        timeout: seconds after which a batch that the workers do not give is an error.
-        stopping: whether this process was told to stop: then it does not wait for workers much longer.
+        micro_batch_size: images in a batch; the last one of an update has the rest.
+        workers: prepare the batches.
 
     Raises:
-        SettingsError: the batch cannot be shared out evenly, or a number is out of range.
+        InputError: the batch cannot be shared out evenly, or a number is out of range.
     """
 
     def __init__(
@@ -66,45 +64,30 @@ class ImageLoader:
         images: ImageSet,
         transform: Transform,
         *,
-        sampler: GlobalSampler,
         seed: int,
         global_batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
         micro_batch_size: int,
-        workers: int,
-        prefetch: int = 2,
-        pin_memory: bool = False,
-        timeout: float = TIMEOUT_SECONDS,
-        stopping: Callable[[], bool] = never,
+        workers: Workers,
     ) -> None:
-        if sampler.size != len(images):
-            raise ValueError(f"the sampler is of {sampler.size} samples and there are {len(images)} images")
         if global_batch_size < 1 or global_batch_size % num_processes:
-            raise SettingsError(
-                f"train.global_batch_size must be a multiple of the number of processes, {num_processes}, "
-                f"got {global_batch_size}"
+            raise InputError(
+                f"global_batch_size: {global_batch_size} is not allowed; it must be a multiple of the number of "
+                f"processes, {num_processes}"
             )
         if micro_batch_size < 1:
-            raise SettingsError(f"train.micro_batch_size must be at least 1, got {micro_batch_size}")
-        self._images = images
+            raise InputError(f"micro_batch_size: {micro_batch_size} is not allowed; it must be at least 1")
+        self._images, self._transform, self._seed, self._workers = images, transform, seed, workers
+        self._order = GlobalSampler(len(images), seed)
         self._global_batch_size = global_batch_size
         share = global_batch_size // num_processes
         first = process_index * share
-        # (offset in the update, number of images) of each of this process's batches.
+        # Where each of this process's batches begins in an update, and its number of images.
         self._parts = [
             (at, min(micro_batch_size, first + share - at)) for at in range(first, first + share, micro_batch_size)
         ]
-        self._schedule = _Schedule(global_batch_size, self._parts)
-        self._workers = Workers(
-            TrainingBatches(images, transform, sampler, seed),
-            self._schedule,
-            workers=workers,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
-            timeout=timeout,
-            stopping=stopping,
-        )
+        self._batches: Generator[tuple[Tensor, Tensor, Broken], None, None] | None = None
         # The update whose first batch comes next; None where that is not known.
         self._coming: int | None = None
         self._broken: set[int] = set()
@@ -120,24 +103,54 @@ class ImageLoader:
         The batches that follow are prepared meanwhile. Another position than the next begins anew there.
 
         Raises:
-            SettingsError: 1000 images in a row, or all, are broken; a file has gone; a worker died, or none gave a
-                batch in time.
-            StoppedWaitingError: none did after this process was told to stop.
+            InputError: 1000 images in a row, or all, are broken; a file has gone; a worker died, or gave no batch in
+                time.
+            StoppedWaitingError: no batch came after this process was asked to stop.
         """
-        if position != self._coming:
-            self._coming = None
-            self._schedule.start = position
-            self._workers.start()
-        for number in range(len(self._parts)):
-            batch = _batch(self._workers.next(), self._images, self._broken)
-            last = number == len(self._parts) - 1
-            self._coming = position + self._global_batch_size if last else None
+        if self._batches is None or position != self._coming:
+            self.close()
+            places = _places(self._parts, position, self._global_batch_size)
+            largest = self._parts[0][1]
+            self._batches = self._workers.batches(self._fill, places, largest, self._transform.size)
+        self._coming = None
+        for number, _ in enumerate(self._parts, start=1):
+            batch = _batch(next(self._batches), self._images, self._broken)
+            if number == len(self._parts):
+                self._coming = position + self._global_batch_size
             yield batch
 
     def close(self) -> None:
         """End the workers. The loader can be used again, which starts others."""
-        self._coming = None
-        self._workers.close()
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _fill(self, first: int, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Broken:
+        """Fill a batch with the images at the global positions from ``first`` on."""
+        broken: Broken = {}
+        for row, sample in enumerate(self._order.samples(first, len(labels)).tolist()):
+            i, image = self._readable(sample, broken)
+            # The randomness of the place, so that an image which stands in for another is cropped otherwise.
+            pixels[row] = self._transform.training(image, self._seed, (first + row) // len(self._images), sample)
+            labels[row] = self._images.labels[i]
+        return broken
+
+    def _readable(self, sample: int, broken: Broken) -> tuple[int, NDArray[np.uint8]]:
+        """Return the number and the pixels of the first image from ``sample`` on that is not broken."""
+        count = min(len(self._images), _MOST_BROKEN)
+        for i in ((sample + tried) % len(self._images) for tried in range(count)):
+            try:
+                return i, _load(self._images, i)
+            except BrokenImageError as error:
+                broken[i] = reason = str(error)
+        raise InputError(f"none of {count} images from {self._images.name(sample)} on can be read: {reason}")
+
+
+def _places(parts: list[Place], position: int, global_batch_size: int) -> Iterator[Place]:
+    """Yield the places of the batches of all updates from global position ``position`` on, endlessly."""
+    for update in itertools.count(position, global_batch_size):
+        for offset, count in parts:
+            yield update + offset, count
 
 
 def evaluation_batches(
@@ -147,11 +160,7 @@ def evaluation_batches(
     process_index: int = 0,
     num_processes: int = 1,
     batch_size: int,
-    workers: int,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-    timeout: float = TIMEOUT_SECONDS,
-    stopping: Callable[[], bool] = never,
+    workers: Workers,
     broken: set[int] | None = None,
 ) -> Iterator[ImageBatch]:
     """Yield this process's part of all images: those at process_index, process_index + num_processes, and so on.
@@ -165,60 +174,46 @@ def evaluation_batches(
         process_index: of this process.
         num_processes: of the run.
         batch_size: images in a batch.
-        workers: processes that prepare batches; 0 for none. They end with the iterator.
-        prefetch: batches that each worker prepares ahead.
-        pin_memory: put batches into page-locked memory.
-        timeout: see `ImageLoader`.
-        stopping: see `ImageLoader`.
+        workers: prepare the batches. They end with the iterator.
         broken: the numbers of broken images that were named before, to which those named now are added.
 
     Raises:
-        SettingsError: a file has gone; a worker died, or none gave a batch in time.
-        StoppedWaitingError: none did after this process was told to stop.
+        InputError: a file has gone; a worker died, or gave no batch in time.
+        StoppedWaitingError: no batch came after this process was asked to stop.
     """
-    places = -(-len(images) // num_processes)
-    schedule = [(at, min(batch_size, places - at)) for at in range(0, places, batch_size)]
-    task = EvaluationBatches(images, transform, process_index, num_processes)
-    batches = Workers(
-        task,
-        schedule,
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        timeout=timeout,
-        stopping=stopping,
-    )
+
+    def fill(start: int, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Broken:
+        broken: Broken = {}
+        pixels[:], labels[:] = 0, IGNORED_LABEL
+        for row in range(len(labels)):
+            i = (start + row) * num_processes + process_index
+            if i < len(images):
+                try:
+                    pixels[row] = transform.evaluation(_load(images, i))
+                    labels[row] = images.labels[i]
+                except BrokenImageError as error:
+                    broken[i] = str(error)
+        return broken
+
+    share = -(-len(images) // num_processes)
+    places = [(at, min(batch_size, share - at)) for at in range(0, share, batch_size)]
     named = set() if broken is None else broken
+    with contextlib.closing(workers.batches(fill, places, batch_size, transform.size)) as batches:
+        for batch in batches:
+            yield _batch(batch, images, named)
+
+
+def _load(images: ImageSet, i: int) -> NDArray[np.uint8]:
     try:
-        batches.start()
-        while (answer := batches.next()) is not None:
-            yield _batch(answer, images, named)
-    finally:
-        batches.close()
+        return read_pixels(images, i)
+    except OSError as error:
+        raise InputError(f"{images.name(i)} can no longer be read: {error}") from error
 
 
-class _Schedule:
-    """Where the batches of all updates from ``start`` on begin and how large they are, endlessly."""
-
-    def __init__(self, global_batch_size: int, parts: list[tuple[int, int]]) -> None:
-        self.start = 0
-        self._global_batch_size = global_batch_size
-        self._parts = parts
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        update = self.start
-        while True:
-            for offset, count in self._parts:
-                yield update + offset, count
-            update += self._global_batch_size
-
-
-def _batch(answer: Any, images: ImageSet, named: set[int]) -> ImageBatch:
-    if isinstance(answer, SettingsError):
-        raise answer
-    pixels, labels, broken = answer
-    for i, reason in broken:
-        if i not in named:
-            named.add(i)
-            print(f"data: left out a broken image, {images.name(i)}: {reason}", file=sys.stderr, flush=True)
+def _batch(prepared: tuple[Tensor, Tensor, Broken], images: ImageSet, named: set[int]) -> ImageBatch:
+    """Return a batch that was prepared, after naming the broken images that are none of ``named``."""
+    pixels, labels, broken = prepared
+    for i in sorted(broken.keys() - named):
+        named.add(i)
+        print(f"data: left out a broken image, {images.name(i)}: {broken[i]}", file=sys.stderr, flush=True)
     return ImageBatch(pixels.permute(0, 3, 1, 2), labels)

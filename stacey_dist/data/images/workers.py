@@ -1,265 +1,245 @@
-"""The processes that prepare batches: how they are started, waited for and ended, whatever becomes of them."""
+"""Worker processes that prepare batches ahead, in memory that they share with the training process.
 
-import atexit
+They are not those of torch's DataLoader, for three reasons. DataLoader waits without end for a worker that hangs while
+it hands a batch over, whatever its timeout (seen with torch 2.13). It raises the death of a worker wherever the
+training process is, in the middle of a save too. And it keeps batches in /dev/shm, of which a container has 64 MB.
+"""
+
 import ctypes
-import errno
-import shutil
+import itertools
+import math
+import mmap
+import os
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable
-from multiprocessing import util
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import connection, context, get_context, parent_process, util
+from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
+from torch import Tensor
 
-from stacey_dist.errors import SettingsError, StoppedWaitingError
+from stacey_dist.errors import InputError, StoppedWaitingError
 
-T = TypeVar("T")
+Place = tuple[int, int]
+"""Where a batch begins, and its number of images."""
 
-SHARED_MEMORY = Path("/dev/shm")
+Fill = Callable[[int, NDArray[np.uint8], NDArray[np.int64]], Any]
+"""Fills the pixels and labels of the batch that begins at a place, and returns a report for the training process, which
+can be pickled. An InputError goes there too."""
+
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
-"""So long a batch is waited for after a request to stop: schedulers kill 30 seconds after theirs."""
+"""How long a batch is waited for after a request to stop: schedulers kill 30 seconds after theirs."""
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
+def never() -> bool:
+    """Return False: nobody asks this process to stop."""
+    return False
+
+
+@dataclass(frozen=True)
 class Workers:
-    """A loader's batches, from worker processes that run ahead, or made when they are asked for.
+    """How many processes prepare batches, and how they are waited for.
 
-    Args:
-        dataset: gives a batch for a place.
-        places: of the batches, in order; gone through anew at every `start`.
-        workers: how many processes; 0 for none.
-        prefetch: batches that each prepares ahead.
-        pin_memory: put batches into page-locked memory.
+    Attributes:
+        count: processes; with 0 the training process prepares each batch when it is asked for.
+        prefetch: batches that each of them is ahead.
+        pin_memory: put batches into page-locked memory, for copies to a GPU beside its work.
         timeout: seconds after which a batch that does not come is an error.
-        stopping: whether this process was told to stop.
+        stopping: returns whether this process was asked to stop: then it waits ten seconds at most.
 
     Raises:
-        SettingsError: workers, prefetch or timeout is out of range.
+        InputError: a value is out of range.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        places: Any,
-        *,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool,
-        timeout: float,
-        stopping: Callable[[], bool],
-    ) -> None:
-        if workers < 0:
-            raise SettingsError(f"data.workers must be at least 0, got {workers}")
-        if prefetch < 1:
-            raise SettingsError(f"data.prefetch must be at least 1, got {prefetch}")
-        if not timeout > 0:
-            raise SettingsError(f"data.timeout_seconds must be above 0, got {timeout}")
-        self._count, self._timeout, self._stopping = workers, timeout, stopping
-        self._loader: Any = DataLoader(
-            dataset,
-            sampler=places,
-            batch_size=None,  # a place is a whole batch
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=_begin_worker,
-            # Not a fork server, Python's default from 3.14 on: it ends by the SIGTERM that a scheduler sends to
-            # everyone, and the workers with it. They share the index of the images, too.
-            multiprocessing_context="fork" if workers else None,
-            # Its own: workers' seeds would be drawn from the training process's generator.
-            generator=torch.Generator(),
-        )
-        self._batches: Any = None
-        self._end: Callable[[], None] | None = None
+    count: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    timeout: float = 300.0
+    stopping: Callable[[], bool] = never
 
-    @property
-    def processes(self) -> list[Any]:
-        """The worker processes that were started and not ended."""
-        return list(getattr(self._batches, "_workers", []))
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise InputError(f"workers: {self.count} is not allowed; it must be at least 0")
+        if self.prefetch < 1:
+            raise InputError(f"prefetch: {self.prefetch} is not allowed; it must be at least 1")
+        if not self.timeout > 0:
+            raise InputError(f"timeout: {self.timeout} is not allowed; it must be above 0")
 
-    def start(self) -> None:
-        """Go through the places from the beginning, with the same worker processes if there are any.
+    def check_memory(self, images: int, size: int) -> None:
+        """Raise InputError where there is no memory for batches of ``images`` images, ``size`` pixels high and wide."""
+        self._workers(images, size)
 
-        Raises as `next` does.
-        """
-        if self._count and self._batches is not None:
-            # The workers answer that they begin anew, each after the batch that it is at.
-            self._batches = self._wait(lambda: iter(self._loader))
-        else:
-            self._batches = _begin(self._loader)
-        if self._end is None:
-            self._end = _ending(self._batches, self)
+    def batches(
+        self, fill: Fill, places: Iterable[Place], images: int, size: int
+    ) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
+        """Yield the pixels (n, size, size, 3), the labels (n) and the report of every batch, in order.
 
-    def next(self) -> Any:
-        """Return the next batch; None after the last.
+        The processes end with the iterator, and with this process, however it ends.
+
+        Args:
+            fill: prepares a batch.
+            places: of the batches. Every process goes through them by itself.
+            images: in the largest batch.
+            size: height and width of the images.
 
         Raises:
-            SettingsError: a worker process died, or no batch came in time.
-            StoppedWaitingError: the process was told to stop, and no batch came for ten seconds.
+            InputError: `fill` did; a process died or gave no batch in time; there is no memory for the batches.
+            StoppedWaitingError: no batch came after this process was asked to stop.
         """
-        if not self._count:
-            return next(self._batches, None)
-        return self._wait(lambda: next(self._batches, None))
+        if not self.count:
+            for start, count in places:
+                pixels, labels = self._empty(count, size)
+                yield pixels, labels, fill(start, pixels.numpy(), labels.numpy())
+            return
+        workers = self._workers(images, size)
+        kill = util.Finalize(None, _kill, (workers,), exitpriority=100)  # before multiprocessing waits for its children
+        thread = ThreadPoolExecutor(1, "copy a batch")
+        try:
+            _start(workers, fill, places)
+            # One ahead of the caller, so that the copy takes place beside its work.
+            copies = self._copies(workers, places, size)
+            coming = thread.submit(next, copies, None)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(next, copies, None)
+                yield batch
+        finally:
+            kill()
+            thread.shutdown()
+            for worker in workers:
+                worker.close()
+
+    def _workers(self, images: int, size: int) -> "list[_Worker]":
+        return [_Worker(self, images, size) for _ in range(self.count)]
+
+    def _copies(
+        self, workers: "list[_Worker]", places: Iterable[Place], size: int
+    ) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
+        for number, (_, count) in enumerate(places):
+            worker, slot = workers[number % self.count], number // self.count % self.prefetch
+            report = self._receive(worker)
+            pixels, labels = self._empty(count, size)
+            pixels.copy_(torch.from_numpy(worker.pixels[slot, :count]))
+            labels.copy_(torch.from_numpy(worker.labels[slot, :count]))
+            worker.fill_another()
+            yield pixels, labels, report
+
+    def _empty(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        return pixels, torch.empty(count, dtype=torch.int64, pin_memory=self.pin_memory)
+
+    def _receive(self, worker: "_Worker") -> Any:
+        begun, asked_to_stop = time.monotonic(), None
+        while not worker.reports.poll(_POLL_SECONDS):
+            now = time.monotonic()
+            if now - begun > self.timeout:
+                raise InputError(
+                    f"timeout: no batch came from the worker processes within {self.timeout:g} s; a disk that does not "
+                    "answer, or larger images than the limit allows for"
+                )
+            if asked_to_stop is None and self.stopping():
+                asked_to_stop = now
+            if asked_to_stop is not None and now - asked_to_stop > _STOP_SECONDS:
+                raise StoppedWaitingError("data: asked to stop, and no batch came from the worker processes")
+        try:
+            report = worker.reports.recv()
+        except (EOFError, ConnectionError) as error:
+            raise worker.death() from error
+        if isinstance(report, InputError):
+            raise report
+        return report
+
+
+class _Worker:
+    """A process, and memory that it shares with this one for the batches that it is ahead."""
+
+    def __init__(self, settings: Workers, images: int, size: int) -> None:
+        shape = (settings.prefetch, images, size, size, 3)
+        try:
+            # The system gives memory as it is filled.
+            self.pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+            self.labels = np.frombuffer(mmap.mmap(-1, 8 * math.prod(shape[:2])), np.int64).reshape(shape[:2])
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"prefetch: {settings.prefetch} batches of {math.prod(shape[1:]) / 1e6:.1f} MB for each of "
+                f"{settings.count} worker processes are more than there is memory for; lower it, `workers` or "
+                "`micro_batch_size`"
+            ) from error
+        self._prefetch = settings.prefetch
+        self._process: context.ForkProcess | None = None
+
+    def start(self, fill: Fill, places: Iterable[Place]) -> None:
+        """Start the process."""
+        # How many batches may be filled. A semaphore of Python's lies in /dev/shm.
+        self._free = os.eventfd(self._prefetch, os.EFD_SEMAPHORE)
+        self.reports, sender = connection.Pipe(duplex=False)
+        # Python 3.14 would take a fork server, which ends by the SIGTERM that a scheduler sends to everyone, and its
+        # processes with it. Forked ones share the list of the images, too.
+        self._process = get_context("fork").Process(target=self._work, args=(fill, places, sender), daemon=True)
+        self._process.start()
+        sender.close()  # so that the pipe ends with the process
+
+    def _work(self, fill: Fill, places: Iterable[Place], sender: connection.Connection) -> None:
+        # The system kills this process when the thread that started it ends, however that ends.
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        parent = parent_process()
+        if parent is None or os.getppid() != parent.pid:
+            return
+        torch.set_num_threads(1)
+        for slot, (start, count) in zip(itertools.cycle(range(self._prefetch)), places, strict=False):
+            os.eventfd_read(self._free)
+            try:
+                report = fill(start, self.pixels[slot, :count], self.labels[slot, :count])
+            except InputError as error:
+                report = error
+            sender.send(report)
+
+    def death(self) -> InputError:
+        """Return the error that says how the process ended."""
+        assert self._process is not None
+        self._process.join()
+        pid, code = self._process.pid, self._process.exitcode
+        if code is not None and code < 0:
+            return InputError(
+                f"workers: worker process {pid} was killed by {signal.Signals(-code).name}; where the system did so "
+                "for lack of memory, lower `workers`, `prefetch` or `micro_batch_size`"
+            )
+        return InputError(f"workers: worker process {pid} ended with status {code}")
+
+    def fill_another(self) -> None:
+        """Let the process fill the memory of a batch again."""
+        os.eventfd_write(self._free, 1)
+
+    def kill(self) -> None:
+        """End the process if it runs. It only reads, so nothing is lost."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
 
     def close(self) -> None:
-        """End the worker processes. `start` starts others."""
-        self._batches = None
-        self._loader._iterator = None
-        if self._end is not None:
-            self._end()
-            self._end = None
-
-    def _wait(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, done in a thread, so that this one can look after everything else that may happen.
-
-        A worker that is stopped, or killed in the middle of an answer, would be waited for in the system, which no
-        signal ends.
-        """
-        outcome: dict[str, Any] = {}
-        thread = threading.Thread(target=_record, args=(work, outcome), name="wait for a batch", daemon=True)
-        thread.start()
-        begun, told_to_stop = time.monotonic(), None
-        while True:
-            thread.join(_POLL_SECONDS)
-            if not thread.is_alive() and "result" in outcome:
-                return outcome["result"]
-            self._check_processes()
-            if not thread.is_alive():
-                _raise(outcome["error"])
-            now = time.monotonic()
-            if now - begun > self._timeout:
-                raise SettingsError(
-                    f"data.timeout_seconds: no batch came from the worker processes within {self._timeout:g} s; a disk "
-                    "that does not answer, or larger images than the limit allows for"
-                )
-            if told_to_stop is None and self._stopping():
-                told_to_stop = now
-            if told_to_stop is not None and now - told_to_stop > _STOP_SECONDS:
-                raise StoppedWaitingError("data: told to stop, and no batch came from the worker processes")
-
-    def _check_processes(self) -> None:
-        """Raise SettingsError where a worker process has ended."""
-        for process in self.processes:
-            code = process.exitcode
-            if code is not None and code < 0:
-                raise SettingsError(
-                    f"data.workers: worker process {process.pid} was killed by {signal.Signals(-code).name}; where the "
-                    "system did so for lack of memory, lower data.workers, data.prefetch or train.micro_batch_size"
-                )
-            if code is not None:
-                raise SettingsError(f"data.workers: worker process {process.pid} ended with status {code}")
+        """Close the pipe and the counter of a process that has ended."""
+        if self._process is not None:
+            self.reports.close()
+            os.close(self._free)
 
 
-def check_shared_memory(workers: int, prefetch: int, batch_bytes: int, processes: int) -> None:
-    """Raise SettingsError where the batches that wait for training will not fit into shared memory.
-
-    Args:
-        workers: of each training process.
-        prefetch: batches that each worker is ahead.
-        batch_bytes: of a batch.
-        processes: training processes on this machine.
-    """
-    if not workers or not SHARED_MEMORY.is_dir():
-        return
-    # Twice: the training batches stay prepared during an evaluation.
-    needed = 2 * processes * workers * prefetch * batch_bytes
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise SettingsError(
-            f"data.workers: {workers} worker processes{f' of {processes} processes each' if processes > 1 else ''}, "
-            f"{prefetch} batches ahead (data.prefetch) of {batch_bytes / 1e6:.1f} MB, need {needed / 1e6:,.1f} MB of "
-            f"{SHARED_MEMORY}, where {free / 1e6:,.1f} MB are free; {MORE_SHARED_MEMORY}"
-        )
-
-
-MORE_SHARED_MEMORY = (
-    "give the container more (docker run --shm-size), lower data.prefetch or data.workers, or set data.workers: 0"
-)
-
-
-def _begin(loader: Any) -> Any:
-    """Return an iterator over a loader, whose workers no signal meets before they ignore it."""
-    # Workers inherit what is blocked; what comes meanwhile reaches this process afterwards.
+def _start(workers: list[_Worker], fill: Fill, places: Iterable[Place]) -> None:
+    # A scheduler, or Ctrl-C, signals all processes at once. Workers inherit what is blocked, so that they keep giving
+    # batches while the training process finishes its update and saves.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        for number, worker in enumerate(workers):
+            worker.start(fill, itertools.islice(places, number, None, len(workers)))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # Torch's raises wherever this process is when a worker dies; here that is seen at the next wait for a batch.
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not handler:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def _ending(batches: Any, owner: object) -> Callable[[], None]:
-    """Return what ends the workers of a running iterator over a loader, if it has any.
-
-    It is called by itself when ``owner`` is forgotten, and at the latest when this process ends: multiprocessing would
-    then send the signal that they ignore, and wait for them for ever.
-    """
-    # Before the queues by which workers are told to end: those close at 10.
-    finalizer = util.Finalize(owner, _shut_down, (batches,), exitpriority=100)
-    # At the end of a program torch may give up its workers before multiprocessing calls its finalizers: this comes
-    # before both. In a child of multiprocessing there are the finalizers only.
-    atexit.register(finalizer)
-
-    def end() -> None:
-        atexit.unregister(finalizer)
-        finalizer()
-
-    return end
-
-
-def _shut_down(batches: Any) -> None:
-    if not hasattr(batches, "_shutdown_workers"):
-        return
-    if hasattr(batches, "_pin_memory_thread"):
-        # First, for it may be receiving a batch; not for long, for it may wait for a worker that hangs.
-        batches._pin_memory_thread_done_event.set()
-        batches._worker_result_queue.put((None, None))
-        batches._pin_memory_thread.join(5)
-    # Workers only read. Torch would give each that hangs ten seconds, one after the other, and then leave it.
-    for worker in batches._workers:
+def _kill(workers: list[_Worker]) -> None:
+    for worker in workers:
         worker.kill()
-    batches._shutdown_workers()
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
-def _begin_worker(_worker: int) -> None:
-    """Let the training process finish its step and save: a scheduler, or Ctrl-C, signals all processes at once.
-
-    A worker ends when it is told to, and with its parent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # Killed when the thread that started it ends, however that ends. Elsewhere, and where the parent has ended
-        # already, torch's loop in the worker looks for it every five seconds.
-        parent_death_signal = 1
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-
-
-def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
-    try:
-        outcome["result"] = work()
-    except BaseException as error:  # every error goes to the thread that waits, which raises it
-        outcome["error"] = error
-
-
-def _raise(error: BaseException) -> None:
-    if getattr(error, "errno", None) == errno.EMFILE or str(error).startswith("Too many open files"):
-        raise SettingsError(
-            "data.workers: this process has too many open files to receive a batch; raise the limit (ulimit -n), or "
-            "lower data.prefetch or data.workers"
-        ) from error
-    raise error

@@ -14,7 +14,7 @@ from stacey_dist.data import GlobalSampler
 from stacey_dist.data.images import Transform
 from stacey_dist.data.images.augment import central, random_rectangle, resize, resize_shorter_side
 from stacey_dist.data.images.uniform import uniforms
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.images.helpers import picture
 
 NUMBERS = [4987112327058051, 5600416193200360, 7768474452795926]
@@ -226,12 +226,12 @@ def test_global_generators_do_not_matter_and_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(size=0), "data.image_size must be at least 1, got 0"),
-        (dict(crop="center"), "data.crop must be random_resized, padded or none, got 'center'"),
-        (dict(min_scale=0.0), "data.min_scale must be above 0 and at most 1, got 0.0"),
-        (dict(eval_resize=0), "data.eval_resize must be at least 1 or null, got 0"),
+        (dict(size=0), "size: 0 is not allowed; it must be at least 1"),
+        (dict(crop="center"), "crop: 'center' is not allowed; it must be random_resized, padded or none"),
+        (dict(min_scale=0.0), "min_scale: 0.0 is not allowed; it must be above 0 and at most 1"),
+        (dict(eval_resize=0), "eval_resize: 0 is not allowed; it must be at least 1 or None"),
     ],
 )
 def test_bad_settings(change: dict, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(InputError, match=message):
         Transform(**dict(size=8, crop="none", flip=True) | change)

@@ -15,7 +15,7 @@ import pytest
 
 from stacey_dist.data.images import ArrayImages, BrokenImageError, CachedImages, ImageSet, Transform, cached, decode
 from stacey_dist.data.images.augment import resize_shorter_side
-from stacey_dist.errors import InputError, SettingsError
+from stacey_dist.errors import InputError
 from tests.data.images.helpers import encoded, picture, same
 
 module = sys.modules[cached.__module__]
@@ -121,7 +121,7 @@ def test_all_broken_in_a_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", range(len(SHAPES)))
-def test_killed_while_decoding_goes_on(tmp_path: Path, killed_at: int) -> None:
+def test_killed_while_decoding_resumes(tmp_path: Path, killed_at: int) -> None:
     photos = Photos()
     photos.fails_at = max(2, killed_at)  # 0 and 1 are looked at for the space they need
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +158,7 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     needed = (30 * 40 + 25 * 20) * 3 / 2 * len(SHAPES)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(needed)))
-    with pytest.raises(SettingsError, match=r"^data\.cache: .* needs about 0\.0 GB and its disk has 0\.0 GB free"):
+    with pytest.raises(InputError, match=r"^cache: .* needs about 0\.0 GB and its disk has 0\.0 GB free"):
         make(Photos(), tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(needed * 1.05)))
     make(Photos(), tmp_path)
@@ -169,7 +169,7 @@ def test_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"^data\.cache: the disk of .* is full; set data\.cache: none$"):
+    with pytest.raises(InputError, match=r"^cache: the disk of .* is full; set `cache` to none$"):
         make(Photos(), tmp_path)
 
 
@@ -177,6 +177,14 @@ def damage_index(place: Path) -> None:
     index = bytearray((place / "part-00001.index").read_bytes())
     index[8] ^= 1
     (place / "part-00001.index").write_bytes(index)
+
+
+def change(**values: Any) -> Any:
+    def write(place: Path) -> None:
+        complete = json.loads((place / "complete.json").read_text())
+        (place / "complete.json").write_text(json.dumps(complete | values))
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -188,30 +196,34 @@ def damage_index(place: Path) -> None:
         (lambda place: (place / "part-00002.index").unlink(), "No such file"),
         (lambda place: (place / "complete.json").write_text("{"), "delete it"),
         (lambda place: (place / "complete.json").write_text(json.dumps({})), "delete it"),
+        (lambda place: (place / "complete.json").write_text("[]"), "delete it"),
+        (change(part_images=0), "delete it"),
+        (change(part_bytes=[1, "x"]), "delete it"),
+        (lambda place: (place / "complete.json").write_text("[" * 10**6), "nested deeper than 100 levels"),
     ],
 )
 def test_damage_is_found(tmp_path: Path, damage: Any, reason: str) -> None:
     images = make(Photos(), tmp_path)
     assert isinstance(images, CachedImages)
     damage(images.directory)
-    with pytest.raises(SettingsError, match=rf"data\.cache: .* is damaged \(.*{reason}"):
+    with pytest.raises(InputError, match=rf"^cache: .* is damaged \(.*{reason}"):
         make(Photos(), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("cache", "resize_to", "message"),
     [
-        ("big", None, "data.cache must be none, decoded or resized, got 'big'"),
-        ("resized", None, "data.cache_resize must be at least 1 for data.cache resized, got None"),
-        ("resized", 0, "data.cache_resize must be at least 1"),
+        ("big", None, "cache: 'big' is not allowed; it must be none, decoded or resized"),
+        ("resized", None, "resize_to: None is not allowed with `cache` resized; it must be at least 1"),
+        ("resized", 0, "resize_to: 0 is not allowed"),
     ],
 )
 def test_bad_settings(tmp_path: Path, cache: Any, resize_to: int | None, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(InputError, match=message):
         make(Photos(), tmp_path, cache, resize_to)
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"^data\.cache: .* cannot be made: Not a directory$"):
+    with pytest.raises(InputError, match=r"^cache: .* cannot be made: Not a directory$"):
         make(Photos(), tmp_path / "file")

@@ -1,6 +1,5 @@
 """CIFAR as published, and pickles that are no data."""
 
-import contextlib
 import os
 import pickle
 import subprocess
@@ -9,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from stacey_dist.data.images import open_images, plain_pickle
-from stacey_dist.errors import SettingsError
+from stacey_dist.data.images import open_images, read_pixels
+from stacey_dist.errors import InputError
 from tests.data.images.helpers import same
 
 
@@ -51,17 +48,18 @@ def test_cifar10(tmp_path: Path, above: bool, protocol: int) -> None:
     same(test)
 
 
-def test_cifar_as_python_2_wrote_it() -> None:
+def test_cifar_as_python_2_wrote_it(tmp_path: Path) -> None:
     """Strings of Python 2, and numpy's older way to pickle."""
     data = bytes(range(256)) * 12
     content = (
         b"\x80\x02}q\x01U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05"
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        b"\x89T\x00\x0c\x00\x00" + data + b"tbs."
+        b"\x89T\x00\x0c\x00\x00" + data + b"tbsU\x06labels](K\x02es."
     )
-    loaded = plain_pickle.load(content)
-    assert loaded[b"data"].shape == (1, 3072)
-    assert loaded[b"data"].tobytes() == data
+    write_cifar10(tmp_path)
+    (tmp_path / "test_batch").write_bytes(content)
+    _, test = open_images(str(tmp_path))
+    assert np.array_equal(read_pixels(test, 0), np.frombuffer(data, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_cifar100(tmp_path: Path) -> None:
@@ -88,7 +86,7 @@ def test_code_in_a_pickle_is_never_loaded(tmp_path: Path, function: Any, protoco
     write_cifar10(tmp_path)
     mark = tmp_path / "executed"
     dump(tmp_path / "data_batch_3", {b"data": Malicious(function, f"touch {mark}"), b"labels": []}, protocol)
-    with pytest.raises(SettingsError, match=r"data_batch_3 cannot be read: it asks for [^\n]*, which is no data$"):
+    with pytest.raises(InputError, match=r"data_batch_3 cannot be read: UnpicklingError: [\w.]+ has no place in it$"):
         open_images(str(tmp_path))
     assert not mark.exists()
 
@@ -104,7 +102,7 @@ def test_persistent_ids_extensions_and_other_codecs_are_refused(tmp_path: Path) 
         pickle.dumps([1]),
     ):
         (tmp_path / "test_batch").write_bytes(content)
-        with pytest.raises(SettingsError, match=r"data\.path: .*test_batch (cannot be read|holds list)"):
+        with pytest.raises(InputError, match=r"^path: .*test_batch (cannot be read|holds list)"):
             open_images(str(tmp_path))
 
 
@@ -115,6 +113,9 @@ def test_persistent_ids_extensions_and_other_codecs_are_refused(tmp_path: Path) 
         {b"data": np.zeros((4, 99), np.uint8)},
         {b"data": [1]},
         {b"data": np.zeros((2, 2, 3072), np.uint8)},
+        {b"data": np.zeros((4, 3072), np.int8)},
+        {b"data": np.asfortranarray(np.ones((4, 3072), np.uint8))},
+        {b"data": np.dtype("u1")},
         {b"labels": [9] * 4},
         {b"labels": [0]},
         {b"labels": [[0, 0], [0, 0]]},
@@ -126,67 +127,12 @@ def test_persistent_ids_extensions_and_other_codecs_are_refused(tmp_path: Path) 
 def test_bad_cifar(tmp_path: Path, change: dict[bytes, Any]) -> None:
     write_cifar10(tmp_path)
     dump(tmp_path / "test_batch", cifar_file(4, 0, labels=3) | change)
-    with pytest.raises(SettingsError, match=r"data\.path: .*test_batch"):
+    with pytest.raises(InputError, match=r"^path: .*test_batch"):
         open_images(str(tmp_path))
 
 
 def test_text_for_names_that_is_a_number_is_not_taken_for_a_length(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     dump(tmp_path / "batches.meta", {b"label_names": [10**12]})
-    with pytest.raises(SettingsError, match=r"batches\.meta has no label_names"):
+    with pytest.raises(InputError, match=r"batches\.meta has no label_names"):
         open_images(str(tmp_path))
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300),
-    lambda values: (
-        st.lists(values) | st.tuples(values, values) | st.dictionaries(st.text() | st.binary() | st.integers(), values)
-    ),
-    max_leaves=30,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(value=PLAIN, protocol=st.integers(0, 5))
-def test_plain_data_are_read_as_pickle_reads_them(value: Any, protocol: int) -> None:
-    content = pickle.dumps(value, protocol)
-    assert repr(plain_pickle.load(content)) == repr(pickle.loads(content))
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_any_bytes_are_plain_data_or_refused(data: st.DataObject) -> None:
-    content = bytearray(pickle.dumps(cifar_file(2, 0, labels=3), data.draw(st.integers(0, 5))))
-    for _ in range(data.draw(st.integers(1, 8))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(plain_pickle.PlainPickleError):
-        plain_pickle.load(bytes(content))
-
-
-# What each costs Python's own unpickler: hours for a hash, all memory, or the process.
-TUPLE_OF_TUPLES = b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s."
-DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
-ENCODED_AGAIN = (
-    b"\x80\x02(c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"x" * 65536 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
-)
-ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (TUPLE_OF_TUPLES, "it asks for DUP"),
-        (TUPLE_OF_TUPLES.replace(b"2\x86", b"q\x00h\x00\x86"), "a key that is a tuple"),
-        (DEEP_KEY, "a key that is a tuple"),
-        (ENCODED_AGAIN, "it would grow without end"),
-        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "in the place of _Array"),
-        (b"I" + b"9" * 5000 + b"\n.", "a damaged pickle"),
-        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "a damaged pickle"),
-        (b"\x80\x02K\x01", "a damaged pickle"),
-        (b"\x80\x02cos\nsystem\n.", "it asks for os.system"),
-        (b"\x80\x02cnumpy\nndarray\n)R.", "it calls numpy.ndarray"),
-    ],
-)
-def test_hostile_pickles_end_at_once(content: bytes, reason: str) -> None:
-    with pytest.raises(plain_pickle.PlainPickleError, match=reason):
-        plain_pickle.load(content)

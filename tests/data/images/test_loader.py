@@ -19,9 +19,10 @@ from stacey_dist.data.images import (
     ImageLoader,
     ImageSet,
     Transform,
+    Workers,
     evaluation_batches,
 )
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.images.helpers import EncodedImages, KnownBroken, numbered, picture
 
 ROOT = Path(__file__).parents[3]
@@ -36,8 +37,12 @@ def photos(count: int = 13) -> ArrayImages:
 
 
 def make(images: ImageSet, transform: Transform = CROPPED, **changes: Any) -> ImageLoader:
-    options: dict[str, Any] = dict(global_batch_size=6, micro_batch_size=6, workers=0) | changes
-    return ImageLoader(images, transform, sampler=GlobalSampler(len(images), SEED), seed=SEED, **options)
+    options: dict[str, Any] = dict(global_batch_size=6, micro_batch_size=6, workers=Workers()) | changes
+    return ImageLoader(images, transform, seed=SEED, **options)
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
 
 
 def joined(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,26 +87,33 @@ def test_workers_and_restarts_do_not_matter() -> None:
     images = EncodedImages(photos(), {4})
     alone = make(images, micro_batch_size=6)
     expected = {position: joined(alone.micro_batches(position)) for position in range(0, 60, 6)}
-    loader = make(images, micro_batch_size=4, workers=2, prefetch=3)
-    workers: set[int] = set()
+    before = children()
+    loader = make(images, micro_batch_size=4, workers=Workers(2, prefetch=3))
     for position in (0, 6, 12, 36, 42, 6, 12, 54, 54):
         assert equal(joined(loader.micro_batches(position)), expected[position])
-        workers |= {worker.pid for worker in loader._workers.processes}
-    assert len(workers) == 2
+        assert len(children() - before) == 2
     # One that is left in the middle begins anew; one whose last batch was taken goes on.
     abandoned = loader.micro_batches(0)
     next(abandoned)
     assert equal(joined(loader.micro_batches(6)), expected[6])
     last = loader.micro_batches(12)
+    workers = children()
     assert equal(joined([next(last), next(last)]), expected[12])
-    before = loader._workers._batches
     assert equal(joined(loader.micro_batches(18)), expected[18])
-    assert loader._workers._batches is before
+    assert children() == workers
     assert loader.broken == alone.broken == 1
     loader.close()
-    assert not any(psutil.pid_exists(pid) for pid in workers)
+    assert children() == before
     assert equal(joined(loader.micro_batches(18)), expected[18])
     loader.close()
+    loader.close()
+
+
+def test_batches_are_kept_though_their_place_is_filled_again() -> None:
+    loader = make(photos(), micro_batch_size=1, workers=Workers(2, prefetch=1))
+    kept = [joined(loader.micro_batches(position)) for position in range(0, 60, 6)]
+    alone = make(photos())
+    assert all(equal(batch, joined(alone.micro_batches(6 * i))) for i, batch in enumerate(kept))
     loader.close()
 
 
@@ -109,11 +121,11 @@ def test_the_training_process_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for workers in (0, 1):
-        loader = make(photos(), workers=workers)
+        loader = make(photos(), workers=Workers(workers))
         list(loader.micro_batches(0))
         list(loader.micro_batches(30))
         loader.close()
-        list(evaluation_batches(photos(), CROPPED, batch_size=20, workers=workers))
+        list(evaluation_batches(photos(), CROPPED, batch_size=20, workers=Workers(workers)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -134,11 +146,11 @@ def test_broken_images_give_their_place_to_the_next(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_all_broken(workers: int) -> None:
-    loader = make(KnownBroken(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, int), ["a"]), workers=workers)
-    with pytest.raises(SettingsError, match=r"^data: none of 5 images from image \d on can be read: known$"):
+    loader = make(KnownBroken(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, int), ["a"]), workers=Workers(workers))
+    with pytest.raises(InputError, match=r"^none of 5 images from image \d on can be read: known$"):
         list(loader.micro_batches(0))
     loader.close()
-    batches = evaluation_batches(loader._images, WHOLE, batch_size=2, workers=workers)
+    batches = evaluation_batches(loader._images, WHOLE, batch_size=2, workers=Workers(workers))
     assert all((batch.labels == IGNORED_LABEL).all() for batch in batches)  # another process may have others
 
 
@@ -146,7 +158,7 @@ def test_all_broken(workers: int) -> None:
 @given(count=st.integers(1, 23), processes=st.integers(1, 5), size=st.integers(1, 9))
 def test_evaluation_covers_every_image_once(count: int, processes: int, size: int) -> None:
     images = numbered(count)
-    options: dict[str, Any] = dict(num_processes=processes, batch_size=size, workers=0)
+    options: dict[str, Any] = dict(num_processes=processes, batch_size=size, workers=Workers())
     per_process = [list(evaluation_batches(images, WHOLE, process_index=i, **options)) for i in range(processes)]
     shapes = [[batch.pixels.shape for batch in batches] for batches in per_process]
     assert all(shape == shapes[0] for shape in shapes)
@@ -164,25 +176,25 @@ def test_evaluation_with_workers_and_broken_images(capsys: pytest.CaptureFixture
     named: set[int] = set()
 
     def evaluate(workers: int) -> Any:
-        return joined(evaluation_batches(images, WHOLE, batch_size=3, workers=workers, broken=named))
+        return joined(evaluation_batches(images, WHOLE, batch_size=3, workers=Workers(workers), broken=named))
 
     alone = evaluate(0)
     assert named == {1, 7}
     assert alone[1].tolist() == [0, -100, 2, 0, 1, 2, 0, -100, 2, 0]
     assert not alone[0][1].any()
-    children = set(psutil.Process().children())
+    before = children()
     assert equal(evaluate(2), alone)
-    assert set(psutil.Process().children()) <= children
+    assert children() <= before
     assert capsys.readouterr().err.count("left out a broken image") == 2
 
 
 def test_abandoned_evaluation_ends_its_workers() -> None:
-    before = set(psutil.Process().children())
-    batches = evaluation_batches(numbered(40), WHOLE, batch_size=2, workers=2)
+    before = children()
+    batches = evaluation_batches(numbered(40), WHOLE, batch_size=2, workers=Workers(2))
     assert isinstance(next(batches), ImageBatch)
-    assert len(set(psutil.Process().children()) - before) == 2
+    assert len(children() - before) == 2
     batches.close()  # type: ignore[attr-defined]
-    assert set(psutil.Process().children()) <= before
+    assert children() <= before
 
 
 class Missing(ArrayImages):
@@ -193,32 +205,22 @@ class Missing(ArrayImages):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_has_gone_is_an_error(workers: int) -> None:
     missing = Missing(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, int), ["a"])
-    loader = make(missing, workers=workers)
-    with pytest.raises(SettingsError, match=r"^data: image \d can no longer be read: .*/nowhere/image\.jpg'$"):
+    loader = make(missing, workers=Workers(workers))
+    with pytest.raises(InputError, match=r"^image \d can no longer be read: .*/nowhere/image\.jpg'$"):
         next(loader.micro_batches(0))
     loader.close()
-    with pytest.raises(SettingsError, match=r"^data: image 0 can no longer be read: .*/nowhere/image\.jpg'$"):
-        next(evaluation_batches(missing, WHOLE, batch_size=2, workers=workers))
+    with pytest.raises(InputError, match=r"^image 0 can no longer be read: .*/nowhere/image\.jpg'$"):
+        next(evaluation_batches(missing, WHOLE, batch_size=2, workers=Workers(workers)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_processes=4), r"train\.global_batch_size must be a multiple of the number of processes, 4, got 6"),
-        (dict(global_batch_size=0), r"train\.global_batch_size must be .* got 0"),
-        (dict(micro_batch_size=0), r"train\.micro_batch_size must be at least 1, got 0"),
-        (dict(workers=-1), r"data\.workers must be at least 0, got -1"),
-        (dict(prefetch=0), r"data\.prefetch must be at least 1, got 0"),
-        (dict(timeout=0), r"data\.timeout_seconds must be above 0, got 0"),
+        (dict(num_processes=4), r"global_batch_size: 6 is not allowed; it must be a multiple of the number of .* 4$"),
+        (dict(global_batch_size=0), r"global_batch_size: 0 is not allowed"),
+        (dict(micro_batch_size=0), r"micro_batch_size: 0 is not allowed; it must be at least 1"),
     ],
 )
-def test_bad_settings(change: dict[str, int], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+def test_bad_sizes(change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
         make(photos(), **change)
-
-
-def test_another_samplers_size() -> None:
-    with pytest.raises(ValueError, match="of 5 samples and there are 13 images"):
-        ImageLoader(
-            photos(), WHOLE, sampler=GlobalSampler(5, 0), seed=0, global_batch_size=1, micro_batch_size=1, workers=0
-        )

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from stacey_dist.data.images import ImageSet, cached, open_images, read_pixels
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import InputError
 from tests.data.images.helpers import encoded, image_tree, picture
-from tests.data.images.test_arrow import rows, write
 from tests.data.images.test_cifar import write_cifar10
+from tests.data.images.test_tables import rows, write
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,7 +38,7 @@ def test_importing_is_light_and_digits_import_nothing() -> None:
         "import sys, stacey_dist.data.images as images\n"
         "heavy = {'transformers', 'datasets', 'sklearn', 'pandas', 'torchvision'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
-        "images.embedded_images()\n"
+        "images.open_images()\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -50,16 +50,16 @@ def test_importing_is_light_and_digits_import_nothing() -> None:
     [
         (
             dict(path="{}/nowhere"),
-            r"data\.path: .*/nowhere is no directory; looked for train/ and val/.*parquet.*CIFAR",
+            r"^path: .*/nowhere is no directory; looked for train/ and val/.*parquet.*CIFAR",
         ),
-        (dict(path="{}"), r"data\.path: .* holds no images in a layout that can be read; looked for train/ and val/"),
-        (dict(path="{}", dataset="x"), r"data\.path '.*' and data\.dataset 'x': only one of them can be set"),
-        (dict(label_column="y"), r"data\.label_column: 'y': only parquet files and datasets of the Hub have columns"),
-        (dict(path="{}", image_column="x"), r"data\.image_column: 'x': only parquet"),
+        (dict(path="{}"), r"^path: .* holds no images in a layout that can be read; looked for train/ and val/"),
+        (dict(path="{}", dataset="x"), r"^path: '.*' and `dataset` 'x': only one of them can be set"),
+        (dict(label_column="y"), r"label_column: 'y': only parquet files and datasets of the Hub have columns"),
+        (dict(path="{}", image_column="x"), r"image_column: 'x': only parquet"),
     ],
 )
 def test_bad_paths(tmp_path: Path, settings: dict[str, str], message: str) -> None:
-    with pytest.raises(SettingsError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_images(**{key: value.format(tmp_path) for key, value in settings.items()})
     assert "\n" not in str(caught.value)
 
@@ -118,7 +118,7 @@ def test_paths_are_literal(
     Path("in").mkdir(exist_ok=True)
     monkeypatch.chdir("in")
     for path in (name, f"{tmp_path}/in/{name}"):
-        with pytest.raises(SettingsError, match=r"data\.path: .* is no directory"):
+        with pytest.raises(InputError, match=r"^path: .* is no directory"):
             open_images(path, cache_dir="../cache")
     shutil.copytree(tmp_path / "plain", name)  # `datasets`, which writes the parquet files, could not write there
     for path in (name, f"{tmp_path}/in/{name}"):
@@ -146,15 +146,15 @@ def test_a_hub_cache_of_any_name(name: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(dataset="{}/s*t"), r"data\.dataset: '.*/s\*t' is no name of a data set; data\.path names a directory"),
-        (dict(dataset="{}/[s]et"), r"data\.dataset: '.*' is no name of a data set"),
-        (dict(dataset="zip::{}/set"), r"data\.dataset: '.*' is no name of a data set"),
-        (dict(dataset="{}/set", cache_dir="{}/a::b"), r"data\.cache_dir: .*a::b must not hold '::' for data\.dataset"),
+        (dict(dataset="{}/s*t"), r"dataset: '.*/s\*t' is no name of a data set; `path` names a directory"),
+        (dict(dataset="{}/[s]et"), r"dataset: '.*' is no name of a data set"),
+        (dict(dataset="zip::{}/set"), r"dataset: '.*' is no name of a data set"),
+        (dict(dataset="{}/set", cache_dir="{}/a::b"), r"cache_dir: .*a::b must not hold '::' for `dataset`"),
     ],
 )
 def test_names_of_data_sets_are_no_patterns(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     parquet(tmp_path / "set", 1)
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(InputError, match=message):
         open_images(**{key: value.format(tmp_path) for key, value in settings.items()})
 
 

@@ -1,9 +1,9 @@
-"""Read pickles without running them.
+"""Read pickles of other makers without running them.
 
-A pickle names classes and functions, and has the reader call them and set their attributes. Here every name that may
-stand in a pickle leads to an object of this package that does nothing but keep what it is given; no name leads to
-anything of torch's, of Python's, or of the program's. What comes out are dictionaries, lists, tuples, texts, numbers
-and `Record` objects, which the importers look at with `type(x) is ...`.
+A pickle names classes and functions, and asks the reader to call them and to set attributes. Here each name that may
+stand in a pickle leads to an object of this module that only keeps what it is given; no name leads to anything of
+torch's, of Python's, or of the program's. The result is made of dictionaries, lists, tuples, texts, bytes, numbers and
+`Record` objects, which the caller looks at with `type(x) is ...`.
 """
 
 import io
@@ -23,7 +23,7 @@ class _Fixed(type):
 
 
 class Record(metaclass=_Fixed):
-    """Keeps what an object of another class was made with and was given as its state."""
+    """Keeps the arguments and the state of an object of another class."""
 
     __slots__ = ("arguments", "state")
     arguments: tuple[Any, ...]
@@ -104,13 +104,21 @@ class _Inert(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Any) -> None:
-        super().__init__(io.BytesIO(content))
-        self._known = known
+    def __init__(self, content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Any, encoding: str) -> None:
+        super().__init__(io.BytesIO(content), encoding=encoding)
+        # Python 3 writes bytes in these ways in the protocols of Python 2.
+        empty = Function(lambda: b"")
+        bytes_of_python_2 = {
+            ("_codecs", "encode"): Function(self._encode),
+            ("__builtin__", "bytes"): empty,
+            ("builtins", "bytes"): empty,
+        }
+        self._known = {**bytes_of_python_2, **known}
         self._load_storage = load_storage
+        self._left_to_encode = len(content)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what is known."""
+        """Return what stands for a class or function; refuse what is not known."""
         try:
             return self._known[module, name]
         except KeyError:
@@ -121,10 +129,19 @@ class _Inert(pickle._Unpickler):
         raise pickle.UnpicklingError(f"a class by its number ({code}) has no place in it")
 
     def persistent_load(self, pid: Any) -> Any:
-        """Storages of tensors, which lie beside the pickle."""
+        """Return a tensor's storage, which lies beside the pickle."""
         if self._load_storage is None:
             raise pickle.UnpicklingError("a reference to another file has no place in it")
         return self._load_storage(pid)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"encoding {encoding!r} has no place in it")
+        # A pickle can ask for one text again and again.
+        self._left_to_encode -= len(text)
+        if self._left_to_encode < 0:
+            raise pickle.UnpicklingError("it would grow without end")
+        return str.encode(text, "latin1")
 
 
 def _guarded(instruction: bytes) -> Callable[[Any], None]:
@@ -149,7 +166,10 @@ _Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _CH
 
 
 def unpickle(
-    content: bytes, known: Mapping[tuple[str, str], Any], load_storage: Callable[[Any], Any] | None = None
+    content: bytes,
+    known: Mapping[tuple[str, str], Any],
+    load_storage: Callable[[Any], Any] | None = None,
+    encoding: str = "ASCII",
 ) -> Any:
     """Return what a pickle holds.
 
@@ -157,9 +177,10 @@ def unpickle(
         content: the pickle.
         known: what stands for each (module, name) that it may have: a `Function`, a class made by `record`, or a
             constant that has no attributes to set.
-        load_storage: what to do for a persistent id.
+        load_storage: called with a persistent id, returns what it refers to; None where there are none.
+        encoding: of strings that Python 2 wrote; "bytes" leaves them bytes.
 
     Raises:
         Exception: the pickle is damaged, or names something that is not known.
     """
-    return _Inert(content, known, load_storage).load()
+    return _Inert(content, known, load_storage, encoding).load()

@@ -1,0 +1,79 @@
+"""Pickles of other makers: plain data come out, all else is refused at once."""
+
+import contextlib
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stacey_dist.safe_pickle import Function, record, unpickle
+
+ARRAY = record("ndarray")
+NUMPY = {
+    ("numpy._core.multiarray", "_reconstruct"): Function(lambda *_: ARRAY()),
+    ("numpy", "ndarray"): ARRAY,
+    ("numpy", "dtype"): record("dtype"),
+}
+STATE = {"data": np.arange(100, dtype=np.uint8), "names": [b"a.png", "b"] * 4, "numbers": (1, 2.5, -3), 4: None}
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300),
+    lambda values: (
+        st.lists(values) | st.tuples(values, values) | st.dictionaries(st.text() | st.binary() | st.integers(), values)
+    ),
+    max_leaves=30,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=PLAIN, protocol=st.integers(0, 5))
+def test_plain_data_are_read_as_pickle_reads_them(value: Any, protocol: int) -> None:
+    content = pickle.dumps(value, protocol)
+    assert repr(unpickle(content, {})) == repr(pickle.loads(content))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_bytes_are_plain_data_or_refused(data: st.DataObject) -> None:
+    content = bytearray(pickle.dumps(STATE, data.draw(st.integers(0, 4))))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(Exception):
+        unpickle(bytes(content), NUMPY)
+
+
+# What each costs Python's own unpickler: hours for a hash, all memory, or the process.
+TUPLE_OF_TUPLES = b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s."
+DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
+ENCODED_AGAIN = (
+    b"\x80\x02(c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"x" * 65536 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+)
+ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (TUPLE_OF_TUPLES, "a key that is a tuple"),
+        (TUPLE_OF_TUPLES.replace(b"2\x86", b"q\x00h\x00\x86"), "a key that is a tuple"),
+        (DEEP_KEY, "a key that is a tuple"),
+        (ENCODED_AGAIN, "it would grow without end"),
+        (
+            b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00utf-16\x86R.",
+            "encoding 'utf-16' has no place",
+        ),
+        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "it sets|it changes a _Fixed"),
+        (b"I" + b"9" * 5000 + b"\n.", "4300 digits"),
+        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", None),
+        (b"\x80\x02K\x01", None),
+        (b"\x80\x02cos\nsystem\n.", r"os\.system has no place in it"),
+        (b"\x80\x02\x82\x01.", r"a class by its number \(1\) has no place in it"),
+        (b"Pgo\n.", "a reference to another file has no place in it"),
+    ],
+)
+def test_hostile_pickles_end_at_once(content: bytes, reason: str | None) -> None:
+    with pytest.raises(Exception, match=reason) as caught:
+        unpickle(content, NUMPY)
+    assert not isinstance(caught.value, MemoryError)
