@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stacey_dist"
-HELPERS = ("version", "errors", "extras", "files", "yaml_files", "cores")
+HELPERS = ("version", "errors", "extras", "files", "yaml_files", "cores", "safe_pickle")
 ORDER = [HELPERS, ("optim",), ("sharding",), ("checkpoint",), ("models", "data"), ("training",), ("plan",)]
 # What the program's commands are made of may import everything.
 ABOVE = ("cli", "checkpoint_commands", "bench", "info", "__init__")
