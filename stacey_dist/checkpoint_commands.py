@@ -177,7 +177,7 @@ def _checkpoint(text: str) -> Path:
 def _build_shell(path: Path) -> Any:
     """Return the model of a configuration of transformers, without memory for its weights."""
     from stacey_dist.files import read_json
-    from stacey_dist.models.from_config import build_shell
+    from stacey_dist.models.untrusted_config import build_shell
 
     try:
         return build_shell(read_json(path / "config.json" if path.is_dir() else path))

@@ -1,8 +1,9 @@
 """Put a directory that was filled under another name in the place of an older one."""
 
-import os
 import shutil
 from pathlib import Path
+
+from stacey_dist.files import sync_directory
 
 
 def put_in_place(filled: Path, path: Path, replaced: Path) -> None:
@@ -18,7 +19,7 @@ def put_in_place(filled: Path, path: Path, replaced: Path) -> None:
     except OSError:
         bring_back(replaced, path)
         raise
-    sync(path.parent)
+    sync_directory(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -27,12 +28,3 @@ def bring_back(replaced: Path, path: Path) -> None:
     if replaced.exists() and not path.exists():
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,11 +13,12 @@ from torch import nn
 from stacey_dist.checkpoint.collectives import gather_call, rank, rank0_call, world_size
 from stacey_dist.checkpoint.manifest import FORMAT, write_manifest
 from stacey_dist.checkpoint.model_tensors import Contents
-from stacey_dist.checkpoint.replace import bring_back, put_in_place, sync
+from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.shard import all_finite, shard_name, write_shard
 from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import sync_directory
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
@@ -123,7 +124,7 @@ def _finish(path: Path, temporary: Path, shares: list[_Share], extra: dict[str, 
         write_manifest(temporary, manifest | ({"finite": all(known)} if known else {}))
     except ValueError as error:
         raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
-    sync(temporary)
+    sync_directory(temporary)
     put_in_place(temporary, path, _replaced(path))
 
 

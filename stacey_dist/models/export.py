@@ -10,7 +10,7 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifes
 from stacey_dist.checkpoint.read import read_tensors, tensors
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export_directory import check_output, output_directory
-from stacey_dist.models.from_config import build_shell, model_class
+from stacey_dist.models.untrusted_config import build_shell, model_class
 
 
 def describe_model(model: Any) -> dict[str, Any] | None:

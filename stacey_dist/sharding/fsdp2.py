@@ -42,11 +42,10 @@ def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
-    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
-    assert coordinate is not None
-    sharded = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]
-    by_rows = len(sharded) <= 1 and all(type(p) is Replicate or p == Shard(0) for p in param.placements)
-    if not by_rows:
+    """Return this rank's rows of a parameter. Raises NotImplementedError for other ways to place it."""
+    mesh = param.device_mesh
+    by_rows = all(type(p) is Replicate or p == Shard(0) for p in param.placements)
+    if not by_rows or sum(p.is_shard() for p in param.placements) > 1:
         raise NotImplementedError(
             f"{name} is placed {param.placements}; supported are parameters sharded by rows, Shard(0), over one "
             "mesh dimension, and replicated over the others"
@@ -56,26 +55,24 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
             f"{name} is placed on a mesh of {mesh.size()} of the {dist.get_world_size()} ranks; supported are meshes "
             "of all ranks"
         )
-    rows = param.shape[0] if param.dim() else 1
-    row_size = param.shape[1:].numel()
-    first, local_rows = 0, rows
-    if sharded:
-        # The first ranks have ceil(rows / ranks) rows each, as torch.chunk cuts them.
-        longest = -(-rows // mesh.size(sharded[0]))
-        first = min(rows, longest * coordinate[sharded[0]])
-        local_rows = min(rows, first + longest) - first
+    first, last = 0, param.shape[0] if param.dim() else 1
     replica, replicas = 0, 1
-    for dim, placement in enumerate(param.placements):
-        if placement.is_replicate():
-            replica, replicas = replica * mesh.size(dim) + coordinate[dim], replicas * mesh.size(dim)
-    tensors = {key: _local(value) for key, value in state.items() if key != "step" and isinstance(value, DTensor)}
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for placement, place, size in zip(param.placements, coordinate, mesh.shape, strict=True):
+        if placement.is_shard():
+            longest = -(-last // size)  # rows of the first ranks, as torch.chunk cuts them
+            first, last = min(last, longest * place), min(last, longest * (place + 1))
+        else:
+            replica, replicas = replica * size + place, replicas * size
+    row_size = param.shape[1:].numel()
     return Fragment(
         name=name,
         shape=param.shape,
         start=first * row_size,
-        stop=(first + local_rows) * row_size,
+        stop=last * row_size,
         weight=_local(param),
-        state=tensors,
+        state={key: _local(value) for key, value in state.items() if key != "step" and isinstance(value, DTensor)},
         step=state.get("step"),
         owner=param,
         replica=replica,

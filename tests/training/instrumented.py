@@ -36,7 +36,7 @@ EVENTS = {
     "before the manifest": (write, "_check_complete"),
     "manifest": (manifest.json, "dump"),
     "rename": (Path, "rename"),
-    "renamed": (replace, "sync"),
+    "renamed": (replace, "sync_directory"),
     "retention": (saving, "retain"),
     "deletion": (shutil, "rmtree"),
     "evaluation": (loop, "_evaluate"),

@@ -15,7 +15,7 @@ from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.cli import main
 from stacey_dist.models.export import describe_model, export_model
-from stacey_dist.models.from_config import build_shell, model_class
+from stacey_dist.models.untrusted_config import build_shell, model_class
 from tests.checkpoint.foreign import make_zero1
 from tests.test_docs import tiny_llama
 
