@@ -165,7 +165,7 @@ class _Trainer:
         self.run.say(
             f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
         )
-        self.metrics.plot(always=True)
+        self._plot_at_the_end()
         self.engine.close()
         sys.exit(128 + number)
 
@@ -248,9 +248,13 @@ class _Trainer:
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
 
+    def _plot_at_the_end(self) -> None:
+        # The others wait: the launcher stops all processes when the first has left.
+        self.run.call_on_main(lambda: self.metrics.plot(always=True))
+
     def _fail_without_directory(self) -> NoReturn:
         self.metrics.rows.flush()
-        self.metrics.plot(always=True)
+        self._plot_at_the_end()
         self.run.fail(
             f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
             f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "
