@@ -178,7 +178,7 @@ def _build_shell(path: Path) -> Any:
     """Return the model of a configuration of transformers, without memory for its weights."""
     try:
         config = read_json(path / "config.json" if path.is_dir() else path)
-        from stacey_dist.models.untrusted_config import build_shell
+        from stacey_dist.models.untrusted_config import build_shell  # it needs transformers, which the file does not
 
         return build_shell(config)
     except (OSError, ValueError) as error:

@@ -119,12 +119,12 @@ class _Trainer:
             self.directory_gone = True  # during the evaluation
             self.run.recreate_directory()
         self._save(update, ending, best=improved and self.config.checkpoint.keep_best)
-        if evaluating or ending:
-            self.metrics.plot(always=ending)
         if self.directory_gone:
             self._fail_without_directory()
         if self.stopping:
             self.leave()
+        if evaluating:
+            self.metrics.plot(always=ending)
         self.metrics.resume_clock()
 
     def evaluate(self) -> bool:
@@ -165,6 +165,7 @@ class _Trainer:
         self.run.say(
             f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
         )
+        self._plot_at_the_end()
         self.engine.close()
         sys.exit(128 + number)
 
@@ -195,7 +196,6 @@ class _Trainer:
                 raise
             self.engine.restore_batch_norms()
             self._save_and_wait(delete_older=self.skipped_in_a_row == 0)
-            self.metrics.plot(always=True)
             self.leave()
 
     def _requests(self) -> Requests:
@@ -248,8 +248,13 @@ class _Trainer:
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
 
+    def _plot_at_the_end(self) -> None:
+        # The others wait: the launcher stops all processes when the first has left.
+        self.run.call_on_main(lambda: self.metrics.plot(always=True))
+
     def _fail_without_directory(self) -> NoReturn:
         self.metrics.rows.flush()
+        self._plot_at_the_end()
         self.run.fail(
             f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
             f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "
