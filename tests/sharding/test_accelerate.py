@@ -76,7 +76,7 @@ def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, n
         assert "its optimizer has 2 groups, of 14, 5 parameters" in capsys.readouterr().err
         command_line += ["--group", "*proj.weight", "*embed_tokens.weight", "--group", "*norm*"]
     assert main(command_line) == 0
-    assert "to go on, with the data from sample 24" in capsys.readouterr().out
+    assert "to resume, with the data from sample 24" in capsys.readouterr().out
     assert differences(out, directory / "ours") == []
     extra = verify(out)["extra"]
     assert (extra["step"], extra["position"], extra["skipped_steps"]) == (3, 24, 0)
