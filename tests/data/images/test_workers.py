@@ -44,8 +44,8 @@ def test_workers_end_with_their_parent() -> None:
     code = (
         "import time, torch\n"
         "from tests.data.images.test_workers import *\n"
-        "loader = make(photos(), workers=Workers(2))\n"
-        "list(loader.micro_batches(0))\n"
+        "loader = make(photos(), workers=Workers(2), micro_batch_size=3)\n"
+        "list(loader.micro_batches(0))\n"  # one of each worker, so both have told the system what ends them
         "print(*[worker.pid for worker in children()], flush=True)\n"
         "time.sleep(60)"
     )
