@@ -1,8 +1,6 @@
 """The measured figures of the documentation: docs/figures.json holds them, and the pages draw tables from it.
 
-    python .ci/figures.py        write the tables into the pages
-
-A page says where a table belongs, and `tests/test_pages.py` holds that it is current:
+A page says where a table belongs:
 
     <!-- figures: NAME -->
     ...
@@ -12,6 +10,7 @@ A page says where a table belongs, and `tests/test_pages.py` holds that it is cu
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -19,9 +18,11 @@ MARKED = re.compile(r"^<!-- figures: (\S+) -->\n.*?^<!-- end -->$", re.MULTILINE
 
 
 def tables() -> dict[str, list[list[str]]]:
-    """Return the rows of each table, the header first."""
-    read: dict[str, list[list[str]]] = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))
-    return read
+    """Return the rows of each table, the header first. A table may be some columns of another."""
+    read: dict[str, Any] = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))
+    whole = {name: table for name, table in read.items() if isinstance(table, list)}
+    parts = {name: table for name, table in read.items() if name not in whole}
+    return whole | {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -35,7 +36,3 @@ def drawn(page: str) -> str:
     known = tables()
     return MARKED.sub(lambda m: f"<!-- figures: {m[1]} -->\n\n{markdown(known[m[1]])}\n\n<!-- end -->", page)
 
-
-if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(drawn(path.read_text(encoding="utf-8")), encoding="utf-8")
