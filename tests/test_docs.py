@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def example(name):
     """The code block after <!-- example: name --> in one of docs/."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))
     return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
 

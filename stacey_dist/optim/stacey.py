@@ -48,7 +48,7 @@ class Stacey(ElementwiseOptimizer):
     The defaults are safe, not tuned: the loss falls with them for all three variants, on PyTorch's own test problems
     and small networks, with losses of a tenth and of ten times the usual size. They are the paper's p, tau and betas
     with a tenth of its lr and alpha (0.01 both), with which (2,p) diverges. The launchers have tuned settings of
-    their own (docs/optimizer.md); for language models begin with ``lr=1.2e-3, p=30, alpha=1.0, tau=4e-3,
+    their own (docs/how-to/settings.md); for language models begin with ``lr=1.2e-3, p=30, alpha=1.0, tau=4e-3,
     betas=(0.5, 0.7)``. Settings belong together: another variant or p wants another lr, alpha and tau.
 
     Args:

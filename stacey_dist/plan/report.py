@@ -63,7 +63,7 @@ def table(plans: list[Plan], gpu: Gpu, room: float, efficiency: tuple[float, flo
         _communication(plans[0], gpu),
         _time(plans, efficiency),
         _checkpoint(plans, gpu),
-        NOT_MEASURED + "\ndocs/plan.md has the formulas and what is assumed.",
+        NOT_MEASURED + "\ndocs/how-to/plan.md has the formulas and what is assumed.",
     ]
     return "\n\n".join(blocks)
 
