@@ -27,8 +27,8 @@ def tables() -> dict[str, list[list[str]]]:
 
 def markdown(rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
-    header, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([header.replace("|  |", "| |"), "|" + "---|" * len(rows[0]), *body])
+    header, *body = ("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows)
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *body])
 
 
 def drawn(page: str) -> str:
