@@ -22,7 +22,9 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
 def text(x: float, y: float, words: str, color: str = INK, anchor: str = "start", size: int = 14, bold: int = 0) -> str:
     """Return a line of text."""
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x}" y="{y}" fill="{color}" text-anchor="{anchor}" font-size="{size}"{weight}>{escape(words)}</text>'
+    return (
+        f'<text x="{x}" y="{y}" fill="{color}" text-anchor="{anchor}" font-size="{size}"{weight}>{escape(words)}</text>'
+    )
 
 
 def box(x: float, y: float, width: float, height: float, fill: str = EMPTY) -> str:
@@ -66,7 +68,14 @@ def sharding() -> str:
                 parts.append(box(x, y + 22 * row, 140, 16))
                 if stop > start:
                     parts.append(box(x + start * 140 / 24, y + 22 * row, (stop - start) * 140 / 24, 16, color))
-    parts.append(text(24, 348, "An element's update needs that element alone. Given equal gradients, every cut gives the same bits.", INK))
+    parts.append(
+        text(
+            24,
+            348,
+            "An element's update needs that element alone. Given equal gradients, every cut gives the same bits.",
+            INK,
+        )
+    )
     return drawing(890, 366, "How one parameter lies on four ranks under DDP, ZeRO-2, FSDP2 and HSDP", parts)
 
 

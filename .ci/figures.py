@@ -22,7 +22,9 @@ def tables() -> dict[str, list[list[str]]]:
     read: dict[str, Any] = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
-    return whole | {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
+    return whole | {
+        name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()
+    }
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -35,4 +37,3 @@ def drawn(page: str) -> str:
     """Return a page with its tables as they are to be."""
     known = tables()
     return MARKED.sub(lambda m: f"<!-- figures: {m[1]} -->\n\n{markdown(known[m[1]])}\n\n<!-- end -->", page)
-

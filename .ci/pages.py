@@ -1,12 +1,9 @@
 """What is drawn or made of the documentation: `python .ci/pages.py` writes it, and a test holds that it is current.
 
-Tables of measured figures (figures.py), diagrams (diagrams.py), and the reference of settings and commands (reference.py).
+Tables of measured figures (figures.py), diagrams (diagrams.py), the reference of settings and commands (reference.py).
 """
 
-import sys
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import diagrams
 import figures

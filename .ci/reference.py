@@ -4,19 +4,20 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from experiments import __main__ as experiments
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.llm_config import LLMConfig
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- made by `python .ci/pages.py` -->"
 SHARED = ("optimizer", "schedule", "train", "checkpoint", "tracking")
 
@@ -124,6 +125,9 @@ def table(header: list[str], cells: Any) -> list[str]:
 
 def commands() -> str:
     """Return the page of the commands."""
+    sys.path.insert(0, str(ROOT))  # `experiments` is not installed
+    from experiments import __main__ as experiments
+
     lines = [
         "# Commands",
         "",
@@ -157,7 +161,11 @@ def describe(parser: argparse.ArgumentParser, name: str, skip: tuple[str, ...] =
             cells.append([f"`{', '.join(action.option_strings)}{value}`", text])
     about = " ".join((parser.description or short).split())
     lines = ["", f"## {name}", "", f"{about[:1].upper()}{about[1:]}".rstrip(".") + "."]
-    return [*(lines if cells or not below else []), *(["", *table(["option", "meaning"], cells)] if cells else []), *below]
+    return [
+        *(lines if cells or not below else []),
+        *(["", *table(["option", "meaning"], cells)] if cells else []),
+        *below,
+    ]
 
 
 def metavar(action: argparse.Action) -> str:

@@ -1,4 +1,4 @@
-"""The versions that were tested and what they take on disk: .ci/versions.json, and the tables of docs/reference/versions.md.
+"""The versions that were tested and what they take on disk: versions.json, and tables of docs/reference/versions.md.
 
 python .ci/versions.py record oldest    # in the environment of .ci/oldest; newest in that of .ci/newest
 python .ci/versions.py sizes            # in an environment with the versions of constraints.txt

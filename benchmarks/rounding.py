@@ -1,4 +1,4 @@
-"""How well a bfloat16 z follows a float32 one, rounded stochastically and to nearest: the plot docs/explanation/rounding.png.
+"""How well a bfloat16 z follows a float32 one, by each rounding: the plot docs/explanation/rounding.png.
 
 python benchmarks/rounding.py [FILE]
 """

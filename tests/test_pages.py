@@ -56,15 +56,20 @@ def test_the_figures_at_a_glance_are_those_of_the_runs():
     def value(table, row, column):
         return float(re.search(r"\d+\.\d+", next(r for r in tables[table] if r[0].startswith(row))[column])[0])
 
-    shown = [[float(re.search(r"\d[\d.]*", re.sub(r"\(.*?\)", "", cell))[0]) for cell in row[1:3]] for row in tables["glance"][1:]]
-    quickstart = [[value("the-quickstart", row, column) for column in (4, 5)] for row in ("**the defaults**", "**AdamW**")]
+    shown = [
+        [float(re.search(r"\d[\d.]*", re.sub(r"\(.*?\)", "", cell))[0]) for cell in row[1:3]]
+        for row in tables["glance"][1:]
+    ]
+    quickstart = [
+        [value("the-quickstart", row, column) for column in (4, 5)] for row in ("**the defaults**", "**AdamW**")
+    ]
     assert shown[0] == pytest.approx([mean(losses) for losses in quickstart], abs=6e-4)
     small, longer = "llama-small", "shorter-still-2"
     assert shown[1] == pytest.approx([value(small, "STACEY(p,p)", 1), value(small, "AdamW", 1)], abs=6e-4)
     assert shown[2] == pytest.approx([value(longer, "(p,p)", 6), value(longer, "AdamW", 6)], abs=6e-4)
     images = "cifar-eight-seeds"
     assert shown[3] == pytest.approx([value(images, "STACEY", 1), value(images, "AdamW", 1)], abs=0.06)
-    costs = [[value("cost-of-a-step", f"`Stacey` p2, p = 2.8", column), 1] for column in (2, 4)]
+    costs = [[value("cost-of-a-step", "`Stacey` p2, p = 2.8", column), 1] for column in (2, 4)]
     assert shown[4:6] == costs
 
 
