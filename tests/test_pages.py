@@ -69,8 +69,8 @@ def test_the_figures_at_a_glance_are_those_of_the_runs():
     assert shown[2] == pytest.approx([value(longer, "(p,p)", 6), value(longer, "AdamW", 6)], abs=6e-4)
     images = "cifar-eight-seeds"
     assert shown[3] == pytest.approx([value(images, "STACEY", 1), value(images, "AdamW", 1)], abs=0.06)
-    costs = [[value("cost-of-a-step", "`Stacey` p2, p = 2.8", column), 1] for column in (2, 4)]
-    assert shown[4:6] == costs
+    costs = [("p2", 2), ("p2", 4), ("pp", 4)]
+    assert shown[4:7] == [[value("cost-of-a-step", f"`Stacey` {name}, p = 2.8", column), 1] for name, column in costs]
 
 
 def test_the_readmes_deepspeed_settings_are_settings_of_the_class():
