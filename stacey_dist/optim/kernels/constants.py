@@ -1,4 +1,4 @@
-"""The numbers that a kernel needs of the settings, worked out once, as the plain rule has them."""
+"""Compute the numbers that a kernel takes from the settings, as the plain rule has them."""
 
 import math
 
@@ -19,7 +19,7 @@ FLOATS = (
 
 
 def power_kind(s: StaceySettings) -> int:
-    """Which road |c|^((p-2)/(p-1)) takes."""
+    """Return how |c|^((p-2)/(p-1)) is computed: `ONE`, `ROOT`, `SAME` or `GENERAL`."""
     return {0.0: ONE, 0.5: ROOT, 1.0: SAME}.get(_exponent(s), GENERAL)
 
 
