@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import all_gather_call, world_size
+from stacey_dist.checkpoint.model_tensors import bits, full_shape
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.sharding.fragment import Fragment, canonical_name
@@ -109,7 +110,7 @@ def _ranks(ranks: list[int]) -> str:
 
 def _names(model: nn.Module) -> _Entries:
     return [
-        (canonical_name(name), f"{tuple(getattr(param, 'ds_shape', param.shape))} {param.requires_grad}")
+        (canonical_name(name), f"{tuple(full_shape(param))} {param.requires_grad}")
         for name, param in model.named_parameters()
     ]
 
@@ -128,8 +129,7 @@ def _digest_of(entries: _Entries) -> str:
 
 def _digest(values: Tensor) -> int:
     """Return the sum of each element's bits times a number made of its position, modulo 2^64, on any device."""
-    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = values.detach().reshape(-1).view(whole_numbers.get(values.element_size(), torch.uint8))
+    flat = bits(values)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].to(torch.int64)

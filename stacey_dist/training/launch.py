@@ -61,7 +61,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
     if requested == "deepspeed":
-        build_locks.look_after()
+        build_locks.watch()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
