@@ -191,7 +191,7 @@ def save_in_turns(accelerator: Accelerator, model: Any, optimizer: Any, director
 def resume(
     accelerator: Accelerator, load: Callable[[Any, Any], Any], options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Seconds, and the memory in MiB of the process that took most."""
+    """Return seconds, and the memory in MiB of the process that took most."""
     accelerator.free_memory()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed would be used again, and not be seen

@@ -170,7 +170,7 @@ def _checkpoint(text: str) -> Path:
     with suppress(OSError):  # the command says what is wrong with it
         holds = bool(find_checkpoints(path)) or (path / "checkpoints").is_dir()
     if holds:
-        raise argparse.ArgumentTypeError(f"{path} holds checkpoints and is none: name one that `list {path}` shows")
+        raise argparse.ArgumentTypeError(f"{path} holds checkpoints; name one that `list {path}` shows")
     return path
 
 

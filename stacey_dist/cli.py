@@ -8,7 +8,7 @@ from stacey_dist import bench, checkpoint_commands, info
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.errors import InputError, SettingsError
-from stacey_dist.extras import message
+from stacey_dist.extras import describe_missing
 from stacey_dist.files import printable
 from stacey_dist.version import __version__
 
@@ -63,7 +63,7 @@ def exit_status(
     except (ForeignCheckpointError, OSError) as error:
         status, line = 1, printable(error)
     except ModuleNotFoundError as error:
-        if (missing := message(error, extra)) is None:
+        if (missing := describe_missing(error, extra)) is None:
             raise
         status, line = 2, missing
     except KeyboardInterrupt:

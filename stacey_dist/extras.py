@@ -29,7 +29,7 @@ def install_line(module: str) -> str | None:
     return None
 
 
-def message(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
+def describe_missing(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
     """Return the line to print for an import that failed, or None if no extra installs the module.
 
     `extra` is named if it is given: a command of one extra may need modules of another that it contains.
@@ -46,7 +46,7 @@ def missing_extras_reported(program: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (line := message(error)) is None:
+        if (line := describe_missing(error)) is None:
             raise
         print(f"{program}: {line}", file=sys.stderr)
         sys.exit(2)

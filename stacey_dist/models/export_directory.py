@@ -34,7 +34,7 @@ def check_output(directory: Path, *, unlisted: bool = False) -> None:
 
     Args:
         directory: where an export is to be.
-        unlisted: take files with the names of an export's for such, even if no list names them.
+        unlisted: accept files that no list names if they are named as an export's: 0.1.0 wrote no list.
     """
     if directory.is_symlink():
         raise SettingsError(f"{directory} is a symbolic link; name the directory itself")

@@ -17,7 +17,7 @@ ATTEMPT = "attempt://"
 
 
 def attempt() -> str:
-    """Which start with the same store this is: "0", "1" after a restart, and so on."""
+    """Return the number of restarts with the same store, as text."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return "0"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
