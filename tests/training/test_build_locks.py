@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def owner(cache):
-    """A process that compiles: it holds the lock until it is killed."""
+    """Yield a process that compiles: it holds the lock until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", OWNER, lock_of(cache)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "compiling\n"
     yield process
