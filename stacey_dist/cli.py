@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 def exit_status(
     command: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False, extra: str | None = None
 ) -> int:
-    """Run a command and return its exit status; print an error that a user can mend in one line.
+    """Run a command and return its exit status; print an error that a user can fix in one line.
 
     Args:
         command: what is run.

@@ -21,7 +21,8 @@ def is_installed(module: str) -> bool:
 
 def install_line(module: str) -> str | None:
     """Return the command that installs a missing module, or None if no extra of stacey_dist has it."""
-    package = _normalized(_PACKAGES.get(module.partition(".")[0], module.partition(".")[0]))
+    top_level = module.partition(".")[0]
+    package = _normalized(_PACKAGES.get(top_level, top_level))
     for requirement in importlib.metadata.requires("stacey_dist") or []:
         match = _REQUIREMENT.match(requirement)
         if match and _normalized(match[1]) == package and match[2] not in _COLLECTIONS:

@@ -50,7 +50,7 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
 
     def values() -> tuple[str, _Entries]:
         # Ranks of other shards hold other elements, and are not compared.
-        return _digest_of([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
+        return _hash([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
 
     _compare("is not the same parameter", names, group)
     _compare("has other values", values, group)
@@ -70,7 +70,7 @@ def _compare(what: str, describe: Callable[[], tuple[str, _Entries]], group: Any
     def digests_of_mine() -> tuple[str, str]:
         held, entries = describe()
         mine.extend(entries)
-        return held, _digest_of(entries)
+        return held, _hash(entries)
 
     digests = all_gather_call(digests_of_mine, group)
     by_held: dict[str, list[int]] = {}
@@ -119,15 +119,15 @@ def _values(replicated: list[Fragment]) -> Iterator[tuple[str, str]]:
     for f in replicated:
         state = {f"optimizer/{f.name}/{key}": f.state[key] for key in sorted(f.state)}
         for name, tensor in ({f"model/{f.name}": f.weight} | state).items():
-            yield name, f"{tensor.dtype} {_digest(tensor)}"
+            yield name, f"{tensor.dtype} {_checksum(tensor)}"
         yield f"optimizer/{f.name}/step", str(None if f.step is None else float(f.step))
 
 
-def _digest_of(entries: _Entries) -> str:
+def _hash(entries: _Entries) -> str:
     return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
-def _digest(values: Tensor) -> int:
+def _checksum(values: Tensor) -> int:
     """Return the sum of each element's bits times a number made of its position, modulo 2^64, on any device."""
     flat = bits(values)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)

@@ -176,7 +176,9 @@ class ElementwiseOptimizer(Optimizer):
 
         A part that is `held` only creates its state: elements with a zero gradient stay, and the step is not counted.
         """
-        scale = self._inverse_scale()
+        divisor = getattr(self, "grad_scale", None)
+        # The number to multiply gradients with, as torch's GradScaler does.
+        scale = None if divisor is None else float(divisor.double().reciprocal().float())
         updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
         for (param, weight, gradient), held in parts:
             state = self.state[param]
@@ -193,11 +195,6 @@ class ElementwiseOptimizer(Optimizer):
                     _update_moving_elements(updates[key], chunk, chunk_gradient, rest)
                 else:
                     updates[key](chunk, chunk_gradient, *rest)
-
-    def _inverse_scale(self) -> float | None:
-        """Return the number to multiply gradients with, as torch's GradScaler does; None if they stay as they are."""
-        scale = getattr(self, "grad_scale", None)
-        return None if scale is None else float(scale.double().reciprocal().float())
 
     def _check_gradient(self, param: Tensor) -> None:
         gradient = param.grad

@@ -33,7 +33,9 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     optimizer = _engine_optimizer(optimizer)
     adapter = _adapter(model, optimizer)
     if accelerator is not None:
-        _check(adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
+        _check_launched_engine(
+            adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        )
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
     _refuse_foreign_parameters(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
     return found
@@ -70,6 +72,7 @@ def _engine_optimizer(optimizer: Any) -> Any:
 
 
 def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
+    """Return the module for the engine that has the model. Raises as `refuse_unsupported` does."""
     refuse_unsupported(model, optimizer)
     params = list(model.parameters())
     by_deepspeed = any(type(made).__module__.startswith("deepspeed.") for made in (model, optimizer))
@@ -98,7 +101,7 @@ def _refuse_foreign_parameters(model: nn.Module, optimizer: Any, adapter: Module
         )
 
 
-def _check(adapter: ModuleType, distributed_type: str) -> None:
+def _check_launched_engine(adapter: ModuleType, distributed_type: str) -> None:
     expected = {"DEEPSPEED": deepspeed, "FSDP": fsdp2}.get(distributed_type)
     if expected is not None and adapter is not expected:
         raise RuntimeError(

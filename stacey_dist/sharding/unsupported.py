@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-# Names for the modules in which classes of models and optimizers are defined. Classes are told by the names of their
-# modules, so that none of these libraries has to be installed.
+# What classes of models and optimizers belong to, by the modules in which they are defined: names of modules need none of
+# these libraries installed.
 _CLASSES = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel)",
     "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",

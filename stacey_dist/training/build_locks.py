@@ -47,18 +47,14 @@ def _wait(baton: FileBaton) -> None:
         now = time.monotonic()
         if not said and now - since > _SAY_AFTER_SECONDS:
             said = True
-            print(f"waiting for {path}: {_who(path)} compiles there", file=sys.stderr, flush=True)
+            owner = next((f"process {number}" for number in _openers(path)), "a process that cannot be seen from here")
+            print(f"waiting for {path}: {owner} compiles there", file=sys.stderr, flush=True)
         if now > look_at:
             look_at = now + _LOOK_EVERY_SECONDS
             if _remove_if_left(path):
                 raise SettingsError(
                     f"{path}: the process that compiled there ended before it was done; start the same command again"
                 )
-
-
-def _who(path: Path) -> str:
-    owners = list(_openers(path))
-    return f"process {owners[0]}" if owners else "a process that cannot be seen from here"
 
 
 def _remove_if_left(path: Path) -> bool:

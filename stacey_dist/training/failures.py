@@ -1,4 +1,4 @@
-"""End a program that cannot train: with one line where the user can mend it, once for all processes."""
+"""End a program that cannot train: with one line if the user can fix it, once for all processes."""
 
 import errno
 import sys

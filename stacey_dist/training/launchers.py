@@ -133,7 +133,7 @@ class Launcher(Generic[C]):
     def main(self) -> None:
         """Train as the command line says.
 
-        An error that a user can mend is one line on standard error; the exit status is then 2 for bad settings or
+        An error that a user can fix is one line on standard error; the exit status is then 2 for bad settings or
         data, else 1.
         """
         with user_errors(self.program):

@@ -65,7 +65,7 @@ class Run(Generic[C]):
             return False
 
     def recreate_directory(self) -> None:
-        """Make run_dir anew after it was renamed or removed, for a last checkpoint. All processes call it together.
+        """Make run_dir again after it was renamed or removed, for a last checkpoint. All processes call it together.
 
         Raises SettingsError if it cannot be written, or another process trains there by now.
         """
