@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-# What classes of models and optimizers belong to, by the modules in which they are defined: names of modules need none of
-# these libraries installed.
+# What classes of models and optimizers belong to, by the modules that define them: to compare names, none of these
+# libraries has to be installed.
 _CLASSES = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel)",
     "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",

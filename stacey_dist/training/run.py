@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file
 from stacey_dist.models.export_directory import check_output
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check_warmup, split_batch
@@ -107,9 +108,7 @@ class Run(Generic[C]):
     def write_config(self) -> None:
         """Write config.yaml. Called when the settings are known to be this run's."""
         if self.accelerator.is_main_process:
-            temporary = self.directory / ".config.yaml.tmp"
-            temporary.write_text(yaml_files.dump(to_dict(self.config)))
-            os.replace(temporary, self.directory / "config.yaml")
+            replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config)).encode())
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""
