@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still to save, and the time and memory to resume.
+"""Measure what a checkpoint costs: how long training stands still to save, and the time and memory to resume.
 
     accelerate launch --config_file configs/accelerate/cpu_fsdp2.yaml --num_processes 2 benchmarks/checkpoint.py
 

@@ -1,4 +1,4 @@
-"""What the Triton kernel costs on GPUs, counted from its compiled code: no GPU is needed.
+"""Count what the Triton kernel costs on GPUs, from its compiled code: no GPU is needed.
 
 python benchmarks/gpu_code.py [--sm 80 90 100]
 

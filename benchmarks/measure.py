@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Code that the benchmarks share."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""What the experiments share: parts that are kept once finished, a progress bar, and the files of the result.
+"""Code that the experiments share: parts that are kept once finished, a progress bar, and the files of the result.
 
 An experiment is cut into parts. A part is a function of its name, the scale and the options, and gives values that
 JSON holds exactly. A finished part stands in `parts/` and is not computed again; the result is made from the parts as

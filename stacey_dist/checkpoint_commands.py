@@ -114,9 +114,7 @@ def export(path: Path, out: Path) -> int:
     """Write the model as a directory that `transformers` loads."""
     verify(path)  # a damaged checkpoint is named where transformers is not installed, too
     from stacey_dist.models.export import export_model
-    from stacey_dist.models.export_directory import check_output
 
-    check_output(out)
     export_model(path, out)
     print(f"model for transformers: {out}")
     return 0

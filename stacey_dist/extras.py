@@ -1,4 +1,4 @@
-"""Which extra installs a package that is missing, so that an error can say it."""
+"""Find the extra that installs a missing package, so that an error can name it."""
 
 import importlib.metadata
 import importlib.util

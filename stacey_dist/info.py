@@ -1,4 +1,4 @@
-"""What is installed here, what runs, and what installs the rest: `stacey-dist info`, for a report of a problem."""
+"""Report what is installed here, what runs, and what installs the rest: `stacey-dist info`, for bug reports."""
 
 import importlib.metadata
 import os

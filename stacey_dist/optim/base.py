@@ -1,4 +1,4 @@
-"""What `Stacey` and `LpDescent` share: everything about being a `torch.optim.Optimizer` except the rule.
+"""The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
 A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
 (`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`, `_row`). This class goes

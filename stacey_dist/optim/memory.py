@@ -1,4 +1,4 @@
-"""Where a tensor's memory does not hold its value, or holds fewer elements than the tensor has.
+"""Find tensors whose memory does not hold their value, or holds fewer elements than they have.
 
 Kernels go by addresses. PyTorch has tensors whose value is not what lies there: the negative bit says that every
 element is to be negated, a zero tensor has no memory, a subclass computes its value from other tensors, and in an

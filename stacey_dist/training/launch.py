@@ -1,4 +1,4 @@
-"""How a process joins the others on the engine that `accelerate launch` was told to use."""
+"""Join the processes on the engine that `accelerate launch` was told to use."""
 
 import os
 import warnings

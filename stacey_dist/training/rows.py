@@ -1,4 +1,4 @@
-"""The rows of a run's metrics.jsonl: how they are read, and how they are written so that none is lost."""
+"""Read the rows of a run's metrics.jsonl, and write them so that none is lost."""
 
 import json
 import math
