@@ -16,7 +16,7 @@ from stacey_dist.sharding.fragment import canonical_name
 # The shape and the dtype's name of whole tensors, by the tensors' names.
 Contents = Mapping[str, tuple[tuple[int, ...], str]]
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def describe(shape: torch.Size, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
@@ -26,7 +26,7 @@ def describe(shape: torch.Size, dtype: torch.dtype) -> tuple[tuple[int, ...], st
 
 def bits(tensor: Tensor) -> Tensor:
     """Return the bits of the elements as integers, flattened: NaN equals itself, and -0 is not 0."""
-    return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    return tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
 
 
 def check_names(model: nn.Module) -> None:
