@@ -1,8 +1,8 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
-import bisect
+import contextlib
 import copy
-import itertools
+import functools
 import os
 import zlib
 from collections.abc import Sequence
@@ -24,6 +24,15 @@ SPLITS = ("train", "validation")
 
 PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
+
+
+OPEN_PARTS = 128
+"""A process keeps so many parts of a split mapped. A map holds a file descriptor, of which systems allow 1 024."""
+
+
+def part_name(split: str, number: int) -> str:
+    """Return the file name of a split's part."""
+    return f"{split}-{number:05d}.bin"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -90,7 +99,7 @@ def _check_index(index: dict[str, Any]) -> None:
     for split, content in index["splits"].items():
         for number, part in enumerate(content["parts"]):
             # A name from elsewhere is no path to follow.
-            if part["name"] != f"{split}-{number:05d}.bin" or not _is_count(part["tokens"]):
+            if part["name"] != part_name(split, number) or not _is_count(part["tokens"]):
                 raise ValueError(f"part {number} of {split}")
 
 
@@ -99,43 +108,63 @@ def _is_count(value: Any) -> bool:
 
 
 class SplitTokens:
-    """The tokens of one split as one array over its parts, which are mapped into memory.
+    """The tokens of one split as one array over its parts.
 
-    What was mapped can be read even when a part is renamed or replaced meanwhile.
+    A part is mapped into memory when it is first read, and `OPEN_PARTS` at most are mapped at once. It can be pickled,
+    in 8 bytes for each part.
 
     Args:
         directory: where the parts lie.
-        parts: the entries of the index: ``name`` and ``tokens`` of each.
+        split: ``train`` or ``validation``.
+        starts: the place of each part's first token in the split, and the number of all tokens at the end.
         dtype: of the ids.
     """
 
-    def __init__(self, directory: Path, parts: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
-        self._parts = [_map(directory / part["name"], part["tokens"], dtype) for part in parts]
-        self._starts = [0, *itertools.accumulate(part["tokens"] for part in parts)]
+    def __init__(self, directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
+        self._arguments = (directory, split, starts, dtype)
+        self._starts = starts
+        # What falls out of the cache is unmapped by the last view of it: threads may be reading it.
+        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, *self._arguments))
+
+    @classmethod
+    def of_index(cls, directory: Path, split: str, index: dict[str, Any]) -> "SplitTokens":
+        """Return the tokens of a split as an index, or a saved progress, lists them."""
+        counts = [part["tokens"] for part in index["splits"][split]["parts"]]
+        return cls(directory, split, np.cumsum([0, *counts], dtype=np.int64), np.dtype(index["dtype"]))
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SplitTokens, self._arguments
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return a copy of the tokens [start, stop), of which there is at least one.
 
         Raises:
-            OSError: a part was missing or shorter than recorded.
+            InputError: a part is missing, or has another size than recorded.
         """
-        pieces = []
-        for i in range(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)):
-            part, begin = self._parts[i], self._starts[i]
-            if part is None:
-                raise OSError(f"part {i} is missing or too short")
-            pieces.append(part[max(0, start - begin) : stop - begin])
-        return np.concatenate(pieces)
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, stop, "left"))
+        begins = self._starts[first:last].tolist()
+        return np.concatenate(
+            [self._part(first + i)[max(0, start - begin) : stop - begin] for i, begin in enumerate(begins)]
+        )
 
 
-def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    try:
-        return np.asarray(np.memmap(path, dtype, "r", shape=(tokens,)))
-    except (OSError, ValueError):
-        return None
+def _map(
+    directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any], number: int
+) -> NDArray[np.integer]:
+    path, tokens = directory / part_name(split, number), int(starts[number + 1] - starts[number])
+    reason = "is missing"
+    # A damaged part is read on where it was put aside: the process that found the damage stops the run.
+    for file in (path, path.with_name(path.name + ASIDE)):
+        with contextlib.suppress(FileNotFoundError):
+            if (size := file.stat().st_size) == tokens * dtype.itemsize:
+                return np.asarray(np.memmap(file, dtype, "r", shape=(tokens,)))
+            reason = f"has {size} bytes where {tokens * dtype.itemsize} were written"
+            break
+    raise InputError(f"{path} {reason}; `stacey-dist prepare` prepares it again, or delete {directory}")
 
 
 class PartWriter:
@@ -206,7 +235,7 @@ class PartWriter:
     def _open_next(self, place: dict[str, Any]) -> None:
         self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
-            name = f"{self._split}-{len(self._parts):05d}.bin"
+            name = part_name(self._split, len(self._parts))
             self._parts.append({"name": name, "tokens": 0, "crc32": 0, "start": place})
         # After `_cut` the file ends where the state says, or is not there.
         self._file = open(self._directory / self._parts[-1]["name"], "ab")  # noqa: SIM115

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stacey_dist.data.lock import locked
 from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, split_of
 from stacey_dist.data.source import file_identity
+from stacey_dist.errors import InputError
 from stacey_dist.files import read_json
 
 _CHUNK = 2**24
@@ -56,7 +57,7 @@ class TokenizedInput:
                     crc = zlib.crc32(tokens.data, crc)
                     ends += int(np.count_nonzero(tokens == end))
                     last = int(tokens[-1])
-            except OSError:
+            except InputError:
                 return False
             if (crc, ends, last) != (sums["crc32"], sums["documents"], end):
                 return False
@@ -80,7 +81,7 @@ class TokenizedInput:
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
         """Yield the input's tokens of a split in pieces."""
-        tokens = SplitTokens(self.directory, self.header["splits"][split]["parts"], np.dtype(self.header["dtype"]))
+        tokens = SplitTokens.of_index(self.directory, split, self.header)
         start = self.starts[split]
         stop = start + self.record["splits"][split]["tokens"]
         for at in range(start, stop, _CHUNK):
