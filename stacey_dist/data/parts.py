@@ -5,7 +5,7 @@ import copy
 import functools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,28 +40,30 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def split_of(name: str, held_out: int | None, number: int) -> str:
-    """Return the split that a pass's document goes to.
+def held_out_of(name: str, every: int | None, first: int, count: int) -> NDArray[np.bool_]:
+    """Return which of a pass's documents go to the validation split.
 
     Args:
         name: the pass.
-        held_out: every so many documents of a pass are for validation; None for none.
-        number: how many documents went before.
+        every: every so many documents of a pass are for validation; None for those of the pass ``validation``.
+        first: how many documents went before.
+        count: of the documents.
     """
-    return name if held_out is None else "train" if number % held_out else "validation"
+    if every is None:
+        return np.full(count, name == "validation")
+    return np.arange(first, first + count) % every == 0
 
 
-def encode_ids(tokens: Sequence[int] | NDArray[Any], vocab_size: int) -> bytes:
-    """Return ids as they are stored.
+def stored_ids(ids: NDArray[np.int64], vocab_size: int) -> NDArray[Any]:
+    """Return ids in the dtype of parts.
 
     Raises:
         InputError: an id is not in the vocabulary.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = int(ids.max() if ids.max() >= vocab_size else ids.min())
         raise InputError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
-    return ids.astype(token_dtype(vocab_size)).tobytes()
+    return ids.astype(token_dtype(vocab_size))
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -175,45 +177,56 @@ class PartWriter:
     Args:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
-        vocab_size: every id is below it.
+        dtype: of the ids.
         state: what `state` returned, to resume from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.
     """
 
-    def __init__(self, directory: Path, split: str, vocab_size: int, state: dict[str, Any] | None = None):
+    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None):
         self._directory = directory
         self._split = split
-        self._vocab_size = vocab_size
+        self._itemsize = dtype.itemsize
         self._file: BinaryIO | None = None
         self._parts: list[dict[str, Any]] = copy.deepcopy(state["parts"]) if state else []
         self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
-    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any], sums: dict[str, int]) -> None:
-        """Append one document's ids, the end token included.
+    def append(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.integer],
+        place: Callable[[int], dict[str, Any]],
+        sums: dict[str, int],
+    ) -> None:
+        """Append documents.
 
         Args:
-            tokens: the ids, at least one.
-            place: how to find the document again, JSON-able; kept where it begins a part.
+            tokens: their ids, as they are stored, one document after another, each with the end token.
+            lengths: how many each has, at least one.
+            place: returns how to find a document of these again, JSON-able; kept where it begins a part.
             sums: ``{"documents": n, "tokens": n, "crc32": n}`` of its input so far (modified in place).
-
-        Raises:
-            InputError: an id is not in the vocabulary.
         """
-        if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
-            self._open_next(place)
-        assert self._file is not None
-        content = encode_ids(tokens, self._vocab_size)
-        self._file.write(content)
-        for each in (self._parts[-1], sums):
-            each["tokens"] += len(tokens)
-            each["crc32"] = zlib.crc32(content, each["crc32"])
-        sums["documents"] += 1
-        self.tokens += len(tokens)
-        self.documents += 1
+        ends = np.cumsum(lengths)
+        first = start = 0
+        while first < len(lengths):
+            if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
+                self._open_next(place(first))
+            assert self._file is not None
+            # Up to the document that brings the part to its size.
+            full = np.searchsorted(ends, start + PART_TOKENS - self._parts[-1]["tokens"])
+            first = min(int(full) + 1, len(lengths))
+            content = tokens[start : (start := int(ends[first - 1]))]
+            self._file.write(content.data)
+            self._parts[-1]["tokens"] += len(content)
+            self._parts[-1]["crc32"] = zlib.crc32(content.data, self._parts[-1]["crc32"])
+        sums["documents"] += len(lengths)
+        sums["tokens"] += start
+        sums["crc32"] = zlib.crc32(tokens.data, sums["crc32"])
+        self.tokens += start
+        self.documents += len(lengths)
 
     def flush(self) -> None:
         """Bring everything appended so far to the disk."""
@@ -242,8 +255,7 @@ class PartWriter:
 
     def _cut(self) -> None:
         """Cut off what was written after the state: bytes at the end of a part, and whole parts."""
-        itemsize = token_dtype(self._vocab_size).itemsize
-        sizes = {part["name"]: part["tokens"] * itemsize for part in self._parts}
+        sizes = {part["name"]: part["tokens"] * self._itemsize for part in self._parts}
         for name, size in sizes.items():
             if (self._directory / name).stat().st_size < size:
                 raise OSError(f"{name} is shorter than its recorded {size} bytes")
