@@ -106,11 +106,13 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     return TextData(train, validation, identity, tokenizer, verification)
 
 
-def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenizer]:
+def tokenize(
+    config: LLMConfig, *, verify: bool = False, workers: int = 1, shard: tuple[int, int] = (0, 1)
+) -> tuple[Path, Tokenizer]:
     """Return the directory of the configured text's tokens, prepared if it is not there yet, and their tokenizer.
 
-    With `verify`, all tokens that are there are read, and damaged parts made anew. Raises SettingsError as
-    `prepare_data` does.
+    With `verify`, all tokens that are there are read, and damaged parts made anew. `workers` and `shard` are those of
+    `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
@@ -124,6 +126,8 @@ def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenize
             max_tokens=data.max_tokens,
             validation_every=data.validation_every,
             verify=verify,
+            workers=workers,
+            shard=shard,
         )
     if skipped := skipped_records(directory):
         print(f"data.on_bad_record skip: {skipped}", file=sys.stderr, flush=True)
