@@ -74,7 +74,7 @@ class Helpers:
                 process = self._running.pop(pipe)
                 process.join()
                 if process.exitcode:
-                    raise _death(process) from None
+                    raise death(process, "`workers`") from None
                 continue
             if isinstance(report, OSError):
                 raise report
@@ -83,7 +83,9 @@ class Helpers:
 
     def _run(self, number: int, sender: connection.Connection) -> None:
         end_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which kills this process
+        # A scheduler, or Ctrl-C, signals all processes at once. This one ends with its parent, and has nothing to say.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         with contextlib.suppress(BrokenPipeError):
             try:
                 for report in self._work(number):
@@ -92,11 +94,11 @@ class Helpers:
                 sender.send(error)
 
 
-def _death(process: Any) -> InputError:
+def death(process: Any, settings: str) -> InputError:
+    """Return the error that says how a process ended, and the settings to lower where it lacked memory."""
     if process.exitcode < 0:
-        name = signal.Signals(-process.exitcode).name
         return InputError(
-            f"workers: worker process {process.pid} was killed by {name}; where the system did so for lack of memory, "
-            "lower `workers`"
+            f"workers: worker process {process.pid} was killed by {signal.Signals(-process.exitcode).name}; where the "
+            f"system did so for lack of memory, lower {settings}"
         )
     return InputError(f"workers: worker process {process.pid} ended with status {process.exitcode}")
