@@ -27,6 +27,8 @@ def raise_limits(processes: int, heartbeat: bool) -> None:
     Raises:
         SettingsError: a hard limit is too low.
     """
+    if processes == 1:
+        return
     store = processes * (3 if heartbeat else 1)
     lazy = os.environ.get("TORCH_GLOO_LAZY_INIT") == "1"
     groups = 0 if lazy else _GROUPS * processes
