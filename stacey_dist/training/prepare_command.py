@@ -16,16 +16,13 @@ def prepare(arguments: list[str]) -> int:
     of each worker. Several hosts that are given the same directory share the work. Raises SettingsError for bad
     settings or text, OSError for a full disk.
     """
-    parser = argparse.ArgumentParser("stacey-dist prepare", add_help=False, allow_abbrev=False)
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N")
-    parser.add_argument("--shard", default=_slurm_shard(), metavar="I/N")
     if {"--help", "-h"} & set(arguments):
         print(
             "--workers N   processes that encode, each in one thread (default: as many as there are cores)\n"
             "--shard I/N   where N hosts prepare one directory: this is number I, from 0 (default: Slurm's task)\n"
             "and the options of train_llm.py:\n"
         )
-    own, others = parser.parse_known_args(arguments)
+    own, others = own_options().parse_known_args(arguments)
     config = LLM.parse(others, "stacey-dist prepare")
     from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
 
@@ -37,8 +34,13 @@ def prepare(arguments: list[str]) -> int:
     return 0
 
 
-def _slurm_shard() -> str:
-    return f"{os.environ.get('SLURM_PROCID', 0)}/{os.environ.get('SLURM_NTASKS', 1)}"
+def own_options() -> argparse.ArgumentParser:
+    """Return the parser of the options that are no settings of a run."""
+    parser = argparse.ArgumentParser("stacey-dist prepare", add_help=False, allow_abbrev=False)
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N")
+    task = f"{os.environ.get('SLURM_PROCID', 0)}/{os.environ.get('SLURM_NTASKS', 1)}"
+    parser.add_argument("--shard", default=task, metavar="I/N")
+    return parser
 
 
 def _shard(text: str) -> tuple[int, int]:
