@@ -8,49 +8,37 @@ Some have real processes, others what thousands of processes would send, made in
 
 import argparse
 import functools
-import gzip
 import itertools
 import json
 import math
 import os
-import pickle
-import resource
 import socket
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
-import transformers
+from measure import show
+from scale_data import image_starts, parts, preparing
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint.collectives import rank0_call
 from stacey_dist.checkpoint.retention import newest_usable, retain
-from stacey_dist.checkpoint.shard import shard_name
+from stacey_dist.checkpoint.shard import Range, _header, shard_name
 from stacey_dist.checkpoint.shares import _MODULUS, Ledger, Share, _hash
 from stacey_dist.checkpoint.write import _finish
-from stacey_dist.data import TokenStream, files_source, load_pretrained, prepare, standard_library_documents
-from stacey_dist.data.images import open_images
-from stacey_dist.data.parts import part_name
+from stacey_dist.files import parse_json
+from stacey_dist.training.heartbeat import Heartbeat
+from stacey_dist.training.open_files import raise_limits
 
 MANY = (1024, 2048, 4096)
 Kinds = dict[str, tuple[tuple[int, ...], str]]
-
-
-def show(title: str, *rows: tuple[object, ...]) -> None:
-    """Print a table; the first row is its head."""
-    print(f"\n{title}\n")
-    for row in rows:
-        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row) + " |")
-        if row is rows[0]:
-            print("|---" * len(row) + "|")
 
 
 def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
@@ -178,148 +166,86 @@ def saving() -> None:
         show(f"Saving: {model}, {len(contents)} tensors", head, *rows)
 
 
-opened: list[str] = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
-
-
-def _files_opened(work: Callable[[], Any], place: Path) -> tuple[int, float, Any]:
-    """Return how many files below a directory are opened in a call, its milliseconds, and its result."""
-    opened.clear()
-    begin = time.process_time()
-    result = work()
-    return sum(path.startswith(str(place)) for path in opened), 1000 * (time.process_time() - begin), result
-
-
-def parts() -> None:
-    """What prepared tokens take to open, on the first process and on the others."""
+def headers() -> None:
+    """What each process writes and reads again of the names of tensors, whatever their number of elements."""
     rows = []
-    for count in (1, 4_000, 8_000, 16_000):
-        with tempfile.TemporaryDirectory() as place:
-            directory = Path(place)
-            entries = [{"name": part_name("train", i), "tokens": 64, "crc32": 0} for i in range(count)]
-            for entry in entries:
-                (directory / str(entry["name"])).write_bytes(bytes(128))
-            index = {"format": 1, "dtype": "<u2", "vocab_size": 9, "end_token_id": 0, "tokenizer": ""}
-            (directory / "index.json").write_text(json.dumps(index | {"splits": {"train": {"parts": entries}}}))
-            files, first, stream = _files_opened(functools.partial(TokenStream, directory, "train", 8), directory)
-            pickled = pickle.dumps(stream)
-            others, other, copy = _files_opened(functools.partial(pickle.loads, pickled), directory)
-            before = len(os.listdir("/proc/self/fd"))
-            for window in range(0, len(copy), 8):
-                copy.window(window)
-            kept = len(os.listdir("/proc/self/fd")) - before
-            rows.append((count, files, first, others, other, len(pickled), kept))
-    head = (
-        "parts",
-        "files opened",
-        "ms",
-        "on others: files",
-        "ms",
-        "bytes sent to each",
-        "kept open after all are read",
-    )
-    show("Opening prepared tokens", head, *rows)
+    for model, contents, parameters in (("70 B", kinds(80), 69e9), ("10 000 expert tensors", kinds(26, 128), 87e9)):
+        names = [(name, Range(0, torch.empty(1, dtype=getattr(torch, dtype)))) for name, (_, dtype) in contents.items()]
+        begin = time.process_time()
+        header = _header(names)
+        written = time.process_time()
+        entries = parse_json(header[8:])
+        parse_json(entries["__metadata__"]["DCP_SHARDING_INFO"])
+        read = time.process_time()
+        for count in MANY:
+            share = 100 * len(header) * count / (8 * parameters)  # of float32 weights and bfloat16 z and m
+            figures = count, len(header) / 2**20, written - begin, read - written, len(header) * count / 2**30, share
+            rows.append((model, *figures))
+    head = ("model", "processes", "MiB a header", "s to write it", "s to read it", "GiB of all", "% of the checkpoint")
+    show("Headers of the processes' files", head, *rows)
 
 
-def _spent() -> tuple[float, float]:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used), time.perf_counter()
+class _NoThread(threading.Thread):
+    def start(self) -> None:
+        """Do nothing: the rounds of many processes are made in turn."""
 
 
-def preparing() -> None:
-    """What tokens take of processors, beside the loop that one writes with the `tokenizers` library."""
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [document.text for document in standard_library_documents()]
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        texts,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=8000, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core is what is compared
-    spent: dict[str, list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>").save_pretrained(place)
-        tokenizer = load_pretrained(place)
-        files = [str(directory / f"{i}.json.gz") for i in range(8)]
-        for i, file in enumerate(files):
-            with gzip.open(file, "wt") as lines:
-                lines.writelines(json.dumps({"text": text}) + "\n" for text in texts[i::4])
-
-        def plain() -> int:
-            count = 0
-            with open(directory / "plain.bin", "wb") as out:
-                for file in files:
-                    with gzip.open(file, "rt") as lines:
-                        while some := list(itertools.islice(lines, 500)):
-                            batch = [json.loads(line)["text"] for line in some]
-                            for encoding in trained.encode_batch_fast(batch, add_special_tokens=False):
-                                ids = np.array([*encoding.ids, 0], np.uint16)
-                                out.write(ids.tobytes())
-                                count += len(ids)
-            return count
-
-        def prepared(workers: int) -> int:
-            cache = Path(tempfile.mkdtemp(dir=place))
-            source = files_source(files, [], "text")
-            found = prepare(
-                source, tokenizer, cache, max_tokens=None, validation_every=50, progress=False, workers=workers
-            )
-            return sum(TokenStream(found, split, 8).tokens for split in ("train", "validation"))
-
-        ways = {"plain loop": plain} | {f"{n} workers": functools.partial(prepared, n) for n in (1, 2, 4)}
-        for name, way in [*ways.items()] * 2:
-            before = _spent()
-            tokens = way()
-            after = _spent()
-            spent.setdefault(name, []).append((after[0] - before[0], after[1] - before[1]))
-    least = {name: tuple(map(min, zip(*times, strict=True))) for name, times in spent.items()}
-    rows = [
-        (name, 1e9 * cores / tokens, least["plain loop"][0] / cores, 1e-3 * tokens / seconds)
-        for name, (cores, seconds) in least.items()
-    ]
-    head = ("", "ns of processors a token", "tokens a core, of the plain loop's", "thousand tokens a second")
-    show(f"Preparing {tokens:,} tokens; the least of {len(spent[name])}", head, *rows)
+def _beat(ranks: range, processes: int, port: int, all_wait: Any, rounds: int) -> None:
+    threading.Thread = _NoThread  # type: ignore[misc]
+    beating = [Heartbeat(rank, processes, 120.0, ("127.0.0.1", port)) for rank in ranks]
+    all_wait()
+    all_wait()
+    for _ in range(rounds):
+        for own in beating:
+            own._round(0.0)
+    all_wait()
+    time.sleep(3600)
 
 
-def image_starts() -> None:
-    """What images in folders take to start with, on the first process and on the others."""
-    rows = []
-    for count in (40_000, 80_000, 160_000):
-        with tempfile.TemporaryDirectory() as place:
-            directory = Path(place)
-            for folder in (directory / "data" / split / f"{i:04d}" for split in ("train", "val") for i in range(100)):
-                folder.mkdir(parents=True)
-                (folder / "first.JPEG").write_bytes(bytes(1000))
-                for i in range(1, count // 100 if folder.parent.name == "train" else 1):
-                    os.link(folder / "first.JPEG", folder / f"{folder.name}_{i:08d}.JPEG")
-                os.utime(folder, (1, 1))
-
-            def start(data: Path = directory / "data", cache: Path = directory / "cache") -> Any:
-                images = open_images(str(data), cache_dir=str(cache))[0]
-                assert images.identity
-                return images
-
-            (_, first, _), (files, later, images) = _files_opened(start, directory), _files_opened(start, directory)
-            pickled = pickle.dumps(images)
-            others, other, _ = _files_opened(functools.partial(pickle.loads, pickled), directory)
-            rows.append((count, first / 1000, later / 1000, files, len(pickled), others, other))
-    head = (
-        "images",
-        "first start: s",
-        "later start: s",
-        "files opened",
-        "bytes sent to each",
-        "on others: files",
-        "ms",
-    )
-    show("Starting with images", head, *rows)
+def heartbeats() -> None:
+    """What the store costs the process that keeps it, which is this one: a second of so many processes' beats."""
+    rows, context, rounds, parts = [], get_context("fork"), 3, 16
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # no group of gloo is counted
+    raise_limits(max(MANY), heartbeat=True)
+    for count in MANY:
+        own, all_wait = len(os.listdir("/proc/self/fd")), context.Barrier(parts + 1).wait
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        arguments = count, store.port, all_wait, rounds
+        clients = [context.Process(target=_beat, args=(range(i, count, parts), *arguments)) for i in range(parts)]
+        for client in clients:
+            client.start()
+        all_wait()
+        open_files, begin = len(os.listdir("/proc/self/fd")) - own, time.process_time()
+        all_wait()
+        all_wait()
+        rows.append((count, open_files, (time.process_time() - begin) / rounds))
+        for client in clients:
+            client.kill()
+            client.join()
+        del store
+    show("Heartbeats", ("processes", "open files of the store", "its s of processor a second"), *rows)
 
 
-TABLES = (resume, saving, parts, preparing, image_starts)
+def _connect(rank: int) -> int:
+    before = len(os.listdir("/proc/self/fd"))
+    group = dist.new_group(backend="gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    rank0_call(lambda: "a result", group)
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+def connections() -> None:
+    """What a group of gloo opens in a process."""
+    counts, found = (4, 8, 16), {}
+    for lazy in ("0", "1"):
+        os.environ["TORCH_GLOO_LAZY_INIT"] = lazy
+        found[lazy] = [in_processes(_connect, count) for count in counts]
+    head = ("processes", "open files of a group of gloo", "with TORCH_GLOO_LAZY_INIT=1")
+    show("Connections", head, *zip(counts, found["0"], found["1"], strict=True))
+
+
+TABLES = (resume, saving, headers, heartbeats, connections, parts, preparing, image_starts)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
