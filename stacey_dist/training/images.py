@@ -54,6 +54,8 @@ class ImageData:
 
     train: ImageSet
     validation: ImageSet
+    identity: str
+    """Differs where the images differ, wherever they lie."""
     transform: Transform
 
 
@@ -72,7 +74,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
     cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
 
-    def work() -> tuple[ImageSet, ImageSet]:
+    def work() -> tuple[ImageSet, ImageSet, str]:
         found = open_images(
             data.path,
             data.dataset,
@@ -84,12 +86,13 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
             str(cache),
         )
         train, validation = (cached(images, data.cache, cache, data.cache_resize) for images in found)
-        return train, validation
+        # One process reads the images of which their identity is made.
+        return train, validation, f"{train.identity} {validation.identity}"
 
-    train, validation = run.call_on_main(work)
+    train, validation, identity = run.call_on_main(work)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
-    return ImageData(train, validation, transform)
+    return ImageData(train, validation, identity, transform)
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
@@ -124,7 +127,7 @@ class ImageClassification:
         settings, accelerator = run.config, run.accelerator
         self.batch_size = settings.train.global_batch_size
         self.samples_per_epoch = len(data.train)
-        self.data_identity = f"{data.train.identity} {data.validation.identity}"
+        self.data_identity = data.identity
         self.flops_per_unit = 3.0 * _forward_flops(model, settings.data.image_size)
         # Pixels arrive as bytes, a quarter of the traffic, and become (pixel / 255 - mean) / std on the device.
         self._mean, self._std = (

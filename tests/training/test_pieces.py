@@ -34,7 +34,6 @@ class FakeStream:
     """37 windows of 4 labels, the last of 1."""
 
     total_labels = 36 * 4 + 1
-    identity = "37 windows"
 
     def __len__(self):
         return 37
@@ -229,7 +228,9 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None), model)
+    task = LanguageModeling(
+        run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None, identity="windows"), model
+    )
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 
