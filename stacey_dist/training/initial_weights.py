@@ -195,23 +195,23 @@ def make_model(run: Run[Any], build: Callable[[], M]) -> M:
         run: the run.
         build: Return the model, on the CPU.
     """
-    accelerator = run.accelerator
-    torch.manual_seed(run.config.seed)  # of values that an initialization computes by itself
-    model = None
+    accelerator, seed = run.accelerator, run.config.seed
+    torch.manual_seed(seed)  # of values that an initialization computes by itself
+    sent = False
     try:
         with _Unnoticed(), _Recorder() as recorder:
             model = build()
         writes = {name: recorder.of(param) for name, param in model.named_parameters()}
-    except RuntimeError:  # it looks at values, and there are none
-        writes = {"": None}
-    if model is not None and all(writes.values()):
         known = {name: found for name, found in writes.items() if found}
-        model.initial_weights = InitialWeights(run.config.seed, known)  # type: ignore[assignment]
-        if not shards_weights(accelerator):
-            allocate(model.parameters(), accelerator.device, compute_dtype(accelerator))
-        return model
-    torch.manual_seed(run.config.seed)
-    sent = model is not None and loads_weights_from_rank0(accelerator, model) and not accelerator.is_main_process
+        if len(known) == len(writes):
+            model.initial_weights = InitialWeights(seed, known)  # type: ignore[assignment]
+            if not shards_weights(accelerator):
+                allocate(model.parameters(), accelerator.device, compute_dtype(accelerator))
+            return model
+        sent = loads_weights_from_rank0(accelerator, model) and not accelerator.is_main_process
+    except RuntimeError:  # the initialization looks at values, and there are none
+        pass
+    torch.manual_seed(seed)
     with no_init_weights() if sent else nullcontext():
         return build()
 
