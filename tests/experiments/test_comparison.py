@@ -29,6 +29,7 @@ from experiments.framework import Part, Reproduction, Scale
 from experiments.trial import Trial
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.launchers import LAUNCHERS
+from tests.ended import still_running
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
@@ -173,7 +174,7 @@ def toys(configs):
 
 @pytest.fixture(scope="module")
 def undisturbed(toys, tmp_path_factory):
-    """The directory of the small LLaMA's comparison."""
+    """Return the directory of the small LLaMA's comparison."""
     directory = tmp_path_factory.mktemp("llm")
     reproduce("llm", directory)
     return directory
@@ -185,7 +186,7 @@ def reproduce(name, out, *options, scale="toy"):
 
 
 def without_times(results):
-    """The results, but for what depends on the clock."""
+    """Return the results, but for what depends on the clock."""
     if isinstance(results, dict):
         return {name: without_times(v) for name, v in results.items() if name not in ("time_per_update", "versions")}
     return [without_times(value) for value in results] if isinstance(results, list) else results
@@ -312,7 +313,7 @@ def test_training_ends_with_a_process_that_is_killed_alone(tmp_path):
         others = psutil.Process(started.pid).children(recursive=True)
         assert len(others) >= 2  # the server and a run
         started.kill()
-    _, alive = psutil.wait_procs(others, timeout=30)
+    alive = still_running(others, 30)
     for process in alive:
         process.kill()
     assert not alive
