@@ -27,6 +27,7 @@ from stacey_dist.models import build_resnet
 from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
+from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
@@ -96,15 +97,17 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
-    """Build the ResNet of the configuration, with the same initial weights on every process."""
+    """Build the ResNet of the configuration, see `make_model`."""
     model = run.config.model
-    torch.manual_seed(run.config.seed)
-    resnet = build_resnet(
-        model.depth,
-        data.train.classes,
-        stem=model.stem,
-        width=model.width,
-        zero_init_residual=model.zero_init_residual,
+    resnet = make_model(
+        run,
+        lambda: build_resnet(
+            model.depth,
+            data.train.classes,
+            stem=model.stem,
+            width=model.width,
+            zero_init_residual=model.zero_init_residual,
+        ),
     )
     if model.sync_batch_norm:
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)

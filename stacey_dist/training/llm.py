@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -27,7 +25,7 @@ from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.launch import loads_weights_from_rank0
+from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.run import Run
@@ -167,10 +165,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
 
 
 def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """Build the LLaMA of the configuration, with the same initial weights on every process.
-
-    Where the engine sends rank 0's weights, those of other ranks are never touched, and take no memory.
-    """
+    """Build the LLaMA of the configuration, see `make_model`."""
     model = run.config.model
     config = LlamaConfig(
         vocab_size=data.vocab_size,
@@ -187,11 +182,8 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         eos_token_id=data.end_token_id,
         use_cache=False,
     )
-    torch.manual_seed(run.config.seed)
-    from_rank0 = loads_weights_from_rank0(run.accelerator) and not run.accelerator.is_main_process
-    with no_init_weights() if from_rank0 else nullcontext():
-        llama = LlamaForCausalLM(config).to(getattr(torch, model.dtype))
-    llama.tie_weights()
+    llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
+    llama.tie_weights()  # which were not where none were made
     if run.config.train.gradient_checkpointing:
         llama.gradient_checkpointing_enable({"use_reentrant": False})
     if run.config.train.compile:
