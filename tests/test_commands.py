@@ -25,6 +25,7 @@ from stacey_dist.cli import main, make_parser
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.command import plan
 from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.prepare_command import own_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,7 +88,7 @@ def check(words):
     elif program == "stacey-dist" and rest[:1] == ["plan"] and "--help" not in rest:
         assert plan(rest[1:])
     elif program == "stacey-dist" and rest[:1] == ["prepare"]:
-        check_settings("train_llm.py", rest[1:])
+        check_settings("train_llm.py", own_options().parse_known_args(rest[1:])[1])
     elif program == "stacey-dist":
         if "--help" not in rest:
             make_parser().parse_args(rest)

@@ -5,6 +5,7 @@ A weight's way into a file and back:
     write.py       save_checkpoint: snapshot, then each rank's file, the manifest, and one rename (replace.py)
     snapshot.py    this rank's share of weights and states, copied to host memory
     shard.py       one rank's file, hashed as it is written; ranges out of such files
+    shares.py      what the ranks tell rank 0 about their files
     manifest.py    what makes the directory a checkpoint; schema.py checks every entry of it
     read.py        load_checkpoint: verify, allocate, read, restore
     restore.py     tensors of this rank that are read into, and what completes them

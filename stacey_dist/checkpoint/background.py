@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import world_size
 from stacey_dist.checkpoint.replicas import compare_once
+from stacey_dist.checkpoint.shares import Ledger
 from stacey_dist.checkpoint.snapshot import snapshot
 from stacey_dist.checkpoint.write import write
 
@@ -32,6 +33,7 @@ class BackgroundSaver:
     def __init__(self) -> None:
         self.failed_in_a_row = 0
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None
+        self._ledger = Ledger()
         self._host_memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -56,7 +58,7 @@ class BackgroundSaver:
 
         def work() -> None:
             try:
-                write(path, copies, extra or {}, self._group)
+                write(path, copies, extra or {}, self._group, self._ledger)
                 then()
                 self.failed_in_a_row = 0
             except Exception as error:  # `failure` tells the training thread

@@ -79,9 +79,13 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     as_read = parse_json(json.dumps(manifest))
     check_manifest(as_read)
     with (directory / MANIFEST).open("w") as opened:
-        json.dump(manifest | {"sha256": digest(as_read)}, opened, indent=1)
+        opened.write(_with_checksum(as_read))
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def _with_checksum(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest | {"sha256": digest(manifest)}, sort_keys=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

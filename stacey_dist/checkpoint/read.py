@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import all_gather_call, rank, rank0_call, world_size
+from stacey_dist.checkpoint.collectives import first_result, rank, rank0_call, together, world_size
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
 from stacey_dist.checkpoint.model_tensors import Contents, write_whole
 from stacey_dist.checkpoint.restore import allocate, empty_ranges, incompatibilities, restore, whole_batches
@@ -39,20 +39,25 @@ def load_checkpoint(
     """
     path = Path(path)
     manifest = rank0_call(lambda: read_manifest(path)) if verified else verify_together(path)
+    load_verified(path, manifest, model, optimizer)
+    return manifest
+
+
+def load_verified(path: Path, manifest: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
+    """Load the checkpoint whose manifest `verify_together` has returned; see `load_checkpoint`."""
     contents = tensors(manifest)
     # A rank sees the dtypes of its own shards only.
-    for found in all_gather_call(lambda: incompatibilities(contents, model, optimizer)):
-        if found:
-            raise DamagedCheckpointError(f"{path}: {found[0]}")
+    misfit = first_result(lambda: next(iter(incompatibilities(contents, model, optimizer)), None))
+    if misfit is not None:
+        raise DamagedCheckpointError(f"{path}: {misfit}")
     replicas = max((f.replicas for f in fragments(model, optimizer, empty=True)), default=1)
     allocated = allocate(contents, model, optimizer)
-    all_gather_call(lambda: _read(path, manifest, allocated.ranges, replicas))
+    together(lambda: _read(path, manifest, allocated.ranges, replicas))
     restore(allocated, optimizer)
     for whole in whole_batches(contents, model):
-        all_gather_call(lambda whole=whole: _read(path, manifest, whole))  # type: ignore[misc]
+        together(lambda whole=whole: _read(path, manifest, whole))  # type: ignore[misc]
         write_whole(model, {name.removeprefix("model/"): part.values for name, part in whole.items()})
     refresh_weights(model, optimizer)
-    return manifest
 
 
 def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -86,9 +91,9 @@ def verify_together(path: Path) -> dict[str, Any]:
     if isinstance(manifest, DamagedCheckpointError):
         raise manifest
     mine = list(manifest["files"])[rank() :: world_size()]
-    for outcome in all_gather_call(lambda: _or_damage(lambda: verify_files(path, manifest, mine))):
-        if outcome is not None:
-            raise outcome
+    damage = first_result(lambda: _or_damage(lambda: verify_files(path, manifest, mine)))
+    if damage is not None:
+        raise damage
     return manifest
 
 

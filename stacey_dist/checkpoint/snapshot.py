@@ -84,7 +84,7 @@ def snapshot(model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | 
         _refuse_unsaved_state(base_optimizer(optimizer), fragment)
         _add_fragment(copies, fragment)
     for name, param in trainable_parameters(model):
-        if full_shape(param).numel() == 0:  # without a fragment, but a part of the model
+        if rank() == 0 and full_shape(param).numel() == 0:  # without a fragment, but a part of the model
             copies.contents[f"model/{name}"] = describe(full_shape(param), param.dtype)
     _add_frozen_parameters(copies, model)
     if rank() == 0:  # buffers may differ between ranks, and belong together

@@ -3,19 +3,19 @@
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stacey_dist.checkpoint.collectives import gather_call, rank, rank0_call, world_size
+from stacey_dist.checkpoint.collectives import rank, rank0_call, together, world_size
 from stacey_dist.checkpoint.manifest import FORMAT, write_manifest
-from stacey_dist.checkpoint.model_tensors import Contents
 from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.shard import all_finite, shard_name, write_shard
+from stacey_dist.checkpoint.shares import Ledger, Share, share
 from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import sync_directory
@@ -54,30 +54,18 @@ def save_checkpoint(
     return write(Path(path), snapshot(model, optimizer), extra or {})
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What one rank has written.
+def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None, ledger: Ledger | None = None) -> Path:
+    """Write each rank's snapshot; the ranks talk over `group`. See `save_checkpoint`.
 
-    Attributes:
-        files: size and SHA-256 of its files, by name.
-        contents: as in `Snapshot`.
-        spans: the range [start, stop) of each tensor that it has written.
-        finite: whether all that is trained is finite; None if nothing in it is known to be trained.
+    With the ledger of an earlier save the ranks send less.
     """
-
-    files: dict[str, Any]
-    contents: Contents
-    spans: dict[str, tuple[int, int]]
-    finite: bool | None
-
-
-def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None) -> Path:
-    """Write each rank's snapshot; the ranks talk over `group`. See `save_checkpoint`."""
     temporary = path.with_name(f".{path.name}.tmp")
+    ledger = Ledger() if ledger is None else ledger
     try:
         rank0_call(lambda: _begin(path, temporary), group)
-        shares = gather_call(lambda: _write_share(temporary, copies), group)
-        rank0_call(lambda: _finish(path, temporary, shares, extra), group)
+        mine = together(lambda: _write_share(temporary, copies), group)
+        ledger.collect(mine, copies, group)
+        rank0_call(lambda: _finish(path, temporary, ledger, extra), group)
     except BaseException:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,36 +80,26 @@ def _begin(path: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_share(temporary: Path, copies: Snapshot) -> _Share:
+def _write_share(temporary: Path, copies: Snapshot) -> Share:
     _wait_for(temporary)
-    name, ranges = shard_name(rank()), copies.ranges
-    files = {name: write_shard(temporary / name, ranges)} if ranges else {}
+    ranges = copies.ranges
+    file = write_shard(temporary / shard_name(rank()), ranges) if ranges else None
     trained = [part.values for part in ranges.values() if part.trained]
-    return _Share(
-        files=files,
-        contents=copies.contents,
-        spans={key: (part.start, part.stop) for key, part in ranges.items()},
-        finite=all(map(all_finite, trained)) if trained else None,
-    )
+    return share(copies, file, all(map(all_finite, trained)) if trained else None)
 
 
-def _finish(path: Path, temporary: Path, shares: list[_Share], extra: dict[str, Any]) -> None:
-    contents = {name: kind for share in shares for name, kind in share.contents.items()}
-    _check_complete(contents, shares)
-    files = {name: entry for share in shares for name, entry in share.files.items()}
-    for file in files:
-        _wait_for(temporary / file)
+def _finish(path: Path, temporary: Path, ledger: Ledger, extra: dict[str, Any]) -> None:
+    _wait_for(temporary, ledger.files)
     manifest = {
         "format": FORMAT,
         "versions": {"stacey_dist": __version__, "torch": torch.__version__},
         "processes": world_size(),
-        "tensors": dict(sorted(contents.items())),
+        "tensors": ledger.contents,
         "extra": extra,
-        "files": dict(sorted(files.items())),
+        "files": ledger.files,
     }
-    known = [share.finite for share in shares if share.finite is not None]
     try:
-        write_manifest(temporary, manifest | ({"finite": all(known)} if known else {}))
+        write_manifest(temporary, manifest | ({} if ledger.finite is None else {"finite": ledger.finite}))
     except ValueError as error:
         raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
     sync_directory(temporary)
@@ -140,26 +118,20 @@ def clear_leftovers(directory: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _wait_for(path: Path) -> None:
-    """Wait until what another rank has made is there: a shared file system may show it late. Raises OSError."""
+def _wait_for(directory: Path, files: Iterable[str] = ()) -> None:
+    """Wait until what other ranks have made is there: a shared file system may show it late. Raises OSError.
+
+    The directory is listed, which costs a file system of many clients less than a question for each file.
+    """
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not path.exists():
+    while (missing := _missing(directory, files)) is not None:
         if time.monotonic() > deadline:
-            raise OSError(f"{path} is not there for rank {rank()}; all ranks must write to one directory")
+            raise OSError(f"{missing} is not there for rank {rank()}; all ranks must write to one directory")
         time.sleep(0.05)
 
 
-def _check_complete(contents: Contents, shares: list[_Share]) -> None:
-    """Raise RuntimeError unless every element was written once, for engines that are not what they seem."""
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for share in shares:
-        for name, span in share.spans.items():
-            spans.setdefault(name, []).append(span)
-    for name, (shape, _) in contents.items():
-        position = 0
-        for start, stop in sorted(spans.get(name, [])):
-            if start != position:
-                raise RuntimeError(f"{name}: elements {position} to {start} were written by no rank, or by two")
-            position = stop
-        if position != torch.Size(shape).numel():
-            raise RuntimeError(f"{name}: only {position} of {torch.Size(shape).numel()} elements were written")
+def _missing(directory: Path, files: Iterable[str]) -> Path | None:
+    if not directory.exists():
+        return directory
+    absent = set(files).difference(os.listdir(directory)) if files else ()
+    return directory / min(absent) if absent else None

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.lock import locked_directory
+from stacey_dist.data.encoding import Encoder, Failure
+from stacey_dist.data.lock import locked_directory, make_directory
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, read_index
 from stacey_dist.data.preparation import Preparation
+from stacey_dist.data.processes import Helpers
 from stacey_dist.data.repair import repair_parts
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
@@ -24,6 +29,8 @@ def prepare(
     validation_every: int,
     progress: bool = True,
     verify: bool = False,
+    workers: int = 1,
+    shard: tuple[int, int] = (0, 1),
 ) -> Path:
     """Return a directory with the source's tokens, made first if it is not there yet.
 
@@ -32,10 +39,11 @@ def prepare(
     uint16 (uint32 above 65 536 ids), each document followed by the end token, and ``index.json``, which is
     written last: with it, it is complete.
 
-    A killed preparation resumes from its last commit, and ends with the same bytes as one that was never killed. What
-    another directory in ``cache_dir`` has of the same inputs and tokenizer is copied from there, so that only inputs
-    that are new or have changed are encoded. Any number of processes may ask for the same directory at once: one makes
-    it, the others wait.
+    A killed preparation goes on from the last chunk of each worker, and ends with the same bytes as one that was never
+    killed, whatever the number of workers. What another directory in ``cache_dir`` has of the same inputs and tokenizer
+    is copied from there, so that only inputs that are new or have changed are encoded. Any number of processes, on any
+    number of hosts, may ask for the same directory at once: one writes it, the workers of all encode, and those without
+    workers wait.
 
     A part of a complete directory that is missing or has another size than recorded is prepared again.
 
@@ -49,6 +57,10 @@ def prepare(
             are held out for validation; at least 2.
         progress: show a progress bar on stderr.
         verify: read all parts of a directory that is found, and prepare those again whose content has changed too.
+        workers: processes that encode, to which the inputs are dealt out, each in one thread. 1: this process encodes,
+            in as many threads as there are cores.
+        shard: ``(i, n)`` where n hosts prepare the directory together and this is number i, from 0: where its workers
+            begin. Any host takes over what is left.
 
     Raises:
         InputError: a bad setting, a document that cannot be read, no tokens for training or for
@@ -58,14 +70,52 @@ def prepare(
         raise InputError(f"max_tokens: {max_tokens} is not allowed; it must be at least 2")
     if validation_every < 2:
         raise InputError(f"validation_every: {validation_every} is not allowed; it must be at least 2")
+    if workers < 1:
+        raise InputError(f"workers: {workers} is not allowed; it must be at least 1")
+    if not 0 <= shard[0] < shard[1]:
+        raise InputError(f"shard: {shard[0]}/{shard[1]} is not allowed; it must be one of 0/{shard[1]} and so on")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
-    if not (directory / INDEX).exists() or damaged_parts(directory, whole=verify):
-        with locked_directory(directory, "cache_dir", "make room, and the same command resumes", announce=progress):
+    lock = partial(
+        locked_directory, directory, "cache_dir", "make room, and the same command resumes", announce=progress
+    )
+    if (directory / INDEX).exists() and damaged_parts(directory, whole=verify):
+        with lock():
             if (directory / INDEX).exists():
                 repair_parts(directory, damaged_parts(directory, whole=verify), source, tokenizer)
-            if not (directory / INDEX).exists():
-                Preparation(directory, source, tokenizer, max_tokens, validation_every, progress).run()
+    if not (directory / INDEX).exists():
+        make_directory(directory, "cache_dir")
+        encoder = Encoder(directory, source, tokenizer, max_tokens)
+        # Started before the lock is taken: they would keep it, and they work while another host has it.
+        with _encode_beside(encoder, workers, shard) as helpers:
+
+            def check() -> None:
+                for failure in helpers.reports(1.0):
+                    if failure is not None and max_tokens is None:
+                        raise failure[1]
+
+            with lock(meanwhile=check if helpers.running else None):
+                if not (directory / INDEX).exists():
+                    Preparation(
+                        directory, source, tokenizer, max_tokens, validation_every, progress, encoder, helpers
+                    ).run()
     return directory
+
+
+def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> Helpers:
+    """Start the processes that encode, each in one thread. None is started for one worker, which is this process."""
+    workers = min(workers, len(encoder.groups))
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        return Helpers(partial(_encode, encoder, workers, shard), workers if workers > 1 else 0)
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _encode(encoder: Encoder, workers: int, shard: tuple[int, int], number: int) -> Iterator[Failure]:
+    return filter(None, encoder.work(shard[0] * workers + number, shard[1] * workers))
 
 
 def skipped_records(directory: Path) -> str | None:

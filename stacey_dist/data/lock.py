@@ -8,14 +8,16 @@ import contextlib
 import errno
 import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stacey_dist.errors import InputError
 
 
 @contextlib.contextmanager
-def locked_directory(directory: Path, argument: str, when_full: str, *, announce: bool) -> Iterator[None]:
+def locked_directory(
+    directory: Path, argument: str, when_full: str, *, announce: bool, meanwhile: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Hold the lock of a directory to be filled, which is made where it is not there.
 
     Args:
@@ -23,31 +25,40 @@ def locked_directory(directory: Path, argument: str, when_full: str, *, announce
         argument: the name of the argument that gave the directory, for messages.
         when_full: what to do where its disk is full.
         announce: as for `locked`.
+        meanwhile: as for `locked`.
 
     Raises:
         InputError: it cannot be made or locked, or its disk is full.
     """
+    make_directory(directory, argument)
+    try:
+        with locked(directory / "lock", announce, meanwhile=meanwhile):
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{argument}: the disk of {directory} is full; {when_full}") from error
+
+
+def make_directory(directory: Path, argument: str) -> None:
+    """Make a directory where it is not there. Raises InputError if it cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{argument}: {directory} cannot be made: {error.strerror}") from error
-    with locked(directory / "lock", announce):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise InputError(f"{argument}: the disk of {directory} is full; {when_full}") from error
 
 
 @contextlib.contextmanager
-def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
+def locked(
+    path: Path, announce: bool, *, wait: bool = True, meanwhile: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Hold a lock file, which the system gives back when the process ends, however it ends.
 
     Args:
         path: the lock file, made where it is not there; its directory is named in the message.
         announce: say on stderr when another process holds it and this one waits.
         wait: wait for it.
+        meanwhile: is called again and again while it waits; it takes some time, and may raise an error.
 
     Raises:
         BlockingIOError: another process holds it, and this one is not to wait.
@@ -61,7 +72,13 @@ def locked(path: Path, announce: bool, *, wait: bool = True) -> Iterator[None]:
                 raise
             if announce:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if meanwhile is None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            while meanwhile is not None:
+                meanwhile()
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
         except OSError as error:
             raise InputError(
                 f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "

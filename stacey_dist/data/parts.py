@@ -1,11 +1,11 @@
 """The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
 
-import bisect
+import contextlib
 import copy
-import itertools
+import functools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,33 +26,44 @@ PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
 
 
+OPEN_PARTS = 128
+"""A process keeps so many parts of a split mapped. A map holds a file descriptor, of which systems allow 1 024."""
+
+
+def part_name(split: str, number: int) -> str:
+    """Return the file name of a split's part."""
+    return f"{split}-{number:05d}.bin"
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype that parts store ids below ``vocab_size`` in: little-endian uint16 or uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def split_of(name: str, held_out: int | None, number: int) -> str:
-    """Return the split that a pass's document goes to.
+def held_out_of(name: str, every: int | None, first: int, count: int) -> NDArray[np.bool_]:
+    """Return which of a pass's documents go to the validation split.
 
     Args:
         name: the pass.
-        held_out: every so many documents of a pass are for validation; None for none.
-        number: how many documents went before.
+        every: every so many documents of a pass are for validation; None for those of the pass ``validation``.
+        first: how many documents went before.
+        count: of the documents.
     """
-    return name if held_out is None else "train" if number % held_out else "validation"
+    if every is None:
+        return np.full(count, name == "validation")
+    return np.arange(first, first + count) % every == 0
 
 
-def encode_ids(tokens: Sequence[int] | NDArray[Any], vocab_size: int) -> bytes:
-    """Return ids as they are stored.
+def stored_ids(ids: NDArray[np.int64], vocab_size: int) -> NDArray[Any]:
+    """Return ids in the dtype of parts.
 
     Raises:
         InputError: an id is not in the vocabulary.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = int(ids.max() if ids.max() >= vocab_size else ids.min())
         raise InputError(f"the tokenizer gives the id {bad}, and its vocabulary ends at {vocab_size - 1}")
-    return ids.astype(token_dtype(vocab_size)).tobytes()
+    return ids.astype(token_dtype(vocab_size))
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def _check_index(index: dict[str, Any]) -> None:
     for split, content in index["splits"].items():
         for number, part in enumerate(content["parts"]):
             # A name from elsewhere is no path to follow.
-            if part["name"] != f"{split}-{number:05d}.bin" or not _is_count(part["tokens"]):
+            if part["name"] != part_name(split, number) or not _is_count(part["tokens"]):
                 raise ValueError(f"part {number} of {split}")
 
 
@@ -99,43 +110,63 @@ def _is_count(value: Any) -> bool:
 
 
 class SplitTokens:
-    """The tokens of one split as one array over its parts, which are mapped into memory.
+    """The tokens of one split as one array over its parts.
 
-    What was mapped can be read even when a part is renamed or replaced meanwhile.
+    A part is mapped into memory when it is first read, and `OPEN_PARTS` at most are mapped at once. It can be pickled,
+    in 8 bytes for each part.
 
     Args:
         directory: where the parts lie.
-        parts: the entries of the index: ``name`` and ``tokens`` of each.
+        split: ``train`` or ``validation``.
+        starts: the place of each part's first token in the split, and the number of all tokens at the end.
         dtype: of the ids.
     """
 
-    def __init__(self, directory: Path, parts: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
-        self._parts = [_map(directory / part["name"], part["tokens"], dtype) for part in parts]
-        self._starts = [0, *itertools.accumulate(part["tokens"] for part in parts)]
+    def __init__(self, directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
+        self._arguments = (directory, split, starts, dtype)
+        self._starts = starts
+        # What falls out of the cache is unmapped by the last view of it: threads may be reading it.
+        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, *self._arguments))
+
+    @classmethod
+    def of_index(cls, directory: Path, split: str, index: dict[str, Any]) -> "SplitTokens":
+        """Return the tokens of a split as an index, or a saved progress, lists them."""
+        counts = [part["tokens"] for part in index["splits"][split]["parts"]]
+        return cls(directory, split, np.cumsum([0, *counts], dtype=np.int64), np.dtype(index["dtype"]))
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SplitTokens, self._arguments
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return a copy of the tokens [start, stop), of which there is at least one.
 
         Raises:
-            OSError: a part was missing or shorter than recorded.
+            InputError: a part is missing, or has another size than recorded.
         """
-        pieces = []
-        for i in range(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)):
-            part, begin = self._parts[i], self._starts[i]
-            if part is None:
-                raise OSError(f"part {i} is missing or too short")
-            pieces.append(part[max(0, start - begin) : stop - begin])
-        return np.concatenate(pieces)
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, stop, "left"))
+        begins = self._starts[first:last].tolist()
+        return np.concatenate(
+            [self._part(first + i)[max(0, start - begin) : stop - begin] for i, begin in enumerate(begins)]
+        )
 
 
-def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    try:
-        return np.asarray(np.memmap(path, dtype, "r", shape=(tokens,)))
-    except (OSError, ValueError):
-        return None
+def _map(
+    directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any], number: int
+) -> NDArray[np.integer]:
+    path, tokens = directory / part_name(split, number), int(starts[number + 1] - starts[number])
+    reason = "is missing"
+    # A damaged part is read on where it was put aside: the process that found the damage stops the run.
+    for file in (path, path.with_name(path.name + ASIDE)):
+        with contextlib.suppress(FileNotFoundError):
+            if (size := file.stat().st_size) == tokens * dtype.itemsize:
+                return np.asarray(np.memmap(file, dtype, "r", shape=(tokens,)))
+            reason = f"has {size} bytes where {tokens * dtype.itemsize} were written"
+            break
+    raise InputError(f"{path} {reason}; `stacey-dist prepare` prepares it again, or delete {directory}")
 
 
 class PartWriter:
@@ -146,45 +177,56 @@ class PartWriter:
     Args:
         directory: where the parts lie.
         split: ``train`` or ``validation``.
-        vocab_size: every id is below it.
+        dtype: of the ids.
         state: what `state` returned, to resume from there: what was written after it is cut off.
 
     Raises:
         OSError: a part that ``state`` lists is missing or shorter than it was.
     """
 
-    def __init__(self, directory: Path, split: str, vocab_size: int, state: dict[str, Any] | None = None):
+    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None):
         self._directory = directory
         self._split = split
-        self._vocab_size = vocab_size
+        self._itemsize = dtype.itemsize
         self._file: BinaryIO | None = None
         self._parts: list[dict[str, Any]] = copy.deepcopy(state["parts"]) if state else []
         self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
 
-    def append(self, tokens: Sequence[int] | NDArray[Any], place: dict[str, Any], sums: dict[str, int]) -> None:
-        """Append one document's ids, the end token included.
+    def append(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.integer],
+        place: Callable[[int], dict[str, Any]],
+        sums: dict[str, int],
+    ) -> None:
+        """Append documents.
 
         Args:
-            tokens: the ids, at least one.
-            place: how to find the document again, JSON-able; kept where it begins a part.
+            tokens: their ids, as they are stored, one document after another, each with the end token.
+            lengths: how many each has, at least one.
+            place: returns how to find a document of these again, JSON-able; kept where it begins a part.
             sums: ``{"documents": n, "tokens": n, "crc32": n}`` of its input so far (modified in place).
-
-        Raises:
-            InputError: an id is not in the vocabulary.
         """
-        if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
-            self._open_next(place)
-        assert self._file is not None
-        content = encode_ids(tokens, self._vocab_size)
-        self._file.write(content)
-        for each in (self._parts[-1], sums):
-            each["tokens"] += len(tokens)
-            each["crc32"] = zlib.crc32(content, each["crc32"])
-        sums["documents"] += 1
-        self.tokens += len(tokens)
-        self.documents += 1
+        ends = np.cumsum(lengths)
+        first = start = 0
+        while first < len(lengths):
+            if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
+                self._open_next(place(first))
+            assert self._file is not None
+            # Up to the document that brings the part to its size.
+            full = np.searchsorted(ends, start + PART_TOKENS - self._parts[-1]["tokens"])
+            first = min(int(full) + 1, len(lengths))
+            content = tokens[start : (start := int(ends[first - 1]))]
+            self._file.write(content.data)
+            self._parts[-1]["tokens"] += len(content)
+            self._parts[-1]["crc32"] = zlib.crc32(content.data, self._parts[-1]["crc32"])
+        sums["documents"] += len(lengths)
+        sums["tokens"] += start
+        sums["crc32"] = zlib.crc32(tokens.data, sums["crc32"])
+        self.tokens += start
+        self.documents += len(lengths)
 
     def flush(self) -> None:
         """Bring everything appended so far to the disk."""
@@ -206,15 +248,14 @@ class PartWriter:
     def _open_next(self, place: dict[str, Any]) -> None:
         self.close()
         if not self._parts or self._parts[-1]["tokens"] >= PART_TOKENS:
-            name = f"{self._split}-{len(self._parts):05d}.bin"
+            name = part_name(self._split, len(self._parts))
             self._parts.append({"name": name, "tokens": 0, "crc32": 0, "start": place})
         # After `_cut` the file ends where the state says, or is not there.
         self._file = open(self._directory / self._parts[-1]["name"], "ab")  # noqa: SIM115
 
     def _cut(self) -> None:
         """Cut off what was written after the state: bytes at the end of a part, and whole parts."""
-        itemsize = token_dtype(self._vocab_size).itemsize
-        sizes = {part["name"]: part["tokens"] * itemsize for part in self._parts}
+        sizes = {part["name"]: part["tokens"] * self._itemsize for part in self._parts}
         for name, size in sizes.items():
             if (self._directory / name).stat().st_size < size:
                 raise OSError(f"{name} is shorter than its recorded {size} bytes")

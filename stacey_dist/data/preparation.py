@@ -1,38 +1,34 @@
-"""One preparation: the tokens of a source, input after input, into a directory."""
+"""One preparation: the chunks of a source's inputs, in their order, into the parts of a directory."""
 
-from collections.abc import Sequence
+import itertools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from stacey_dist.data.parts import (
-    ASIDE,
-    FORMAT_VERSION,
-    INDEX,
-    PROGRESS,
-    SPLITS,
-    PartWriter,
-    split_of,
-    token_dtype,
-)
-from stacey_dist.data.readahead import Batch, End, read_ahead
-from stacey_dist.data.reuse import Reuse, TokenizedInput
+from stacey_dist.data.blocks import BAD, NAMED, Block, unpack
+from stacey_dist.data.encoding import CHUNKS, Encoder, Failure, Group
+from stacey_dist.data.parts import ASIDE, FORMAT_VERSION, INDEX, PROGRESS, SPLITS, PartWriter, held_out_of, token_dtype
+from stacey_dist.data.processes import Helpers
 from stacey_dist.data.source import Input, Source
-from stacey_dist.data.text import BadRecord
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, write_json
 
-_COMMIT_TOKENS = 2**24
-"""Progress is saved after so many tokens: few seconds of work to repeat, few waits for the disk."""
+_COMMIT_TOKENS = 2**26
+_COMMIT_TOKENS_PER_INPUT = 2**11
+"""The progress is saved after so many tokens: it has some hundred bytes for each input, and never grows beside them."""
 
 _LEAST_VALIDATION = 2**20
 """With max_tokens, separate validation documents are read up to at least this many tokens."""
 
-_NAMED = 5
-"""So many skipped records are named."""
+_POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -47,6 +43,7 @@ class _Pass:
         records: what each finished input gave: ``read`` records, of which some were ``skipped``, after ``documents`` of
             other inputs, with the sums of each of the ``splits``.
         current: the same of the input that is being read; empty where there is none.
+        place: where the reading of that input goes on, and whether its tokens are being copied, as a `Block` has them.
         bytes: how much text was read, for the progress bar.
         finished: whether nothing is left to do.
     """
@@ -57,6 +54,8 @@ class _Pass:
     writer: PartWriter
     records: list[dict[str, Any]] = field(default_factory=list)
     current: dict[str, Any] = field(default_factory=dict)
+    place: Any = None
+    copying: bool = False
     bytes: int = 0
     finished: bool = False
 
@@ -70,9 +69,13 @@ class _Pass:
         """How far it is: in tokens where they are limited, and otherwise in bytes of text."""
         return self.bytes if self.limit is None else self.writer.tokens
 
+    def position(self) -> dict[str, Any]:
+        """Return what is saved of it, beside the records."""
+        return {key: getattr(self, key) for key in ("current", "place", "copying", "bytes", "finished")}
+
     def begin_input(self, documents: int) -> None:
         """Begin the next input, if there is one, after so many documents."""
-        self.current = {}
+        self.current, self.place, self.copying = {}, None, False
         if len(self.records) < len(self.inputs):
             self.current = {
                 "input": self.inputs[len(self.records)].identity,
@@ -82,12 +85,15 @@ class _Pass:
                 "splits": {split: {"documents": 0, "tokens": 0, "crc32": 0} for split in SPLITS},
             }
 
-    def count_skipped(self, message: str) -> None:
-        """Count a bad record of the input, and keep the messages of the first."""
-        skipped = self.current["skipped"]
-        skipped["count"] += 1
-        if len(skipped["first"]) < _NAMED:
-            skipped["first"].append(message)
+    def following(self, group: Group, block: Block) -> Block | None:
+        """Return what was not taken yet of a group's block, or None. Raises ValueError where records before it lack."""
+        number = group.first + block.input
+        if number < len(self.records):
+            return None
+        taken = self.current["read"] - block.first
+        if number > len(self.records) or taken < 0:
+            raise ValueError("it does not follow the one before")
+        return block.after(taken) if taken < len(block.lengths) or block.ended else None
 
 
 class Preparation:
@@ -98,6 +104,8 @@ class Preparation:
     Args:
         directory: where the tokens go; locked by the caller. An interrupted preparation is resumed there.
         source, tokenizer, max_tokens, validation_every, progress: as for `prepare`.
+        encoder: gives the chunks.
+        helpers: processes that write them; where there are none, this one does.
     """
 
     def __init__(
@@ -108,6 +116,8 @@ class Preparation:
         max_tokens: int | None,
         validation_every: int,
         progress: bool,
+        encoder: Encoder,
+        helpers: Helpers,
     ) -> None:
         self._directory = directory
         self._source = source
@@ -116,6 +126,11 @@ class Preparation:
         self._every = validation_every
         self._held_out = validation_every if source.validation_inputs is None else None
         self._progress = progress
+        self._encoder = encoder
+        self._helpers = helpers
+        self._work = encoder.work()
+        self._failures: dict[str, InputError] = {}
+        self._taken: list[Path] = []
         self._writers: dict[str, PartWriter]
         self._passes: list[_Pass]
         try:
@@ -123,9 +138,6 @@ class Preparation:
         except (OSError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
         self._committed = self._tokens()
-        # A copy that ends at a limit would not know how many of the skipped records came before.
-        with_skipped = source.on_bad_record == "skip" and max_tokens is None
-        self._reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
 
     def run(self) -> None:
         """Read, encode and write everything, the index last."""
@@ -133,8 +145,11 @@ class Preparation:
             # An input that cannot be read is found before the hours that the others take.
             for each in self._passes:
                 next(iter(each.inputs[0].records()), None)
-        for each in self._passes:
-            self._run(each)
+        try:
+            for each in self._passes:
+                self._run(each)
+        finally:
+            self._work.close()
         for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
@@ -147,12 +162,14 @@ class Preparation:
         (self._directory / PROGRESS).unlink(missing_ok=True)
         for damaged in self._directory.glob(f"*{ASIDE}"):
             damaged.unlink()
-        self._reuse.remove_outdated()
+        # Other hosts may be writing chunks that are no longer needed.
+        shutil.rmtree(self._directory / CHUNKS, ignore_errors=True)
+        self._encoder.reuse.remove_outdated(each.identity for now in self._passes for each in now.inputs)
 
     def _start(self, saved: dict[str, Any] | None) -> None:
         """Open the writers and the passes where the last commit left them, or at the beginning."""
-        size, splits = self._tokenizer.vocab_size, saved["splits"] if saved else dict.fromkeys(SPLITS)
-        self._writers = {split: PartWriter(self._directory, split, size, splits[split]) for split in SPLITS}
+        dtype, splits = token_dtype(self._tokenizer.vocab_size), saved["splits"] if saved else dict.fromkeys(SPLITS)
+        self._writers = {split: PartWriter(self._directory, split, dtype, splits[split]) for split in SPLITS}
         least = None if self._max_tokens is None else max(self._max_tokens // self._every, _LEAST_VALIDATION)
         self._passes = [
             _Pass("train", self._source.inputs, self._max_tokens, self._writers["train"]),
@@ -160,9 +177,9 @@ class Preparation:
         ]
         if saved:
             for each in self._passes:
-                place = saved["position"][each.name]
                 each.records = saved["inputs"][each.name]
-                each.current, each.bytes, each.finished = place["current"], place["bytes"], place["finished"]
+                for key in each.position():
+                    setattr(each, key, saved["position"][each.name][key])
 
     def _header(self) -> dict[str, Any]:
         """Return what the index and the saved progress say beside the splits."""
@@ -179,24 +196,26 @@ class Preparation:
             "inputs": {each.name: each.records for each in self._passes},
             "skipped": {
                 "count": sum(each["count"] for each in skipped),
-                "first": [message for each in skipped for message in each["first"]][:_NAMED],
+                "first": [message for each in skipped for message in each["first"]][:NAMED],
             },
         }
 
     def _commit(self) -> None:
-        """Save the progress, to resume from."""
+        """Save the progress, to resume from, and remove the chunks that it covers."""
         for writer in self._writers.values():
             writer.flush()
         splits = {split: writer.state() for split, writer in self._writers.items()}
-        position = {
-            each.name: {"current": each.current, "bytes": each.bytes, "finished": each.finished}
-            for each in self._passes
-        }
+        position = {each.name: each.position() for each in self._passes}
         write_json(self._directory / PROGRESS, self._header() | {"position": position, "splits": splits})
         self._committed = self._tokens()
+        # The last one stays, for who goes on with its group.
+        for chunk in self._taken[:-1]:
+            chunk.unlink(missing_ok=True)
+        del self._taken[:-1]
 
     def _commit_if_due(self) -> None:
-        if self._tokens() - self._committed >= _COMMIT_TOKENS:
+        inputs = sum(len(each.records) for each in self._passes)
+        if self._tokens() - self._committed >= max(_COMMIT_TOKENS, inputs * _COMMIT_TOKENS_PER_INPUT):
             self._commit()
 
     def _tokens(self) -> int:
@@ -206,76 +225,90 @@ class Preparation:
         return sum(writer.documents for writer in self._writers.values())
 
     def _run(self, now: _Pass) -> None:
-        """Tokenize from the last commit on, until the inputs end or the limit is reached."""
+        """Write the tokens from the last commit on, until the inputs end or the limit is reached."""
         if now.finished or not now.inputs:
             return
         if not now.current:
             now.begin_input(self._documents())
         with self._bar(now) as bar:
-            while now.current and not now.full:
-                found = None if now.current["read"] else self._reuse.find(now.current["input"])
-                if found is None:
-                    self._read(now, bar)
-                else:
-                    self._copy(now, found)
-                _show(bar, now)
+            for group in self._encoder.groups:
+                if group.name == now.name:
+                    for block in self._blocks(now, group):
+                        self._take(now, block)
+                        bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
+                        bar.update(now.done - bar.n)
+                        if now.full:
+                            break
         now.finished = True
         self._commit()
 
-    def _copy(self, now: _Pass, found: TokenizedInput) -> None:
-        """Copy what another directory has of the current input."""
-        for tokens in found.documents():
-            self._append(now, tokens)
-            if now.full:
-                return
-        now.current |= {key: found.record[key] for key in ("read", "skipped")}
-        now.bytes += found.bytes
-        if found.finished:
-            self._finish_input(now)
-        self._commit_if_due()
-
-    def _read(self, now: _Pass, bar: "tqdm[Any]") -> None:
-        """Encode the current input and those after it, up to one of which another directory may have the tokens."""
-        first, last = len(now.records), len(now.inputs)
-        known = (n for n in range(first + 1, last) if self._reuse.knows(now.inputs[n].identity))
-        with read_ahead(now.inputs[first : next(known, last)], now.current["read"]) as batches:
-            for batch in batches:
-                self._encode(now, batch)
-                now.bytes += batch.size
-                _show(bar, now)
-                if batch.error is not None:
-                    self._commit()
-                    raise batch.error
-                if now.full:
-                    return
-                self._commit_if_due()
-
-    def _encode(self, now: _Pass, batch: Batch) -> None:
-        for record in batch.encode(self._tokenizer):
-            if isinstance(record, End):
-                self._finish_input(now)
+    def _blocks(self, now: _Pass, group: Group) -> Iterator[Block]:
+        """Yield what is left of a group, chunk after chunk, as they are written."""
+        within = len(now.records) > group.first or now.current.get("read")
+        number = self._encoder.first_chunk(group) if within else 0
+        while not now.full and len(now.records) < group.first + len(group.inputs):
+            chunk = self._encoder.chunk(group, number)
+            if not chunk.exists():
+                self._wait(group)
                 continue
-            if isinstance(record, BadRecord):
-                now.count_skipped(record.message)
-            elif record:
-                self._append(now, record)
-            now.current["read"] += 1
-            if now.full:
-                return
+            try:
+                for block in unpack(chunk):
+                    if (rest := now.following(group, block)) is not None:
+                        yield rest
+            except ValueError as error:
+                self._encoder.discard(group, number)
+                raise InputError(f"{error}; it was removed, and the same command encodes it again") from error
+            self._taken.append(chunk)
+            number += 1
+            self._commit_if_due()
 
-    def _append(self, now: _Pass, tokens: Any) -> None:
-        number = self._documents()
-        split = split_of(now.name, self._held_out, number)
-        writer = self._writers[split]
-        if now.limit is not None and split == now.name:
-            tokens = tokens[: now.limit - writer.tokens]
-        # A part that begins here begins so many documents after the beginning of the input.
-        start = {"pass": now.name, "input": len(now.records), "skip": number - now.current["documents"]}
-        writer.append(tokens, start, now.current["splits"][split])
+    def _wait(self, group: Group) -> None:
+        """Wait for another chunk, or write one. Raises InputError where the records that come next cannot be read."""
+        # What was encoded ahead counts for nothing where a limit comes before.
+        failed = self._failures if self._max_tokens is None else {group.key: self._failures.get(group.key)}
+        for error in failed.values():
+            if error is not None:
+                self._commit()
+                raise error
+        if self._helpers.running:
+            reports: list[Failure | None] = self._helpers.reports(_POLL_SECONDS)
+        else:
+            reports = list(itertools.islice(self._work, 1))
+            if not reports:  # what is left is in the hands of other processes
+                time.sleep(_POLL_SECONDS)
+                self._work = self._encoder.work()
+        self._failures |= dict(report for report in reports if report is not None)
 
-    def _finish_input(self, now: _Pass) -> None:
-        now.records.append(now.current)
-        now.begin_input(self._documents())
+    def _take(self, now: _Pass, block: Block) -> None:
+        """Append the documents of a block, up to the limit, and count its records."""
+        documents = np.flatnonzero(block.lengths > 0)
+        lengths, first = block.lengths[documents], self._documents()
+        held_out, records = held_out_of(now.name, self._held_out, first, len(documents)), len(block.lengths)
+        if now.limit is not None:
+            limited = np.where(held_out == (now.name == "validation"), lengths, 0)
+            ends, room = np.cumsum(limited), now.limit - now.writer.tokens
+            if ends.size and ends[-1] >= room:
+                last = int(np.searchsorted(ends, room))
+                lengths, held_out, records = lengths[: last + 1].copy(), held_out[: last + 1], int(documents[last]) + 1
+                lengths[last] -= ends[last] - room
+        tokens = block.tokens[: lengths.sum()]
+        starts = first - now.current["documents"] + np.arange(len(lengths))
+        for split, mine in zip(SPLITS, (~held_out, held_out), strict=True):
+            self._writers[split].append(
+                tokens[np.repeat(mine, lengths)],
+                lengths[mine],
+                partial(_place, now.name, len(now.records), starts[mine].tolist()),
+                now.current["splits"][split],
+            )
+        bad, skipped = int((block.lengths[:records] == BAD).sum()), now.current["skipped"]
+        skipped["first"] += block.messages[: min(bad, NAMED - len(skipped["first"]))]
+        skipped["count"] += bad
+        now.current["read"] += records
+        now.bytes += block.size
+        now.place, now.copying = block.place, block.copying
+        if block.ended and not now.full:
+            now.records.append(now.current)
+            now.begin_input(self._documents())
 
     def _bar(self, now: _Pass) -> "tqdm[Any]":
         total = now.limit if now.limit is not None else self._source.size_bytes if now.name == "train" else None
@@ -290,6 +323,6 @@ class Preparation:
         )
 
 
-def _show(bar: "tqdm[Any]", now: _Pass) -> None:
-    bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
-    bar.update(now.done - bar.n)
+def _place(name: str, number: int, starts: list[int], document: int) -> dict[str, Any]:
+    """Return where a part begins: so many documents after the beginning of an input."""
+    return {"pass": name, "input": number, "skip": starts[document]}

@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from stacey_dist.data.source import Input
 from stacey_dist.data.text import BadRecord, Document
-from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError
 
 BATCH_BYTES = 4 * 2**20
@@ -38,26 +38,18 @@ class Batch:
     size: int = 0
     error: InputError | None = None
 
-    def encode(self, tokenizer: Tokenizer) -> Iterator[list[int] | BadRecord | End]:
-        """Yield the records with ids in the place of documents: those of the text, if any, and the end token."""
-        encoded = iter(tokenizer.encode_batch([each.text for each in self.records if isinstance(each, Document)]))
-        for record in self.records:
-            if isinstance(record, Document):
-                ids = next(encoded)
-                yield [*ids, tokenizer.end_token_id] if ids else []
-            else:
-                yield record
-
 
 @contextlib.contextmanager
-def read_ahead(inputs: Sequence[Input], skip: int) -> Iterator[Iterator[Batch]]:
+def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterator[Iterator[Batch]]:
     """Give an iterator over batches of the records of ``inputs``, without the first ``skip`` of the first input.
+
+    Where the `place` of the last of these is given, they are not read again.
 
     One batch is read in advance. When the context is left, early or not, the thread has ended and the inputs are
     closed. An InputError in reading is in the last batch, after what was read before it; what else reading raises,
     the iterator raises.
     """
-    with contextlib.closing(_batches(inputs, skip)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
+    with contextlib.closing(_batches(inputs, skip, place)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
 
         def ahead() -> Iterator[Batch]:
             coming = pool.submit(next, batches, None)
@@ -68,9 +60,9 @@ def read_ahead(inputs: Sequence[Input], skip: int) -> Iterator[Iterator[Batch]]:
         yield ahead()
 
 
-def _batches(inputs: Sequence[Input], skip: int) -> Generator[Batch, None, None]:
+def _batches(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Batch, None, None]:
     batch = Batch()
-    with contextlib.closing(_records(inputs, skip)) as records:
+    with contextlib.closing(_records(inputs, skip, place)) as records:
         try:
             for record in records:
                 batch.records.append(record)
@@ -85,8 +77,9 @@ def _batches(inputs: Sequence[Input], skip: int) -> Generator[Batch, None, None]
         yield batch
 
 
-def _records(inputs: Sequence[Input], skip: int) -> Generator[Document | BadRecord | End, None, None]:
-    for number, each in enumerate(inputs):
-        with contextlib.closing(each.records()) as records:
-            yield from itertools.islice(records, 0 if number else skip, None)
+def _records(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Document | BadRecord | End, None, None]:
+    for each in inputs:
+        with contextlib.closing(each.records() if place is None else each.records(place)) as records:
+            yield from itertools.islice(records, skip if place is None else 0, None)
         yield End()
+        skip, place = 0, None

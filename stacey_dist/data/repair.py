@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.parts import ASIDE, INDEX, encode_ids, read_index, split_of
+import numpy as np
+from numpy.typing import NDArray
+
+from stacey_dist.data.blocks import encode
+from stacey_dist.data.parts import ASIDE, INDEX, held_out_of, read_index
 from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
@@ -44,10 +48,9 @@ def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Toke
     wanted, tokens, crc = part.entry["tokens"], 0, 0
     with open(temporary, "wb") as file:
         for document in _documents(read_index(directory), part, source, tokenizer):
-            document = document[: wanted - tokens]
-            content = encode_ids(document, tokenizer.vocab_size)
-            file.write(content)
-            tokens, crc = tokens + len(document), zlib.crc32(content, crc)
+            content = document[: wanted - tokens]
+            file.write(content.data)
+            tokens, crc = tokens + len(content), zlib.crc32(content.data, crc)
             if tokens == wanted:
                 break
         file.flush()
@@ -62,7 +65,9 @@ def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Toke
     path.with_name(path.name + ASIDE).unlink(missing_ok=True)
 
 
-def _documents(index: dict[str, Any], part: DamagedPart, source: Source, tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _documents(
+    index: dict[str, Any], part: DamagedPart, source: Source, tokenizer: Tokenizer
+) -> Iterator[NDArray[Any]]:
     """Yield the documents of a part's split from where the part begins."""
     start = part.entry["start"]
     inputs = (source.inputs if start["pass"] == "train" else source.validation_inputs) or ()
@@ -76,11 +81,11 @@ def _documents(index: dict[str, Any], part: DamagedPart, source: Source, tokeniz
         read, number, skip = skip, number + skip, 0
     with read_ahead(inputs[start["input"] :], read) as batches:
         for batch in batches:
-            for tokens in batch.encode(tokenizer):
-                if not isinstance(tokens, list) or not tokens:
-                    continue
-                if skip == 0 and split_of(start["pass"], index["held_out"], number) == part.split:
-                    yield tokens
-                number, skip = number + 1, max(0, skip - 1)
+            for block in encode(batch, tokenizer, 0, 0):
+                documents = block.documents()
+                held_out = held_out_of(start["pass"], index["held_out"], number, len(documents))
+                chosen = np.flatnonzero(held_out == (part.split == "validation"))
+                yield from (documents[i] for i in chosen if i >= skip)
+                number, skip = number + len(documents), max(0, skip - len(documents))
             if batch.error is not None:
                 raise batch.error

@@ -1,10 +1,11 @@
 """The tokens that other directories of a cache have of the same inputs."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stacey_dist.data.blocks import BAD, Block
 from stacey_dist.data.lock import locked
-from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, split_of
+from stacey_dist.data.parts import INDEX, PROGRESS, SPLITS, SplitTokens, held_out_of
 from stacey_dist.data.source import file_identity
+from stacey_dist.errors import InputError
 from stacey_dist.files import read_json
 
 _CHUNK = 2**24
 """Tokens that are read at once."""
+
+_DOCUMENTS = 2**10
+"""In a block."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class TokenizedInput:
         record: what the directory says of the input: ``read``, ``documents``, ``skipped``, ``splits``.
         finished: these are all of its documents.
         starts: where in each split the input begins, in tokens.
+        place: where the reading of the input goes on, for `Input.records`.
     """
 
     directory: Path
@@ -40,11 +47,7 @@ class TokenizedInput:
     record: dict[str, Any]
     finished: bool
     starts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        """About how many bytes of text these are, for the progress bar."""
-        return 4 * sum(sums["tokens"] for sums in self.record["splits"].values())
+    place: Any
 
     def intact(self) -> bool:
         """Return whether the tokens are those that were written, and end tokens part the documents."""
@@ -56,18 +59,41 @@ class TokenizedInput:
                     crc = zlib.crc32(tokens.data, crc)
                     ends += int(np.count_nonzero(tokens == end))
                     last = int(tokens[-1])
-            except OSError:
+            except InputError:
                 return False
             if (crc, ends, last) != (sums["crc32"], sums["documents"], end):
                 return False
         return True
 
-    def documents(self) -> Iterator[NDArray[Any]]:
-        """Yield each document's ids with its end token, in the order of reading."""
+    def blocks(self, number: int) -> Iterator[Block]:
+        """Yield the documents in the order of reading, as blocks of input `number`.
+
+        Where among them the records were that gave no document is not known; they come last.
+        """
+        sums = self.record["splits"].values()
+        documents, skipped = sum(each["documents"] for each in sums), self.record["skipped"]
+        others = [0] * (self.record["read"] - documents - skipped["count"]) + [BAD] * skipped["count"]
+        dtype = np.dtype(self.header["dtype"])
+        stream = self._in_order(documents)
+        for first in range(0, documents + 1, _DOCUMENTS):
+            some, last = list(itertools.islice(stream, _DOCUMENTS)), first + _DOCUMENTS > documents
+            lengths = [len(each) for each in some] + others * last
+            yield Block(
+                number,
+                first,
+                np.array(lengths, np.int32),
+                np.concatenate([np.empty(0, dtype), *some]),
+                skipped["first"] if last else [],
+                4 * sum(map(len, some)),
+                self.place if last else None,
+                self.finished and last,
+                copying=not last,
+            )
+
+    def _in_order(self, count: int) -> Iterator[NDArray[Any]]:
         streams = {split: self._documents(split) for split in self.record["splits"]}
-        first, count = self.record["documents"], sum(sums["documents"] for sums in self.record["splits"].values())
-        for number in range(first, first + count):
-            yield next(streams[split_of(self.name, self.header["held_out"], number)])
+        for held_out in held_out_of(self.name, self.header["held_out"], self.record["documents"], count).tolist():
+            yield next(streams[SPLITS[held_out]])
 
     def _documents(self, split: str) -> Iterator[NDArray[Any]]:
         rest: list[NDArray[Any]] = []
@@ -80,7 +106,7 @@ class TokenizedInput:
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
         """Yield the input's tokens of a split in pieces."""
-        tokens = SplitTokens(self.directory, self.header["splits"][split]["parts"], np.dtype(self.header["dtype"]))
+        tokens = SplitTokens.of_index(self.directory, split, self.header)
         start = self.starts[split]
         stop = start + self.record["splits"][split]["tokens"]
         for at in range(start, stop, _CHUNK):
@@ -99,7 +125,6 @@ class Reuse:
 
     def __init__(self, directory: Path, tokenizer: str, end_token_id: int, with_skipped: bool) -> None:
         self._found: dict[str, TokenizedInput] = {}
-        self._used: set[Path] = set()
         for other in sorted(set(directory.parent.iterdir()) - {directory}):
             # What is not a directory of this version has nothing to offer.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -115,15 +140,17 @@ class Reuse:
 
     def find(self, identity: Any) -> TokenizedInput | None:
         """Return the verified tokens of an input, or None."""
-        found = self._found.pop(json.dumps(identity, sort_keys=True), None)
-        if found is None or not found.intact():
-            return None
-        self._used.add(found.directory)
-        return found
+        found = self._found.get(json.dumps(identity, sort_keys=True))
+        return found if found is not None and found.intact() else None
 
-    def remove_outdated(self) -> None:
-        """Remove the used directories that nothing will complete: they are incomplete, and their files have changed."""
-        for directory in self._used:
+    def remove_outdated(self, identities: Iterable[Any]) -> None:
+        """Remove directories that nothing will complete: they are incomplete, and their files have changed.
+
+        Args:
+            identities: the inputs; only directories that have tokens of one of these are removed.
+        """
+        found = (self._found.get(json.dumps(identity, sort_keys=True)) for identity in identities)
+        for directory in {each.directory for each in found if each is not None}:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
                 locked(directory / "lock", announce=False, wait=False),
@@ -149,11 +176,13 @@ def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]
     starts = dict.fromkeys(header["splits"], 0)
     for name in SPLITS:
         records = [(record, True) for record in header["inputs"][name]]
-        if (place := header.get("position", {}).get(name)) and place["current"]:
+        place = header.get("position", {}).get(name, {})
+        if place.get("current") and not place.get("copying"):
             records.append((place["current"], False))
         for record, finished in records:
             if record["read"]:
-                yield TokenizedInput(directory, header, name, record, finished, dict(starts))
+                at = None if finished else place.get("place")
+                yield TokenizedInput(directory, header, name, record, finished, dict(starts), at)
             for split, sums in record["splits"].items():
                 starts[split] += sums["tokens"]
 

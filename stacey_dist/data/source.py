@@ -26,12 +26,15 @@ class Input:
 
     Attributes:
         records: opens the documents from the first, the same ones in the same order on every call, with a
-            `BadRecord` in the place of each that is to be skipped.
+            `BadRecord` in the place of each that is to be skipped. Where its records have a `place`, it takes one, and
+            opens what follows that record.
         identity: a JSON-able value that differs wherever the documents may differ.
+        size_bytes: about how many bytes of text there are; None where unknown.
     """
 
-    records: Callable[[], Records]
+    records: Callable[..., Records]
     identity: Any
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,19 @@ def files_source(
 
     def input_of(file: str) -> Input:
         records = _opening(on_bad_record, partial(read_records, file, text_column))
-        return Input(records, {"file": file_identity(file), "text_column": text_column})
+        return Input(records, {"file": file_identity(file), "text_column": text_column}, _text_bytes(file))
 
+    inputs, held_out = [input_of(file) for file in training], [input_of(file) for file in validation]
     identity = {
-        "files": [file_identity(file) for file in training],
-        "validation_files": [file_identity(file) for file in validation],
+        "files": [each.identity["file"] for each in inputs],
+        "validation_files": [each.identity["file"] for each in held_out],
         "text_column": text_column,
     }
     return Source(
-        inputs=[input_of(file) for file in training],
+        inputs=inputs,
         identity=identity | _if_skipping(on_bad_record),
-        size_bytes=sum(_text_bytes(file) for file in training),
-        validation_inputs=[input_of(file) for file in validation] if validation else None,
+        size_bytes=sum(each.size_bytes or 0 for each in inputs),
+        validation_inputs=held_out or None,
         on_bad_record=on_bad_record,
     )
 
@@ -192,11 +196,11 @@ def _hub_records(dataset: str, config: str | None, split: str, text_column: str,
                 yield found
 
 
-def _opening(on_bad_record: OnBadRecord, read: Callable[[], Records]) -> Callable[[], Records]:
+def _opening(on_bad_record: OnBadRecord, read: Callable[..., Records]) -> Callable[..., Records]:
     """Return a function that opens records, and raises InputError for the first bad one unless they are skipped."""
 
-    def records() -> Records:
-        for record in read():
+    def records(*place: Any) -> Records:
+        for record in read(*place):
             if isinstance(record, BadRecord):
                 raise InputError(f"{record.message}; fix it, or leave out bad records with `on_bad_record` skip")
             yield record

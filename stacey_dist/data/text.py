@@ -9,7 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ class Document:
     Attributes:
         text: the text, never blank, valid Unicode.
         source: where it came from, for messages: a file and line, a dataset and row, a module.
+        place: where the next record begins, JSON-able, for `read_records`; None where that is not known.
     """
 
     text: str
     source: str
+    place: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,17 @@ class BadRecord:
 
     Attributes:
         message: the file, the line or row, and what is wrong with it.
+        place: as a `Document` has it.
     """
 
     message: str
+    place: Any = field(default=None, compare=False)
 
 
 Records = Generator[Document | BadRecord, None, None]
 
 
-def read_records(file: str, text_column: str) -> Records:
+def read_records(file: str, text_column: str, place: Any = None) -> Records:
     """Yield the documents of a file, in order, and a `BadRecord` in the place of each that cannot be read.
 
     - ``.json.gz``, ``.jsonl.gz``, ``.json``, ``.jsonl``: one JSON object a line, the layout of C4 on the Hub.
@@ -63,28 +67,32 @@ def read_records(file: str, text_column: str) -> Records:
     Args:
         file: a path, taken literally.
         text_column: the key or column that holds the text; plain text has none.
+        place: the `place` of a record, to read what follows it.
 
     Raises:
         InputError: the file cannot be opened, is parquet without the column, or has neither text nor a bad record.
     """
-    empty = True
+    empty = place is None
     read = next(reader for ending, reader in _READERS.items() if Path(file).name.endswith(ending))
-    for record in read(file, text_column):
+    for record in read(file, text_column, place):
         empty = False
         yield record
     if empty:
         raise InputError(f"{file}: no text in it")
 
 
-def document_of(row: Any, column: str, name: str, place: str, source: str) -> Document | BadRecord | None:
+def document_of(
+    row: Any, column: str, name: str, where: str, source: str, place: Any = None
+) -> Document | BadRecord | None:
     """Return the document of a row, a `BadRecord` if it has none, or None if its text is blank.
 
     Args:
         row: a dictionary, or what stands in its place.
         column: the key of the text.
         name: the file or data set, for messages.
-        place: the line or row in it, for messages.
+        where: the line or row in it, for messages.
         source: the `Document.source`.
+        place: the `Document.place`.
     """
     text = row.get(column) if isinstance(row, dict) else None
     if isinstance(text, str):
@@ -93,15 +101,15 @@ def document_of(row: Any, column: str, name: str, place: str, source: str) -> Do
         except UnicodeEncodeError as error:
             # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
             character = error.object[error.start]
-            return BadRecord(f"{name}, {place}: {character!r} is not a Unicode character")
-        return Document(text, source) if text and not text.isspace() else None
+            return BadRecord(f"{name}, {where}: {character!r} is not a Unicode character", place)
+        return Document(text, source, place) if text and not text.isspace() else None
     if not isinstance(row, dict):
         wrong = f"expected one JSON object a line, got {type(row).__name__}"
     elif column not in row:
         wrong = f"no column {column!r} (text_column); it has {_names(row)}"
     else:
         wrong = f"column {column!r} holds {type(text).__name__}, not a string"
-    return BadRecord(f"{name}, {place}: {wrong}")
+    return BadRecord(f"{name}, {where}: {wrong}", place)
 
 
 def one_line(error: Exception) -> str:
@@ -114,15 +122,25 @@ def _names(columns: Any) -> str:
     return ascii(", ".join(map(str, columns)) or "none")[1:-1][:300]
 
 
-def _lines(file: str) -> Iterator[tuple[int, str | BadRecord]]:
-    """Yield (number, line without its end), decompressed if need be; a `BadRecord` for a line that is not text."""
-    number = 0
+_Place = tuple[int, int]
+"""In a file of lines: bytes, decompressed, and lines before."""
+
+
+def _lines(file: str, begin: _Place | None) -> Iterator[tuple[_Place, str | BadRecord]]:
+    """Yield each line without its end, decompressed if need be, and its place; a `BadRecord` where it is not text.
+
+    Where the file is damaged, the place is no place to read on from: it has -1 bytes.
+    """
+    end, before = begin or (0, 0)
+    number = before
     try:
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, _decoded(line, file, number)
+            lines.seek(end)
+            for number, line in enumerate(lines, start=before + 1):
+                end += len(line)
+                yield (end, number), _decoded(line, file, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield number + 1, BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
+        yield (-1, number + 1), BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}") from error
 
@@ -137,62 +155,69 @@ def _decoded(line: bytes, file: str, number: int) -> str | BadRecord:
         return BadRecord(f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _read_json_lines(file: str, text_column: str) -> Records:
-    for number, line in _lines(file):
+def _read_json_lines(file: str, text_column: str, begin: Any) -> Records:
+    for place, line in _lines(file, begin):
+        number = place[1]
         if isinstance(line, BadRecord):
-            yield line
+            yield replace(line, place=place if place[0] >= 0 else None)
         elif line and not line.isspace():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # a ValueError: an integer of more than 4 300 digits
-                yield BadRecord(f"{file}, line {number}: not one JSON object a line ({error})")
+                yield BadRecord(f"{file}, line {number}: not one JSON object a line ({error})", place)
                 continue
-            record = document_of(row, text_column, file, f"line {number}", f"{file}:{number}")
+            record = document_of(row, text_column, file, f"line {number}", f"{file}:{number}", place)
             if record is not None:
                 yield record
 
 
-def _read_plain_text(file: str, _text_column: str) -> Records:
+def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
     block: list[str] = []
-    first, size = 1, 0
-    for number, line in _lines(file):
+    place: _Place | None = None
+    first, size = (begin[1] if begin else 0) + 1, 0
+    for place, line in _lines(file, begin):
         if isinstance(line, BadRecord):
-            yield line
+            yield line  # without its place: it may stand within a document
             continue
         block.append(line)
         size += len(line) + 1
         blank = not line or line.isspace()
         if (blank and size >= PLAIN_TEXT_DOCUMENT) or size >= _LONGEST_PARAGRAPHS:
-            yield from _block(block, file, first)
-            block, first, size = [], number + 1, 0
-    yield from _block(block, file, first)
+            yield from _block(block, file, first, place)
+            block, first, size = [], place[1] + 1, 0
+    yield from _block(block, file, first, place)
 
 
-def _block(lines: list[str], file: str, first: int) -> Iterator[Document]:
+def _block(lines: list[str], file: str, first: int, place: Any) -> Iterator[Document]:
     text = "\n".join(lines).strip("\n").rstrip()
     if text:
-        yield Document(text, f"{file}:{first}")
+        yield Document(text, f"{file}:{first}", place)
 
 
-def _read_parquet(file: str, text_column: str) -> Records:
+def _read_parquet(file: str, text_column: str, begin: Any) -> Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0  # of rows read
+    number, skip = 0, begin or 0  # of rows
     try:
         # Closed by `with` even when the reader stops early: an open one would hang the process at exit.
         with pa.memory_map(file) as mapped, pq.ParquetFile(mapped, page_checksum_verification=True) as parquet:
             columns = parquet.schema_arrow.names
             if text_column not in columns:
                 raise InputError(f"{file}: no column {text_column!r} (text_column); it has {_names(columns)}")
-            for batch in parquet.iter_batches(_PARQUET_ROWS, columns=[text_column]):
-                for text in _values(batch.column(0)):
+            groups = list(range(parquet.num_row_groups))
+            while groups and number + (rows := parquet.metadata.row_group(groups[0]).num_rows) <= skip:
+                number, groups = number + rows, groups[1:]
+            for batch in parquet.iter_batches(_PARQUET_ROWS, groups, columns=[text_column]):
+                values = batch.column(0)[max(0, skip - number) :]
+                number += len(batch) - len(values)
+                for text in _values(values):
                     number += 1
-                    place = f"row {number}"
+                    row = f"row {number}"
                     if isinstance(text, UnicodeDecodeError):
-                        yield BadRecord(f"{file}, {place}: not UTF-8 ({text.reason} at byte {text.start})")
+                        yield BadRecord(f"{file}, {row}: not UTF-8 ({text.reason} at byte {text.start})", number)
                         continue
-                    record = document_of({text_column: text}, text_column, file, place, f"{file}, {place}")
+                    record = document_of({text_column: text}, text_column, file, row, f"{file}, {row}", number)
                     if record is not None:
                         yield record
             if number != (rows := parquet.metadata.num_rows):
@@ -217,7 +242,7 @@ def _values(column: Any) -> Iterator[Any]:
             yield error
 
 
-_READERS: dict[str, Callable[[str, str], Records]] = {
+_READERS: dict[str, Callable[[str, str, Any], Records]] = {
     ".json.gz": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".json": _read_json_lines,

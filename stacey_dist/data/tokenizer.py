@@ -1,6 +1,7 @@
 """Tokenizers: trained here, any sentencepiece model, or any fast tokenizer of the Hugging Face Hub."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, using several threads. Text never becomes a special token."""
+        """Return the ids of each text. Text never becomes a special token.
+
+        Several threads are used, one where the environment has ``TOKENIZERS_PARALLELISM=false``.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -183,7 +187,9 @@ class _SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(prefix + model).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=-1)
+        # The variable by which the `tokenizers` library is told, too.
+        threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

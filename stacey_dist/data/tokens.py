@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.parts import SplitTokens, read_index
-from stacey_dist.data.verify import check_size
 from stacey_dist.errors import InputError
 
 IGNORED_LABEL = -100
@@ -23,10 +21,8 @@ class TokenStream:
     lies in. There are ``ceil((N - 1) / L)`` windows, the length of this object; the last may be partly
     padding.
 
-    `identity` is a text that differs where the tokens, the tokenizer or the number of records that were skipped
-    differ, wherever their files lie.
-
-    It can be pickled, for loader processes, which map the files again.
+    It can be pickled, for loader processes and the other ranks of a run, which read no index then. A part is opened
+    when it is first read.
 
     Args:
         directory: what `prepare` returned.
@@ -34,8 +30,8 @@ class TokenStream:
         sequence_length: L, at least 1.
 
     Raises:
-        InputError: the directory is not a complete one, a part is missing or has another size than
-            recorded, the split has fewer than two tokens, or sequence_length is below 1.
+        InputError: the directory is not a complete one, the split has fewer than two tokens, or sequence_length is
+            below 1.
     """
 
     def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
@@ -47,24 +43,23 @@ class TokenStream:
         index = read_index(self.directory)
         if split not in index["splits"]:
             raise InputError(f"{directory} has no split {split!r}, only {', '.join(index['splits'])}")
-        parts = index["splits"][split]["parts"]
-        for part in parts:
-            if damaged := check_size(self.directory, index, split, part):
-                raise InputError(
-                    f"{self.directory / part['name']} {damaged.reason}; `stacey-dist prepare` prepares it again, or "
-                    f"delete {self.directory}"
-                )
-        self._tokens = SplitTokens(self.directory, parts, np.dtype(index["dtype"]))
-        skipped = index.get("skipped", {}).get("count", 0)
-        content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
-        self.identity: str = json.dumps(
-            [index["tokenizer"], split, content] + ([{"skipped": skipped}] if skipped else []), sort_keys=True
-        )
+        self._tokens = SplitTokens.of_index(self.directory, split, index)
         self.vocab_size: int = index["vocab_size"]
         self.end_token_id: int = index["end_token_id"]
         self.tokens = len(self._tokens)
         if self.tokens < 2:
             raise InputError(f"{directory}: {split} has {self.tokens} tokens; predicting one takes at least 2")
+
+    @property
+    def identity(self) -> str:
+        """A text that differs where the tokens, the tokenizer or the number of skipped records differ, read anew."""
+        index = read_index(self.directory)
+        parts = index["splits"][self.split]["parts"]
+        content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
+        skipped = index.get("skipped", {}).get("count", 0)
+        return json.dumps(
+            [index["tokenizer"], self.split, content] + ([{"skipped": skipped}] if skipped else []), sort_keys=True
+        )
 
     @property
     def total_labels(self) -> int:
@@ -91,7 +86,7 @@ class TokenStream:
 
         Raises:
             IndexError: i is not in [0, len(self)).
-            InputError: an id is not in the vocabulary.
+            InputError: an id is not in the vocabulary, or a part is missing or has another size than recorded.
         """
         count = self.label_count(i)
         start = i * self.sequence_length
@@ -102,10 +97,6 @@ class TokenStream:
         labels = np.full(self.sequence_length, IGNORED_LABEL, dtype=np.int64)
         inputs[:count], labels[:count] = tokens[:-1], tokens[1:]
         return inputs, labels
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A pickle of a memory map would hold all tokens.
-        return TokenStream, (self.directory, self.split, self.sequence_length)
 
     def _read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens [start, stop) as int64."""

@@ -45,20 +45,20 @@ def plan(arguments: list[str]) -> str:
     _check_names(parser, others)
     config = _config(options, others)
     _check(options)
-    gpu, efficiency = _gpu(options), _efficiency(options.efficiency)
+    gpu = _gpu(options)
     room = gpu.memory * (1 - options.margin)
     if options.search:  # it is what is searched
         config.train.micro_batch_size = None
     job = Job(config, llama(config, options.vocab_size), _engine(options), options.nodes, options.gpus_per_node)
     if options.search:
-        plans = propose_plans(job, gpu, room, efficiency)
+        plans = propose_plans(job, gpu, room)
     else:
         peer = config.optimizer.name != "adamw" and config.model.dtype == "float32"
-        plans = [make_plan(each, gpu, efficiency) for each in ([job, job.with_adamw()] if peer else [job])]
+        plans = [make_plan(each, gpu) for each in ([job, job.with_adamw()] if peer else [job])]
     if options.json:
         kind = "proposals" if options.search else "plans"
         return json.dumps({kind: [as_dict(p, gpu, room) for p in plans], "not_measured": NOT_MEASURED}, indent=1)
-    return proposals(plans, gpu, room, job) if options.search else table(plans, gpu, room, efficiency)
+    return proposals(plans, gpu, room, job) if options.search else table(plans, gpu, room)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--intra-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to others in its node, one direction")
     add("--inter-gbs", type=float, metavar="GB/S", help="a GPU's share of its node's bandwidth to other nodes")
     add("--host-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to host memory")
-    add("--efficiency", default="0.4,0.6", metavar="LOW,HIGH", help="assumed share of peak in arithmetic (0.4,0.6)")
+    add("--efficiency", metavar="LOW,HIGH", help="share of peak in arithmetic (by GPU, from published runs)")
     add("--margin", type=float, default=0.1, metavar="SHARE", help="of the memory that is to stay free (0.1)")
     return parser
 
@@ -158,6 +158,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
             if not 0 < value < math.inf:
                 raise SettingsError(f"{option}: {value} is not allowed; it must be > 0, and finite")
             changes[figure] = value * GB
+    if options.efficiency is not None:
+        changes["efficiency"] = _efficiency(options.efficiency)
     return replace(find_gpu(options.gpu), **changes)
 
 

@@ -26,6 +26,7 @@ class Gpu:
             Hopper and Blackwell, 200 beside Ampere, and for PCIe cards 25 (an assumption: they come in all kinds
             of nodes).
         host: to and from host memory (PCIe, 16 lanes).
+        efficiency: the least and the largest share of its peak that forward and backward reach, see `_EFFICIENCY`.
     """
 
     name: str
@@ -36,6 +37,13 @@ class Gpu:
     intra: float
     inter: float
     host: float
+    efficiency: tuple[float, float]
+
+
+# From the published runs of which docs/how-to/plan.md has a table: what the slowest reached if none of its communication was
+# hidden, and the fastest if all was, with 5 percentage points of room. An H200 computes as an H100 does.
+_EFFICIENCY = {"A100": (0.5, 0.8), "H100": (0.4, 0.65), "H200": (0.4, 0.65)}
+_OF_OTHERS = (0.4, 0.8)  # no published run: the whole range of those
 
 
 def _gpu(
@@ -43,7 +51,8 @@ def _gpu(
 ) -> Gpu:
     flops = peak_flops(model)
     assert flops is not None
-    return Gpu(name, memory * GB, flops, float32 * 1e12, own * GB, intra * GB, inter * GB, host * GB)
+    efficiency = _EFFICIENCY.get(model, _OF_OTHERS)
+    return Gpu(name, memory * GB, flops, float32 * 1e12, own * GB, intra * GB, inter * GB, host * GB, efficiency)
 
 
 GPUS = {

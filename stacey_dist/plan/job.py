@@ -11,7 +11,6 @@ from stacey_dist.training.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
-_LOAD_WEIGHTS_FROM_RANK_0 = ("zero3", "zero3_offload", "fsdp2", "hsdp")
 _WITHOUT_AUTOCAST = (*DEEPSPEED, "fsdp2", "hsdp")
 
 
@@ -122,11 +121,6 @@ class Job:
     def groups(self) -> list[list[Parameter]]:
         """The model's parameters in the optimizer's groups."""
         return self.model.groups(decay_norms=self.config.optimizer.decay_norms_and_biases)
-
-    @property
-    def host_bytes_to_build(self) -> int:
-        """Host memory of the first node while the model is built: one process's float32 weights, or each one's."""
-        return 4 * self.model.elements * (1 if self.engine in _LOAD_WEIGHTS_FROM_RANK_0 else self.gpus_per_node)
 
     def with_batch(self, micro: int, *, checkpointing: bool | None = None, batch: int | None = None) -> "Job":
         """Return the same job with another micro-batch, and other gradient checkpointing or global batch if given."""

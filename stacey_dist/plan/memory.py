@@ -3,8 +3,11 @@
 Every number here is compared with the live tensors of a run (`tests/plan/test_ranks.py`).
 """
 
-from collections.abc import Callable, Iterable
+import heapq
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from stacey_dist.plan.job import Job
 
@@ -54,13 +57,14 @@ def zero_redundancy(job: Job, rank: int) -> RankMemory:
 def owned_elements(job: Job) -> list[int]:
     """Return the elements that ZeroRedundancyOptimizer has each rank update.
 
-    The largest parameter comes first, and goes to the rank that has least.
+    The largest parameter comes first, and goes to the rank that has least, the first of several.
     """
-    sizes = [0] * job.ranks
+    sizes = [(0, rank) for rank in range(job.ranks)]  # a heap
     for group in job.groups:
         for parameter in sorted(group, key=lambda p: p.elements, reverse=True):
-            sizes[sizes.index(min(sizes))] += parameter.elements
-    return sizes
+            size, rank = sizes[0]
+            heapq.heapreplace(sizes, (size + parameter.elements, rank))
+    return [size for size, _ in sorted(sizes, key=lambda owned: owned[1])]
 
 
 def zero1(job: Job, rank: int) -> RankMemory:
@@ -75,16 +79,7 @@ def zero2(job: Job, rank: int) -> RankMemory:
     The gradients of a slice are kept with all of the parameters that it cuts through. From the second micro-batch of
     an update on, its gradients are added to the first one's: there are two.
     """
-    sizes = flat_slices(job)
-    gradients = 0
-    for group, size in zip(job.groups, sizes, strict=True):
-        start = 0
-        for parameter in group:
-            stop = start + parameter.elements
-            if start < (rank + 1) * size and stop > rank * size:
-                gradients += parameter.elements
-            start = stop
-        gradients += min(size, max(0, (rank + 1) * size - start))  # the padding, which has gradients too
+    sizes, gradients = flat_slices(job), kept_gradients(job)(rank)
     compute, owned = job.compute_bytes, sum(sizes)
     buffers = {"gradient bucket": BUCKET * compute}
     if job.accumulation > 1:
@@ -92,6 +87,36 @@ def zero2(job: Job, rank: int) -> RankMemory:
     device = _parts(job, owned * job.ranks * compute, gradients * compute, owned * MASTER, owned)
     # A group at a time: the slice of its gradients made flat, and in float32.
     return RankMemory(device, buffers=buffers, update=max(sizes) * _update_bytes(job))
+
+
+def kept_gradients(job: Job) -> Callable[[int], int]:
+    """Return the function of a rank that counts the gradients it keeps under ZeRO-1 and 2, with the padding's."""
+    groups = [list(accumulate((p.elements for p in group), initial=0)) for group in job.groups]
+    sizes = flat_slices(job)
+
+    def gradients(rank: int) -> int:
+        kept = 0
+        for bounds, size in zip(groups, sizes, strict=True):
+            start, stop = rank * size, (rank + 1) * size
+            if start < bounds[-1]:  # from the beginning of its first parameter to the end of its last
+                kept += bounds[bisect_left(bounds, min(stop, bounds[-1]))] - bounds[bisect_right(bounds, start) - 1]
+            kept += min(size, max(0, stop - bounds[-1]))
+        return kept
+
+    return gradients
+
+
+def _fullest_slice(job: Job) -> int:
+    """Return the first of the ranks that keep most gradients under ZeRO-1 and 2.
+
+    Neighbours whose slices lie within the same parameters keep as many: one of them is looked at.
+    """
+    ranks = {0, job.ranks - 1}
+    for group, size in zip(job.groups, flat_slices(job), strict=True):
+        for bound in accumulate(p.elements for p in group):
+            ranks |= {bound // size, bound // size + 1}
+    kept = kept_gradients(job)
+    return min((rank for rank in ranks if rank < job.ranks), key=lambda rank: (-kept(rank), rank))
 
 
 def flat_slices(job: Job) -> list[int]:
@@ -155,11 +180,13 @@ ENGINES: dict[str, Callable[[Job, int], RankMemory]] = {
 
 def most_loaded_rank(job: Job) -> tuple[int, RankMemory]:
     """Return the rank that keeps most on its device (the first of several), and what it keeps."""
-    uneven = job.engine in ("zero_redundancy", "zero1", "zero2")  # on the others, rank 0 has no fewer rows
-    ranks: Iterable[int] = range(job.ranks) if uneven else [0]
-    found = {rank: ENGINES[job.engine](job, rank) for rank in ranks}
-    rank = max(found, key=lambda r: sum(found[r].device.values()))
-    return rank, found[rank]
+    rank = 0  # on other engines it has no fewer rows than another
+    if job.engine in ("zero1", "zero2"):
+        rank = _fullest_slice(job)
+    elif job.engine == "zero_redundancy" and job.state_bytes:
+        owned = owned_elements(job)
+        rank = owned.index(max(owned))
+    return rank, ENGINES[job.engine](job, rank)
 
 
 def _parts(job: Job, weights: int, gradients: int, masters: int, elements: int) -> dict[str, int]:

@@ -34,13 +34,13 @@ class Plan:
         return _peak(self.memory, self.activations)
 
 
-def make_plan(job: Job, gpu: Gpu, efficiency: tuple[float, float]) -> Plan:
-    """Return the plan of a job on a GPU; `efficiency` as in `estimate_speed`."""
+def make_plan(job: Job, gpu: Gpu) -> Plan:
+    """Return the plan of a job on a GPU."""
     rank, memory = most_loaded_rank(job)
-    return Plan(job, rank, memory, _activations(job), estimate_speed(job, memory, gpu, efficiency))
+    return Plan(job, rank, memory, _activations(job), estimate_speed(job, memory, gpu))
 
 
-def propose_plans(job: Job, gpu: Gpu, room: float, efficiency: tuple[float, float]) -> list[Plan]:
+def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
     """Return the fastest plan on each engine that fits into `room` bytes a GPU, with and without checkpointing.
 
     The micro-batch is the fastest of those that divide the global batch; of equally fast ones the largest. Fastest
@@ -55,7 +55,7 @@ def propose_plans(job: Job, gpu: Gpu, room: float, efficiency: tuple[float, floa
             continue
         for checkpointing in (False, True):
             jobs = [candidate.with_batch(micro, checkpointing=checkpointing) for micro in divisors]
-            fitting = [plan for plan in (make_plan(job, gpu, efficiency) for job in jobs) if plan.peak <= room]
+            fitting = [plan for plan in (make_plan(job, gpu) for job in jobs) if plan.peak <= room]
             if fitting:
                 found.append(min(fitting, key=lambda plan: (round(plan.speed.slow, 9), -plan.job.micro_batch)))
     return sorted(found, key=lambda plan: (round(plan.speed.slow, 3), plan.peak))

@@ -34,7 +34,6 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
         "rank": plan.rank,
         "device_bytes": plan.memory.device,
         "host_bytes": plan.memory.host,
-        "host_bytes_to_build": job.host_bytes_to_build,
         "buffer_bytes": plan.memory.buffers,
         "update_bytes": plan.memory.update,
         "activation_bytes": {"saved": plan.activations.saved, "at_peak": plan.activations.peak},
@@ -55,13 +54,13 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
     }
 
 
-def table(plans: list[Plan], gpu: Gpu, room: float, efficiency: tuple[float, float]) -> str:
+def table(plans: list[Plan], gpu: Gpu, room: float) -> str:
     """Return plans for people: a column for each, which differ in the optimizer alone."""
     blocks = [
         _heading(plans[0].job, gpu),
         _memory(plans, gpu, room),
         _communication(plans[0], gpu),
-        _time(plans, efficiency),
+        _time(plans, gpu),
         _checkpoint(plans, gpu),
         NOT_MEASURED + "\ndocs/how-to/plan.md has the formulas and what is assumed.",
     ]
@@ -128,8 +127,6 @@ def _memory(plans: list[Plan], gpu: Gpu, room: float) -> str:
     blocks = [_block(f"memory of the fullest GPU (rank {first.rank}), GiB", _optimizers(plans), rows)]
     if first.peak > room:
         blocks.append("  DOES NOT FIT; --search looks for what does")
-    build = [_gib(plan.job.host_bytes_to_build) for plan in plans]
-    blocks.append(_block("memory of the first node to build the model, GiB", build, {}))
     if first.memory.host:
         host = _parts([plan.memory.host for plan in plans])
         blocks.append(_block("host memory of a GPU's process, GiB", [], host))
@@ -151,8 +148,8 @@ def _communication(plan: Plan, gpu: Gpu) -> str:
     return "\n".join(lines)
 
 
-def _time(plans: list[Plan], efficiency: tuple[float, float]) -> str:
-    low, high = efficiency
+def _time(plans: list[Plan], gpu: Gpu) -> str:
+    low, high = gpu.efficiency
     speeds = [plan.speed for plan in plans]
     rows = {
         f"forward and backward, at {high:.0%} to {low:.0%} of peak": [_span(*speed.arithmetic) for speed in speeds],

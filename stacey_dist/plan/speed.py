@@ -74,14 +74,13 @@ class Speed:
         return self.flops / seconds / self.peak_flops
 
 
-def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu, efficiency: tuple[float, float]) -> Speed:
+def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu) -> Speed:
     """Return the time of an update.
 
     Args:
         job: what is trained.
         memory: what the most loaded rank keeps.
-        gpu: on which GPU, with its links.
-        efficiency: the least and the largest share of the GPU's peak that forward and backward reach.
+        gpu: on which GPU, with its links and its efficiency.
     """
     length = job.config.data.sequence_length
     tokens = job.config.train.global_batch_size * length
@@ -91,7 +90,7 @@ def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu, efficiency: tuple[flo
         in_head = 6.0 * job.model.vocabulary * job.model.hidden * tokens
         done += (flops - in_head) / 3
     peak = job.ranks * (gpu.float32_flops if job.arithmetic == "float32" else gpu.flops)
-    low, high = efficiency
+    low, high = gpu.efficiency
     return Speed(
         arithmetic=(done / peak / high, done / peak / low),
         optimizer=_optimizer_bytes(job, memory) / (gpu.host if memory.host else gpu.memory_bandwidth),

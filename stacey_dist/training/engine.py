@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
+from stacey_dist.sharding.fragment import canonical_name
 from stacey_dist.training import heartbeat, loss_scale
-from stacey_dist.training.launch import loads_weights_from_rank0, requested_engine
+from stacey_dist.training.initial_weights import InitialWeights, allocate
+from stacey_dist.training.launch import compute_dtype, loads_weights_from_rank0, requested_engine, shards_weights
 from stacey_dist.training.launch_settings import one_line
 from stacey_dist.training.run import Run
 
@@ -71,17 +74,36 @@ class Engine:
         self.name = requested_engine()
         self._prepare(optimizer)
         fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
+        if isinstance(initial := getattr(model, "initial_weights", None), InitialWeights):
+            initial.fill(self.model, self.optimizer, self.accelerator.device)
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
-            # Rank 0's weights are sent one at a time. Accelerate cannot do that for a model with buffers.
-            parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-            no_buffers = self.module.state_dict().keys() <= parameters
-            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = no_buffers
-        # Its state is made where the parameters then are; Accelerate would ask for a ZeroRedundancyOptimizer's.
-        placement = None if self.name == "fsdp2" else [True, False]
+            self._shard(optimizer)
+            return
+        # The state is made where the parameters are; Accelerate would ask for a ZeroRedundancyOptimizer's.
         with one_line("what `accelerate launch` was told"):
-            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer, device_placement=placement)
+            self.model, self.optimizer = self.accelerator.prepare(
+                self.module, optimizer, device_placement=[True, False]
+            )
+
+    def _shard(self, optimizer: Optimizer) -> None:
+        """Have FSDP2 shard the model: one without memory, or the one that rank 0 or each process has."""
+        plugin = self.accelerator.state.fsdp_plugin
+        without_memory = any(param.is_meta for param in self.module.parameters())
+        sent = not without_memory and loads_weights_from_rank0(self.accelerator, self.module)
+        plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
+        names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
+        groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
+        with one_line("what `accelerate launch` was told"):
+            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        if without_memory:
+            offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+            allocate(self.module.parameters(), torch.device("cpu") if offloaded else self.accelerator.device)
+            # Accelerate tells parameters by their addresses, and these had none.
+            params = {canonical_name(name): param for name, param in self.module.named_parameters()}
+            for group, members in zip(self.optimizer.param_groups, groups, strict=True):
+                group["params"] = [params[name] for name in members]
 
     def broadcast_buffers(self) -> None:
         """Copy rank 0's buffers, which are those in the checkpoints, to every process: batch norms' statistics.
@@ -220,7 +242,7 @@ class DeepSpeedEngine(Engine):
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
         with one_line("the DeepSpeed configuration"):
-            if loads_weights_from_rank0(self.accelerator):
+            if shards_weights(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # DeepSpeed casts the buffers too: rotary frequencies and batch norms' statistics need their float32.
@@ -229,20 +251,20 @@ class DeepSpeedEngine(Engine):
                 module._buffers[name] = buffer.to(self.accelerator.device)
 
     def _partition(self) -> None:
-        """Send each process its slices of rank 0's weights, a layer at a time.
+        """Give each process its slices of the weights, a layer at a time: rank 0's, where they have values yet.
 
         DeepSpeed would put the whole model on every device first.
         """
         import deepspeed
 
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(self.accelerator.mixed_precision, torch.float32)
+        device, dtype = self.accelerator.device, compute_dtype(self.accelerator)
         for module in self.module.modules():
             own = nn.ParameterList(module.parameters(recurse=False))
+            allocate(own, device, dtype)
             for param in own:
                 if not hasattr(param, "ds_id"):  # a tied one is partitioned already
-                    param.data = param.data.to(self.accelerator.device, dtype)
+                    param.data = param.data.to(device, dtype)
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 

@@ -27,6 +27,7 @@ from stacey_dist.models import build_resnet
 from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
+from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
@@ -54,6 +55,8 @@ class ImageData:
 
     train: ImageSet
     validation: ImageSet
+    identity: str
+    """Differs where the images differ, wherever they lie."""
     transform: Transform
 
 
@@ -72,7 +75,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
     cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
 
-    def work() -> tuple[ImageSet, ImageSet]:
+    def work() -> tuple[ImageSet, ImageSet, str]:
         found = open_images(
             data.path,
             data.dataset,
@@ -84,24 +87,27 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
             str(cache),
         )
         train, validation = (cached(images, data.cache, cache, data.cache_resize) for images in found)
-        return train, validation
+        # One process reads the images of which their identity is made.
+        return train, validation, f"{train.identity} {validation.identity}"
 
-    train, validation = run.call_on_main(work)
+    train, validation, identity = run.call_on_main(work)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
-    return ImageData(train, validation, transform)
+    return ImageData(train, validation, identity, transform)
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
-    """Build the ResNet of the configuration, with the same initial weights on every process."""
+    """Build the ResNet of the configuration, see `make_model`."""
     model = run.config.model
-    torch.manual_seed(run.config.seed)
-    resnet = build_resnet(
-        model.depth,
-        data.train.classes,
-        stem=model.stem,
-        width=model.width,
-        zero_init_residual=model.zero_init_residual,
+    resnet = make_model(
+        run,
+        lambda: build_resnet(
+            model.depth,
+            data.train.classes,
+            stem=model.stem,
+            width=model.width,
+            zero_init_residual=model.zero_init_residual,
+        ),
     )
     if model.sync_batch_norm:
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
@@ -124,7 +130,7 @@ class ImageClassification:
         settings, accelerator = run.config, run.accelerator
         self.batch_size = settings.train.global_batch_size
         self.samples_per_epoch = len(data.train)
-        self.data_identity = f"{data.train.identity} {data.validation.identity}"
+        self.data_identity = data.identity
         self.flops_per_unit = 3.0 * _forward_flops(model, settings.data.image_size)
         # Pixels arrive as bytes, a quarter of the traffic, and become (pixel / 255 - mean) / std on the device.
         self._mean, self._std = (

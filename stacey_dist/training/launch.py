@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import nn
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import build_locks, launch_settings, rendezvous
@@ -84,15 +85,27 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def loads_weights_from_rank0(accelerator: Accelerator) -> bool:
-    """Return whether the engine sends each process its slices of rank 0's weights, whatever it has itself.
-
-    ZeRO-3 and FSDP2 do, as the model may be too large for a process. Accelerate's FSDP2 cannot where buffers are in the
-    state dict: there every process needs the weights.
-    """
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Return whether each process keeps a share of every weight, as under ZeRO-3 and FSDP2."""
     if requested_engine() == "deepspeed":
         return bool(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
     return requested_engine() == "fsdp2"
+
+
+def loads_weights_from_rank0(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Return whether the engine sends each process its share of the weights that rank 0 has, whatever it has itself.
+
+    Accelerate's FSDP2 cannot where buffers are in the state dict: there every process needs the weights.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return shards_weights(accelerator) and (requested_engine() == "deepspeed" or model.state_dict().keys() <= names)
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """Return the dtype of the weights that DeepSpeed's forward pass takes; None on other engines, which cast none."""
+    if requested_engine() != "deepspeed":
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def _check_devices() -> None:

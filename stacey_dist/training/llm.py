@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -24,10 +22,10 @@ from stacey_dist.data.source import Source, embedded_source, files_source, hub_s
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece, train_sentencepiece
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
-from stacey_dist.errors import settings_errors
+from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.launch import loads_weights_from_rank0
+from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.run import Run
@@ -58,11 +56,21 @@ class TextData:
 
     train: TokenStream
     validation: TokenStream
-    vocab_size: int
-    end_token_id: int
+    identity: str
+    """Differs where the tokens or the tokenizer differ, wherever their files lie."""
     tokenizer: Tokenizer | None
     verification: Verification | None = None
     """On one process of each host: it compares the tokens with what was written, beside training."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self.train.vocab_size
+
+    @property
+    def end_token_id(self) -> int:
+        """The id that ends a document."""
+        return self.train.end_token_id
 
 
 def prepare_data(run: Run[LLMConfig]) -> TextData:
@@ -72,33 +80,37 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     """
     tokenizers: list[Tokenizer] = []
 
-    def work() -> tuple[Path, int, int]:
+    def work() -> tuple[TokenStream, TokenStream, str]:
         directory, tokenizer = tokenize(run.config)
         tokenizers.append(tokenizer)
-        return directory, tokenizer.vocab_size, tokenizer.end_token_id
-
-    directory, vocab_size, end_token_id = run.call_on_main(work)
-    length = run.config.data.sequence_length
-    train, validation = (TokenStream(directory, split, length) for split in ("train", "validation"))
-    if not train.vocab_size == validation.vocab_size == vocab_size:
-        run.fail(
-            f"{directory} has tokens of a vocabulary of {train.vocab_size}, and the tokenizer one of {vocab_size}; "
-            "delete the directory"
+        train, validation = (
+            TokenStream(directory, split, run.config.data.sequence_length) for split in ("train", "validation")
         )
-    verification = Verification(directory) if run.accelerator.is_local_main_process else None
+        if train.vocab_size != tokenizer.vocab_size:
+            raise SettingsError(
+                f"{directory} has tokens of a vocabulary of {train.vocab_size}, and the tokenizer one of "
+                f"{tokenizer.vocab_size}; delete the directory"
+            )
+        return train, validation, hashlib.sha256((train.identity + validation.identity).encode()).hexdigest()
+
+    # The other processes get what they need, and open no file before they read from it.
+    train, validation, identity = run.call_on_main(work)
+    verification = Verification(train.directory) if run.accelerator.is_local_main_process else None
     run.say(
         f"data: {train.total_labels:,} training and {validation.total_labels:,} held-out tokens, "
-        f"vocabulary {vocab_size:,}"
+        f"vocabulary {train.vocab_size:,}"
     )
     tokenizer = tokenizers[0] if tokenizers else None
-    return TextData(train, validation, vocab_size, end_token_id, tokenizer, verification)
+    return TextData(train, validation, identity, tokenizer, verification)
 
 
-def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenizer]:
+def tokenize(
+    config: LLMConfig, *, verify: bool = False, workers: int = 1, shard: tuple[int, int] = (0, 1)
+) -> tuple[Path, Tokenizer]:
     """Return the directory of the configured text's tokens, prepared if it is not there yet, and their tokenizer.
 
-    With `verify`, all tokens that are there are read, and damaged parts made anew. Raises SettingsError as
-    `prepare_data` does.
+    With `verify`, all tokens that are there are read, and damaged parts made anew. `workers` and `shard` are those of
+    `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
@@ -112,6 +124,8 @@ def tokenize(config: LLMConfig, *, verify: bool = False) -> tuple[Path, Tokenize
             max_tokens=data.max_tokens,
             validation_every=data.validation_every,
             verify=verify,
+            workers=workers,
+            shard=shard,
         )
     if skipped := skipped_records(directory):
         print(f"data.on_bad_record skip: {skipped}", file=sys.stderr, flush=True)
@@ -151,10 +165,7 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
 
 
 def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """Build the LLaMA of the configuration, with the same initial weights on every process.
-
-    Where the engine sends rank 0's weights, those of other ranks are never touched, and take no memory.
-    """
+    """Build the LLaMA of the configuration, see `make_model`."""
     model = run.config.model
     config = LlamaConfig(
         vocab_size=data.vocab_size,
@@ -171,11 +182,8 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         eos_token_id=data.end_token_id,
         use_cache=False,
     )
-    torch.manual_seed(run.config.seed)
-    from_rank0 = loads_weights_from_rank0(run.accelerator) and not run.accelerator.is_main_process
-    with no_init_weights() if from_rank0 else nullcontext():
-        llama = LlamaForCausalLM(config).to(getattr(torch, model.dtype))
-    llama.tie_weights()
+    llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
+    llama.tie_weights()  # which were not where none were made
     if run.config.train.gradient_checkpointing:
         llama.gradient_checkpointing_enable({"use_reentrant": False})
     if run.config.train.compile:
@@ -204,7 +212,7 @@ class LanguageModeling:
         self.batch_size = run.config.train.global_batch_size
         self.samples_per_epoch = len(data.train)
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
-        self.data_identity = hashlib.sha256((data.train.identity + data.validation.identity).encode()).hexdigest()
+        self.data_identity = data.identity
         self._samples: tuple[int, list[int]] = (-1, [])
         shape = run.config.model
         weights = sum(p.numel() for p in model.parameters())

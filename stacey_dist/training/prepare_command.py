@@ -1,21 +1,50 @@
 """`stacey-dist prepare`: tokenize the text of a configuration before the run, where no GPU waits for it."""
 
+import argparse
+import os
+
+from stacey_dist.cores import available_cores
 from stacey_dist.data.tokens import TokenStream
+from stacey_dist.errors import SettingsError
 from stacey_dist.training.launchers import LLM
 
 
 def prepare(arguments: list[str]) -> int:
     """Fill the cache that the run with the same settings finds; returns 0.
 
-    Tokens that are there are read, and damaged ones made anew. Killed and started again, it resumes from its last
-    commit. Raises SettingsError for bad settings or text, OSError for a full disk.
+    Tokens that are there are read, and damaged ones made anew. Killed and started again, it goes on from the last chunk
+    of each worker. Several hosts that are given the same directory share the work. Raises SettingsError for bad
+    settings or text, OSError for a full disk.
     """
-    config = LLM.parse(arguments, "stacey-dist prepare")
+    if {"--help", "-h"} & set(arguments):
+        print(
+            "--workers N   processes that encode, each in one thread (default: as many as there are cores)\n"
+            "--shard I/N   where N hosts prepare one directory: this is number I, from 0 (default: Slurm's task)\n"
+            "and the options of train_llm.py:\n"
+        )
+    own, others = own_options().parse_known_args(arguments)
+    config = LLM.parse(others, "stacey-dist prepare")
     from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
 
-    directory, tokenizer = tokenize(config, verify=True)
+    directory, tokenizer = tokenize(config, verify=True, workers=own.workers, shard=_shard(own.shard))
     train, validation = (
         TokenStream(directory, split, config.data.sequence_length).total_labels for split in ("train", "validation")
     )
     print(f"{directory}: {train:,} training and {validation:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
     return 0
+
+
+def own_options() -> argparse.ArgumentParser:
+    """Return the parser of the options that are no settings of a run."""
+    parser = argparse.ArgumentParser("stacey-dist prepare", add_help=False, allow_abbrev=False)
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N")
+    task = f"{os.environ.get('SLURM_PROCID', 0)}/{os.environ.get('SLURM_NTASKS', 1)}"
+    parser.add_argument("--shard", default=task, metavar="I/N")
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise SettingsError(f"shard: {text!r} is not allowed; it must be I/N, as in 0/4 for the first of four hosts")
+    return int(number), int(count)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints, load_checkpoint
+from stacey_dist.checkpoint import DamagedCheckpointError, find_checkpoints
 from stacey_dist.checkpoint.manifest import UnknownFormatError, says_finite
-from stacey_dist.checkpoint.read import verify_together
+from stacey_dist.checkpoint.read import load_verified, verify_together
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
@@ -31,25 +31,29 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     chosen = _choose(run, data_identity)
     if chosen is None:
         return Progress()
+    path, manifest = chosen
     try:
-        manifest = load_checkpoint(chosen, engine.model, engine.optimizer, verified=True)
+        load_verified(path, manifest, engine.model, engine.optimizer)
     except (DamagedCheckpointError, OSError) as error:
-        run.fail(f"{_setting(run, chosen)}: {error}")
+        run.fail(f"{_setting(run, path)}: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"], evaluated_step=extra["step"])
     if extra.get("scaler"):
         engine.load_scaler_state(extra["scaler"])
-    if _setting(run, chosen) == "run_dir":  # a run that another one branches off has trackers and a best of its own
+    if _setting(run, path) == "run_dir":  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
         progress.kept_best_step = extra.get("kept_best_step")
         progress.evaluated_step = extra.get("evaluated_step", progress.step)
-    run.say(f"resumed from {chosen} after {progress.step} updates")
+    run.say(f"resumed from {path} after {progress.step} updates")
     return progress
 
 
-def _choose(run: Run, data_identity: str) -> Path | None:
-    """Return the checkpoint to resume from; name those that are skipped. All processes call it together."""
+def _choose(run: Run, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to resume from, and its manifest; name those that are skipped.
+
+    All processes call it together.
+    """
     source = run.config.checkpoint.resume_from
     found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
     reasons = set()
@@ -68,7 +72,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
             continue
         extra = manifest["extra"]
         run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
-        return path
+        return path, manifest
     if found:
         # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
         run.fail(
@@ -86,7 +90,7 @@ def _choose(run: Run, data_identity: str) -> Path | None:
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
     run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
-    return Path(source)
+    return Path(source), manifest
 
 
 def _verified(path: Path) -> dict[str, Any]:

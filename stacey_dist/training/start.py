@@ -9,7 +9,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import deepspeed_config, heartbeat, launch_settings
+from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, open_files
 from stacey_dist.training.config import RunConfig
 from stacey_dist.training.devices import cores_per_process, device_name
 from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
@@ -23,6 +23,7 @@ def start(config: C) -> Run[C]:
     """
     transformers.utils.logging.disable_progress_bar()
     separate_runs_of_a_sweep(config)
+    open_files.raise_limits(int(os.environ.get("WORLD_SIZE", "1")), config.train.heartbeat_timeout_seconds is not None)
     accelerator = start_accelerator(config)
     heartbeat.start(config.train.heartbeat_timeout_seconds)
     if accelerator.device.type == "cpu":

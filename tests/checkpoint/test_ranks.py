@@ -24,6 +24,7 @@ from stacey_dist.checkpoint import (
 )
 from stacey_dist.checkpoint.collectives import FailedOnAnotherRankError
 from stacey_dist.sharding import base_optimizer, fragments
+from tests.checkpoint import messages
 from tests.sharding.engines import Trainer, assert_equal, gather, that_run
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
 from tests.sharding.processes import outcome, spawn
@@ -216,6 +217,11 @@ def check_frozen_parameters_are_written_in_turns(directory):
 
 
 CHECKS = {
+    "a save sends what is new": functools.partial(messages.check_a_save_sends_what_is_new, make=make),
+    "a resume sends the manifest once": functools.partial(messages.check_a_resume_sends_the_manifest_once, make=make),
+    "objects take a group that host memory has": messages.check_objects_take_a_group_that_host_memory_has,
+    "all ranks hear of a failure or a result": messages.check_all_ranks_hear_of_a_failure_or_a_result,
+    "a range that is missing or twice is named": messages.check_a_range_that_is_missing_or_written_twice_is_named,
     "a file that one rank cannot read": check_a_file_that_one_rank_cannot_read,
     "frozen parameters are written in turns": check_frozen_parameters_are_written_in_turns,
     "parameters without state begin where they are": check_parameters_without_state_begin_where_they_are,

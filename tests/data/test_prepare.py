@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stacey_dist.data import Document, Input, Source, TokenStream, files_source, parts, preparation, prepare, readahead
+from stacey_dist.data import (
+    Document,
+    Input,
+    Source,
+    TokenStream,
+    encoding,
+    files_source,
+    parts,
+    preparation,
+    prepare,
+    readahead,
+)
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts, tree, write_c4
 
@@ -29,6 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_TOKENS", 500)
     monkeypatch.setattr(readahead, "BATCH_BYTES", 300)
     monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
+    monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
 
 
 @pytest.mark.usefixtures("small")

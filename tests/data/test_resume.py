@@ -22,36 +22,40 @@ from pathlib import Path
 # The data package alone: the whole one loads torch, which takes seconds.
 sys.modules["stacey_dist"] = types.ModuleType("stacey_dist")
 sys.modules["stacey_dist"].__path__ = ["stacey_dist"]
-from stacey_dist.data import parts, preparation, prepare, readahead
+from stacey_dist.data import encoding, parts, preparation, prepare, readahead
 from stacey_dist.data import Source, reuse
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts
 reuse._CHUNK = 100
-preparation._COMMIT_TOKENS = 700
+reuse._DOCUMENTS = 7
+encoding._CHUNK_TOKENS, encoding._GROUP_BYTES = 100, 300
+preparation._COMMIT_TOKENS, preparation._COMMIT_TOKENS_PER_INPUT, preparation._POLL_SECONDS = 700, 0, 0.01
 parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
+cache, delay, kind, log = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], open(sys.argv[4], "a")
 
 class Slow(ByteTokenizer):
     def encode_batch(self, batch):
-        time.sleep(float(sys.argv[2]))
+        time.sleep(delay)
+        log.write("x" * len(batch))
+        log.flush()
         return super().encode_batch(batch)
 
-tokenizer = Slow()
-kind = sys.argv[3]
 source = list_source(texts(1500), texts(300, seed=1) if kind == "separate" else None)
-if kind in ("inputs", "reuse"):
+limit, workers = 40_000, 1
+if kind in ("inputs", "reuse", "workers"):
     inputs = [list_input(texts(count, seed=count), str(count)) for count in range(1, 60)]
     source = Source(inputs, "inputs")
-if kind == "reuse" and Path(sys.argv[1]).name == "killed" and not Path(sys.argv[1]).exists():
-    prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=30_000, validation_every=7, progress=False)
-    tokenizer.encoded = 0
+if kind == "workers":
+    limit, workers = None, 3
+if kind == "reuse" and cache.name == "killed" and not cache.exists():
+    prepare(source, ByteTokenizer(), cache, max_tokens=30_000, validation_every=7, progress=False)
 print("ready", flush=True)
-prepare(source, tokenizer, Path(sys.argv[1]), max_tokens=40_000, validation_every=10, progress=False)
-print("encoded", tokenizer.encoded, flush=True)
+prepare(source, Slow(), cache, max_tokens=limit, validation_every=10, progress=False, workers=workers)
 """
 
 
 def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(cache), str(delay), kind],
+        [sys.executable, "-c", CHILD, str(cache), str(delay), kind, f"{cache}.log"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -61,9 +65,14 @@ def start(cache: Path, delay: float, kind: str) -> "subprocess.Popen[str]":
     return child
 
 
-@pytest.mark.parametrize("kind", ["separate", "held out", "inputs", "reuse"])
+def encoded(cache: Path) -> int:
+    """How many documents all processes have encoded."""
+    return Path(f"{cache}.log").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["separate", "held out", "inputs", "reuse", "workers"])
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    everything = int(start(tmp_path / "whole", 0, kind).communicate()[0].split()[1])
+    assert start(tmp_path / "whole", 0, kind).wait() == 0
     (whole,) = (tmp_path / "whole").iterdir()
     killed = tmp_path / "killed" / whole.name
     kills, generator = 0, random.Random(kind)
@@ -73,6 +82,7 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
         child.kill()
         if child.wait() == 0:  # it was done before it was killed: from the beginning
             shutil.rmtree(tmp_path / "killed")
+            Path(f"{tmp_path / 'killed'}.log").unlink()
             kills = 0
             continue
         assert child.returncode == -signal.SIGKILL
@@ -81,16 +91,14 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     with open(max(killed.glob("train-*.bin")), "ab") as file:
         file.write(b"junk")
     (killed / "train-00099.bin").write_bytes(b"junk")
-    progress = json.loads((killed / "progress.json").read_text())
-    finished = [record for records in progress["inputs"].values() for record in records]
-    current = [place["current"] for place in progress["position"].values() if place["current"]]
-    done = sum(record["read"] for record in (*current, *finished))
-    assert done > 0
-    last = start(tmp_path / "killed", 0, kind)
-    output = last.communicate()[0]
+    last = max((killed / "chunks").glob("*.npz"))
+    last.with_name(f"{last.name}.tmp").write_bytes(b"junk")
+    assert start(tmp_path / "killed", 0, kind).wait() == 0
     assert tree(killed) == tree(whole)
-    # A batch may be read beyond the limit, and begins elsewhere.
-    assert int(output.split()[1]) <= everything - done + 20
+    # A kill loses what each worker was at: a chunk of one batch, which is less than 20 documents.
+    lost = encoded(tmp_path / "killed") - encoded(tmp_path / "whole")
+    assert lost <= 20 * kills * (3 if kind == "workers" else 1)
+    assert kind == "reuse" or lost >= 0
 
 
 def test_damaged_progress_starts_over(tmp_path: Path) -> None:
@@ -116,11 +124,12 @@ def test_damaged_progress_starts_over(tmp_path: Path) -> None:
         assert tree(directory) == tree(whole)
 
 
-def test_two_processes_at_once(tmp_path: Path) -> None:
-    children = [start(tmp_path / "cache", 0.001, "held out") for _ in range(2)]
-    outputs = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sorted(int(output.split()[1]) > 0 for output in outputs) == [False, True]
-    start(tmp_path / "alone", 0, "held out").wait()
+@pytest.mark.parametrize("kind", ["held out", "workers"])
+def test_two_processes_at_once(tmp_path: Path, kind: str) -> None:
+    """No document is encoded twice. Workers share the work, as they do on several hosts."""
+    children = [start(tmp_path / "cache", 0.001, kind) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert start(tmp_path / "alone", 0, kind).wait() == 0
+    assert encoded(tmp_path / "cache") == encoded(tmp_path / "alone")
     (together,), (alone,) = (tmp_path / "cache").iterdir(), (tmp_path / "alone").iterdir()
     assert tree(together) == tree(alone)

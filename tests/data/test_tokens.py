@@ -1,7 +1,9 @@
 """Every token but the first is predicted exactly once, from the token before it."""
 
 import json
+import os
 import pickle
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacey_dist.data import IGNORED_LABEL, TokenStream
+from stacey_dist.data import parts as parts_module
 from stacey_dist.errors import InputError
 
 END = 9
@@ -74,6 +77,38 @@ def test_pickle_maps_instead_of_copying(tmp_path: Path) -> None:
     assert len(pickle.loads(pickled)) == len(stream)
 
 
+opened: list[str] = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("parts", [1, 16_000])
+def test_opening_takes_one_file_whatever_the_number_of_parts(tmp_path: Path, parts: int) -> None:
+    """And none in a copy, which is what the other processes of a run get."""
+    directory = write(tmp_path, [[1, 2, 3]] * parts)
+    for path in tmp_path.glob("*.bin"):
+        path.unlink()
+    opened.clear()
+    stream = TokenStream(directory, "train", 2)
+    pickled = pickle.dumps(stream)
+    copy = pickle.loads(pickled)
+    assert [path for path in opened if str(tmp_path) in path] == [str(tmp_path / "index.json")]
+    assert len(copy) == len(stream)
+    assert len(pickled) < 1_000 + 8 * parts
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "OPEN_PARTS", 5)
+    stream = TokenStream(write(tmp_path, [[i, i + 1] for i in range(40)]), "train", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    for window in (*range(39), *range(39)):
+        assert stream.window(window)[0].tolist() == [window, window + 1]
+        assert len(os.listdir("/proc/self/fd")) <= before + 5
+    assert stream.window(38)[0].tolist() == [38, 39]
+    opened.clear()
+    stream.window(38)
+    assert not opened
+
+
 def test_a_part_that_is_put_aside_is_read_on(tmp_path: Path) -> None:
     """One process finds the damage; the others stop where it says so, and not where the file is missing."""
     stream = TokenStream(write(tmp_path, [[1, 2, 3], [4, 5, 6]]), "train", 5)
@@ -86,14 +121,14 @@ def test_altered_part_is_named(tmp_path: Path, size: int) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5, 6]])
     (tmp_path / "train-00001.bin").write_bytes(b"\1" * size)
     with pytest.raises(InputError, match=r"train-00001\.bin.*delete"):
-        TokenStream(tmp_path, "train", 2)
+        TokenStream(tmp_path, "train", 2).window(1)
 
 
 def test_missing_part_is_named(tmp_path: Path) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5, 6]])
     (tmp_path / "train-00000.bin").unlink()
-    with pytest.raises(InputError, match=r"train-00000\.bin.*delete"):
-        TokenStream(tmp_path, "train", 2)
+    with pytest.raises(InputError, match=r"train-00000\.bin is missing.*delete"):
+        TokenStream(tmp_path, "train", 2).window(0)
 
 
 def test_bad_directories(tmp_path: Path) -> None:

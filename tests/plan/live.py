@@ -1,6 +1,7 @@
 """A tiny update on the launcher's own engines, and the bytes of the tensors that it leaves on each process."""
 
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,32 @@ class Collectives(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+class Allocations(TorchDispatchMode):
+    """The most bytes that this process's tensors have at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is not torch.Tensor or tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.storages:
+                size = storage.nbytes()
+                self.storages[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return result
+
+    def _free(self, key, size):
+        del self.storages[key]
+        self.now -= size
+
+
 def storage_bytes(tensors):
     """Return the bytes of the distinct storages of local tensors."""
     storages = {}
@@ -95,8 +122,8 @@ def measure(engine, precision, tied, directory):
     from accelerate.state import AcceleratorState, GradientState
 
     from stacey_dist.checkpoint.snapshot import snapshot
-    from stacey_dist.sharding import base_optimizer
-    from stacey_dist.training import llm
+    from stacey_dist.sharding import base_optimizer, fragments
+    from stacey_dist.training import initial_weights, llm
     from stacey_dist.training.engine import Requests, build_engine
     from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.optimizers import build_optimizer
@@ -107,14 +134,17 @@ def measure(engine, precision, tied, directory):
     processes = dist.get_world_size() if dist.is_initialized() else 1
     config = config_of(engine, precision, tied, processes, directory)
     run = start(config)
-    model = llm.build_model(run, SimpleNamespace(vocab_size=VOCABULARY, end_token_id=0))
-    optimizer = build_optimizer(model, config.optimizer, 0, by_owner=requested_engine() == ZERO_REDUNDANCY)
+    initial_weights._CHUNK["cpu"] = 1 << 10  # numbers on their way take less room than the model
     prepare, given = run.accelerator.prepare, {}
     run.accelerator.prepare = lambda model, *rest, **options: (
-        given.update(bytes=storage_bytes(getattr(p, "ds_tensor", p) for p in model.parameters()))
+        given.update(bytes=storage_bytes(getattr(p, "ds_tensor", p) for p in model.parameters()), most=allocations.most)
         or prepare(model, *rest, **options)
     )
-    made = build_engine(run, model, optimizer)
+    with Allocations() as allocations:
+        model = llm.build_model(run, SimpleNamespace(vocab_size=VOCABULARY, end_token_id=0))
+        optimizer = build_optimizer(model, config.optimizer, 0, by_owner=requested_engine() == ZERO_REDUNDANCY)
+        made = build_engine(run, model, optimizer)
+    initial = {f.name: (f.start, f.weight.flatten().numpy().copy()) for f in fragments(made.model, made.optimizer)}
     tokens = torch.arange(8).reshape(1, 8)
     for _ in range(2 if "zero3" in engine else 1):  # ZeRO-3 learns in the first what it may leave gathered
         with Collectives() as collectives:
@@ -128,7 +158,8 @@ def measure(engine, precision, tied, directory):
     for name in ("z", "m"):
         found[name] = storage_bytes(values[name] for values in state)
     found["collectives"] = collectives.bytes
-    found["before the engine"] = given["bytes"]
+    found["before the engine"], found["most before the engine"] = given["bytes"], given["most"]
+    found["most"], found["initial weights"] = allocations.most, initial
     ranges = snapshot(made.model, made.optimizer).ranges
     found["checkpoint"] = sum(part.values.numel() * part.values.element_size() for part in ranges.values())
     if engine == "ddp":

@@ -5,6 +5,7 @@ import logging
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +25,13 @@ DISTRIBUTED = [name for name in ENGINES if name not in ("single", "hsdp")]  # hs
 CASES = {  # (engine, precision, tied): the others are in between
     1: [("single", precision, tied) for precision in ("no", "bf16") for tied in (True, False)],
     2: [(engine, *rest) for engine in DISTRIBUTED for rest in (("no", True), ("bf16", False))],
+    3: [("fsdp2", "bf16", False), ("zero3", "no", True)],
     4: [(engine, "bf16", True) for engine in [*DISTRIBUTED, "hsdp"]]
     + [(engine, "no", False) for engine in ("zero2", "fsdp2", "hsdp")],
 }
+
+NUMBERS_ON_THEIR_WAY = 12 * 8 * 1024
+"""Bytes: of `stacey_dist.training.counter_random`, for 1 024 elements at a time."""
 
 
 @functools.cache
@@ -36,6 +41,13 @@ def measured(processes, directory):
     found = alone(measure_all, 0, CASES[processes], directory).get()
     assert isinstance(found, list), found
     return found
+
+
+@functools.cache
+def single(tied, directory):
+    """The initial weights that one process makes."""
+    (found,) = measured(1, directory)
+    return {name: values for name, (_, values) in found["single", "no", tied]["initial weights"].items()}
 
 
 def job_of(engine, precision, tied, processes):
@@ -66,6 +78,11 @@ def test_every_byte_that_rests_is_planned(directory, processes, engine, precisio
         assert found["weights"] == planned["weights"]
         if engine == "zero3":  # it would put a whole model on every device
             assert found["before the engine"] == planned["weights"]
+        largest = 4 * max(parameter.elements for parameter in job.model.parameters)
+        if engine in ("fsdp2", "hsdp"):  # no process has more than its share and a layer while the model is built
+            assert found["most"] <= planned["weights"] + largest + NUMBERS_ON_THEIR_WAY
+        if engine.startswith("zero3"):  # then DeepSpeed makes the masters and its bucket
+            assert found["most before the engine"] <= planned["weights"] + largest + NUMBERS_ON_THEIR_WAY
         assert found["gradients"] + found.get("float32 gradients", 0) == planned["gradients"]
         assert [found[name] for name in ("masters", "z", "m")] == [planned[name] for name in ("masters", "z", "m")]
         for name in ("gradient bucket", "small weights"):
@@ -83,6 +100,19 @@ def test_every_byte_that_rests_is_planned(directory, processes, engine, precisio
     whole, _ = checkpoint_bytes(job)
     written = [found[engine, precision, tied]["checkpoint"] for found in measured(processes, directory)]
     assert sum(written) == whole
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_initial_weights_are_the_same_bits_on_every_engine_and_number_of_processes(directory, processes):
+    for engine, precision, tied in CASES[processes]:
+        whole = single(tied, directory)
+        made = {name: np.zeros(values.shape, bool) for name, values in whole.items()}
+        for found in measured(processes, directory):
+            for name, (start, values) in found[engine, precision, tied]["initial weights"].items():
+                stop = start + values.size
+                assert np.array_equal(values.view(np.int32), whole[name][start:stop].view(np.int32)), (engine, name)
+                made[name][start:stop] = True
+        assert all(elements.all() for elements in made.values())
 
 
 SIMULATED = [(rank, processes) for processes in (256, 1024) for rank in (0, processes - 1)]

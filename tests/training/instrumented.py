@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.checkpoint import manifest, replace, write
+from stacey_dist.checkpoint import manifest, replace, shares, write
 from stacey_dist.training import engine, images, llm, loop, saving
 from stacey_dist.training.launchers import IMAGES, LLM
 
@@ -33,8 +33,8 @@ EVENTS = {
     "save": (saving.Saver, "save"),
     "before writing": (write, "write_shard"),
     "written": (os, "fsync"),
-    "before the manifest": (write, "_check_complete"),
-    "manifest": (manifest.json, "dump"),
+    "before the manifest": (shares.Ledger, "combine"),
+    "manifest": (manifest, "_with_checksum"),
     "rename": (Path, "rename"),
     "renamed": (replace, "sync_directory"),
     "retention": (saving, "retain"),

@@ -75,13 +75,14 @@ def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_pa
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_first_processs_initial_weights_are_given_out(one_process, tmp_path, tied):
-    """With ZeRO-3 and FSDP2 the others have none of their own: what is in memory there is anything."""
+    """Where it is not known how weights begin, the others have none: what is in memory there is anything."""
     still = ("--config", one_process[1], "--optimizer.lr", 0, "--optimizer.tau", 0, "--schedule.warmup_steps", 0)
     still += ("--train.max_steps", 1, "--model.tie_word_embeddings", str(tied).lower())
-    launch(*still, "--run_dir", tmp_path / "one")
+    program = "tests/training/given_out.py"
+    launch(*still, "--run_dir", tmp_path / "one", program=program)
     one = {name: tensor for name, tensor in checkpoint(tmp_path / "one", 1).items() if name.startswith("model/")}
     for engine in ("cpu_zero3", "cpu_fsdp2"):
-        launch(*still, "--run_dir", tmp_path / engine, processes=2, engine=engine)
+        launch(*still, "--run_dir", tmp_path / engine, processes=2, engine=engine, program=program)
         ours = checkpoint(tmp_path / engine, 1)
         assert all(torch.equal(ours[name], tensor) for name, tensor in one.items())
         assert sum(name.startswith("model/") for name in ours) == len(one)

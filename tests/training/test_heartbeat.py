@@ -1,6 +1,7 @@
 """A process that dies, hangs or fails is named in one line, and the others stop; nobody else is taken for dead."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from stacey_dist.checkpoint.compare import differences
-from stacey_dist.training import heartbeat, rendezvous
+from stacey_dist.errors import SettingsError
+from stacey_dist.training import heartbeat, open_files, rendezvous
 from tests.training.forked import Forked, command, environment, server
 from tests.training.helpers import rows, training_rows, write_config
 
@@ -196,6 +198,56 @@ def test_a_line_names_ranks_by_host():
         own.store.set(f"host/{rank}", host)
     assert own._names([0]) == "rank 0 on a"
     assert own._names([0, 1, 2, 3]) == "rank 0 on a, ranks 1, 2 on b, rank 3 on an unknown host"
+
+
+COUNT, SOFT = 60, 100  # of simulated processes, and a limit of open files that does not hold their connections
+
+
+def check_limits(results):
+    """In a process of its own: the store is here, as in process 0; then this process is the launcher of another."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, hard))
+    open_files.raise_limits(COUNT, heartbeat=True)
+    before = len(os.listdir("/proc/self/fd"))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    own = [heartbeat.Heartbeat(rank, COUNT, 60, ("127.0.0.1", store.port)) for rank in range(COUNT)]
+    connections = (len(os.listdir("/proc/self/fd")) - before) / 2 / COUNT  # both ends of each are in this process
+    beats = own[0]._read()
+
+    def limits(launcher_keeps_the_store):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, hard))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(launcher_keeps_the_store)
+        child = os.fork()
+        if not child:
+            open_files.raise_limits(COUNT, heartbeat=True)
+            os._exit(0)
+        return os.waitpid(child, 0)[1], resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    of_launcher = limits(False), limits(True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, 5 * COUNT - 1))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    try:
+        open_files.raise_limits(COUNT, heartbeat=True)
+        refusal = ""
+    except SettingsError as error:
+        refusal = str(error)
+    results.put((connections, len(beats), of_launcher, refusal))
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+def test_the_limit_of_open_files_is_raised_for_the_store_or_refused():
+    results = server().Queue()
+    process = server().Process(target=check_limits, args=(results,))
+    process.start()
+    connections, beats, of_launcher, refusal = results.get(timeout=60)
+    process.join()
+    assert 2 <= connections < 2.2  # of a process to the store, besides torch's own
+    assert beats == COUNT
+    assert of_launcher == ((0, SOFT), (0, 3 * COUNT + open_files._OTHERS))
+    assert refusal.startswith(f"the limit of open files: {5 * COUNT - 1} (ulimit -Hn) is not allowed for {COUNT} proc")
+    assert f"at least {5 * COUNT + open_files._OTHERS}, for their connections; TORCH_GLOO_LAZY_INIT=1" in refusal
 
 
 @pytest.mark.parametrize(("shared", "expected"), [("True", "2"), ("False", "0"), (None, "0")])

@@ -15,7 +15,7 @@ import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import llm, signals
+from stacey_dist.training import signals
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine, Requests
 from stacey_dist.training.failures import user_errors
@@ -34,7 +34,6 @@ class FakeStream:
     """37 windows of 4 labels, the last of 1."""
 
     total_labels = 36 * 4 + 1
-    identity = "37 windows"
 
     def __len__(self):
         return 37
@@ -229,7 +228,9 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None), model)
+    task = LanguageModeling(
+        run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None, identity="windows"), model
+    )
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 
@@ -302,26 +303,6 @@ def agreed(rank):
 def test_processes_agree_on_the_loss_the_requests_and_the_first_ones_norm():
     first, second = spawn(agreed, 2)
     assert first == second == [(5.0, Requests(stop=True), 1.0), True]
-
-
-def test_a_process_that_is_given_its_weights_makes_none(monkeypatch):
-    config = LLMConfig()
-    monkeypatch.setattr(llm, "loads_weights_from_rank0", lambda accelerator: True)
-
-    def build(main):
-        run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=main), say=lambda text: None)
-        return llm.build_model(run, SimpleNamespace(vocab_size=64, end_token_id=0))
-
-    config.model.tie_word_embeddings = True
-    other, after = build(False), torch.random.get_rng_state()
-    torch.manual_seed(config.seed)
-    assert torch.equal(after, torch.random.get_rng_state())  # no random number was drawn, so no weight was touched
-    assert other.lm_head.weight is other.model.embed_tokens.weight
-    first = build(True)
-    assert not torch.equal(torch.random.get_rng_state(), after)
-    for (name, ours), (_, theirs) in zip(other.named_buffers(), first.named_buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert [n for n, _ in other.named_parameters()] == [n for n, _ in first.named_parameters()]
 
 
 def test_statistics_of_an_update_that_is_left_out_are_undone():

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stacey_dist.cli import main
+from stacey_dist.data import encoding
 from stacey_dist.training import llm
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
+from tests.data.helpers import tree
 from tests.training.helpers import launch, write_config
 
 
@@ -145,3 +147,33 @@ def test_the_help_names_every_command(capsys):
     said = capsys.readouterr().out
     for name in ("checkpoint", "bench", "info", "plan", "prepare"):
         assert re.search(rf"^    {name}\b", said, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        (["--workers", "0"], "workers: 0 is not allowed; it must be at least 1"),
+        (["--shard", "2/2"], "shard: 2/2 is not allowed; it must be one of 0/2 and so on"),
+        (["--shard", "x"], "shard: 'x' is not allowed; it must be I/N"),
+    ],
+)
+def test_bad_workers_are_one_line(tmp_path, capsys, option, complaint):
+    assert main(["prepare", "--config", str(write_config(tmp_path)), *option]) == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_workers_of_slurms_tasks_make_what_one_process_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_GROUP_BYTES", 1000)
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"some words of file {i}\n\n" * 600)
+    arguments = ["prepare", "--data.files", f"{tmp_path}/*.txt", "--data.validation_every", "3"]
+    arguments += ["--tokenizer.vocab_size", "290"]
+    arguments += ["--data.cache_dir", str(tmp_path / "cache")]
+    assert main([*arguments, "--workers", "1"]) == 0
+    (index,) = tmp_path.glob("cache/*/index.json")
+    alone = tree(index.parent)
+    shutil.rmtree(index.parent)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main([*arguments, "--workers", "2"]) == 0
+    assert tree(index.parent) == alone

@@ -1,5 +1,6 @@
 """Decoded images on a disk, memory-mapped: each image is decoded once and not once an epoch."""
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ COMPLETE = "complete.json"
 PART_IMAGES = 4096
 """Images in a part: 1 to 3 GB of photos. A killed preparation repeats at most one part."""
 
+OPEN_PARTS = 256
+"""A process keeps so many parts of a cache mapped. A map holds a file descriptor, of which systems allow 1 024."""
+
 # What the index has of an image: where it begins in its part, and its height and width, 0 where it is broken.
 _ENTRY = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 
@@ -40,6 +44,8 @@ Load = Callable[[int], NDArray[np.uint8] | None]
 
 class CachedImages:
     """The pixels of a complete cache, with the labels, classes and names of the images they were made from.
+
+    It can be pickled. A copy looks at no file before it reads from it.
 
     Args:
         directory: of the cache.
@@ -51,36 +57,44 @@ class CachedImages:
     """
 
     def __init__(self, directory: Path, images: ImageSet, identity: str) -> None:
-        self.directory, self.images, self.identity = directory, images, identity
-        self.classes, self.labels = images.classes, images.labels
         try:
             complete = read_json(directory / COMPLETE)
-            self._part_images = int(complete["part_images"])
-            index = _read_index(directory, range(-(-len(images) // self._part_images)))
+            part_images = int(complete["part_images"])
+            index = _read_index(directory, range(-(-len(images) // part_images)))
             if zlib.crc32(index) != complete["index_crc32"]:
                 raise ValueError("its index was altered")
-            self._index = np.frombuffer(index, dtype=_ENTRY)
-            self._pixels = [_map(directory / _part_name(i), size) for i, size in enumerate(complete["part_bytes"])]
+            for number, size in enumerate(complete["part_bytes"]):
+                found = (directory / _part_name(number)).stat().st_size
+                if found != size:
+                    raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
+        self.__setstate__((directory, images, identity, part_images))
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # Pickling memory maps would copy their content.
+        return self.directory, self.images, self.identity, self._part_images
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.directory, self.images, self.identity, self._part_images = state
+        self.classes, self.labels = self.images.classes, self.images.labels
+        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, self.directory))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Return the pixels of image i, mapped from the disk. Raises BrokenImageError where it was broken."""
-        offset, height, width = self._index[i].tolist()
+        part, place = divmod(i, self._part_images)
+        index, pixels = self._part(part)
+        offset, height, width = index[place].tolist()
         if not height:
             raise BrokenImageError("it was broken when the cache was made")
-        return self._pixels[i // self._part_images][offset : offset + height * width * 3].reshape(height, width, 3)
+        return pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def name(self, i: int) -> str:
         """Return how a person finds the image that i was made from."""
         return self.images.name(i)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling memory maps would copy their content.
-        return CachedImages, (self.directory, self.images, self.identity)
 
 
 def cached(
@@ -206,12 +220,13 @@ def _read_index(directory: Path, parts: range) -> bytes:
     return b"".join((directory / _index_name(number)).read_bytes() for number in parts)
 
 
-def _map(path: Path, size: int) -> NDArray[np.uint8]:
-    found = path.stat().st_size
-    if found != size:
-        raise ValueError(f"{path.name} has {found} bytes of {size}")
+def _map(directory: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """Return the index of a part, and its pixels, mapped."""
+    index = np.frombuffer(_read_index(directory, range(number, number + 1)), dtype=_ENTRY)
+    path = directory / _part_name(number)
     # Nothing can be mapped of a part whose images are all broken.
-    return np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
+    pixels = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
+    return index, pixels
 
 
 def _part_name(part: int) -> str:

@@ -38,7 +38,8 @@ def open_images(
         validation_split: to evaluate on.
         image_column: of parquet and datasets; None to find it.
         label_column: of parquet and datasets; None to find it.
-        cache_dir: where Arrow files of parquet and datasets are kept; None for the cache of ``datasets``.
+        cache_dir: where the names of files in folders are remembered, and Arrow files of parquet and datasets are kept;
+            None to list folders at every start, and for the cache of ``datasets``.
 
     Raises:
         InputError: nothing that can be read is there, both or contradicting arguments are given, the two do not have
@@ -58,7 +59,7 @@ def open_images(
         for argument, column in zip(("image_column", "label_column"), columns, strict=True):
             if column is not None:
                 raise InputError(f"{argument}: {column!r}: only parquet files and datasets of the Hub have columns")
-        found = drawn_digits() if directory is None else _other_images(directory)
+        found = drawn_digits() if directory is None else _other_images(directory, cache_dir)
     classes, validation_classes = (images.classes for images in found)
     if classes != validation_classes:
         other = sorted(set(classes) ^ set(validation_classes))
@@ -90,11 +91,11 @@ def _parquet_files(directory: Path) -> tuple[list[Path], list[Path]] | None:
     return None
 
 
-def _other_images(directory: Path) -> tuple[ImageSet, ImageSet]:
+def _other_images(directory: Path, cache_dir: str | None) -> tuple[ImageSet, ImageSet]:
     if not directory.is_dir():
         raise InputError(f"path: {directory} is no directory; looked for {_LOOKED_FOR}")
     if (found := cifar_images(directory)) is not None:
         return found
     if (directory / "train").is_dir():
-        return folder_images(directory)
+        return folder_images(directory, Path(cache_dir) if cache_dir else None)
     raise InputError(f"path: {directory} holds no images in a layout that can be read; looked for {_LOOKED_FOR}")

@@ -5,7 +5,6 @@ it hands a batch over, whatever its timeout (seen with torch 2.13). It raises th
 training process is, in the middle of a save too. And it keeps batches in /dev/shm, of which a container has 64 MB.
 """
 
-import ctypes
 import itertools
 import math
 import mmap
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import connection, context, get_context, parent_process, util
+from multiprocessing import connection, context, util
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stacey_dist.data.processes import FORK, death, end_with_parent
 from stacey_dist.errors import InputError, StoppedWaitingError
 
 Place = tuple[int, int]
@@ -35,7 +35,6 @@ can be pickled. An InputError goes there too."""
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 """How long a batch is waited for after a request to stop: schedulers kill 30 seconds after theirs."""
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -174,18 +173,12 @@ class _Worker:
         # How many batches may be filled. A semaphore of Python's lies in /dev/shm.
         self._free = os.eventfd(self._prefetch, os.EFD_SEMAPHORE)
         self.reports, sender = connection.Pipe(duplex=False)
-        # Python 3.14 would take a fork server, which ends by the SIGTERM that a scheduler sends to everyone, and its
-        # processes with it. Forked ones share the list of the images, too.
-        self._process = get_context("fork").Process(target=self._work, args=(fill, places, sender), daemon=True)
+        self._process = FORK.Process(target=self._work, args=(fill, places, sender), daemon=True)
         self._process.start()
         sender.close()  # so that the pipe ends with the process
 
     def _work(self, fill: Fill, places: Iterable[Place], sender: connection.Connection) -> None:
-        # The system kills this process when the thread that started it ends, however that ends.
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        parent = parent_process()
-        if parent is None or os.getppid() != parent.pid:
-            return
+        end_with_parent()
         torch.set_num_threads(1)
         for slot, (start, count) in zip(itertools.cycle(range(self._prefetch)), places, strict=False):
             os.eventfd_read(self._free)
@@ -199,13 +192,7 @@ class _Worker:
         """Return the error that says how the process ended."""
         assert self._process is not None
         self._process.join()
-        pid, code = self._process.pid, self._process.exitcode
-        if code is not None and code < 0:
-            return InputError(
-                f"workers: worker process {pid} was killed by {signal.Signals(-code).name}; where the system did so "
-                "for lack of memory, lower `workers`, `prefetch` or `micro_batch_size`"
-            )
-        return InputError(f"workers: worker process {pid} ended with status {code}")
+        return death(self._process, "`workers`, `prefetch` or `micro_batch_size`")
 
     def fill_another(self) -> None:
         """Let the process fill the memory of a batch again."""

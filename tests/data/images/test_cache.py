@@ -115,6 +115,21 @@ def test_pickled_and_used_without_warnings(tmp_path: Path) -> None:
             transform.evaluation(pixels)
 
 
+def test_copies_look_at_no_file_and_maps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPEN_PARTS", 1)
+    photos = Photos(frozenset())
+    images: Any = make(photos, tmp_path)
+    pickled = pickle.dumps(images)
+    aside = images.directory.rename(tmp_path / "aside")
+    copy = pickle.loads(pickled)
+    aside.rename(images.directory)
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(len(SHAPES)):
+        copy.read(i)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+    check(copy, photos)
+
+
 def test_all_broken_in_a_part(tmp_path: Path) -> None:
     photos = Photos(frozenset(range(4, 8)))
     check(make(photos, tmp_path), photos)

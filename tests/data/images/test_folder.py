@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stacey_dist.data.images import ArrayImages, BrokenImageError, open_images, read_pixels
+from stacey_dist.data.images import ArrayImages, BrokenImageError, listing, open_images, read_pixels
 from stacey_dist.data.images.folder import folder_images
 from stacey_dist.data.images.image_set import sampled
 from stacey_dist.errors import InputError
@@ -100,6 +100,61 @@ def test_identity_of_many_files_knows_sizes(tmp_path: Path) -> None:
 def test_folder_keeps_no_string_an_image(tmp_path: Path) -> None:
     train, _ = folder_images(image_tree(tmp_path, per_class=50))
     assert len(pickle.dumps(train)) < 4000
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The class folders that were read."""
+    found: list[str] = []
+    images = listing._images
+    monkeypatch.setattr(listing, "_images", lambda folder: found.append(folder.name) or images(folder))
+    return found
+
+
+def settle(root: Path) -> None:
+    """Make the folders look as if they had changed long ago."""
+    for folder in root.rglob("*"):
+        if folder.is_dir():
+            os.utime(folder, (10**9, 10**9))
+
+
+def test_folders_are_listed_once(tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    root, cache = image_tree(tmp_path / "data", per_class=5), tmp_path / "cache"
+    (root / "train/n01/notes.txt").touch()
+    expected = folder_images(root)
+    settle(root)
+    for times in (4, 0, 0):
+        listed.clear()
+        said = capsys.readouterr().err
+        found = folder_images(root, cache)
+        assert len(listed) == times
+        assert "left out 'n01/notes.txt'" in said
+        for images, other in zip(found, expected, strict=True):
+            assert [images.name(i) for i in range(len(images))] == [other.name(i) for i in range(len(other))]
+            assert images.identity == other.identity
+            assert np.array_equal(images.labels, other.labels)
+    assert capsys.readouterr().err == said
+    os.unlink(root / "train/n02/n02_1.JPEG")
+    for _ in range(2):  # what has changed just now may change again
+        listed.clear()
+        train, _ = folder_images(root, cache)
+        assert listed == ["n02"]
+        assert train.identity == folder_images(root)[0].identity != expected[0].identity
+    for file in (cache / "listings").iterdir():
+        file.write_bytes(b"damaged")
+    assert folder_images(root, cache)[0].identity == train.identity
+
+
+@pytest.mark.parametrize("per_class", [2, 100])
+def test_other_processes_get_no_names(tmp_path: Path, per_class: int) -> None:
+    root, cache = image_tree(tmp_path / "data", per_class=per_class), tmp_path / "cache"
+    train, _ = folder_images(root, cache)
+    pickled = pickle.dumps(train)
+    assert len(pickled) < 500
+    same(train)
+    shutil.rmtree(cache)
+    with pytest.raises(InputError, match=r"^cache_dir: .*\.rows cannot be read: .*all hosts have to reach it"):
+        pickle.loads(pickled)
 
 
 def remove(path: str) -> Any:

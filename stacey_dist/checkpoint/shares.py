@@ -1,0 +1,193 @@
+"""What the ranks tell rank 0 about what they have written: a few bytes each, however many tensors there are.
+
+Each rank sends a record of one length: size and checksum of its file. A tensor's shape and dtype are sent by the rank
+that has written its beginning, and only if rank 0 has not seen them before. Ranges are not sent at all. Whether they
+make up each tensor is seen from sums, which each rank adds up for itself:
+
+    sum over ranges of (h(stop) - h(start))  =  h(number of elements) - h(0)    modulo 2^64
+
+where h is a hash of the tensor and the position. Ranges that meet cancel. What is left of a gap or an overlap are
+hashes of positions, which cancel by an accident of 2^-64.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stacey_dist.checkpoint.collectives import (
+    cpu_group,
+    first_result,
+    gather_bytes,
+    rank,
+    rank0_call,
+    receive_bytes,
+    send_bytes,
+    world_size,
+)
+from stacey_dist.checkpoint.model_tensors import Contents
+from stacey_dist.checkpoint.shard import Range, shard_name
+from stacey_dist.checkpoint.snapshot import Snapshot
+
+# Bytes and SHA-256 of the file, finite (-1: not known), the sum; digest and length of the tensors' description.
+_RECORD = struct.Struct("<Q32sbQ16sQ")
+_NOTHING = bytes(16)
+_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has written.
+
+    Attributes:
+        size: the bytes of its file; 0 if it has written none.
+        sha256: of its file, in hexadecimal.
+        finite: whether all that is trained is finite; None if nothing in it is known to be trained.
+        edges: the sum over its ranges.
+        tensors: shape and dtype of the tensors whose beginning it has written, as JSON.
+    """
+
+    size: int
+    sha256: str
+    finite: bool | None
+    edges: int
+    tensors: bytes
+
+    def record(self) -> bytes:
+        """Return what is sent in any case."""
+        finite = -1 if self.finite is None else int(self.finite)
+        sha256, digest = bytes.fromhex(self.sha256), _digest(self.tensors)
+        return _RECORD.pack(self.size, sha256, finite, self.edges, digest, len(self.tensors))
+
+
+@dataclass(frozen=True)
+class Described:
+    """Tensors that one rank has begun, as rank 0 keeps them for the next save.
+
+    Attributes:
+        contents: their shapes and dtypes.
+        edges: the sum over them as wholes.
+    """
+
+    contents: Contents
+    edges: int
+
+    @classmethod
+    def of(cls, tensors: bytes) -> "Described":
+        """Return what `Share.tensors` describes."""
+        contents = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(tensors).items()}
+        return cls(contents, sum(_whole(name, kind) for name, kind in contents.items()))
+
+
+def share(copies: Snapshot, file: Mapping[str, Any] | None, finite: bool | None) -> Share:
+    """Return the share of a rank that has written a snapshot to a file of this size and SHA-256."""
+    begun = {name: kind for name, kind in copies.contents.items() if _begins(copies.ranges.get(name))}
+    tensors = json.dumps(begun, separators=(",", ":")).encode() if begun else b""
+    edges = sum(edges_by_name(copies).values()) % _MODULUS
+    return Share(file["bytes"] if file else 0, file["sha256"] if file else "00" * 32, finite, edges, tensors)
+
+
+def _begins(part: Range | None) -> bool:
+    return part is None or part.start == 0  # without a range: it has no elements
+
+
+def edges_by_name(copies: Snapshot) -> dict[str, int]:
+    """Return the summand of each range that a rank has written."""
+    return {name: _edges(name, copies.contents[name], part.start, part.stop) for name, part in copies.ranges.items()}
+
+
+def _edges(name: str, kind: tuple[tuple[int, ...], str], start: int, stop: int) -> int:
+    tensor = f"{name} {kind[0]} {kind[1]}"
+    return _hash(f"{tensor} {stop}") - _hash(f"{tensor} {start}") if start < stop else 0
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _digest(tensors: bytes) -> bytes:
+    return hashlib.blake2b(tensors, digest_size=16).digest() if tensors else _NOTHING
+
+
+class Ledger:
+    """What the ranks have written in a save, as rank 0 knows it; one for all saves of a run.
+
+    Attributes:
+        files: size and SHA-256 of the files, by name.
+        contents: the shape and dtype of every tensor, by name.
+        finite: as in `Share`.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+        self.contents: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.finite: bool | None = None
+        self._known: dict[bytes, Described] = {}
+
+    def collect(self, mine: Share, copies: Snapshot, group: Any = None) -> None:
+        """Take the shares of all ranks, which call it together with what they have written.
+
+        Raises RuntimeError unless every element was written once, for engines that are not what they seem.
+        """
+        records = gather_bytes(mine.record(), group)
+        wanted = rank0_call(lambda: self.unknown(records), group)
+        tensors = {0: mine.tensors}
+        for sender, length in wanted:
+            if rank() == 0 != sender:
+                tensors[sender] = receive_bytes(length, sender, group)
+            elif rank() == sender != 0:
+                send_bytes(mine.tensors, group)
+        if not rank0_call(lambda: self.combine(records, tensors), group):
+            raise RuntimeError(self._first_gap(copies, group))
+
+    def unknown(self, records: list[bytes]) -> list[tuple[int, int]]:
+        """Return the ranks whose tensors rank 0 has not seen before, with the lengths of their descriptions."""
+        found = ((sender, *_RECORD.unpack(record)[-2:]) for sender, record in enumerate(records))
+        return [(sender, length) for sender, digest, length in found if length and digest not in self._known]
+
+    def combine(self, records: list[bytes], tensors: dict[int, bytes]) -> bool:
+        """Take the records of all ranks, and those descriptions that are new; return whether they are complete."""
+        new = {digest: Described.of(text) for text in tensors.values() if (digest := _digest(text)) != _NOTHING}
+        seen, self._known, self.files = self._known | new, {}, {}
+        edges, known_finite = 0, []
+        for writer, record in enumerate(records):
+            size, sha256, finite, sum_of_ranges, digest, length = _RECORD.unpack(record)
+            if size:
+                self.files[shard_name(writer)] = {"bytes": size, "sha256": sha256.hex()}
+            if length:
+                self._known[digest] = seen[digest]
+            if finite >= 0:
+                known_finite.append(bool(finite))
+            edges += sum_of_ranges
+        self.finite = all(known_finite) if known_finite else None
+        self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
+        return (edges - sum(one.edges for one in self._known.values())) % _MODULUS == 0
+
+    def _first_gap(self, copies: Snapshot, group: Any) -> str:
+        """Return what is wrong with the first tensor that is not complete, by name. All ranks call it together."""
+        mine = edges_by_name(copies)
+        wholes = rank0_call(lambda: {name: _whole(name, kind) for name, kind in sorted(self.contents.items())}, group)
+        headless = first_result(lambda: next((name for name in mine if name not in wholes), None), group)
+        if headless is not None:
+            return f"{headless}: its first elements were written by no rank"
+        difference = torch.tensor([_signed(mine.get(name, 0)) for name in wholes])
+        if world_size() > 1:
+            dist.all_reduce(difference, group=cpu_group(group))
+        difference -= torch.tensor([_signed(whole) for whole in wholes.values()])
+        names = [name for name, left in zip(wholes, difference.tolist(), strict=True) if left]
+        return f"{names[0]}: some of its elements were written by no rank, or by two"
+
+
+def _whole(name: str, kind: tuple[tuple[int, ...], str]) -> int:
+    return _edges(name, kind, 0, math.prod(kind[0]))
+
+
+def _signed(value: int) -> int:
+    """Return a number modulo 2^64 as an int64."""
+    return (value + (_MODULUS >> 1)) % _MODULUS - (_MODULUS >> 1)

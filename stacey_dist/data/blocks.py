@@ -1,0 +1,138 @@
+"""Encoded records, as they go from the text, or from tokens that are there, to the parts; chunks of them in files."""
+
+import io
+import itertools
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stacey_dist.data.parts import stored_ids
+from stacey_dist.data.readahead import Batch, End
+from stacey_dist.data.text import BadRecord, Document
+from stacey_dist.data.tokenizer import Tokenizer
+
+BAD = -1
+NAMED = 5
+"""So many skipped records are named."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive records of one input, encoded.
+
+    Attributes:
+        input: the input's number in its group.
+        first: how many records of the input come before.
+        lengths: int32. For each record: the tokens of its document, the end token included; 0 for one that the
+            tokenizer gives no tokens for; `BAD` for a bad record.
+        tokens: of all documents, one after another.
+        messages: of the first bad records.
+        size: of the text, in bytes of UTF-8.
+        place: where the next record begins, for `Input.records`; None where the input names no places.
+        ended: whether the input ends here.
+        copying: more of the input is in the directory from which these were copied, whose records have another order.
+    """
+
+    input: int
+    first: int
+    lengths: NDArray[np.int32]
+    tokens: NDArray[Any]
+    messages: list[str]
+    size: int
+    place: Any
+    ended: bool
+    copying: bool = False
+
+    def documents(self) -> list[NDArray[Any]]:
+        """Return the tokens of each document, the end token included."""
+        return np.split(self.tokens, np.cumsum(self.lengths[self.lengths > 0]))[:-1]
+
+    def after(self, count: int) -> "Block":
+        """Return the block without its first records."""
+        tokens = int(np.maximum(self.lengths[:count], 0).sum())
+        messages = self.messages[int((self.lengths[:count] == BAD).sum()) :]
+        rest = {"lengths": self.lengths[count:], "tokens": self.tokens[tokens:], "messages": messages, "size": 0}
+        return replace(self, first=self.first + count, **rest)  # type: ignore[arg-type]
+
+
+def encode(batch: Batch, tokenizer: Tokenizer, number: int, first: int) -> Iterator[Block]:
+    """Yield the records of a batch, of which the first is record `first` of input `number`.
+
+    Raises:
+        InputError: an id is not in the vocabulary.
+    """
+    texts = [record.text for record in batch.records if isinstance(record, Document)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    ends = [at for at, record in enumerate(batch.records) if isinstance(record, End)]
+    start = 0
+    for stop in (*ends, len(batch.records)):
+        records = batch.records[start:stop]
+        if records or stop in ends:
+            yield _block(records, encoded, tokenizer, number, first, stop in ends)
+        number, first, start = number + 1, 0, stop + 1
+
+
+def _block(
+    records: Sequence[Any], encoded: Iterator[list[int]], tokenizer: Tokenizer, number: int, first: int, ended: bool
+) -> Block:
+    documents = [next(encoded) if isinstance(record, Document) else None for record in records]
+    # The end token makes a document's length one more.
+    lengths = np.array([BAD if ids is None else len(ids) + bool(ids) for ids in documents], np.int32)
+    end = (tokenizer.end_token_id,)
+    ids = itertools.chain.from_iterable(itertools.chain(ids, end) for ids in documents if ids)
+    tokens = np.fromiter(ids, np.int64, count=int(np.maximum(lengths, 0).sum()))
+    return Block(
+        number,
+        first,
+        lengths,
+        stored_ids(tokens, tokenizer.vocab_size),
+        [record.message for record in records if isinstance(record, BadRecord)][:NAMED],
+        sum(len(record.text.encode()) for record in records if isinstance(record, Document)),
+        records[-1].place if records else None,
+        ended,
+    )
+
+
+def pack(blocks: Sequence[Block]) -> bytes:
+    """Return blocks as the content of a file, with a checksum."""
+    keys = ("input", "first", "messages", "size", "place", "ended", "copying")
+    header = [
+        {key: getattr(block, key) for key in keys} | {"records": len(block.lengths), "tokens": len(block.tokens)}
+        for block in blocks
+    ]
+    file = io.BytesIO()
+    np.savez(
+        file,
+        header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+        lengths=np.concatenate([block.lengths for block in blocks]),
+        tokens=np.concatenate([block.tokens for block in blocks]),
+    )
+    return file.getvalue()
+
+
+def unpack(path: Path) -> list[Block]:
+    """Return the blocks that a file holds.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            header = json.loads(content["header"].tobytes())
+            lengths, tokens = content["lengths"], content["tokens"]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    blocks, record, token = [], 0, 0
+    for each in header:
+        records, count = each.pop("records"), each.pop("tokens")
+        rows = lengths[record : record + records], tokens[token : token + count]
+        blocks.append(Block(lengths=rows[0], tokens=rows[1], **each))
+        record, token = record + records, token + count
+    return blocks
