@@ -4,7 +4,6 @@ This is what a launch compiles on a GPU: it goes through the same tables and arg
 """
 
 import dataclasses
-import importlib
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from stacey_dist.optim.kernels import Call, Row
+from tests.optim.conftest import triton_module
 from tests.optim.kernel_cases import (
     BF16,
     F32,
@@ -84,12 +84,9 @@ class OnCpu:
 
 @pytest.fixture(scope="module")
 def kernel():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")  # Triton looks at it as the functions are made
-        module = importlib.reload(importlib.import_module("stacey_dist.optim.kernels.triton"))
-        patch.setattr(module, "stacey_step", OnCpu(module.stacey_step))
+    with triton_module(interpreted=False) as module:
         found = module.TritonKernel()
-        found.compiled = module.stacey_step
+        found.compiled = module.stacey_step = OnCpu(module.stacey_step)
         yield found
     if torch.cuda.is_available():
         driver.reset_active()

@@ -1,13 +1,17 @@
-"""The Triton kernel under Triton's interpreter, on the CPU: the plain rule's bits."""
+"""The Triton kernel under Triton's interpreter, on the CPU, and compiled, on a GPU: the plain rule's bits."""
 
 import dataclasses
+import itertools
 import sys
 
 import pytest
 import torch
 
-from stacey_dist.optim import kernels
+from stacey_dist import Stacey
+from stacey_dist.optim import base, kernels
 from stacey_dist.optim.kernels import Call, NoKernelError
+from tests.devices import DEVICES
+from tests.optim.conftest import triton_module
 from tests.optim.kernel_cases import (
     BF16,
     CASES,
@@ -27,17 +31,128 @@ def kernel(triton_kernel):
     return triton_kernel
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def on_device(request):
+    """(device, its kernel)."""
+    if request.param == "cpu":
+        yield "cpu", request.getfixturevalue("triton_kernel")
+    else:
+        with triton_module(interpreted=False) as module:
+            yield request.param, module.TritonKernel()
+
+
 @pytest.mark.parametrize(("weight", "gradient", "state", "stochastic", "scale"), KINDS)
 @pytest.mark.parametrize(("variant", "p"), CASES)
-def test_the_bits_of_the_plain_rule(kernel, variant, p, weight, gradient, state, stochastic, scale):
+def test_the_bits_of_the_plain_rule(on_device, variant, p, weight, gradient, state, stochastic, scale):
+    device, kernel = on_device
     row = make_row(5_001, weight, gradient, state, step=6.0)
     for changes in ({}, OTHER_SETTINGS):
-        scale_tensor = None if scale is None else torch.tensor([scale])
+        scale_tensor = None if scale is None else torch.tensor([scale], device=device)
         call = Call(settings_of(variant, p, **changes), stochastic, seed=2**40 + 7, grad_scale=scale_tensor)
-        ours = copied(row)
+        ours = copied(row, device)
         kernel([ours], call)
         assert_same_bits(plainly(row, call, step=7), ours)
         assert ours.step == 7
+
+
+def recorded(device, work):
+    """`work`, which was done once by now, as a CUDA graph to be replayed; on the CPU itself."""
+    if device == "cpu":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def test_a_graph_of_two_groups_reads_what_changes_on_the_device(on_device):
+    """Weights and states after replays with other gradients, learning rates, scales and overflows."""
+    device, kernel = on_device
+    lr, scale, found_inf = (torch.tensor(number, device=device) for number in (0.01, 1.0, 0.0))
+    groups, calls = [], []
+    for variant, p, dtype, sizes in (("p2", 2.8, F32, (1025, 0, 7)), ("pp", 3.0, BF16, (1000, 8))):
+        groups.append([copied(make_row(n, dtype, dtype, BF16), device, step_device=device) for n in sizes])
+        there = dict(grad_scale=scale, capturable=True, lr=lr, found_inf=found_inf)
+        calls.append(Call(settings_of(variant, p, lr=0.0), True, 3, **there))
+
+    def step():
+        for rows, call in zip(groups, calls, strict=True):
+            kernel(rows, call)
+
+    count = 0
+    replay = step  # the first one compiles
+    for number in range(21 if device == "cuda" else 3):
+        lr.fill_(0.01 / (1 + number))
+        scale.fill_(2.0**number)
+        overflow = number % 5 == 1
+        found_inf.fill_(float(overflow))
+        count += not overflow
+        expected = []
+        for rows, call in zip(groups, calls, strict=True):
+            for row in rows:
+                row.gradient.copy_(torch.randn(row.gradient.shape, generator=torch.Generator().manual_seed(number)))
+                s = dataclasses.replace(call.settings, lr=float(lr))
+                old = copied(row)
+                new = plainly(row, dataclasses.replace(call, settings=s), step=count)
+                expected.append((old.weight, old.z, old.m) if overflow else new)
+        replay()
+        for new, row in zip(expected, itertools.chain(*groups), strict=True):
+            assert_same_bits(new, row, number)
+            assert row.step == count
+        if number == 0:
+            replay = recorded(device, step)
+
+
+def test_the_class_with_two_groups_whose_gradients_move(on_device, monkeypatch):
+    """With gradients made anew for each step, some of them missing."""
+    device, kernel = on_device
+    monkeypatch.setattr(base, "kernel", lambda device_type: kernel)
+    sizes = (1025, 7, 2048, 0, 64)
+
+    def made(device, **settings):
+        params = [torch.nn.Parameter(make_row(n, F32, F32, BF16).weight.nan_to_num(1, 1, 1).to(device)) for n in sizes]
+        groups = [{"params": params[:2]}, {"params": params[2:], "variant": "2p", "p": 3.0, "lr": 0.1}]
+        return params, Stacey(groups, p=2.8, seed=5, **settings)
+
+    (ours, optimizer), (plain, expected) = made(device), made("cpu", fused=False)
+    kept = []  # so that the next gradients lie elsewhere
+    for step in range(3):
+        for number, (one, other) in enumerate(zip(ours, plain, strict=True)):
+            missing = number == step
+            gradient = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * step + number))
+            kept.append(one.grad)
+            one.grad, other.grad = (None, None) if missing else (gradient.to(device), gradient.clone())
+        optimizer.step()
+        expected.step()
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.cpu(), other)
+        for key, value in expected.state[other].items():
+            assert torch.equal(optimizer.state[one][key].cpu(), value), key
+
+
+def test_the_capturable_class_in_a_graph(on_device, monkeypatch):
+    device, kernel = on_device
+    monkeypatch.setattr(base, "kernel", lambda device_type: kernel)
+    if device == "cpu":  # where the class refuses it
+        monkeypatch.setattr(Stacey, "_check_capturable", lambda self, group: group.update(fused=True))
+    settings = dict(p=2.8, seed=5, lr_reference=0.013)
+    param, plain = (torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1025, device=where)) for where in (device, "cpu"))
+    optimizer = Stacey([param], lr=torch.tensor(0.013, device=device), capturable=True, **settings)
+    expected = Stacey([plain], fused=False, **settings)
+    param.grad = torch.zeros_like(param)
+    replay = optimizer.step  # the first one makes the states
+    for step in range(21 if device == "cuda" else 3):
+        plain.grad = torch.randn(1025, generator=torch.Generator().manual_seed(step))
+        param.grad.copy_(plain.grad)
+        lr = optimizer.param_groups[0]["lr"].fill_(0.013 / (1 + step))
+        expected.param_groups[0]["lr"] = float(lr)
+        replay()
+        expected.step()
+        if step == 0:
+            replay = recorded(device, optimizer.step)
+    assert torch.equal(param.cpu(), plain)
+    for key, value in expected.state[plain].items():
+        assert torch.equal(optimizer.state[param][key].cpu(), value), key
 
 
 def tables_of(kernel, rows):
