@@ -297,7 +297,7 @@ def agreed(rank):
     engine.hosts = Hosts(2, timeout=60.0)
     norm = torch.tensor(1.0) if rank == 0 else torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     answer = engine.hosts.ask(Requests(stop=rank == 1))
-    outcomes = [engine._outcome(torch.tensor(value), norm).tolist() for value in (2.0 + rank, rank * torch.inf)]
+    outcomes = [engine._outcome(torch.tensor(value), norm).tolist() for value in (2.0 + rank, (0.0, torch.inf)[rank])]
     mine = [outcomes, answer(), engine.any_process(rank == 1), engine.any_process(False)]
     everyone = [None, None]
     torch.distributed.all_gather_object(everyone, mine)
