@@ -159,21 +159,41 @@ def tables_of(kernel, rows):
     return kernel._tables[torch.device("cpu"), rows[0].weight.data_ptr()]
 
 
-def test_one_launch_updates_many_tensors_and_later_ones_use_its_tables(kernel):
-    rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in (1, 0, 1024, 3000, 7, 1025)]
-    ours = [copied(row) for row in rows]
-    call = Call(settings_of("p2", 2.8), stochastic=True, seed=3)
-    tables = []
-    for launch in range(3):
-        expected = [plainly(row, call, step=int(row.step) + 1) for row in ours]
-        kernel(ours, call)
-        for row, same in zip(ours, expected, strict=True):
-            assert_same_bits(same, row)
-        tables.append(tables_of(kernel, ours))
-        assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in (1, 0, 1024, 3000, 7, 1025)]
-    assert tables[0] is tables[1] is tables[2]
-    kernel(ours[:-1], call)
-    assert tables_of(kernel, ours) is not tables[0]
+SIZES = (1, 0, 1024, 3000, 7, 1025)
+
+
+def test_one_launch_updates_many_tensors_and_later_ones_send_what_has_moved(kernel, monkeypatch):
+    """Entries of one and of several blocks; gradients that move, as they do where they are made anew in each step."""
+    module = sys.modules[type(kernel).__module__]
+    sent, copy = [], type(kernel)._copy
+    monkeypatch.setattr(
+        type(kernel), "_copy", lambda self, host, there: (sent.append(host.size), copy(self, host, there))
+    )
+    for programs in (2**13, 2):
+        monkeypatch.setattr(module, "_PROGRAMS", programs)
+        kernel._tables.clear()
+        rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in SIZES]
+        ours = [copied(row) for row in rows]
+        call = Call(settings_of("p2", 2.8), stochastic=True, seed=3)
+        tables = []
+        for launch in range(4):
+            if launch > 1:
+                ours = [row._replace(gradient=(row.gradient * 1.5).clone()) for row in ours]
+            if launch == 3:
+                ours = [row._replace(z=row.z.clone()) for row in ours]
+            expected = [plainly(row, call, step=int(row.step) + 1) for row in ours]
+            sent.clear()
+            kernel(ours, call)
+            for row, same in zip(ours, expected, strict=True):
+                assert_same_bits(same, row)
+            tables.append(tables_of(kernel, ours))
+            assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in SIZES]
+            # Header, columns and blocks; then step counts, those and gradients, and all up to z. In one copy.
+            assert sent == [[4, *[len(tables[0].block_rows)] * 2, 7 * 6], [6], [2 * 6], [4 * 6]][launch]
+        assert tables[0] is tables[1] is tables[2] is tables[3]
+        assert len(tables[0].block_rows) == {2**13: 8, 2: 6 - 1}[programs]  # of 1, or up to 4, of 8 blocks
+        kernel(ours[:-1], call)
+        assert tables_of(kernel, ours) is not tables[0]
 
 
 def test_groups_keep_their_tables_while_tau_follows_a_schedule(kernel, monkeypatch):
@@ -202,7 +222,7 @@ def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
     """A capture records that they are filled; until a replay they hold nothing."""
     module = sys.modules[type(kernel).__module__]
     monkeypatch.setattr(kernel, "_tables", {})  # those of tests before may have been of a weight at the same address
-    rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3)
+    rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3, capturable=True)
     monkeypatch.setattr(module, "_is_capturing", lambda device: True)
     kernel(rows, call)
     assert ("cpu", rows[0].weight.data_ptr()) not in {(key[0].type, key[1]) for key in kernel._tables}
@@ -214,6 +234,11 @@ def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
     monkeypatch.setattr(module, "_is_capturing", lambda device: True)
     kernel(rows, call)
     assert kernel._captured[-1] is eager  # filled already, and kept for the graph's life
+    monkeypatch.setattr(module, "_is_capturing", lambda device: False)
+    before = eager.table.clone()
+    kernel([rows[0]._replace(gradient=rows[0].gradient.clone())], call)
+    assert torch.equal(eager.table, before)  # what the graph reads stays as it is
+    assert tables_of(kernel, rows) is not eager
 
 
 def test_what_lies_on_the_device_is_read_there(kernel):
