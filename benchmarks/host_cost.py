@@ -2,13 +2,14 @@
 
     python benchmarks/host_cost.py [--tensors N [N ...]]
 
-The Triton kernel's part is all that comes before its launch, on CPU tensors whose gradients move in each step, as they do
-where each backward pass makes new ones. The launch itself is left out: it costs the same for any number of tensors.
+The Triton kernel's part is all that comes before its launch, on CPU tensors whose gradients move in each step, as where
+each backward pass makes new ones. The launch itself is left out: it costs the same for any number of tensors.
 Beside it is a step of torch's fused AdamW on CPU tensors of one element, which is little more than its host's part.
 """
 
 import argparse
 import os
+import time
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it as it is imported
 
@@ -65,10 +66,10 @@ class Steps:
 
 
 def microseconds(function: str, steps: Steps) -> float:
-    """The least of several means: whatever else the machine does only adds to them."""
-    timer = Timer(f"steps.{function}()", globals={"steps": steps})
-    number = max(1, 20_000 // len(steps.params))
-    return min(timer.timeit(number).mean for _ in range(15)) * 1e6
+    """The least of many short means, of the process's own time: what else the machine does only adds to them."""
+    timer = Timer(f"steps.{function}()", globals={"steps": steps}, timer=time.process_time)
+    number = max(1, 1000 // len(steps.params))
+    return min(timer.timeit(number).mean for _ in range(200)) * 1e6
 
 
 def main() -> None:

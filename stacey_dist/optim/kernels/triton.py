@@ -463,7 +463,7 @@ class TritonKernel:
         rates = unused if call.lr is None else self._rates(call, tables.table.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
         return functools.partial(
-            stacey_step[(len(tables.block_rows),)],
+            lambda *given, **constants: stacey_step[(len(tables.block_rows),)](*given, **constants),
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
