@@ -10,6 +10,7 @@ Beside it is a step of torch's fused AdamW on CPU tensors of one element, which 
 import argparse
 import os
 import time
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it as it is imported
 
@@ -33,22 +34,17 @@ class HostPart(TritonKernel):
 class Steps:
     """Steps of an optimizer over so many tensors, each with other gradients than the one before."""
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, optimizer_class: Any, **settings: Any) -> None:
         self.params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(count)]
         self.gradients = [[torch.ones(1) for _ in self.params] for _ in range(2)]
-        self.optimizer = torch.optim.AdamW(self.params, fused=True) if name == "AdamW" else Stacey(self.params)
+        self.optimizer = optimizer_class(self.params, **settings)
         self.number = 0
         self.step()
-        self.kernel, self.call = HostPart(), None
-        if name != "AdamW":
+        if optimizer_class is Stacey:
+            self.kernel = HostPart()
             self.call = self.optimizer._kernel_call(self.optimizer.param_groups[0])
-            self.rows = [
-                [
-                    self.optimizer._row(p, g, self.optimizer.state[p])
-                    for p, g in zip(self.params, gradients, strict=True)
-                ]
-                for gradients in self.gradients
-            ]
+            states = [self.optimizer.state[param] for param in self.params]
+            self.rows = [list(map(self.optimizer._row, self.params, gradients, states)) for gradients in self.gradients]
 
     def step(self) -> None:
         for param, gradient in zip(self.params, self.gradients[self.number % 2], strict=True):
@@ -80,7 +76,7 @@ def main() -> None:
     print(machine("cpu"))
     found: dict[str, list[float]] = {}
     for count in counts:
-        stacey, adamw = Steps(count, "Stacey"), Steps(count, "AdamW")
+        stacey, adamw = Steps(count, Stacey), Steps(count, torch.optim.AdamW, fused=True)
         setting = microseconds("set_gradients", stacey)  # in each step, and no part of it
         found.setdefault("Triton kernel, before its launch", []).append(microseconds("launch", stacey))
         found.setdefault("Stacey.step, without the launch", []).append(microseconds("step", stacey) - setting)

@@ -163,7 +163,7 @@ class ElementwiseOptimizer(Optimizer):
     ) -> None:
         """Convert states to the group's dtype, and the count of steps to what kernels take; loaders may change both."""
         step = state["step"]
-        on_gpu = bool(group.get("capturable"))
+        on_gpu = param.is_cuda and bool(group.get("capturable"))
         if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != on_gpu:
             state["step"] = _step_count(int(step), param, group)
         for name in self.state_names:
