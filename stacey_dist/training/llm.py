@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -48,6 +49,10 @@ _SETTINGS = {
     "path": "tokenizer.file",
     "name_or_directory": "tokenizer.name",
 }
+
+# transformers' "sdpa" without its mask: to find that windows need none, it waits for the device in each forward pass.
+_CAUSAL = "causal_sdpa"
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""
@@ -171,6 +176,7 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         bos_token_id=data.end_token_id,
         eos_token_id=data.end_token_id,
         use_cache=False,
+        attn_implementation=_CAUSAL,
     )
     torch.manual_seed(run.config.seed)
     from_rank0 = loads_weights_from_rank0(run.accelerator) and not run.accelerator.is_main_process
