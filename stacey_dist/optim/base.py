@@ -155,7 +155,9 @@ class ElementwiseOptimizer(Optimizer):
         for found, rows in launches.values():
             if found is not None and call is not None:
                 found(rows, call)
-        if others:  # the plain rule reads numbers that may be on a GPU, which a kernel does not wait for
+        # The plain rule reads numbers that may be on a GPU, which a kernel does not wait for.
+        found_inf = getattr(self, "found_inf", None)
+        if others and (found_inf is None or not bool(found_inf)):
             self._update_plainly(group, others)
 
     def _convert_state(

@@ -271,7 +271,7 @@ def stacey_step(
     HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of an entry of one row."""
-    rows = tl.load(table + 2)
+    rows = tl.load(table + 2).to(tl.int32)
     shift = tl.load(table + 3).to(tl.int32)
     entry = tl.program_id(0) >> shift
     row = table + _AT_HEADER + tl.load(block_rows + entry)
