@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.helpers import assert_equal_checkpoints, launch, training_rows, write_config
+from tests.training.helpers import assert_equal_checkpoints, checkpoint, launch, training_rows, write_config
 
 pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/on_device.py"
@@ -46,6 +46,8 @@ def test_the_host_waits_where_a_line_is_due_and_nowhere_else(config, tmp_path, e
         assert all(reads[step] for step in LINES)  # so they are counted
     for step in (9, 10):
         assert_equal_checkpoints(tmp_path / "plain", tmp_path / "device", step)
+    counts = {int(tensor) for name, tensor in checkpoint(tmp_path / "device", 10).items() if name.endswith("/step")}
+    assert counts == {7}
     assert [(row["step"], row["skipped_steps"]) for row in training_rows(tmp_path / "device")] == [
         (1, 0), (4, 1), (8, 3), (10, 3)
     ]  # fmt: skip

@@ -489,17 +489,18 @@ class TritonKernel:
         addresses = [list(map(Tensor.data_ptr, column)) for column in (gradients, weights, zs, ms, steps)]
         group = device, next((address for address, size in zip(addresses[1], sizes, strict=True) if size > 0), 0)
         found = self._tables.get(group)
-        if found is None or found.key != key:
+        is_new = found is None or found.key != key
+        if found is None or is_new:
             found = self._make_tables(key, sizes, device)
         if call.capturable:
             if call.found_inf is None:
                 torch._foreach_add_(steps, 1)
             else:
                 torch._foreach_add_(steps, [(call.found_inf == 0).reshape(()).to(torch.int64)] * len(steps))
-            columns = [found.steps, *addresses, sizes]  # no counts: any numbers that stay
+            columns = [[0] * len(steps), *addresses, sizes]
         else:
             columns = [found.count(addresses.pop()), *addresses, found.steps, sizes]
-        if (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
+        if not is_new and (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
             found = self._make_tables(key, sizes, device)
             columns[_STEP] = columns[_STEP] if call.capturable else found.steps
         self._send(found, columns)
