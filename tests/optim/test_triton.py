@@ -193,6 +193,7 @@ print("compiled")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiler")
 def test_it_compiles_for_gpus_without_what_would_change_bits():
     """No GPU is needed for that. Other multiply-adds than the rule's, flushed subnormals and approximations would."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
