@@ -2,13 +2,15 @@
 
     python benchmarks/host_cost.py [--tensors N [N ...]]
 
-The Triton kernel's part is all that comes before its launch, on CPU tensors whose gradients move in each step, as they do
-where each backward pass makes new ones. The launch itself is left out: it costs the same for any number of tensors.
+The Triton kernel's part is all that comes before its launch, on CPU tensors whose gradients move in each step, as where
+each backward pass makes new ones. The launch itself is left out: it costs the same for any number of tensors.
 Beside it is a step of torch's fused AdamW on CPU tensors of one element, which is little more than its host's part.
 """
 
 import argparse
 import os
+import time
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it as it is imported
 
@@ -32,22 +34,17 @@ class HostPart(TritonKernel):
 class Steps:
     """Steps of an optimizer over so many tensors, each with other gradients than the one before."""
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, optimizer_class: Any, **settings: Any) -> None:
         self.params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(count)]
         self.gradients = [[torch.ones(1) for _ in self.params] for _ in range(2)]
-        self.optimizer = torch.optim.AdamW(self.params, fused=True) if name == "AdamW" else Stacey(self.params)
+        self.optimizer = optimizer_class(self.params, **settings)
         self.number = 0
         self.step()
-        self.kernel, self.call = HostPart(), None
-        if name != "AdamW":
+        if optimizer_class is Stacey:
+            self.kernel = HostPart()
             self.call = self.optimizer._kernel_call(self.optimizer.param_groups[0])
-            self.rows = [
-                [
-                    self.optimizer._row(p, g, self.optimizer.state[p])
-                    for p, g in zip(self.params, gradients, strict=True)
-                ]
-                for gradients in self.gradients
-            ]
+            states = [self.optimizer.state[param] for param in self.params]
+            self.rows = [list(map(self.optimizer._row, self.params, gradients, states)) for gradients in self.gradients]
 
     def step(self) -> None:
         for param, gradient in zip(self.params, self.gradients[self.number % 2], strict=True):
@@ -65,10 +62,10 @@ class Steps:
 
 
 def microseconds(function: str, steps: Steps) -> float:
-    """The least of several means: whatever else the machine does only adds to them."""
-    timer = Timer(f"steps.{function}()", globals={"steps": steps})
-    number = max(1, 20_000 // len(steps.params))
-    return min(timer.timeit(number).mean for _ in range(15)) * 1e6
+    """The least of many short means, of the process's own time: what else the machine does only adds to them."""
+    timer = Timer(f"steps.{function}()", globals={"steps": steps}, timer=time.process_time)
+    number = max(1, 1000 // len(steps.params))
+    return min(timer.timeit(number).mean for _ in range(200)) * 1e6
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
     print(machine("cpu"))
     found: dict[str, list[float]] = {}
     for count in counts:
-        stacey, adamw = Steps(count, "Stacey"), Steps(count, "AdamW")
+        stacey, adamw = Steps(count, Stacey), Steps(count, torch.optim.AdamW, fused=True)
         setting = microseconds("set_gradients", stacey)  # in each step, and no part of it
         found.setdefault("Triton kernel, before its launch", []).append(microseconds("launch", stacey))
         found.setdefault("Stacey.step, without the launch", []).append(microseconds("step", stacey) - setting)

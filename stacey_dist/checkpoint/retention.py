@@ -20,7 +20,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, best: int
 
     Args:
         saved: the checkpoint that has just been completed.
-        keep_last: how many to keep, with `saved`. Checkpoints of later steps, which resuming passed over, do not count
+        keep_last: how many to keep, with `saved`. Checkpoints of later steps, which resuming skipped, do not count
             and are not deleted.
         keep_every: keep those whose number of updates is a multiple of it.
         best: keep the one after this many updates.

@@ -3,6 +3,7 @@
 import bisect
 import copy
 import itertools
+import mmap
 import os
 import zlib
 from collections.abc import Sequence
@@ -133,7 +134,10 @@ class SplitTokens:
 
 def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     try:
-        return np.asarray(np.memmap(path, dtype, "r", shape=(tokens,)))
+        mapped = np.memmap(path, dtype, "r", shape=(tokens,))
+        # Windows lie anywhere: what the system would read around them is not needed.
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return np.asarray(mapped)
     except (OSError, ValueError):
         return None
 

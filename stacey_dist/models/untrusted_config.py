@@ -80,7 +80,7 @@ def _build(described: dict[str, Any], name: Any) -> Any:
         if hasattr(config, "use_cache"):
             config.use_cache = True
         with torch.device("meta"):
-            return made(config)
+            return _tied(made(config))
     kind = described.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -89,7 +89,14 @@ def _build(described: dict[str, Any], name: Any) -> Any:
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(described)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _tied(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
+def _tied(model: Any) -> Any:
+    """Tie the weights that the configuration ties, which older versions of transformers leave untied on meta."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
 
 
 def _plain(value: Any) -> Any:

@@ -138,7 +138,7 @@ class Engine:
         base = base_optimizer(self.optimizer)
         if isinstance(base, Stacey) and self._reads_on_the_device():
             for group in (*self.optimizer.param_groups, *base.param_groups):
-                group.update(fused=True, capturable=True)
+                group["capturable"] = True
 
     def _reads_on_the_device(self) -> bool:
         return self.accelerator.device.type == "cuda" and kernel("cuda") is not None

@@ -10,7 +10,8 @@ torch names no such process within seconds on both gloo and NCCL: `monitored_bar
 the elastic agent sees processes of its own node exit, and not hang; its health check answers for the agent; NCCL's
 watchdog and flight recorder act after minutes, when a collective has timed out, and leave dumps to be read.
 
-Only these threads are judged, never the progress of training: a process that prepares data for hours goes on beating.
+Only these threads are judged, never the progress of training: a process that prepares data for hours still sends
+heartbeats.
 """
 
 import contextlib

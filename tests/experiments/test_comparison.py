@@ -29,6 +29,7 @@ from experiments.framework import Part, Reproduction, Scale
 from experiments.trial import Trial
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.launchers import LAUNCHERS
+from tests.ended import still_running
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows
 
@@ -312,7 +313,7 @@ def test_training_ends_with_a_process_that_is_killed_alone(tmp_path):
         others = psutil.Process(started.pid).children(recursive=True)
         assert len(others) >= 2  # the server and a run
         started.kill()
-    _, alive = psutil.wait_procs(others, timeout=30)
+    alive = still_running(others, 30)
     for process in alive:
         process.kill()
     assert not alive

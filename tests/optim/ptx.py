@@ -59,8 +59,6 @@ EXPRESSIONS = {
     "not.b32": "~a",
     "neg.s32": "-a",
     "max.s32": "(int32_t)a > (int32_t)b ? a : b",
-    "min.s64": "(int64_t)a < (int64_t)b ? a : b",
-    "max.s64": "(int64_t)a > (int64_t)b ? a : b",
     "mul.wide.u32": "(uint64_t)a * b",
     "mad.wide.s32": "(int64_t)(int32_t)a * (int32_t)b + c",
     "mad.wide.u32": "(uint64_t)a * b + c",

@@ -25,6 +25,7 @@ MOST = {"p2 2": 55, "p2 3": 68, "p2 2.8": 88, "2p 2.8": 147, "pp 2.8": 178}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiler")
 def test_instructions_an_element_do_not_grow():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -169,8 +169,8 @@ def test_one_launch_updates_many_tensors_and_later_ones_send_what_has_moved(kern
     monkeypatch.setattr(
         type(kernel), "_copy", lambda self, host, there: (sent.append(host.size), copy(self, host, there))
     )
-    for programs in (2**13, 2):
-        monkeypatch.setattr(module, "_PROGRAMS", programs)
+    for empty in (1 / 16, 1.0):
+        monkeypatch.setattr(module, "_EMPTY", empty)
         kernel._tables.clear()
         rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in SIZES]
         ours = [copied(row) for row in rows]
@@ -191,7 +191,8 @@ def test_one_launch_updates_many_tensors_and_later_ones_send_what_has_moved(kern
             # Header, columns and blocks; then step counts, those and gradients, and all up to z. In one copy.
             assert sent == [[4, *[len(tables[0].block_rows)] * 2, 7 * 6], [6], [2 * 6], [4 * 6]][launch]
         assert tables[0] is tables[1] is tables[2] is tables[3]
-        assert len(tables[0].block_rows) == {2**13: 8, 2: 6 - 1}[programs]  # of 1, or up to 4, of 8 blocks
+        # Each of the 8 blocks by itself, or two by two.
+        assert (len(tables[0].block_rows), tables[0].programs) == ((8, 8) if empty < 1 else (6, 12))
         kernel(ours[:-1], call)
         assert tables_of(kernel, ours) is not tables[0]
 

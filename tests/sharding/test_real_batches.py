@@ -97,8 +97,8 @@ def distance(start, end, other):
 
 
 def in_ci(world_size, engine):
-    """Two processes with each engine, the other numbers with every second one; all with -m exhaustive."""
-    return world_size == 2 or (world_size // 2 + list(ENGINES).index(engine)) % 2 == 0
+    """Two processes with each engine, four with FSDP2; all numbers with -m exhaustive."""
+    return world_size == 2 or (world_size, engine) == (4, "fsdp2")
 
 
 def check(engine, found):
@@ -138,10 +138,10 @@ def test_the_split_of_a_batch_is_noise(world_size, engine):
     assert stacey_loss <= 4e-6  # 8 last places of a loss near 4
     assert adamw_loss <= 4e-6
     # bfloat16 states: rounded by bits that a gradient's last place decides, so no further away than another seed takes
-    # one process. Both are random distances of the same size.
+    # one process. Both are random distances of the same size, and the largest difference of a loss varies more.
     distance, loss = other_seed
     assert bfloat16 <= 1.5 * distance
-    assert bfloat16_loss <= 2 * loss
+    assert bfloat16_loss <= 3 * loss
     assert distance < 0.03
 
 

@@ -199,7 +199,7 @@ def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):
 def assert_equal_checkpoints(a, b, step):
     first, second = checkpoint(a, step), checkpoint(b, step)
     assert first.keys() == second.keys()
-    assert any(name.endswith("/z") for name in first)
+    assert any(name.endswith(("/z", "/exp_avg")) for name in first)
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype, name
         assert torch.equal(tensor, second[name]), name

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import os
 
 from tests.training.hidden import HIDDEN
@@ -11,8 +12,17 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is 
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
 import torch.distributed.checkpoint  # noqa: F401
+from matplotlib.figure import Figure
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import experiments.trial_process  # noqa: F401
+from stacey_dist.training.launchers import LAUNCHERS
+
+# What each process would make for itself, half of a short run's time: parsers, fonts, and a table of transformers.
+for launcher in LAUNCHERS.values():
+    launcher.parse([])
+Figure(layout="constrained").subplots().figure.savefig(io.BytesIO())
+get_checkpoint_conversion_mapping("llama")
 
 # What is loaded stays: else every collection in every process goes through all of it, and copies its pages.
 gc.collect()

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from stacey_dist.models import CifarResNet
 from stacey_dist.models.export import export_model
+from tests.ended import still_running
 from tests.training.forked import Forked
 from tests.training.helpers import (
     CLASSES,
@@ -203,8 +204,7 @@ def test_workers_survive_the_signal_that_everyone_gets(config, tmp_path):
     assert "SIGTERM: finishing this step, then saving" in output
     assert "Traceback" not in output
     assert "the same command resumes from here" in output
-    _, left = psutil.wait_procs(workers, timeout=15)
-    assert not left
+    assert not still_running(workers, 15)
 
 
 def hang_up_the_workers(group):
@@ -233,7 +233,7 @@ def test_sigterm_saves_and_ends_a_run_that_waits_for_data(config, on, tmp_path, 
     assert status == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     assert "the same command resumes from here" in output
-    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not still_running(workers, 5)
     if not evaluating:
         # What a part of an update has done to the statistics of batch norms is not in the checkpoint.
         launch(*arguments, program=PROGRAM)
@@ -269,7 +269,7 @@ def test_workers_that_die_or_hang_end_the_run_with_one_line(config, tmp_path):
         assert status == 2, output
         assert "Traceback" not in output
         assert message.format(worker.pid) in output
-        assert not psutil.wait_procs([worker], timeout=5)[1]
+        assert not still_running([worker], 5)
 
 
 def test_broken_images_are_named_once_and_counted_out(config, tmp_path):

@@ -224,9 +224,12 @@ def test_mixed_precision(uninterrupted, tmp_path, precision):
         ("--model.dtype", "bfloat16", "--train.gradient_checkpointing", "true"),
         ("--optimizer.name", "lp_descent", "--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
         ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
-        ("--optimizer.name", "lion", "--optimizer.lr", "0.001"),
+        pytest.param(("--optimizer.name", "lion", "--optimizer.lr", "0.001"), marks=pytest.mark.exhaustive),
         ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
-        ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
+        pytest.param(
+            ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda options: "-".join(options[1::2]),
 )

@@ -16,6 +16,7 @@ import yaml
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import llm, signals
+from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine
@@ -63,7 +64,8 @@ def make_task(processes, index, micro=2, batch=8):
     )
     task = LanguageModeling.__new__(LanguageModeling)
     task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream(), verification=None), batch
-    task.sampler, task._samples = GlobalSampler(37, seed=3), (-1, [])
+    task.sampler, task._transfer = GlobalSampler(37, seed=3), Transfer(torch.device("cpu"))
+    task._ahead = Ahead(task._share, batch)
     return task
 
 
@@ -77,7 +79,7 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
             for batch in make_task(processes, index).micro_batches(position)
             for row in batch.inputs
         ]
-        assert share == make_task(1, 0).samples(position)
+        assert share == make_task(1, 0).sampler.samples(position, 8).tolist()
         seen += share
     for epoch in range(3):
         assert sorted(seen[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
@@ -86,9 +88,15 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
 
 def test_losses_of_an_update_are_divided_by_all_its_labels():
     task = make_task(2, 1)
-    position = next(8 * s for s in range(20) if 36 in task.samples(8 * s))  # the update with the partial window
+    position = next(
+        8 * s for s in range(20) if 36 in task.sampler.samples(8 * s, 8)
+    )  # the update with the partial window
     assert task.units(position) == 7 * 4 + 1
     assert all(batch.update_labels == 29 for batch in task.micro_batches(position))
+    for other in range(0, 400, 8):  # an update of 2 epochs, and of 11, in which it comes as often
+        assert task.units(other) == sum(task.data.train.label_count(i) for i in task.sampler.samples(other, 8))
+    long = make_task(1, 0, batch=400)
+    assert long.units(400) == sum(long.data.train.label_count(i) for i in long.sampler.samples(400, 400))
     counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(position))
     assert counted == 29
 

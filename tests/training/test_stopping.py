@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ended import still_running
 from tests.training.forked import Forked, command, environment
 from tests.training.helpers import write_config
 
@@ -49,8 +50,7 @@ def stop(config, run, kind, place, number=signal.SIGTERM, then=None, **variables
     finally:
         group.send(signal.SIGKILL)
     children = [int(pid) for pid in re.findall(r"^child (\d+)$", output, re.MULTILINE)]
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=5)
-    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+    assert not still_running([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], 5)
     return output, status, time.monotonic() - sent
 
 
@@ -117,8 +117,7 @@ def test_a_collective_that_another_process_does_not_come_to(config, tmp_path):
     assert launcher.returncode != 0
     for rank in (0, 1):
         assert len(re.findall(rf"^rank {rank}: SIGTERM: stopped in ", output, re.MULTILINE)) == 1, output
-    _, alive = psutil.wait_procs(processes, timeout=2)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not still_running(processes, 2)
 
 
 def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ class NoKernelError(RuntimeError):
 
 
 def find(device_type: str) -> Kernel:
-    """The kernel for tensors on a device of this type ("cpu", "cuda"). Raises NoKernelError with the reason."""
+    """Return the kernel for tensors on a device of this type ("cpu", "cuda"), or raise NoKernelError."""
     module = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
     if module is None:
         raise NoKernelError(f"no kernel is written for devices of type {device_type}")
@@ -119,7 +119,7 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements lie side by side, in any order of the dimensions."""
+    """Return whether the elements lie side by side, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -24,7 +24,7 @@ def power_kind(s: StaceySettings) -> int:
 
 
 def float_constants(s: StaceySettings) -> dict[str, float]:
-    """The values of `FLOATS`, to be rounded to float32 each, as torch rounds a number that meets a float32 tensor."""
+    """Return the values of `FLOATS`, which the kernels round to float32, as torch does beside a float32 tensor."""
     exponent = _exponent(s)
     inner = s.p - 1.0 if math.isfinite(s.p) else 1.0
     root = 1.0 / inner

@@ -74,7 +74,7 @@ class CpuKernel:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """The function of the library of this name that was compiled from the cpu.cpp here."""
+    """Return the function of the library of this name that was compiled from the cpu.cpp here."""
     # A program that is started in the source tree imports the package from there; what was compiled is where the
     # package is installed.
     here = Path(__file__).parent
@@ -115,7 +115,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def find() -> CpuKernel:
-    """The kernel for this processor; one that torch would not use here is not used either. Raises NoKernelError."""
+    """Return the fastest kernel that this processor and torch's settings allow, or raise NoKernelError."""
     if platform.system() != "Linux":
         raise NoKernelError(f"the C++ kernel is compiled on Linux only, not on {platform.system()}")
     return CpuKernel(*INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), PORTABLE))

@@ -4,9 +4,9 @@ Names and comment lines are those of the Python files and of cpu.cpp, to be read
 the correctly rounded ones, and multiply-adds are fused where `tl.fma` stands, and nowhere else. bfloat16 travels as its
 16 bits.
 
-One launch updates all rows: it finds their tensors through a table of pointers, and two more say which entry of which
-row is each program's own. What changes from step to step (step counts, and with `capturable` learning rate, loss scale
-and overflow) is read on the device, so that a CUDA graph of the launch can be replayed.
+One launch updates all rows: it finds their tensors through a table of pointers. Two more tables say which entry of
+which row a program takes a block of. What changes from step to step (step counts, and with `capturable` learning rate,
+loss scale and overflow) is read on the device, so that a CUDA graph of the launch can be replayed.
 """
 
 import ctypes
@@ -35,10 +35,10 @@ except ImportError as error:
     raise NoKernelError(f"the kernel for GPUs needs triton, which can't be imported: {error}") from error
 
 BLOCK, WARPS = 1024, 4
-_ENTRY_BLOCKS = 64
-"""Blocks of a program at most: 65 536 elements, as in torch's kernels for many tensors."""
-_PROGRAMS = 2**13
-"""Programs that fill the largest GPUs several times over: with more, each has more than one block."""
+_SHIFT = 6
+"""The logarithm of the blocks of an entry at most: 65 536 elements, as in torch's kernels for many tensors."""
+_EMPTY = 1 / 16
+"""The share of programs, at most, that find nothing to do, as the last entry of a row may be short."""
 
 
 def _constants(coefficients: tuple[float, ...]) -> list[Any]:
@@ -47,7 +47,7 @@ def _constants(coefficients: tuple[float, ...]) -> list[Any]:
 
 
 _HEADER = 4
-"""Of a table: two key bases for the hashes, the number of rows, the elements of an entry."""
+"""Of a table: two key bases for the hashes, the number of rows, the logarithm of the blocks of an entry."""
 _COUNTS, _GRADIENT, _WEIGHT, _Z, _M, _STEP, _SIZE = range(7)
 """The columns behind it: step counts that the host sends, addresses, sizes. What changes most often stands first."""
 _MOST_TABLES = 1000
@@ -270,109 +270,98 @@ def stacey_step(
     LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one entry of one row, block by block."""
-    rows = tl.load(table + 2)
-    row = table + _AT_HEADER + tl.load(block_rows + tl.program_id(0))
-    entry = tl.load(table + 3)
-    first = tl.load(block_numbers + tl.program_id(0)) * entry
-    stop = tl.minimum(first + entry, tl.load(row + _AT_SIZE * rows))
+    """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of an entry of one row."""
+    rows = tl.load(table + 2).to(tl.int32)
+    shift = tl.load(table + 3).to(tl.int32)
+    entry = tl.program_id(0) >> shift
+    row = table + _AT_HEADER + tl.load(block_rows + entry)
+    block = (tl.load(block_numbers + entry) << shift) + (tl.program_id(0) - (entry << shift))
+    index = block * SIZE + tl.arange(0, SIZE)
+    weight = _pointers(tl.load(row + _AT_WEIGHT * rows), index, WEIGHT_IS_NARROW, ALIGNED)
+    gradient = _pointers(tl.load(row + _AT_GRADIENT * rows), index, GRADIENT_IS_NARROW, ALIGNED)
+    z_pointers = _pointers(tl.load(row + _AT_Z * rows), index, STATE_IS_NARROW, ALIGNED)
+    m_pointers = _pointers(tl.load(row + _AT_M * rows), index, STATE_IS_NARROW, ALIGNED)
+    step = tl.load(tl.load(row + _AT_STEP * rows).to(tl.pointer_type(tl.int64)))
+    mask = index < tl.load(row + _AT_SIZE * rows)
+    if ALIGNED:
+        mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
-        stop = tl.where(tl.load(found_inf) == 0.0, stop, first)
-    weights = tl.load(row + _AT_WEIGHT * rows)
-    gradients = tl.load(row + _AT_GRADIENT * rows)
-    zs = tl.load(row + _AT_Z * rows)
-    ms = tl.load(row + _AT_M * rows)
-    if STOCHASTIC:
-        step = tl.load(tl.load(row + _AT_STEP * rows).to(tl.pointer_type(tl.int64)))
-        state_key = _round_key(tl.load(table), step)
-        weight_key = _round_key(tl.load(table + 1), step)
+        mask = tl.where(tl.load(found_inf) == 0.0, mask, False)
     if LR_ON_DEVICE:  # (1 - tau) lr and tau + lr lambda, as Python works them out
         lr = tl.load(rates)
         primal_rate = (tl.load(rates + 1) * lr).to(tl.float32)
         pull = (tl.load(rates + 2) + lr * tl.load(rates + 3)).to(tl.float32)
         tau = tl.load(rates + 2).to(tl.float32)
         alpha = tl.load(rates + 4).to(tl.float32)
-        alpha_is_zero = tl.load(rates + 4) == 0.0
         log_alpha_whole = tl.load(rates + 5).to(tl.float32)
         log_alpha_fraction = tl.load(rates + 6).to(tl.float32)
+    g = _load(gradient, mask, GRADIENT_IS_NARROW)
     if HAS_SCALE:
-        factor = tl.load(scale)
-    for start in range(first, stop, SIZE):
-        index = start + tl.arange(0, SIZE)
-        weight = _pointers(weights, index, WEIGHT_IS_NARROW, ALIGNED)
-        gradient = _pointers(gradients, index, GRADIENT_IS_NARROW, ALIGNED)
-        z_pointers = _pointers(zs, index, STATE_IS_NARROW, ALIGNED)
-        m_pointers = _pointers(ms, index, STATE_IS_NARROW, ALIGNED)
-        mask = index < stop
-        if ALIGNED:
-            mask = tl.max_constancy(mask, 8)
-        g = _load(gradient, mask, GRADIENT_IS_NARROW)
-        if HAS_SCALE:
-            g = g * factor
-        z = _load(z_pointers, mask, STATE_IS_NARROW)
-        m = _load(m_pointers, mask, STATE_IS_NARROW)
-        theta = _load(weight, mask, WEIGHT_IS_NARROW)
+        g = g * tl.load(scale)
+    z = _load(z_pointers, mask, STATE_IS_NARROW)
+    m = _load(m_pointers, mask, STATE_IS_NARROW)
+    theta = _load(weight, mask, WEIGHT_IS_NARROW)
 
-        # c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
-        c = _interpolate(m, g, beta1, beta1_rest, BETA1_NEARER_M)
-        m_new = _interpolate(m, g, beta2, beta2_rest, BETA2_NEARER_M)
-        size = tl.abs(c)
-        c_whole, c_fraction = _log2_parts(size)
+    # c = beta1 m + (1 - beta1) g        m' = beta2 m + (1 - beta2) g
+    c = _interpolate(m, g, beta1, beta1_rest, BETA1_NEARER_M)
+    m_new = _interpolate(m, g, beta2, beta2_rest, BETA2_NEARER_M)
+    size = tl.abs(c)
+    c_whole, c_fraction = _log2_parts(size)
 
-        # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
-        if VARIANT == _P2 or MIRROR_IS_PLAIN:
-            z_new = tl.fma(c, -alpha, z)
-        elif ALPHA_IS_ZERO:
-            z_new = z + c * 0.0
+    # dual step     z' = z - alpha c        or, for (p,p) and (2,p), the mirror step
+    if VARIANT == _P2 or MIRROR_IS_PLAIN:
+        z_new = tl.fma(c, -alpha, z)
+    elif ALPHA_IS_ZERO:
+        z_new = z + c * 0.0
+    else:
+        z_new = _mirror_step(
+            z, c, c_whole, c_fraction, log_alpha_whole, log_alpha_fraction,
+            inner_high, inner_low, inner, root_high, root_low, root,
+        )  # fmt: skip
+        if LR_ON_DEVICE:  # alpha is 0 where it follows a learning rate of 0
+            z_new = tl.where(tl.load(rates + 4) == 0.0, z + c * 0.0, z_new)
+
+    # primal step   eta s(c)    or, for (2,p),    eta c;    s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0
+    if VARIANT == _TWO_P:
+        direction = c
+    else:
+        if POWER == _ONE:
+            power = tl.full([SIZE], 1.0, tl.float32)
+        elif POWER == _ROOT:
+            power = tl.sqrt_rn(size)
+        elif POWER == _SAME:
+            power = size
         else:
-            z_new = _mirror_step(
-                z, c, c_whole, c_fraction, log_alpha_whole, log_alpha_fraction,
-                inner_high, inner_low, inner, root_high, root_low, root,
-            )  # fmt: skip
-            if LR_ON_DEVICE:  # alpha is 0 where it follows a learning rate of 0
-                z_new = tl.where(alpha_is_zero, z + c * 0.0, z_new)
+            # size * 0 is 0, but NaN for infinity and NaN
+            power = tl.fma(size, 0.0, _power(c_whole, c_fraction, exponent_high, exponent_low, exponent))
+        power += eps
+        # 0 over any positive number is 0.
+        if EPS_IS_ZERO:
+            power = tl.where(c != 0.0, power, 1.0)
+        direction = tl.div_rn(c, power)
 
-        # primal step   eta s(c)    or, for (2,p),    eta c;    s(x) = x / (|x|^((p-2)/(p-1)) + eps), and s(0) = 0
-        if VARIANT == _TWO_P:
-            direction = c
-        else:
-            if POWER == _ONE:
-                power = tl.full([SIZE], 1.0, tl.float32)
-            elif POWER == _ROOT:
-                power = tl.sqrt_rn(size)
-            elif POWER == _SAME:
-                power = size
-            else:
-                # size * 0 is 0, but NaN for infinity and NaN
-                power = tl.fma(size, 0.0, _power(c_whole, c_fraction, exponent_high, exponent_low, exponent))
-            power += eps
-            # 0 over any positive number is 0.
-            if EPS_IS_ZERO:
-                power = tl.where(c != 0.0, power, 1.0)
-            direction = tl.div_rn(c, power)
+    # coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
+    theta_new = tl.fma(direction, -primal_rate, tl.fma(theta, -pull, z_new * tau)) + theta
 
-        # coupling      theta' = theta + [tau z' - (tau + eta lambda) theta - (1 - tau) eta s]
-        theta_new = tl.fma(direction, -primal_rate, tl.fma(theta, -pull, z_new * tau)) + theta
-
-        if STATE_IS_NARROW:
-            if STOCHASTIC:
-                for_z, for_m = _random_bits(z_new, m_new, state_key)
-                _store_upper(z_pointers, mask, _bits(z_new) + for_z)
-                _store_upper(m_pointers, mask, _bits(m_new) + for_m)
-            else:
-                _store_upper(z_pointers, mask, _round_nearest(z_new))
-                _store_upper(m_pointers, mask, _round_nearest(m_new))
+    if STATE_IS_NARROW:
+        if STOCHASTIC:
+            for_z, for_m = _random_bits(z_new, m_new, _round_key(tl.load(table), step))
+            _store_upper(z_pointers, mask, _bits(z_new) + for_z)
+            _store_upper(m_pointers, mask, _bits(m_new) + for_m)
         else:
-            tl.store(z_pointers, z_new, mask=mask)
-            tl.store(m_pointers, m_new, mask=mask)
-        if WEIGHT_IS_NARROW:
-            if STOCHASTIC:
-                for_weight, _ = _random_bits(theta_new, g, weight_key)
-                _store_upper(weight, mask, _bits(theta_new) + for_weight)
-            else:
-                _store_upper(weight, mask, _round_nearest(theta_new))
+            _store_upper(z_pointers, mask, _round_nearest(z_new))
+            _store_upper(m_pointers, mask, _round_nearest(m_new))
+    else:
+        tl.store(z_pointers, z_new, mask=mask)
+        tl.store(m_pointers, m_new, mask=mask)
+    if WEIGHT_IS_NARROW:
+        if STOCHASTIC:
+            for_weight, _ = _random_bits(theta_new, g, _round_key(tl.load(table + 1), step))
+            _store_upper(weight, mask, _bits(theta_new) + for_weight)
         else:
-            tl.store(weight, theta_new, mask=mask)
+            _store_upper(weight, mask, _round_nearest(theta_new))
+    else:
+        tl.store(weight, theta_new, mask=mask)
 
 
 def compile_time_values(
@@ -406,7 +395,10 @@ class _Tables:
     """Seed, whether the call is capturable, sizes: where they differ, other tables are made."""
     table: Tensor
     block_rows: Tensor
+    """The row of each entry."""
     block_numbers: Tensor
+    """The number of each entry in its row."""
+    programs: int
     steps: list[int]
     """Where in `table` the step counts lie that the host sends."""
     columns: list[list[int]] = field(default_factory=lambda: [[]] * 7)
@@ -463,7 +455,7 @@ class TritonKernel:
         rates = unused if call.lr is None else self._rates(call, tables.table.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
         return functools.partial(
-            stacey_step[(len(tables.block_rows),)],
+            lambda *given, **constants: stacey_step[(tables.programs,)](*given, **constants),
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
@@ -497,15 +489,18 @@ class TritonKernel:
         addresses = [list(map(Tensor.data_ptr, column)) for column in (gradients, weights, zs, ms, steps)]
         group = device, next((address for address, size in zip(addresses[1], sizes, strict=True) if size > 0), 0)
         found = self._tables.get(group)
-        if found is None or found.key != key:
+        is_new = found is None or found.key != key
+        if found is None or is_new:
             found = self._make_tables(key, sizes, device)
         if call.capturable:
-            applied: Any = 1 if call.found_inf is None else (call.found_inf == 0).reshape(()).to(torch.int64)
-            torch._foreach_add_(steps, applied)
-            columns = [found.steps, *addresses, sizes]  # no counts: any numbers that stay
+            if call.found_inf is None:
+                torch._foreach_add_(steps, 1)
+            else:
+                torch._foreach_add_(steps, [(call.found_inf == 0).reshape(()).to(torch.int64)] * len(steps))
+            columns = [[0] * len(steps), *addresses, sizes]
         else:
             columns = [found.count(addresses.pop()), *addresses, found.steps, sizes]
-        if (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
+        if not is_new and (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
             found = self._make_tables(key, sizes, device)
             columns[_STEP] = columns[_STEP] if call.capturable else found.steps
         self._send(found, columns)
@@ -521,19 +516,21 @@ class TritonKernel:
     def _make_tables(self, key: tuple[Any, ...], sizes: list[int], device: torch.device) -> _Tables:
         """Make tables that fit these sizes, whose columns are still to be sent."""
         blocks = -(-np.array(sizes, np.int64) // BLOCK)
-        entry = min(_ENTRY_BLOCKS, 1 << max(0, (int(blocks.sum()) // _PROGRAMS).bit_length() - 1))
-        entries = -(-blocks // entry)
+        for shift in range(_SHIFT, -1, -1):
+            entries = -(-blocks >> shift)
+            if (entries.sum() << shift) <= (1 + _EMPTY) * blocks.sum():
+                break
         rows = np.repeat(np.arange(len(sizes), dtype=np.int32), entries)
         numbers = np.arange(len(rows)) - np.repeat(np.cumsum(entries) - entries, entries)
         table = torch.empty(_HEADER + 7 * len(sizes), dtype=torch.int64, device=device)
         block_rows = torch.empty(len(rows), dtype=torch.int32, device=device)
         block_numbers = torch.empty(len(rows), dtype=torch.int64, device=device)
-        header = [key_base(key[0], STATES), key_base(key[0], WEIGHT), len(sizes), entry * BLOCK]
+        header = [key_base(key[0], STATES), key_base(key[0], WEIGHT), len(sizes), shift]
         self._copy(np.array(header, np.int64), table[:_HEADER])
         self._copy(rows, block_rows)
         self._copy(numbers, block_numbers)
         steps = [table.data_ptr() + 8 * (_HEADER + i) for i in range(len(sizes))]
-        return _Tables(key, table, block_rows, block_numbers, steps)
+        return _Tables(key, table, block_rows, block_numbers, len(rows) << shift, steps)
 
     def _send(self, tables: _Tables, columns: list[list[int]]) -> None:
         """Send the columns from the first to the last that differ from what was sent, in one copy."""

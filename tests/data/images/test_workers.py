@@ -17,6 +17,7 @@ import pytest
 from stacey_dist.data.images import ArrayImages, ImageLoader, Workers, evaluation_batches, workers
 from stacey_dist.errors import InputError, StoppedWaitingError
 from tests.data.images.test_loader import CROPPED, ROOT, children, equal, joined, make, photos
+from tests.ended import still_running
 
 
 def test_workers_ignore_signals() -> None:
@@ -55,9 +56,7 @@ def test_workers_end_with_their_parent() -> None:
         assert len(workers) == 2
         workers[0].suspend()  # it cannot look for its parent
         parent.kill()
-    _, alive = psutil.wait_procs(workers, timeout=15)
-    # Where nobody waits for orphans they stay as zombies.
-    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+    assert not still_running(workers, 15)
 
 
 def leave_workers_running() -> None:
