@@ -56,6 +56,7 @@ EXPRESSIONS = {
     "cvt.u32.u16": "a",
     "cvt.u32.u64": "a",
     "cvt.u64.u32": "a",
+    "cvt.s64.s32": "(int64_t)(int32_t)a",
     "not.b32": "~a",
     "neg.s32": "-a",
     "max.s32": "(int32_t)a > (int32_t)b ? a : b",
@@ -68,6 +69,7 @@ EXPRESSIONS = {
     "shr.u32": "b > 31 ? 0 : a >> b",
     "shr.u64": "b > 63 ? 0 : a >> b",
     "shr.s32": "(int32_t)a >> (b > 31 ? 31 : b)",
+    "shr.s64": "(int64_t)a >> (b > 63 ? 63 : b)",
     "shf.l.wrap.b32": "((uint64_t)b << 32 | a) << (c & 31) >> 32",
     "bfe.u32": "(uint64_t)a >> (b & 255) & ((1ull << (c & 255)) - 1)",  # of up to 31 bits
     "prmt.b32": "prmt(a, b, c)",
@@ -89,8 +91,8 @@ EXPRESSIONS |= {
 _READ = {"f32": "F({})", "s32": "(int32_t){}", "s64": "(int64_t){}"}
 EXPRESSIONS |= {
     f"setp.{name}.{kind}": f"{_READ.get(kind, '{}').format('a')} {operation} {_READ.get(kind, '{}').format('b')}"
-    for name, operation in {"eq": "==", "lt": "<", "gt": ">", "le": "<=", "ge": ">="}.items()
-    for kind in ("b32", "b64", "s32", "s64", "u32", "u64", "f32")
+    for name, operation in {"eq": "==", "lt": "<", "ge": ">="}.items()
+    for kind in ("b32", "b64", "s32", "s64", "f32")
 }
 TYPES = {"pred": "uint8_t", "b16": "uint16_t", "u16": "uint16_t"}
 TYPES |= dict.fromkeys(("f32", "s32", "u32", "b32"), "uint32_t")
