@@ -65,9 +65,6 @@ _NEAR_ONE_0, _NEAR_ONE_1, _NEAR_ONE_2, _NEAR_ONE_3, _NEAR_ONE_4, _NEAR_ONE_5, _N
 _EXP2_0, _EXP2_1, _EXP2_2, _EXP2_3, _EXP2_4 = _constants(EXP2)
 _SIGN: Any = tl.constexpr(-(2**31))
 _AT_HEADER: Any = tl.constexpr(_HEADER)
-_AT_GRADIENT, _AT_WEIGHT, _AT_Z, _AT_M, _AT_STEP, _AT_SIZE = (
-    tl.constexpr(column) for column in (_GRADIENT, _WEIGHT, _Z, _M, _STEP, _SIZE)
-)
 
 
 @triton.jit
@@ -277,12 +274,19 @@ def stacey_step(
     row = table + _AT_HEADER + tl.load(block_rows + entry)
     block = (tl.load(block_numbers + entry) << shift) + (tl.program_id(0) - (entry << shift))
     index = block * SIZE + tl.arange(0, SIZE)
-    weight = _pointers(tl.load(row + _AT_WEIGHT * rows), index, WEIGHT_IS_NARROW, ALIGNED)
-    gradient = _pointers(tl.load(row + _AT_GRADIENT * rows), index, GRADIENT_IS_NARROW, ALIGNED)
-    z_pointers = _pointers(tl.load(row + _AT_Z * rows), index, STATE_IS_NARROW, ALIGNED)
-    m_pointers = _pointers(tl.load(row + _AT_M * rows), index, STATE_IS_NARROW, ALIGNED)
-    step = tl.load(tl.load(row + _AT_STEP * rows).to(tl.pointer_type(tl.int64)))
-    mask = index < tl.load(row + _AT_SIZE * rows)
+    # Column after column: an addition each, and no multiplication.
+    at = row + rows
+    gradient = _pointers(tl.load(at), index, GRADIENT_IS_NARROW, ALIGNED)
+    at += rows
+    weight = _pointers(tl.load(at), index, WEIGHT_IS_NARROW, ALIGNED)
+    at += rows
+    z_pointers = _pointers(tl.load(at), index, STATE_IS_NARROW, ALIGNED)
+    at += rows
+    m_pointers = _pointers(tl.load(at), index, STATE_IS_NARROW, ALIGNED)
+    at += rows
+    step = tl.load(tl.load(at).to(tl.pointer_type(tl.int64)))
+    at += rows
+    mask = index < tl.load(at)
     if ALIGNED:
         mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
