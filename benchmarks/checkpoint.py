@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still to save, and the time and memory to resume.
+"""Measure what a checkpoint costs: how long training stands still to save, and the time and memory to resume.
 
     accelerate launch --config_file configs/accelerate/cpu_fsdp2.yaml --num_processes 2 benchmarks/checkpoint.py
 
@@ -191,7 +191,7 @@ def save_in_turns(accelerator: Accelerator, model: Any, optimizer: Any, director
 def resume(
     accelerator: Accelerator, load: Callable[[Any, Any], Any], options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Seconds, and the memory in MiB of the process that took most."""
+    """Return seconds, and the memory in MiB of the process that took most."""
     accelerator.free_memory()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed would be used again, and not be seen

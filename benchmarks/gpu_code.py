@@ -1,9 +1,9 @@
-"""What the Triton kernel costs on GPUs, counted from its compiled code: no GPU is needed.
+"""Count what the Triton kernel costs on GPUs, from its compiled code: no GPU is needed.
 
 python benchmarks/gpu_code.py [--sm 80 90 100]
 
 Each variant is compiled for each architecture with Triton's own ptxas. The instructions of the machine code are counted
-an element, by the pipe that executes them, on the road that is always taken: the slow road of a division, for quotients
+an element, by the pipe that executes them, on the path that is always taken: the slow path of a division, for quotients
 near the ends of float32's range, is left out. From the counts follows a lower bound of the time of a step on a named
 GPU: the longest of the time that memory takes at its peak rate and the times that each pipe takes at its peak rate. It
 is a bound, not a measurement: it leaves out latencies, and that memory does not reach its peak.
@@ -100,7 +100,7 @@ class Code:
         return sum(self.pipes.values())
 
     def bound(self, gpu: Gpu) -> float:
-        """The least time of a step on a GPU, as a multiple of the time that memory takes."""
+        """Return the least time of a step on a GPU, as a multiple of the time that memory takes."""
         cycles = {
             "all": self.instructions / SCHEDULED,
             "float": (self.pipes["float"] + 2 * self.pipes["packed"]) / gpu.float_lanes,
@@ -144,9 +144,9 @@ def read_code(cubin: bytes, elements_per_thread: float) -> Code:
 
 
 def hot_instructions(listing: str) -> list[str]:
-    """The names of a kernel's instructions in nvdisasm's listing, without the slow road of divisions.
+    """Return the names of a kernel's instructions in nvdisasm's listing, without the slow path of divisions.
 
-    That road is the block behind a branch that is nearly always taken; it calls a function behind the kernel's end.
+    That path is the block behind a branch that is nearly always taken; it calls a function behind the kernel's end.
     """
     names: list[str] = []
     block: list[str] = []

@@ -50,7 +50,7 @@ class Files:
 
 
 def made_photo(seed: int) -> bytes:
-    """A 500 x 375 JPEG with gradients, texture and edges: about as many bytes as ImageNet's."""
+    """Return a 500 x 375 JPEG with gradients, texture and edges: about as many bytes as ImageNet's."""
     generator = np.random.default_rng(seed)
     picture = np.zeros((375, 500, 3))
     for cells, weight in ((4, 110.0), (16, 60.0), (64, 40.0), (160, 25.0)):
@@ -67,7 +67,7 @@ def made_photo(seed: int) -> bytes:
 
 
 def with_pillow(data: bytes, transform: Transform, sample: int) -> torch.Tensor:
-    """The usual loader, with this pipeline's random numbers."""
+    """Load as usual, with this pipeline's random numbers."""
     image = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     numbers = uniforms(0, 0, sample, 23).tolist()
     top, left, height, width = random_rectangle(image.height, image.width, transform.min_scale, numbers)
@@ -79,12 +79,12 @@ def with_pillow(data: bytes, transform: Transform, sample: int) -> torch.Tensor:
 
 
 def with_this(images: ImageSet, transform: Transform, i: int, row: NDArray[np.uint8]) -> None:
-    """What a worker of ImageLoader does for an image of its batch."""
+    """Do what a worker of ImageLoader does for an image of its batch."""
     row[:] = transform.training(read_pixels(images, i), 0, 0, i)
 
 
-def seconds(work: Callable[[int], None], count: int) -> float:
-    """Seconds of the processor, which other programs on the machine do not change much."""
+def seconds(work: Callable[[int], object], count: int) -> float:
+    """Return seconds of the processor, which other programs on the machine do not change much."""
     begin = time.process_time()
     for i in range(count):
         work(i)
@@ -113,7 +113,7 @@ def main() -> None:
             "... cache: decoded": cached(plain, "decoded", Path(directory), progress=False),
             "... cache: resized": cached(plain, "resized", Path(directory), CACHE_RESIZE_TO, progress=False),
         }
-        ways: dict[str, Callable[[int], None]] = {"Pillow": lambda i: pillow_into(files, transform, i)}
+        ways: dict[str, Callable[[int], object]] = {"Pillow": lambda i: with_pillow(files[i], transform, i)}
         for name, images in sets.items():
             ways[name] = lambda i, images=images: with_this(images, transform, i, batch[i])  # type: ignore[misc]
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -137,10 +137,6 @@ def main() -> None:
             f"{statistics.median(ratios):.2f}, {min(ratios):.2f}, {max(ratios):.2f}"
         )
     print(f"pixels differ from Pillow's by {statistics.mean(differences):.4f} grey levels on average")
-
-
-def pillow_into(files: list[bytes], transform: Transform, i: int) -> None:
-    with_pillow(files[i], transform, i)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         config.run_dir = directory
         parts = replace(llm.PARTS, task=partial(InTurns, steps=steps))
-        job = replace(LLM, load_parts=lambda: parts).build(config)
-        train(job.run, job.task, job.engine)
-        task: Any = job.task
+        built = replace(LLM, load_parts=lambda: parts).build(config)
+        train(built.run, built.task, built.engine)
+        task: Any = built.task
     skip = min(10, steps // 2)  # the first steps warm up
     launcher, bare_loop = task.launcher_seconds[skip:], task.bare_seconds[skip:-1]
     print(machine())

@@ -1,4 +1,4 @@
-"""What each setting of STACEY is worth on the small LLaMA of the sweeps.
+"""Measure what each setting of STACEY is worth on the small LLaMA of the sweeps.
 
 One at a time, or two that belong together, is changed from the defaults of train_llm.py's optimizer and schedule.
 """

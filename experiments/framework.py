@@ -1,4 +1,4 @@
-"""What the experiments share: parts that are kept once finished, a progress bar, and the files of the result.
+"""Code that the experiments share: parts that are kept once finished, a progress bar, and the files of the result.
 
 An experiment is cut into parts. A part is a function of its name, the scale and the options, and gives values that
 JSON holds exactly. A finished part stands in `parts/` and is not computed again; the result is made from the parts as
@@ -39,7 +39,7 @@ BAR_OF_RUNS = dict(
 )
 """How tqdm shows the progress of training runs."""
 
-# Told how many updates were made, or thousandths of runs, since it was last called.
+# Called with how many updates were made, or thousandths of runs, since its last call.
 Advance = Callable[[int], object]
 
 
@@ -210,7 +210,7 @@ def together(jobs: Sequence[Callable[[], object]], workers: int, stop: threading
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
-            for future in as_completed(futures):  # whichever ends first: the others are told at once
+            for future in as_completed(futures):  # whichever ends first: an error stops the others at once
                 future.result()
         except BaseException:
             stop.set()  # what runs saves and ends, what waits does not begin

@@ -64,9 +64,9 @@ def phi_slope(x: Tensor) -> Tensor:
     return 2.0 * x / (1.0 + x.square()).square()
 
 
-def separable(dimension: int = 8) -> Objective:
+def separable() -> Objective:
     """Return f(x) = sum_i w_i phi(x_i), w from 1 down to 1/4; from theta_0 = (1, ..., 1), where it is concave."""
-    weights = torch.logspace(0, -2, dimension, base=2.0, dtype=torch.float64)
+    weights = torch.logspace(0, -2, 8, base=2.0, dtype=torch.float64)
 
     def smoothness(p: float) -> float:
         # |f(y) - f(x) - <nabla f(x), y - x>| <= 1/2 sum_i L_i (y_i - x_i)^2 with L_i = 2 w_i, and by Hoelder's
@@ -78,15 +78,16 @@ def separable(dimension: int = 8) -> Objective:
         "separable",
         value=lambda x: (weights * phi(x)).sum(dim=-1),
         gradient=lambda x: weights * phi_slope(x),
-        start=torch.ones(dimension, dtype=torch.float64),
+        start=torch.ones_like(weights),
         noise=weights.clone(),
         smoothness=smoothness,
         largest_gradient=lambda p: norm(LARGEST_SLOPE * weights, dual(p)),
     )
 
 
-def regression(dimension: int = 4, rows: int = 16) -> Objective:
+def regression() -> Objective:
     """Return f(x) = 1/n sum_j phi(<a_j, x - x*>), robust regression from theta_0 = 0; coordinates interact."""
+    rows, dimension = 16, 4
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(rows, dimension, generator=generator, dtype=torch.float64)
     solution = torch.ones(dimension, dtype=torch.float64)

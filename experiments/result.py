@@ -1,4 +1,4 @@
-"""What is kept of a training run: written by its process, read by the experiment that started it."""
+"""The result that is kept of a training run: written by its process, read by the experiment that started it."""
 
 import math
 from dataclasses import dataclass

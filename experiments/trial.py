@@ -73,7 +73,7 @@ class Trial:
         Args:
             on_evaluation: called for every evaluation, those of before included.
             stop: once set, the run saves and ends, and can resume later.
-            advance: told how much of the run is done since it was last told; one that was ended early is done.
+            advance: called with the share of the run done since its last call; a run that was ended early is done.
 
         Raises:
             SettingsError: the launcher refused the settings; with its own words.
@@ -116,7 +116,9 @@ class Trial:
         """Train. Return whether the run is complete, not ended on the way."""
         self.directory.mkdir(parents=True, exist_ok=True)
         output = self.directory / "output.txt"
-        process = _server().Process(target=_train, args=(self.program, self.arguments(), str(self.directory)))
+        process = _server().Process(
+            target=_train_in_process, args=(self.program, self.arguments(), str(self.directory))
+        )
         process.start()
         seen, alive, size = 0, True, -1
         try:
@@ -183,7 +185,7 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _train(program: str, arguments: list[str], directory: str) -> None:
+def _train_in_process(program: str, arguments: list[str], directory: str) -> None:
     from experiments.trial_process import train_and_report
 
     train_and_report(program, arguments, Path(directory))

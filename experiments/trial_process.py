@@ -53,8 +53,8 @@ def _end_with_the_experiment() -> None:
 
 def _train(program: str, arguments: list[str]) -> Result:
     launcher = LAUNCHERS[program]
-    job = launcher.build(launcher.parse(arguments))
-    run, task, engine = job.run, job.task, job.engine
+    built = launcher.build(launcher.parse(arguments))
+    run, task, engine = built.run, built.task, built.engine
     diverged = False
     try:
         train(run, task, engine)

@@ -1,6 +1,6 @@
 """The search for an optimizer's settings, with Optuna: resumable, with pruning, in parallel.
 
-The first third of the runs is dealt out evenly over all ranges and choices, for eight runs drawn at random may well
+The first third of the runs is spread evenly over all ranges and choices, for eight runs drawn at random may well
 miss one of three choices; the others are suggested by Optuna's multivariate TPE. Runs whose best so far is worse than
 the median of the completed ones at the same evaluation are ended early. What is suggested is a function of the study's
 seed, the trial's number and the trials finished before, so one worker that is killed resumes to the same result; with
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import optuna
 
 _SHOWN = 5
-_STARTUP_SHARE = 1 / 3  # of the trials are dealt out, before TPE takes over
+_STARTUP_SHARE = 1 / 3  # of the trials are spread evenly, before TPE suggests
 _LAST_SEED = 1_000_000  # a trial's is a thousand times it and has 32 bits
 _FIRST_PRUNED = 3  # the evaluation before which no run is ended
 
@@ -57,7 +57,7 @@ class Tuner:
         workers: runs at a time.
         threads: of the CPU, for each of them.
         stop: once set, runs save and end.
-        advance: told how much is done, in runs.
+        advance: called with what was done since its last call, in runs.
 
     Raises:
         SettingsError: optuna is not installed.

@@ -97,7 +97,7 @@ def show(path: Path) -> int:
 def verify_files(path: Path) -> int:
     """Compare every file with its checksum."""
     manifest = verify(path)
-    print(f"{path}: {len(manifest['files'])} files as they were written{_warn_of_not_finite(manifest)}")
+    print(f"{path}: {len(manifest['files'])} files as they were written{_note_on_finiteness(manifest)}")
     return 0
 
 
@@ -114,9 +114,7 @@ def export(path: Path, out: Path) -> int:
     """Write the model as a directory that `transformers` loads."""
     verify(path)  # a damaged checkpoint is named where transformers is not installed, too
     from stacey_dist.models.export import export_model
-    from stacey_dist.models.export_directory import check_output
 
-    check_output(out)
     export_model(path, out)
     print(f"model for transformers: {out}")
     return 0
@@ -170,7 +168,7 @@ def _checkpoint(text: str) -> Path:
     with suppress(OSError):  # the command says what is wrong with it
         holds = bool(find_checkpoints(path)) or (path / "checkpoints").is_dir()
     if holds:
-        raise argparse.ArgumentTypeError(f"{path} holds checkpoints and is none: name one that `list {path}` shows")
+        raise argparse.ArgumentTypeError(f"{path} holds checkpoints; name one that `list {path}` shows")
     return path
 
 
@@ -191,8 +189,8 @@ def _summary(manifest: dict[str, Any]) -> str:
     position = f"after {extra['step']} updates, " if "step" in extra else ""
     engine = f"{extra['engine']}, " if "engine" in extra else ""
     size_and_place = f"{position}{size / 2**20:,.1f} MiB, {engine}{processes} process{'es' if processes > 1 else ''}"
-    return printable(size_and_place + _warn_of_not_finite(manifest))
+    return printable(size_and_place + _note_on_finiteness(manifest))
 
 
-def _warn_of_not_finite(manifest: dict[str, Any]) -> str:
+def _note_on_finiteness(manifest: dict[str, Any]) -> str:
     return ", with weights or optimizer states that are not finite" if says_finite(manifest) is False else ""

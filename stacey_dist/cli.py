@@ -8,7 +8,7 @@ from stacey_dist import bench, checkpoint_commands, info
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.errors import InputError, SettingsError
-from stacey_dist.extras import message
+from stacey_dist.extras import describe_missing
 from stacey_dist.files import printable
 from stacey_dist.version import __version__
 
@@ -18,9 +18,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # These take every setting of the launcher, and so have parsers of their own.
     if arguments[:1] == ["plan"]:
-        return exit_status(lambda: _plan(arguments[1:]), "stacey-dist plan", refused="error: ")
+        return exit_status(lambda: _plan(arguments[1:]), "stacey-dist plan", error_prefix="error: ")
     if arguments[:1] == ["prepare"]:
-        return exit_status(lambda: _prepare(arguments[1:]), "stacey-dist prepare", refused="error: ", resumable=True)
+        return exit_status(
+            lambda: _prepare(arguments[1:]), "stacey-dist prepare", error_prefix="error: ", resumable=True
+        )
     options = vars(make_parser().parse_args(arguments))
     command = options.pop("command")
     return exit_status(lambda: command(**options), "stacey-dist")
@@ -43,27 +45,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def exit_status(
-    command: Callable[[], int], program: str, *, refused: str = "", resumable: bool = False, extra: str | None = None
+    command: Callable[[], int],
+    program: str,
+    *,
+    error_prefix: str = "",
+    resumable: bool = False,
+    extra: str | None = None,
 ) -> int:
-    """Run a command and return its exit status; print an error that a user can mend in one line.
+    """Run a command and return its exit status; print an error that a user can fix in one line.
 
     Args:
         command: what is run.
         program: what the line begins with.
-        refused: what stands before the message about a bad setting.
+        error_prefix: what stands before the message about a bad setting.
         resumable: whether the same command resumes what Ctrl-C interrupted.
         extra: the extra that installs all that the command imports, if it is not the missing module's own.
     """
     try:
         return command()
     except (SettingsError, InputError) as error:
-        status, line = 2, f"{refused}{error}"
+        status, line = 2, f"{error_prefix}{error}"
     except DamagedCheckpointError as error:
         status, line = 1, checkpoint_commands.describe_damage(error)
     except (ForeignCheckpointError, OSError) as error:
         status, line = 1, printable(error)
     except ModuleNotFoundError as error:
-        if (missing := message(error, extra)) is None:
+        if (missing := describe_missing(error, extra)) is None:
             raise
         status, line = 2, missing
     except KeyboardInterrupt:

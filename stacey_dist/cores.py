@@ -1,4 +1,4 @@
-"""How many cores of the machine this process may use."""
+"""Count the cores of the machine that this process may use."""
 
 import os
 

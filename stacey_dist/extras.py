@@ -1,4 +1,4 @@
-"""Which extra installs a package that is missing, so that an error can say it."""
+"""Find the extra that installs a missing package, so that an error can name it."""
 
 import importlib.metadata
 import importlib.util
@@ -21,7 +21,8 @@ def is_installed(module: str) -> bool:
 
 def install_line(module: str) -> str | None:
     """Return the command that installs a missing module, or None if no extra of stacey_dist has it."""
-    package = _normalized(_PACKAGES.get(module.partition(".")[0], module.partition(".")[0]))
+    top_level = module.partition(".")[0]
+    package = _normalized(_PACKAGES.get(top_level, top_level))
     for requirement in importlib.metadata.requires("stacey_dist") or []:
         match = _REQUIREMENT.match(requirement)
         if match and _normalized(match[1]) == package and match[2] not in _COLLECTIONS:
@@ -29,7 +30,7 @@ def install_line(module: str) -> str | None:
     return None
 
 
-def message(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
+def describe_missing(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
     """Return the line to print for an import that failed, or None if no extra installs the module.
 
     `extra` is named if it is given: a command of one extra may need modules of another that it contains.
@@ -46,7 +47,7 @@ def missing_extras_reported(program: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (line := message(error)) is None:
+        if (line := describe_missing(error)) is None:
             raise
         print(f"{program}: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Read files that others have made without waiting for them or failing without a reason, and replace files at once."""
+"""Read files that others have made, with clear errors and without waiting for pipes; replace files atomically."""
 
 import errno
 import io

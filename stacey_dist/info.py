@@ -1,4 +1,4 @@
-"""What is installed here, what runs, and what installs the rest: `stacey-dist info`, for a report of a problem."""
+"""Report what is installed here, what runs, and what installs the rest: `stacey-dist info`, for bug reports."""
 
 import importlib.metadata
 import os
@@ -109,6 +109,6 @@ def _compiler() -> str | None:
     """Return the C++ compiler that an installation would take: Triton and DeepSpeed need one too, when they run."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and shutil.which(name):
-            told = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-            return (told.stdout.splitlines() or [name])[0]
+            result = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+            return (result.stdout.splitlines() or [name])[0]
     return None

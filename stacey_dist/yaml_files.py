@@ -167,13 +167,12 @@ def read(path: Path, name: str | None = None) -> Any:
     Raises:
         SettingsError: as `load`, and for a file that cannot be read.
     """
-    name = str(path) if name is None else name
-    return load(read_text(path, name), name)
+    return load(read_text(path, name), name or str(path))
 
 
 def read_text(path: Path, name: str | None = None) -> str:
     """Return the text of a file of settings; arguments and errors as for `read`."""
-    name = str(path) if name is None else name
+    name = name or str(path)
     try:
         mode = os.stat(path).st_mode
         of_shell = stat.S_ISFIFO(mode) and str(path).startswith(("/dev/", "/proc/"))

@@ -33,13 +33,13 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def blocks(text):
-    """(marker or None, commands) of each block."""
+    """Return (marker or None, commands) of each block."""
     for match in re.finditer(r"(?:^<!-- ([^\n]*) -->\n)?^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         yield match[1], match[2]
 
 
 def commands(block):
-    """The words of each command: comments, assignments and `&&` are gone, continued lines joined, variables 0."""
+    """Return the words of each command, without comments, assignments and `&&`; lines are joined, variables are 0."""
     for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -59,7 +59,7 @@ def existing(path):
 
 
 def check_settings(launcher, options):
-    """The launcher takes these options."""
+    """Assert that the launcher takes these options."""
     if "--help" in options:
         with pytest.raises(SystemExit) as end:
             LAUNCHERS[launcher].parse(options)
@@ -124,7 +124,7 @@ def check(words):
 
 
 def program_of(words):
-    """What a test that runs the command has to mention: a script, or a subcommand; None for setting up."""
+    """Return what a test that runs the command has to mention: a script, or a subcommand; None for setting up."""
     scripts = [word for word in words if re.search(r"\btrain_\w+\.(py|sbatch)$", word)]
     if scripts:
         return Path(scripts[0]).name
@@ -164,7 +164,7 @@ CASES = [
 
 @pytest.fixture
 def complaint(monkeypatch, capsys):
-    """What is wrong with a block, or an empty text."""
+    """Return what is wrong with a block, or an empty text."""
 
     def find(marker, block):
         try:

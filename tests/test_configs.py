@@ -78,7 +78,7 @@ def test_deepspeed_and_accelerate_configurations_agree(name):
 
 
 def bare_program(name):
-    """What a user of DeepSpeed writes."""
+    """Train as a user of DeepSpeed does."""
     import deepspeed
 
     import stacey_dist

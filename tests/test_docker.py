@@ -17,7 +17,7 @@ STAGES = ["torch", "dependencies", "package", "check"]
 
 
 def instructions(name):
-    """(instruction, the rest) of each, continued lines joined, comments left out."""
+    """Return (instruction, the rest) of each, continued lines joined, comments left out."""
     text = "\n".join(line for line in (ROOT / "docker" / name).read_text().splitlines() if not line.startswith("#"))
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(line.split(maxsplit=1)[0], " ".join(line.split()[1:])) for line in lines]
@@ -72,7 +72,7 @@ def test_both_images_install_with_the_one_script(name):
 
 
 def ignored(path):
-    """Whether .dockerignore keeps this path of the tree from the build: the last line that matches decides."""
+    """Return whether .dockerignore keeps this path of the tree from the build: the last line that matches decides."""
     verdict = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line and not line.startswith("#"):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def example(name):
-    """The code block after <!-- example: name --> in one of docs/."""
+    """Return the code block after <!-- example: name --> in one of docs/."""
     text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 

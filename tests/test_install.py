@@ -32,7 +32,7 @@ def run(*command, **options):
 
 
 def without_the_source_tree():
-    """The environment for programs that are to find what is installed; uv does not read pip's own settings."""
+    """Return the environment for programs that are to find what is installed; uv does not read pip's own settings."""
     variables = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), **os.environ}
     return {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
@@ -46,7 +46,7 @@ def copy_the_tests(*names, to):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
+    """Return (sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
     out = tmp_path_factory.mktemp("built")
     run(sys.executable, "-m", "build", "--installer", "uv", "--outdir", out, ROOT, env=without_the_source_tree())
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
@@ -54,7 +54,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Makes a virtual environment with packages in the versions of constraints.txt; returns its bin directory."""
+    """Make a virtual environment with packages in the versions of constraints.txt; return its bin directory."""
 
     def make(*requirements):
         directory = tmp_path_factory.mktemp("environment")
@@ -100,7 +100,7 @@ def test_the_sdist_has_what_builds_and_tests_it_and_nothing_else(built):
 
 @pytest.fixture(scope="module")
 def library_alone(built, bare):
-    """The bin directory of an environment with the wheel, what it needs, and what its tests need."""
+    """Return the bin directory of an environment with the wheel, what it needs, and what its tests need."""
     return bare(built[1], *TEST_TOOLS)
 
 

@@ -14,7 +14,7 @@ LEVEL = {name: level for level, names in enumerate([*ORDER, ABOVE]) for name in 
 
 
 def imports(file):
-    """The names of our modules that a file imports, at its top or where it needs them."""
+    """Return the names of our modules that a file imports, at its top or where it needs them."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]

@@ -40,7 +40,7 @@ RUNS_CODE = {
 
 
 def calls(path):
-    """(name as it is called, its keyword arguments, line) of every call, and every import."""
+    """Return (name as it is called, its keyword arguments, line) of every call, and every import."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node.lineno
@@ -133,7 +133,7 @@ def test_an_index_of_tokens_names_no_code(tmp_path, trap):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run under a narrow umask, with secrets in its environment: (directory, what it printed)."""
+    """Return a run under a narrow umask, with secrets in its environment: (directory, what it printed)."""
     directory = tmp_path_factory.mktemp("security")
     config = write_config(directory)
     secrets = {"WANDB_API_KEY": "0123456789" * 4, "HF_TOKEN": "hf_secretsecretsecret", "WANDB_MODE": "offline"}

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from stacey_dist.checkpoint.manifest import read_manifest
+from stacey_dist.checkpoint.model_tensors import bits
 from stacey_dist.checkpoint.read import read_tensors, tensors
 from stacey_dist.checkpoint.restore import batches
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -29,13 +25,8 @@ def differences(first: Path, second: Path) -> list[str]:
     for batch in batches({name: kind for name, kind in kinds.items() if others.get(name) == kind}):
         a, b = (read_tensors(path, batch) for path in (first, second))
         for name in batch:
-            different = int((_bits(a[name]) != _bits(b[name])).sum())
+            different = int((bits(a[name]) != bits(b[name])).sum())
             if different:
                 largest = float((a[name].double() - b[name].double()).abs().max())
                 lines[name] = f"{different:,} of {a[name].numel():,} elements differ, by {largest:.3g} at most"
     return [f"{name}: {lines[name]}" for name in sorted(lines)]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bits as integers: NaN equals itself, and -0 is not 0."""
-    return tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])

@@ -16,10 +16,17 @@ from stacey_dist.sharding.fragment import canonical_name
 # The shape and the dtype's name of whole tensors, by the tensors' names.
 Contents = Mapping[str, tuple[tuple[int, ...], str]]
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def describe(shape: torch.Size, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
     """Return the entry of a tensor in `Contents`."""
     return tuple(shape), str(dtype).removeprefix("torch.")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bits of the elements as integers, flattened: NaN equals itself, and -0 is not 0."""
+    return tensor.detach().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
 
 
 def check_names(model: nn.Module) -> None:
@@ -34,7 +41,7 @@ def check_names(model: nn.Module) -> None:
 
 
 def full_shape(param: Any) -> torch.Size:
-    """Return the shape of a whole parameter; ZeRO-3 leaves empty ones in the model."""
+    """Return the shape of a whole parameter; under ZeRO-3 the model's own parameters are empty."""
     shape: torch.Size = getattr(param, "ds_shape", param.shape)
     return shape
 
@@ -68,7 +75,7 @@ def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def write_whole(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy flattened values into those frozen parameters and buffers that they name. All ranks call it together."""
+    """Copy flattened values into the frozen parameters and buffers of these names. All ranks call it together."""
     for name, param in frozen_parameters(model):
         if name in values:
             with gathered(param, write=True):

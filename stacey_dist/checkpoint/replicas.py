@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import all_gather_call, world_size
+from stacey_dist.checkpoint.model_tensors import bits, full_shape
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.sharding.fragment import Fragment, canonical_name
@@ -49,7 +50,7 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
 
     def values() -> tuple[str, _Entries]:
         # Ranks of other shards hold other elements, and are not compared.
-        return _digest_of([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
+        return _hash([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
 
     _compare("is not the same parameter", names, group)
     _compare("has other values", values, group)
@@ -69,7 +70,7 @@ def _compare(what: str, describe: Callable[[], tuple[str, _Entries]], group: Any
     def digests_of_mine() -> tuple[str, str]:
         held, entries = describe()
         mine.extend(entries)
-        return held, _digest_of(entries)
+        return held, _hash(entries)
 
     digests = all_gather_call(digests_of_mine, group)
     by_held: dict[str, list[int]] = {}
@@ -109,7 +110,7 @@ def _ranks(ranks: list[int]) -> str:
 
 def _names(model: nn.Module) -> _Entries:
     return [
-        (canonical_name(name), f"{tuple(getattr(param, 'ds_shape', param.shape))} {param.requires_grad}")
+        (canonical_name(name), f"{tuple(full_shape(param))} {param.requires_grad}")
         for name, param in model.named_parameters()
     ]
 
@@ -118,18 +119,17 @@ def _values(replicated: list[Fragment]) -> Iterator[tuple[str, str]]:
     for f in replicated:
         state = {f"optimizer/{f.name}/{key}": f.state[key] for key in sorted(f.state)}
         for name, tensor in ({f"model/{f.name}": f.weight} | state).items():
-            yield name, f"{tensor.dtype} {_digest(tensor)}"
+            yield name, f"{tensor.dtype} {_checksum(tensor)}"
         yield f"optimizer/{f.name}/step", str(None if f.step is None else float(f.step))
 
 
-def _digest_of(entries: _Entries) -> str:
+def _hash(entries: _Entries) -> str:
     return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
-def _digest(values: Tensor) -> int:
+def _checksum(values: Tensor) -> int:
     """Return the sum of each element's bits times a number made of its position, modulo 2^64, on any device."""
-    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = values.detach().reshape(-1).view(whole_numbers.get(values.element_size(), torch.uint8))
+    flat = bits(values)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].to(torch.int64)

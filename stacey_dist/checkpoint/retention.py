@@ -25,11 +25,11 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, best: int
         keep_every: keep those whose number of updates is a multiple of it.
         best: keep the one after this many updates.
     """
-    older = [path for path in find_checkpoints(saved.parent) if step_of(path) <= step_of(saved)]
-    if len(older) <= keep_last:
+    counted = [path for path in find_checkpoints(saved.parent) if step_of(path) <= step_of(saved)]
+    if len(counted) <= keep_last:
         return
-    needed = _to_fall_back_on(older)
-    for path in older[keep_last:]:
+    needed = _fallbacks(counted)
+    for path in counted[keep_last:]:
         kept_for_good = keep_every is not None and step_of(path) % keep_every == 0
         if path in needed or step_of(path) == best or kept_for_good:
             continue
@@ -47,7 +47,7 @@ def newest_usable(directory: Path) -> Path | None:
     return next((path for path in find_checkpoints(directory) if _finite(path) is not False), None)
 
 
-def _to_fall_back_on(checkpoints: Iterable[Path]) -> list[Path]:
+def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
     """Return the newest checkpoint that is finite, and the newest that may be, if that is newer."""
     found: list[Path] = []
     for path in checkpoints:

@@ -34,7 +34,7 @@ def check_output(directory: Path, *, unlisted: bool = False) -> None:
 
     Args:
         directory: where an export is to be.
-        unlisted: take files with the names of an export's for such, even if no list names them.
+        unlisted: accept files that no list names if they are named as an export's: 0.1.0 wrote no list.
     """
     if directory.is_symlink():
         raise SettingsError(f"{directory} is a symbolic link; name the directory itself")
@@ -65,7 +65,7 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
 
     A failure or a kill leaves `directory` as it was. A kill between two renames can leave it missing, if it held an
     export before; the next export to it brings that one back before it begins. What an older export has beside the
-    weights, as a tokenizer, stays unless it is written anew.
+    weights, as a tokenizer, stays unless it is written again.
 
     Raises:
         SettingsError: `directory` is not new, empty, or of an export (see `check_output`).

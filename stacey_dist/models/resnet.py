@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-# Depth of the network: the kind of its blocks, how many in each stage, and how much wider than 64 their outputs are.
+# By depth: the kind of the blocks, how many there are in each stage, and how many times as wide their outputs are.
 _SHAPES: dict[int, tuple[str, list[int], int]] = {
     18: ("basic", [2, 2, 2, 2], 1),
     34: ("basic", [3, 4, 6, 3], 1),
@@ -14,7 +14,6 @@ _SHAPES: dict[int, tuple[str, list[int], int]] = {
     101: ("bottleneck", [3, 4, 23, 3], 4),
     152: ("bottleneck", [3, 8, 36, 3], 4),
 }
-DEPTHS = tuple(_SHAPES)
 
 
 class CifarResNet(ResNetForImageClassification):
@@ -60,7 +59,7 @@ def build_resnet(
     """Return a ResNet with random weights (He's initialization, as torchvision's): 25 557 032 of them at depth 50.
 
     Args:
-        depth: one of `DEPTHS`.
+        depth: 18, 34, 50, 101 or 152.
         classes: the names of the classes.
         stem: "imagenet", a 7x7 convolution with stride 2 and a pooling, or "cifar", see `CifarResNet`.
         width: channels of the stem; everything else is wider by the usual factors.
@@ -92,4 +91,4 @@ def build_resnet(
 
 
 def _no_embeddings() -> None:
-    return None
+    """Return None, in place of embeddings."""

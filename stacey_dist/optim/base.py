@@ -1,8 +1,9 @@
-"""What `Stacey` and `LpDescent` share: everything about being a `torch.optim.Optimizer` except the rule.
+"""The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
 A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
-(`_prepare`) and, where there are kernels for it, says what they need (`_kernel_call`, `_row`). This class walks the
-parameters, unwraps DTensors, counts steps, gives a kernel what it can take and the rest to the plain rule in chunks.
+(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`, `_row`). This class goes
+through the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain
+rule in chunks.
 """
 
 import functools
@@ -61,7 +62,7 @@ class ElementwiseOptimizer(Optimizer):
         """Return the tensors named in `state_names` as they begin, for a parameter or a part of one."""
         return {}
 
-    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+    def _chunk_update(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         """Return the update of one chunk, for arithmetic in `dtype` (float32 or float64), as update number `step`.
 
         The update gets gradients in `dtype`.
@@ -171,8 +172,13 @@ class ElementwiseOptimizer(Optimizer):
                 state[name] = state[name].to(dtype)
 
     def _update_plainly(self, group: dict[str, Any], parts: list[tuple[Part, bool]]) -> None:
-        """Update parts by the plain rule. With each is whether it is held: the step is to create its state alone."""
-        scale = self._inverse_scale()
+        """Update parts by the plain rule.
+
+        A part that is `held` only creates its state: elements with a zero gradient stay, and the step is not counted.
+        """
+        divisor = getattr(self, "grad_scale", None)
+        # The number to multiply gradients with, as torch's GradScaler does.
+        scale = None if divisor is None else float(divisor.double().reciprocal().float())
         updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
         for (param, weight, gradient), held in parts:
             state = self.state[param]
@@ -181,7 +187,7 @@ class ElementwiseOptimizer(Optimizer):
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
             key = (int(state["step"]), dtype)
             if key not in updates:
-                updates[key] = self._prepare(group, *key)
+                updates[key] = self._chunk_update(group, *key)
             states = (local(state[name]) for name in self.state_names)
             for chunk, chunk_gradient, *rest in chunks([t.detach() for t in (weight, gradient, *states)]):
                 chunk_gradient = chunk_gradient.to(dtype) if scale is None else chunk_gradient.to(dtype) * scale
@@ -189,11 +195,6 @@ class ElementwiseOptimizer(Optimizer):
                     _update_moving_elements(updates[key], chunk, chunk_gradient, rest)
                 else:
                     updates[key](chunk, chunk_gradient, *rest)
-
-    def _inverse_scale(self) -> float | None:
-        """Return the number to multiply gradients with, as torch's GradScaler does; None for nothing."""
-        scale = getattr(self, "grad_scale", None)
-        return None if scale is None else float(scale.double().reciprocal().float())
 
     def _check_gradient(self, param: Tensor) -> None:
         gradient = param.grad

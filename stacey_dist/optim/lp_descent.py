@@ -51,7 +51,7 @@ class LpDescent(ElementwiseOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)
 
-    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+    def _chunk_update(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         lr = rule_lr(group["lr"], dtype)
         p, eps, weight_decay = group["p"], group["eps"], group["weight_decay"]
         # An optimizer that was pickled by an older version has neither.

@@ -1,4 +1,4 @@
-"""Where a tensor's memory does not hold its value, or holds fewer elements than the tensor has.
+"""Find tensors whose memory does not hold their value, or holds fewer elements than they have.
 
 Kernels go by addresses. PyTorch has tensors whose value is not what lies there: the negative bit says that every
 element is to be negated, a zero tensor has no memory, a subclass computes its value from other tensors, and in an
@@ -28,7 +28,7 @@ def is_simple(tensor: Tensor) -> bool:
     """Return whether a tensor is what most are: plain, on a CPU or GPU, contiguous, with its value in its memory.
 
     True says that `defect` is None, that `local` and `readable` return the tensor itself, and that kernels may take it.
-    An optimizer asks this of each parameter and gradient in each step, so it is the quickest of these questions.
+    An optimizer calls this for each parameter and gradient in each step, so it is the fastest check here.
     """
     return (
         type(tensor) in PLAIN_TYPES
@@ -57,7 +57,7 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 def defect(tensor: Tensor) -> str | None:
-    """Return why a tensor is not one that can be updated in place; None if it can. Complex ones are not looked at."""
+    """Return why a tensor can't be updated in place; None if it can. Its dtype is not checked."""
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.is_nested:
@@ -74,7 +74,7 @@ def defect(tensor: Tensor) -> str | None:
 
 
 def is_cut_short(tensor: Tensor) -> bool:
-    """Return whether a plain tensor's storage ends before its last element. Known of CPUs and GPUs only."""
+    """Return whether a plain tensor's storage ends before its last element; False where that is not known."""
     if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
         return False
     last = tensor.numel() - 1

@@ -98,9 +98,14 @@ def lp_descent_update(theta: Tensor, g: Tensor, *, lr: float, p: float, eps: flo
     return theta - change
 
 
+def steepest_exponent(p: float) -> float:
+    """Return (p-2)/(p-1), the power of |x| in s(x); 1 for p = infinity."""
+    return 1.0 if p == math.inf else (p - 2.0) / (p - 1.0)
+
+
 def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
     """Return s(x) = x / (|x|^((p-2)/(p-1)) + eps), s(0) = 0; for p = infinity x / (|x| + eps), the sign."""
-    exponent = 1.0 if p == math.inf else (p - 2.0) / (p - 1.0)
+    exponent = steepest_exponent(p)
     # + 1 at x = 0, where the quotient would be 0/0 without eps.
     return x / (power(x.abs(), exponent) + eps).add_(x == 0)
 

@@ -215,7 +215,7 @@ class Stacey(ElementwiseOptimizer):
             log2_alpha=None if log2_alpha is None else tuple(log2_alpha),
         )
 
-    def _prepare(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
+    def _chunk_update(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         settings = self._settings(group, dtype)
         store = Store(group["rounding"], group["seed"], step)
 

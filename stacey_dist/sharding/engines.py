@@ -1,4 +1,4 @@
-"""Find out which engine shards a model, from what it has made of the parameters and the optimizer."""
+"""Tell which engine shards a model, from its parameters and optimizer, and call that engine's adapter."""
 
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.optim.memory import local
 from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
 from stacey_dist.sharding.fragment import Fragment
-from stacey_dist.sharding.unsupported import refuse_unsupported
+from stacey_dist.sharding.unsupported import refuse_unsupported, wrapped
 
 
 def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empty: bool = False) -> list[Fragment]:
@@ -33,9 +33,11 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     optimizer = _engine_optimizer(optimizer)
     adapter = _adapter(model, optimizer)
     if accelerator is not None:
-        _check(adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
+        _check_launched_engine(
+            adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        )
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
-    _refuse_strangers(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
+    _refuse_foreign_parameters(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
     return found
 
 
@@ -47,9 +49,8 @@ def refresh_weights(model: nn.Module, optimizer: Any) -> None:
 
 def base_optimizer(optimizer: Any) -> Optimizer:
     """Return the optimizer inside an engine's wrappers, which updates this rank's tensors and has their state."""
-    while (inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)) is not None:
-        optimizer = inner
-    return optimizer
+    *_, innermost = wrapped(optimizer)
+    return innermost
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -71,6 +72,7 @@ def _engine_optimizer(optimizer: Any) -> Any:
 
 
 def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
+    """Return the module for the engine that has the model. Raises as `refuse_unsupported` does."""
     refuse_unsupported(model, optimizer)
     params = list(model.parameters())
     by_deepspeed = any(type(made).__module__.startswith("deepspeed.") for made in (model, optimizer))
@@ -83,23 +85,23 @@ def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
     return ddp
 
 
-def _refuse_strangers(model: nn.Module, optimizer: Any, adapter: ModuleType) -> None:
+def _refuse_foreign_parameters(model: nn.Module, optimizer: Any, adapter: ModuleType) -> None:
     """Raise SettingsError if the optimizer updates parameters that the model lacks: their state would be lost."""
     if adapter is deepspeed:
         groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None) or []
     else:
         groups = [group["params"] for group in base_optimizer(optimizer).param_groups]
     known = {id(param) for param in model.parameters()}
-    strangers = [param for params in groups for param in params if id(param) not in known]
-    if strangers:
-        shape = tuple(getattr(strangers[0], "ds_shape", strangers[0].shape))
+    foreign = [param for params in groups for param in params if id(param) not in known]
+    if foreign:
+        shape = tuple(getattr(foreign[0], "ds_shape", foreign[0].shape))
         raise SettingsError(
-            f"the optimizer updates {len(strangers)} parameters that are not the model's, the first of shape {shape}; "
+            f"the optimizer updates {len(foreign)} parameters that are not the model's, the first of shape {shape}; "
             "give a model that holds all of them, or an optimizer of this model's parameters alone"
         )
 
 
-def _check(adapter: ModuleType, distributed_type: str) -> None:
+def _check_launched_engine(adapter: ModuleType, distributed_type: str) -> None:
     expected = {"DEEPSPEED": deepspeed, "FSDP": fsdp2}.get(distributed_type)
     if expected is not None and adapter is not expected:
         raise RuntimeError(

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-# Names for the modules in which classes of models and optimizers are defined. Classes are told by the names of their
-# modules, so that none of these libraries has to be installed.
+# What classes of models and optimizers belong to, by the modules that define them: to compare names, none of these
+# libraries has to be installed.
 _CLASSES = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.": "FSDP1 (FullyShardedDataParallel)",
     "torch.distributed.pipelining.": "pipeline parallelism (torch.distributed.pipelining)",
@@ -33,7 +33,7 @@ def refuse_unsupported(model: Any, optimizer: Any) -> None:
 
     Raises TypeError if the model is no `torch.nn.Module`.
     """
-    for made in (model, *_wrapped(optimizer)):
+    for made in (model, *wrapped(optimizer)):
         _refuse_class(type(made))
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__qualname__}")
@@ -48,13 +48,12 @@ def refuse_unsupported(model: Any, optimizer: Any) -> None:
             raise _error("tensor parallelism", f"parameter {name}, which is marked as split (tensor_model_parallel)")
         if several and not getattr(param, "allreduce", True):
             raise _error("expert parallelism", f"parameter {name}, which is marked as an expert's (allreduce = False)")
-    engine: Any = model
-    if type(model).__module__.startswith("deepspeed.") and getattr(engine, "mp_world_size", 1) > 1:
+    if type(model).__module__.startswith("deepspeed.") and getattr(model, "mp_world_size", 1) > 1:
         raise _error("model parallelism", "the DeepSpeed engine")
 
 
-def _wrapped(optimizer: Any) -> Iterator[Any]:
-    """Yield the optimizer and those inside it."""
+def wrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield the optimizer and those inside it, the outermost first."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)

@@ -1,4 +1,4 @@
-"""What the launchers are made of, and the names with which you train a model and data of your own.
+"""The parts of the launchers, and the names with which you train a model and data of your own.
 
 `Launcher` describes a training program and `Parts` what it builds, `Task` is what it trains on, `Engine` makes one
 update on DDP, ZeRO or FSDP2, and `train` is the loop.

@@ -1,7 +1,7 @@
-"""The locks of `torch.utils.cpp_extension`, with which DeepSpeed compiles its helpers, and what killed processes left.
+"""Locks of `torch.utils.cpp_extension`, with which DeepSpeed compiles its helpers, that killed processes left behind.
 
 torch's `FileBaton` makes an empty file and removes it when the build ends. Where the process is killed meanwhile, the
-file stays, and everyone who comes later waits for it for ever, in silence. (Inductor's locks are the system's, which
+file stays, and every later process waits for it for ever, in silence. (Inductor's locks are the system's, which
 end with their process; Triton has none.) The file says nothing about its owner, but the owner keeps it open.
 """
 
@@ -18,16 +18,16 @@ from torch.utils.file_baton import FileBaton
 
 from stacey_dist.errors import SettingsError
 
-# Where all who open a file are processes of this machine; what is not known may be shared with others.
+# File systems on which only processes of this machine can open a file; others may be shared by machines.
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs", "apfs"}
-_BUILT_BY_THEN_SECONDS = 1800.0
+_LONGEST_BUILD_SECONDS = 1800.0
 _JUST_MADE_SECONDS = 2.0
 _SAY_AFTER_SECONDS = 10.0
 _LOOK_EVERY_SECONDS = 2.0
 
 
-def look_after() -> None:
-    """Remove what killed processes have left in the extensions cache, and have later waits reported.
+def watch() -> None:
+    """Remove the locks that killed processes left, and make torch's later waits for a lock watch its owner.
 
     Each process calls it before it may compile.
     """
@@ -47,18 +47,14 @@ def _wait(baton: FileBaton) -> None:
         now = time.monotonic()
         if not said and now - since > _SAY_AFTER_SECONDS:
             said = True
-            print(f"waiting for {path}: {_who(path)} compiles there", file=sys.stderr, flush=True)
+            owner = next((f"process {number}" for number in _openers(path)), "a process that cannot be seen from here")
+            print(f"waiting for {path}: {owner} compiles there", file=sys.stderr, flush=True)
         if now > look_at:
             look_at = now + _LOOK_EVERY_SECONDS
             if _remove_if_left(path):
                 raise SettingsError(
                     f"{path}: the process that compiled there ended before it was done; start the same command again"
                 )
-
-
-def _who(path: Path) -> str:
-    owners = list(_openers(path))
-    return f"process {owners[0]}" if owners else "a process that cannot be seen from here"
 
 
 def _remove_if_left(path: Path) -> bool:
@@ -80,7 +76,7 @@ def _is_left(path: Path) -> bool:
     age = time.time() - path.stat().st_mtime
     if age < _JUST_MADE_SECONDS or any(True for _ in _openers(path)):
         return False
-    return _file_system(path) in _LOCAL or age > _BUILT_BY_THEN_SECONDS
+    return _file_system(path) in _LOCAL or age > _LONGEST_BUILD_SECONDS
 
 
 def _openers(path: Path) -> Iterator[int]:

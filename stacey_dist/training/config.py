@@ -149,7 +149,7 @@ class TrackingConfig:
 
 @dataclass
 class RunConfig:
-    """What a run of either launcher is set by; a subclass adds its model and its data."""
+    """The settings of a run of either launcher; a subclass adds those of its model and its data."""
 
     run_dir: NonEmptyPath = "runs/quickstart"
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
@@ -162,10 +162,10 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     samples: ClassVar[str] = "samples"
-    """What a sample is, as in "sequences"."""
+    """What samples are called, as in "sequences"."""
     changes_to_allow: ClassVar[tuple[str, ...]] = ()
-    """What makes it another run, and is refused on resuming unless `checkpoint.allow_changes` names it. The data
-    themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""
+    """Settings whose change makes it another run: resuming refuses it unless `checkpoint.allow_changes` names it. The
+    data themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""
 
     def validate(self) -> None:
         """Raise SettingsError for a value that is out of range, or for values that do not go together."""
@@ -181,13 +181,7 @@ class RunConfig:
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
         if self.train.epochs is None:
             check_warmup(self)
-        micro, whole = self.train.micro_batch_size, self.train.global_batch_size
-        check(
-            micro is None or whole % micro == 0,
-            "train.micro_batch_size",
-            micro,
-            f"it must divide train.global_batch_size = {whole}",
-        )
+        split_batch(self.train, processes=1)
 
     @property
     def weights_dtype(self) -> str:
@@ -201,7 +195,22 @@ class RunConfig:
 
 DATA_CHANGE = "data"
 SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")
-"""What makes it another run for every launcher."""
+"""The `changes_to_allow` of every launcher."""
+
+
+def split_batch(train: TrainConfig, processes: int) -> tuple[int, int]:
+    """Return the samples of an update and of a micro-batch on each of so many processes.
+
+    Raises SettingsError if the global batch does not divide over the processes, or their shares over micro-batches.
+    """
+    batch = train.global_batch_size
+    allowed = f"it must be a multiple of the number of processes, {processes}"
+    check(batch % processes == 0, "train.global_batch_size", batch, allowed)
+    share = batch // processes
+    micro_batch = train.micro_batch_size or share
+    allowed = f"it must divide train.global_batch_size / processes = {share}"
+    check(share % micro_batch == 0, "train.micro_batch_size", micro_batch, allowed)
+    return share, micro_batch
 
 
 def check_warmup(config: RunConfig) -> None:

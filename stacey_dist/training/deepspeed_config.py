@@ -1,4 +1,4 @@
-"""What a run's settings put into DeepSpeed's configuration, and what it may not say otherwise."""
+"""Put a run's settings into DeepSpeed's configuration, and refuse one that contradicts them."""
 
 from typing import Any
 

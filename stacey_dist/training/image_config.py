@@ -117,7 +117,7 @@ class ImageConfig(RunConfig):
     samples = "images"
     changes_to_allow = (
         *SHARED_CHANGES,
-        *(f"model.{name.name}" for name in fields(ImageModelConfig)),
+        *(f"model.{f.name}" for f in fields(ImageModelConfig)),
         *(f"data.{name}" for name in ("image_size", "crop", "min_scale", "flip", "mean", "std")),
         "train.label_smoothing",
     )

@@ -1,4 +1,4 @@
-"""How a process joins the others on the engine that `accelerate launch` was told to use."""
+"""Join the processes on the engine that `accelerate launch` was told to use."""
 
 import os
 import warnings
@@ -25,9 +25,9 @@ def requested_engine() -> str:
 
     Raises SettingsError for FSDP's first version.
     """
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
+    if launch_settings.flag("ACCELERATE_USE_DEEPSPEED"):
         return "deepspeed"
-    if _flag("ACCELERATE_USE_FSDP"):
+    if launch_settings.flag("ACCELERATE_USE_FSDP"):
         version = os.environ.get("FSDP_VERSION", "1")
         if version != "2":
             raise SettingsError(f"fsdp_version: {version} is not allowed in Accelerate's fsdp_config; it must be 2")
@@ -47,7 +47,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
     # torch 2.6 has no `check_available`.
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    on_cpu = _flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
+    on_cpu = launch_settings.flag("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
@@ -61,7 +61,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
     if requested == "deepspeed":
-        build_locks.look_after()
+        build_locks.watch()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
@@ -129,7 +129,3 @@ def describe_engine(accelerator: Accelerator) -> str:
     fsdp = "HSDP" if parallelism is not None and parallelism.dp_replicate_size > 1 else "FSDP2"
     names = {"fsdp2": fsdp, "ddp": "DDP", ZERO_REDUNDANCY: "DDP and ZeroRedundancyOptimizer"}
     return f" with {names[name]}" if name in names else ""
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told, through its files and options, and what of it is not allowed here.
+"""Check what `accelerate launch` was told through its files and options.
 
 Accelerate hands its configuration to the processes in environment variables. It checks little of it, and its errors
 and DeepSpeed's come as pages of traceback, some of them after hours of data preparation.
@@ -33,9 +33,9 @@ _ALLOWED: list[tuple[str, str, Collection[str]]] = [
     ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", _TRUTH),
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", "fsdp_cpu_ram_efficient_loading", _TRUTH),
     ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", _TRUTH),
-    ("ACCELERATE_USE_MEGATRON_LM", "megatron_lm_config", ("false", "0")),
 ]
-_OF_SETTINGS = (
+# Errors that a bad setting causes in Accelerate or DeepSpeed.
+_CONFIGURATION_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -47,8 +47,9 @@ _OF_SETTINGS = (
 )
 _PARALLEL = {"TP": "parallelism_config_tp_size", "CP": "parallelism_config_cp_size", "SP": "parallelism_config_sp_size"}
 
-# What changes how weights or gradients are stored, summed or applied, so that an update would no longer be the rule's.
-_NOT_OF_DEEPSPEED = (
+# DeepSpeed's settings that change how weights or gradients are stored, summed or applied, so that an update would no
+# longer be the rule's.
+_UNSUPPORTED_IN_DEEPSPEED = (
     "amp",
     "compression_training",
     "curriculum_learning",
@@ -68,22 +69,27 @@ _NOT_OF_DEEPSPEED = (
 )
 
 
+def flag(name: str) -> bool:
+    """Return whether an environment variable of Accelerate's says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
 def check_environment() -> None:
     """Raise SettingsError for a setting of Accelerate that is not allowed here, by its name in Accelerate's file."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    fsdp = flag("ACCELERATE_USE_FSDP")
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() not in ("false", "0"):
+        refuse("megatron_lm_config", "Megatron-LM", "leave it out")
     for variable, setting, allowed in _ALLOWED:
         value = os.environ.get(variable)
         relevant = fsdp or not variable.startswith("FSDP_")
         if value is not None and relevant and value.upper() not in {choice.upper() for choice in allowed}:
             choices = "true or false" if allowed is _TRUTH else " or ".join(allowed)
-            if setting == "megatron_lm_config":
-                refuse(setting, "Megatron-LM", "leave it out")
             refuse(setting, value, f"it must be {choices}")
     for name, setting in _PARALLEL.items():
         if os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") != "1":
             refuse(setting, os.environ[f"PARALLELISM_CONFIG_{name}_SIZE"], "it must be 1")
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes") and path != "none":
+    if flag("ACCELERATE_USE_DEEPSPEED") and path != "none":
         _check_json(Path(path))
 
 
@@ -103,7 +109,7 @@ def check_layer_classes(classes: Callable[[], Collection[str]]) -> None:
 
 def check_unsupported(config: dict[str, Any]) -> None:
     """Raise SettingsError for what DeepSpeed's configuration may not ask for here."""
-    for name in _NOT_OF_DEEPSPEED:
+    for name in _UNSUPPORTED_IN_DEEPSPEED:
         value: Any = config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -112,7 +118,7 @@ def check_unsupported(config: dict[str, Any]) -> None:
 
 
 def check_with_deepspeed(config: dict[str, Any]) -> None:
-    """Raise SettingsError for a configuration that DeepSpeed refuses, which it else does when the model is there."""
+    """Raise SettingsError for a configuration that DeepSpeed refuses; it would do so after the data are prepared."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     with one_line("the DeepSpeed configuration"):
@@ -120,7 +126,7 @@ def check_with_deepspeed(config: dict[str, Any]) -> None:
 
 
 def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without what Accelerate fills in later."""
+    """Return a copy without the settings that Accelerate fills in later."""
     return {
         name: _without_auto(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -142,7 +148,7 @@ def one_line(what: str) -> Iterator[None]:
     except SettingsError:
         raise
     except Exception as error:
-        of_settings = isinstance(error, _OF_SETTINGS) or type(error).__name__ == "DeepSpeedConfigError"
+        of_settings = isinstance(error, _CONFIGURATION_ERRORS) or type(error).__name__ == "DeepSpeedConfigError"
         if not of_settings or os.environ.get(TRACEBACK, "0") != "0":
             raise
         raise SettingsError(
@@ -191,7 +197,7 @@ def _short(value: Any) -> str:
 
 
 def _check_json(path: Path) -> None:
-    """Raise SettingsError for a JSON file with a key given twice, a number that is none, or what is not JSON."""
+    """Raise SettingsError for a file that is not JSON, gives a key twice, or holds NaN or infinity."""
     # JSON is YAML but for its tabs, which no text in it may hold: this finds keys that are given twice, with lines.
     settings = yaml_files.load(yaml_files.read_text(path).replace("\t", " "), str(path))
     try:

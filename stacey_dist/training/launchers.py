@@ -46,7 +46,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Job:
+class BuiltRun:
     """A run that is ready to train, as seen by one of its processes."""
 
     run: "Run[Any]"
@@ -96,7 +96,7 @@ class Launcher(Generic[C]):
         config.validate()
         return config
 
-    def build(self, config: C) -> Job:
+    def build(self, config: C) -> BuiltRun:
         """Join the processes and build the run: data, model, optimizer, task and engine.
 
         All processes call it together.
@@ -116,24 +116,24 @@ class Launcher(Generic[C]):
         by_owner = requested_engine() == ZERO_REDUNDANCY
         optimizer = build_optimizer(model, config.optimizer, config.seed, by_owner=by_owner)
         task = parts.task(run, data, model)
-        return Job(run, data, task, build_engine(run, model, optimizer))
+        return BuiltRun(run, data, task, build_engine(run, model, optimizer))
 
     def run(self, config: C) -> Path:
         """Train to the last update and export the model; returns the last checkpoint. Raises as `build` and `train`."""
         from stacey_dist.training.loop import train
 
-        job = self.build(config)
-        checkpoint = train(job.run, job.task, job.engine)
-        job.task.close()
+        built = self.build(config)
+        checkpoint = train(built.run, built.task, built.engine)
+        built.task.close()
         if finish := self.load_parts().finish:
-            job.run.report(finish(job.run, job.data, job.engine, checkpoint))
-        job.engine.close()
+            built.run.report(finish(built.run, built.data, built.engine, checkpoint))
+        built.engine.close()
         return checkpoint
 
     def main(self) -> None:
         """Train as the command line says.
 
-        An error that a user can mend is one line on standard error; the exit status is then 2 for bad settings or
+        An error that a user can fix is one line on standard error; the exit status is then 2 for bad settings or
         data, else 1.
         """
         with user_errors(self.program):

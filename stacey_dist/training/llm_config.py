@@ -88,7 +88,7 @@ class LLMConfig(RunConfig):
     samples = "sequences"
     changes_to_allow = (
         *SHARED_CHANGES,
-        *(f"model.{name.name}" for name in fields(ModelConfig) if name.name != "max_position_embeddings"),
+        *(f"model.{f.name}" for f in fields(ModelConfig) if f.name != "max_position_embeddings"),
         "data.sequence_length",
     )
 

@@ -1,4 +1,4 @@
-"""The line that shows how far a run is: in a log one for each row, on a terminal one that is written again."""
+"""Print how far a run is: in a log a line for each row, on a terminal one line that is overwritten."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the processes meet: as torch's env://, but apart from an earlier attempt of the same launch.
+"""Let the processes meet as with torch's env://, but apart from an earlier attempt of the same launch.
 
 Accelerate's launcher keeps one store over `--max_restarts`, and torch puts every attempt's keys into the same place
 (it expects a new store for each). A restarted process would find the addresses of processes that are dead, and take
@@ -17,7 +17,7 @@ ATTEMPT = "attempt://"
 
 
 def attempt() -> str:
-    """Which start with the same store this is: "0", "1" after a restart, and so on."""
+    """Return the number of restarts with the same store, as text."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return "0"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,4 +1,4 @@
-"""The rows of a run's metrics.jsonl: how they are read, and how they are written so that none is lost."""
+"""Read the rows of a run's metrics.jsonl, and write them so that none is lost."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file
 
 
 class RowFile:
@@ -34,9 +35,7 @@ class RowFile:
             shown = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
             self.say(f"warning: {self.path}: dropped {len(bad)} of its lines, which hold no row: line {shown}")
         kept = [line for line, row in lines if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(temporary, self.path)
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row. JSON has no NaN and no infinity: they become null."""

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import replace_file
 from stacey_dist.models.export_directory import check_output
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import RunConfig, check_warmup
+from stacey_dist.training.config import RunConfig, check_warmup, split_batch
 from stacey_dist.training.run_lock import acquire_run_lock
-from stacey_dist.training.value_types import check
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
@@ -32,8 +32,8 @@ class Run(Generic[C]):
         accelerator: Accelerate's view of the processes and the device.
 
     Raises:
-        SettingsError: the global batch does not divide over the processes; run_dir cannot be written, or another
-            process trains there; checkpoint.resume_from is no checkpoint.
+        SettingsError: the global batch does not divide over processes and micro-batches; run_dir cannot be written, or
+            another process trains there; checkpoint.resume_from is no checkpoint.
     """
 
     def __init__(self, config: C, accelerator: Accelerator) -> None:
@@ -42,28 +42,14 @@ class Run(Generic[C]):
         self.directory = Path(config.run_dir)
         self.tracker_ids: dict[str, str] = {}
         """The run's names in the trackers, under which a resumed run continues there."""
-        processes, batch = accelerator.num_processes, config.train.global_batch_size
-        check(
-            batch % processes == 0,
-            "train.global_batch_size",
-            batch,
-            f"it must be a multiple of the number of processes, {processes}",
-        )
-        self.process_batch_size = batch // processes
-        self.micro_batch_size = config.train.micro_batch_size or self.process_batch_size
-        check(
-            self.process_batch_size % self.micro_batch_size == 0,
-            "train.micro_batch_size",
-            self.micro_batch_size,
-            f"it must divide train.global_batch_size / processes = {self.process_batch_size}",
-        )
+        self.process_batch_size, self.micro_batch_size = split_batch(config.train, accelerator.num_processes)
         self.call_on_main(self._prepare_directory)
 
-    def _occupy_directory(self) -> None:
+    def _lock_directory(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = acquire_run_lock(self.directory)
-            # While it is open, no other directory gets its number.
+            # While it is open, no other directory gets its inode number, by which `directory_is_gone` knows it.
             self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise SettingsError(f"run_dir: {self.directory} cannot be written: {error}") from error
@@ -76,11 +62,11 @@ class Run(Generic[C]):
             return not os.path.samestat(os.stat(self.directory), os.fstat(self._descriptor))
         except (FileNotFoundError, NotADirectoryError):
             return True
-        except OSError:  # a file system that hiccups
+        except OSError:  # a file system that fails for a moment
             return False
 
     def recreate_directory(self) -> None:
-        """Make run_dir anew after it was renamed or removed, for a last checkpoint. All processes call it together.
+        """Make run_dir again after it was renamed or removed, for a last checkpoint. All processes call it together.
 
         Raises SettingsError if it cannot be written, or another process trains there by now.
         """
@@ -89,22 +75,22 @@ class Run(Generic[C]):
             "checkpoint, then the run stops"
         )
 
-        def occupy_again() -> None:
+        def lock_again() -> None:
             os.close(self._descriptor)
-            self._occupy_directory()
+            self._lock_directory()
 
-        self.call_on_main(occupy_again)
+        self.call_on_main(lock_again)
         self.write_config()
 
     def _prepare_directory(self) -> None:
-        self._occupy_directory()
-        try:  # it is written at the end, which is late to learn that it cannot be
+        self._lock_directory()
+        try:  # the export is written at the end of the run, too late to learn that it can't be
             check_output(self.directory / "model", unlisted=True)
         except SettingsError as error:
             raise SettingsError(f"run_dir: {error}") from error
         source = self.config.checkpoint.resume_from
         if source is not None and not find_checkpoints(self.directory / "checkpoints"):
-            try:  # what it holds is looked at later; that it is none is said before data are prepared
+            try:  # what it holds is checked when it is loaded; that it is a checkpoint, before data are prepared
                 read_manifest(Path(source))
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
@@ -120,11 +106,9 @@ class Run(Generic[C]):
             check_warmup(self.config)
 
     def write_config(self) -> None:
-        """Write config.yaml, once it is sure that the settings are this run's."""
+        """Write config.yaml. Called when the settings are known to be this run's."""
         if self.accelerator.is_main_process:
-            temporary = self.directory / ".config.yaml.tmp"
-            temporary.write_text(yaml_files.dump(to_dict(self.config)))
-            os.replace(temporary, self.directory / "config.yaml")
+            replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config)).encode())
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""
@@ -154,11 +138,11 @@ class Run(Generic[C]):
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on the main process and give its result (anything picklable) to all of them.
+        """Call `work` on the main process and return its result (anything picklable) on all of them.
 
-        The others wait without a time limit: the main process tells them every second that it is still at it, so
-        hours of preparation do not run into the process group's timeout. If `work` raises, the main process
-        raises that error and the others leave quietly.
+        The others wait without a time limit: the main process tells them every second that it still works, so hours of
+        preparation do not run into the process group's timeout. If `work` raises, the main process raises that error
+        and the others exit with status 2.
         """
         if self.accelerator.num_processes == 1:
             return work()

@@ -2,7 +2,7 @@
 
 A main thread that waits (for data, a collective, a lock, a compiler) does not come to the end of its update, and one
 that waits in C code does not even run Python's signal handlers. So a thread hears of every signal as well, through
-`signal.set_wakeup_fd`. It ends the process where the main thread has not gone on in time.
+`signal.set_wakeup_fd`. It ends the process if the main thread makes no progress in time.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""How a run starts: the processes join, and what the launch and the settings say is checked against each other."""
+"""Start a run: join the processes, and check the launch and the settings against each other."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the loop trains on: the interface of a task, which a program of your own implements."""
+"""The interface of a task, which the loop trains on and a program of your own implements."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol

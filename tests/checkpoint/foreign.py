@@ -10,7 +10,7 @@ SHAPES = {"a.weight": (3, 4), "a.bias": (4,), "b.weight": (5, 2)}
 
 
 def tensors():
-    """Weights and states by name; each element has a value of its own."""
+    """Return weights and states by name; each element has a value of its own."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape, dtype=torch.float32):
@@ -25,14 +25,14 @@ def tensors():
 
 
 def save_distributed(directory, content):
-    """What torch.distributed.checkpoint writes."""
+    """Save as torch.distributed.checkpoint does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save(content, storage_writer=FileSystemWriter(directory))
 
 
 def make_fsdp2(source):
-    """What Accelerate saves with FSDP2, with entries that are no tensors."""
+    """Save as Accelerate does with FSDP2, with entries that are no tensors."""
     weights, states = tensors()
     save_distributed(source / "pytorch_model_fsdp_0", {"model": weights})
     groups = [{"params": list(SHAPES), "lr": 0.1, "betas": (0.9, 0.99), "variant": "p2"}]
@@ -40,7 +40,7 @@ def make_fsdp2(source):
 
 
 def make_full_state(source):
-    """What Accelerate saves with FSDP2 in whole tensors, and with attributes of the state dict."""
+    """Save as Accelerate does with FSDP2 in whole tensors, and with attributes of the state dict."""
     weights, states = tensors()
     source.mkdir(parents=True)
     torch.save(weights, source / "pytorch_model_fsdp.bin")
@@ -48,7 +48,7 @@ def make_full_state(source):
 
 
 def make_zero1(source, ranks=2):
-    """What DeepSpeed saves with ZeRO-1 on two ranks."""
+    """Save as DeepSpeed does with ZeRO-1 on two ranks."""
     weights, states = tensors()
     (source / "step3").mkdir(parents=True)
     (source / "latest").write_text("step3")

@@ -18,7 +18,7 @@ from tests.test_docs import make_batches, tiny_llama
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run directory with checkpoints after 1 and 2 updates, and the model."""
+    """Return a run directory with checkpoints after 1 and 2 updates, and the model."""
     directory = tmp_path_factory.mktemp("run")
     model = tiny_llama()
     optimizer = Stacey(model.parameters(), lr=0.01)
@@ -82,7 +82,7 @@ def test_a_directory_of_checkpoints_is_none(run, tmp_path, capsys, command, belo
     with pytest.raises(SystemExit) as stopped:
         main(["checkpoint", command, *map(str, [path, *rest])])
     assert stopped.value.code == 2
-    assert f"{path} holds checkpoints and is none: name one that `list {path}` shows" in capsys.readouterr().err
+    assert f"{path} holds checkpoints; name one that `list {path}` shows" in capsys.readouterr().err
 
 
 def test_a_path_that_cannot_be_looked_at_is_one_line(capsys):

@@ -35,7 +35,7 @@ ODD = [
 
 @pytest.fixture(autouse=True)
 def nothing_runs(monkeypatch):
-    """What a file could have called."""
+    """Fail if a file calls anything."""
 
     def called(*arguments, **_):
         pytest.fail(f"called with {arguments}")
@@ -47,7 +47,7 @@ def nothing_runs(monkeypatch):
 
 
 def damaged(content, chance):
-    """Bytes with some of them changed, cut, repeated, or put elsewhere."""
+    """Return bytes with some of them changed, cut, repeated, or put elsewhere."""
     content = bytearray(content)
     for _ in range(chance.choice([1, 1, 2, 5])):
         place = chance.randrange(len(content) + 1)

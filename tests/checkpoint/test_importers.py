@@ -53,7 +53,7 @@ def test_what_others_saved_is_imported_to_the_bit(tmp_path, maker):
 
 
 def refused(tmp_path, capsys, source, message):
-    """The import ends with one line, and leaves nothing."""
+    """Assert that the import ends with one line, and leaves nothing."""
     assert main(["checkpoint", "import", str(source), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -77,7 +77,7 @@ def test_entries_that_are_no_tensors_are_never_unpickled(tmp_path):
 
 
 def code(marker):
-    """A file that torch.load runs, unless it is told not to."""
+    """Return a file that torch.load runs, unless it is told not to."""
     opened = io.BytesIO()
     torch.save(Runs(marker), opened)
     return opened.getvalue()
@@ -257,7 +257,7 @@ def archive(pickled, storages=(), compression=zipfile.ZIP_STORED):
 
 
 def rebuilt(size, stride, offset=0, dtype="FloatStorage", count=8, function=b"ctorch._utils\n_rebuild_tensor_v2\n"):
-    """A pickle of one tensor."""
+    """Return a pickle of one tensor."""
 
     def plain(value):
         return pickle.dumps(value, protocol=2)[2:-1]

@@ -42,7 +42,7 @@ IN_CI = {
 
 
 def world_sizes(pair):
-    """Every way from N to M in turn; one process has no engine but its own."""
+    """Return how many ranks a pair moves between, so that all ways occur; one process has no engine but its own."""
     before, after = divmod(5 * PAIRS.index(pair) % 16, 4)
     return tuple(1 if name == "single" else n + 1 for name, n in zip(pair, (before, after), strict=True))
 

@@ -38,7 +38,7 @@ LINES = {
 
 
 def records(file: Path) -> tuple[list[str], list[str]]:
-    """The texts and the messages of a file."""
+    """Return the texts and the messages of a file."""
     found = list(read_records(str(file), "text"))
     return (
         [record.text for record in found if isinstance(record, Document)],

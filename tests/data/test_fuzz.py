@@ -64,7 +64,7 @@ def json_lines(texts: list[str]) -> bytes:
 
 
 def documents_of_json_lines(content: bytes) -> tuple[list[str], int]:
-    """The documents and the number of bad lines, by other means than the reader's."""
+    """Return the documents and the number of bad lines, by other means than the reader's."""
     good, bad = [], 0
     for number, line in enumerate(io.BytesIO(content)):
         try:
@@ -98,7 +98,7 @@ def read(file: Path) -> tuple[list[str], list[str]]:
 
 
 def check_the_error(file: Path, has_bad: bool) -> None:
-    """By default the first bad record ends the preparation with one line."""
+    """Assert that by default the first bad record ends the preparation with one line."""
     message = None
     try:
         list(files_source([str(file)], [], "text").documents())

@@ -51,7 +51,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a folder in the current directory, with a decoy beside it."""
+    """Return the name of a folder in the current directory, with a decoy beside it."""
     monkeypatch.chdir(tmp_path)
     for file in FORMATS:
         write(tmp_path / request.param / file, "right")

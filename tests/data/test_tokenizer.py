@@ -161,7 +161,7 @@ def spelling(*tokens: str) -> list[str]:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As BERT's, but for the splitting at punctuation: its model has the special tokens among its words."""
+    """Return one as BERT's, but for the splitting at punctuation: its model has the special tokens among its words."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -176,7 +176,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5's: the model prefers its control pieces to everything else."""
+    """Return one as T5's: the model prefers its control pieces to everything else."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -198,7 +198,7 @@ def t5() -> Any:
 
 
 def whole_words() -> PreTrainedTokenizerFast:
-    """As Llama 3's, which takes a word of its vocabulary without merging; the end token is an ordinary added one."""
+    """Return one as Llama 3's, which takes a word of its vocabulary without merging; the end token is just added."""
     from tokenizers import AddedToken, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 

@@ -174,7 +174,7 @@ def toys(configs):
 
 @pytest.fixture(scope="module")
 def undisturbed(toys, tmp_path_factory):
-    """The directory of the small LLaMA's comparison."""
+    """Return the directory of the small LLaMA's comparison."""
     directory = tmp_path_factory.mktemp("llm")
     reproduce("llm", directory)
     return directory
@@ -186,7 +186,7 @@ def reproduce(name, out, *options, scale="toy"):
 
 
 def without_times(results):
-    """The results, but for what depends on the clock."""
+    """Return the results, but for what depends on the clock."""
     if isinstance(results, dict):
         return {name: without_times(v) for name, v in results.items() if name not in ("time_per_update", "versions")}
     return [without_times(value) for value in results] if isinstance(results, list) else results

@@ -19,14 +19,14 @@ from tests.test_docs import tiny_llama
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint."""
+    """Return a checkpoint."""
     model = tiny_llama()
     path = tmp_path_factory.mktemp("run") / "step_00000001"
     return save_checkpoint(path, model, Stacey(model.parameters()), {"step": 1, "model": describe_model(model)})
 
 
 def contents(directory):
-    """Every entry below a directory: its mode, and its bytes or where it leads."""
+    """Return every entry below a directory: its mode, and its bytes or where it leads."""
     return {
         str(path.relative_to(directory)): (
             path.lstat().st_mode,

@@ -14,7 +14,7 @@ CLASSES = [f"class {i}" for i in range(10)]
 
 
 def bottleneck_shapes(blocks):
-    """Weights of the convolutions and the classifier as He et al. (2016), table 1, describe ResNet-50 and deeper."""
+    """Return the weights' shapes as He et al. (2016), table 1, describe ResNet-50 and deeper."""
     shapes, channels = [(64, 3, 7, 7)], 64
     for stage, count in enumerate(blocks):
         inner, outer = 64 * 2**stage, 256 * 2**stage

@@ -22,7 +22,7 @@ from tests.test_docs import tiny_llama
 
 @pytest.fixture(autouse=True)
 def nobody_is_asked(monkeypatch):
-    """A question, a connection, and a kernel from a hub all end the test."""
+    """Fail at a question, a connection, or a kernel from a hub."""
 
     def refuse(*arguments, **_):
         pytest.fail(f"called with {arguments}")
@@ -43,7 +43,7 @@ def nobody_is_asked(monkeypatch):
 
 
 def write_model(directory, **changes):
-    """A model directory with code beside it that makes a file when it is imported."""
+    """Write a model directory with code beside it that makes a file when it is imported."""
     directory.mkdir()
     config = tiny_llama().config.to_dict() | changes
     (directory / "config.json").write_text(json.dumps(config))

@@ -4,7 +4,7 @@ import torch
 
 
 def make_problem(size=1237, steps=50, dtype=torch.float32, seed=0):
-    """A start and gradients of the size of ordinary weights; a few gradients are exactly zero."""
+    """Return a start and gradients of the size of ordinary weights; a few gradients are exactly zero."""
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(size, generator=generator) * 0.02
     gradients = torch.randn(steps, size, generator=generator)
@@ -14,7 +14,7 @@ def make_problem(size=1237, steps=50, dtype=torch.float32, seed=0):
 
 
 def run(optimizer_class, theta, gradients, lrs=None, **settings):
-    """The parameter and its state after a step for each gradient."""
+    """Return the parameter and its state after a step for each gradient."""
     param = torch.nn.Parameter(theta.clone())
     optimizer = optimizer_class([param], **settings)
     for index, g in enumerate(gradients):

@@ -16,7 +16,7 @@ def mirror(z, c, alpha, p):
 
 
 def stacey(theta, gradients, lrs, *, p, variant, alpha, tau, betas, eps, weight_decay, z_init):
-    """Algorithms 2, 3, 4. Returns (theta, z, m) after one step for each gradient and learning rate."""
+    """Return (theta, z, m) of algorithms 2, 3 or 4 after one step for each gradient and learning rate."""
     beta1, beta2 = betas
     z = theta.copy() if z_init == "params" else np.zeros_like(theta)
     m = np.zeros_like(theta)
@@ -30,7 +30,7 @@ def stacey(theta, gradients, lrs, *, p, variant, alpha, tau, betas, eps, weight_
 
 
 def lp_descent(theta, gradients, lrs, *, p, eps, weight_decay):
-    """Algorithm 1, with decoupled weight decay."""
+    """Return theta of algorithm 1, with decoupled weight decay."""
     for g, lr in zip(gradients, lrs, strict=True):
         theta = theta - lr * s(g, p, eps) - lr * weight_decay * theta
     return theta

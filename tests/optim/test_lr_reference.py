@@ -101,7 +101,7 @@ def test_mirror_steps_are_those_of_the_smaller_alpha(variant, share):
 
 
 def layer_groups(model, lr, decay):
-    """Groups as timm's `param_groups_layer_decay` makes them: each layer's lr is a share of the next one's."""
+    """Return groups as timm's `param_groups_layer_decay` makes them: each layer's lr is a share of the next one's."""
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     return [
         {"params": list(layer.parameters()), "lr": lr * decay ** (len(layers) - 1 - depth)}

@@ -15,7 +15,7 @@ GRADIENT = [0.25, -2.0, 0.0, 1.0, -0.5]
 
 
 def negated(values, dtype=torch.float32):
-    """A tensor of these values whose memory has the opposite signs."""
+    """Return a tensor of these values whose memory has the opposite signs."""
     tensor = torch.tensor(values, dtype=dtype).neg()._neg_view()
     assert tensor.is_neg()
     return tensor

@@ -81,7 +81,7 @@ def by_the_c_library(a, b, c):
 
 
 def hard_cases(count, generator):
-    """Products and sums whose exact value lies in the middle between two floats, just beside it, or near zero."""
+    """Return products and sums whose exact value lies midway between two floats, just beside that, or near zero."""
 
     def draw(low, high):
         return torch.randint(low, high, (count,), generator=generator)

@@ -15,7 +15,7 @@ STEPS = 4
 
 
 def make_model():
-    """Rows to shard over three ranks: 7 unevenly, 2 leave one rank without any; a frozen and a tied parameter."""
+    """Return a model for three ranks: 7 rows shard unevenly, 2 leave a rank without any; one is frozen, one tied."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(2, 2))
     model[2].weight = model[1].bias  # any tied pair: the optimizer sees one parameter

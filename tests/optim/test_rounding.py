@@ -14,13 +14,13 @@ from tests.optim.helpers import make_problem, run
 
 
 def halves(first, second, key):
-    """The two times 16 random bits of an element: z's, or a weight's, and m's."""
+    """Return the two times 16 random bits of an element: z's, or a weight's, and m's."""
     random = random_bits(first, second, key)
     return (random >> 16) & 0xFFFF, random & 0xFFFF
 
 
 def neighbours(value, dtype):
-    """The numbers of `dtype` at and around float32 `value`: (below in size, above in size)."""
+    """Return the numbers of `dtype` at and around float32 `value`: (below in size, above in size)."""
     drop = 16 if dtype == torch.bfloat16 else 13
     bits = value.view(torch.int32) & -(1 << drop)
     return bits.view(torch.float32), (bits + (1 << drop)).view(torch.float32)
@@ -148,7 +148,7 @@ def test_bfloat16_z_follows_float32_z_where_rounding_to_nearest_does_not(variant
     movement = z["exact"] - theta.double()
 
     def kept(name):
-        """The share of the true movement that z made: 1 if it follows without bias."""
+        """Return the share of the true movement that z made: 1 if it follows without bias."""
         return ((z[name] - theta.double()) @ movement / (movement @ movement)).item()
 
     assert kept("stochastic") == pytest.approx(1.0, abs=0.01)

@@ -20,7 +20,7 @@ FUSED = pytest.mark.parametrize("fused", [None, False])
 
 
 def made(optimizer_class, count, dtype=torch.float32, **settings):
-    """A model and its optimizer that says to have made `count` updates."""
+    """Return a model and its optimizer that says to have made `count` updates."""
     torch.manual_seed(0)
     model = nn.Linear(9, 5).to(dtype)
     optimizer = optimizer_class(model.parameters(), lr=1e-3, **settings)

@@ -339,7 +339,7 @@ def test_warm_up_from_zero_keeps_the_first_gradient():
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):
-    """A device mesh of this one process."""
+    """Return a device mesh of this one process."""
     store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield dist.init_device_mesh("cpu", (1,))
@@ -400,7 +400,7 @@ def test_chunks_and_memory_layout_change_nothing(make, monkeypatch):
 
 
 def peak_memory(work):
-    """The most bytes that tensors took at once while `work` ran, over what was there before."""
+    """Return the most bytes that tensors took at once while `work` ran, over what was there before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     held = highest = 0

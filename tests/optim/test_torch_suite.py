@@ -98,7 +98,7 @@ def errors(device, dtype):
 
 
 def info(optimizer_class, inputs, **fixed):
-    """An OptimizerInfo whose optimizers have the settings `fixed`."""
+    """Return an OptimizerInfo whose optimizers have the settings `fixed`."""
 
     def with_fixed(device, dtype=None):
         return [OptimizerInput(i.params, {**fixed, **i.kwargs}, i.desc) for i in inputs(device)]
@@ -126,13 +126,13 @@ EACH = pytest.mark.parametrize("info", OPTIM_DB.values(), ids=OPTIM_DB.keys())
 
 
 def made(info):
-    """The optimizer class with the settings of each input, which are new objects each time."""
+    """Yield the optimizer class with the settings of each input, which are new objects each time."""
     for optim_input in info.optim_inputs_func(device="cpu"):
         yield optim_input.desc, lambda params, i=optim_input: info.optim_cls(params, **copy.deepcopy(i.kwargs))
 
 
 def problem(seed=0, contiguous=True, scale=1.0, dtype=torch.float32):
-    """PyTorch's quadratic: weight (10, 5), bias (10,), and the closure's loss without the optimizer."""
+    """Return PyTorch's quadratic: weight (10, 5), bias (10,), and the closure's loss without the optimizer."""
     g = torch.Generator().manual_seed(seed)
     weight, bias, x = torch.randn(10, 5, 2, generator=g), torch.randn(10, 2, generator=g), torch.randn(5, generator=g)
     weight, bias = weight.to(dtype)[..., 0], bias.to(dtype)[..., 0]

@@ -19,7 +19,7 @@ VOCABULARY = 1013
 
 
 def launch_environment(name, processes):
-    """The variables that `accelerate launch` sets for a configuration of configs/accelerate."""
+    """Return the variables that `accelerate launch` sets for a configuration of configs/accelerate."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -80,7 +80,7 @@ class Collectives(TorchDispatchMode):
 
 
 def storage_bytes(tensors):
-    """Of the distinct storages of local tensors."""
+    """Return the bytes of the distinct storages of local tensors."""
     storages = {}
     for tensor in tensors:
         local = getattr(tensor, "_local_tensor", tensor)
@@ -91,7 +91,7 @@ def storage_bytes(tensors):
 
 
 def measure(engine, precision, tied, directory):
-    """Bytes of weights, gradients, masters and states on this process, by the names of the plan; communication."""
+    """Return bytes of weights, gradients, masters and states on this process, as the plan names them; communication."""
     from accelerate.state import AcceleratorState, GradientState
 
     from stacey_dist.checkpoint.snapshot import snapshot
@@ -138,7 +138,7 @@ def measure(engine, precision, tied, directory):
 
 
 def parts(made):
-    """Weights, gradients and masters after a backward pass."""
+    """Return weights, gradients and masters after a backward pass."""
     zero = getattr(made.model, "optimizer", None)
     parameters = list(made.model.parameters())
     if hasattr(zero, "fp16_partitioned_groups_flat"):
@@ -166,7 +166,7 @@ def parts(made):
 
 
 def measure_all(rank, cases, directory):
-    """`measure` for each (engine, precision, tied), one after another in one group of processes; for each rank."""
+    """Call `measure` for each (engine, precision, tied), in one group of processes; return all ranks' results."""
     found = {}
     before = dict(os.environ)
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -188,7 +188,7 @@ def launch_as(engine, precision, processes):
 
 
 def simulate(rank, processes, cases):
-    """For each case, elements and bytes of state that `rank` of so many processes has, on the launcher's engine.
+    """Return, for each case, the elements and bytes of state of `rank` of so many processes, on the launcher's engine.
 
     The other ranks are not there: torch's fake process group lets collectives return at once. It is joined once in a
     process. A case is (engine, configuration, vocabulary, whether to make an update); without an update the model is on

@@ -20,7 +20,7 @@ FROZEN = "model.layers.1.self_attn.k_proj.weight"
 
 
 def make(accelerator):
-    """A LLaMA with tied embeddings, a frozen matrix and two groups."""
+    """Return a LLaMA with tied embeddings, a frozen matrix and two groups."""
     model = tiny_llama(tie_word_embeddings=True)
     model.get_parameter(FROZEN).requires_grad_(False)
     plugin = accelerator.state.deepspeed_plugin

@@ -40,7 +40,7 @@ def _process(rank, function, world_size, directory, arguments):
 
 
 def outcome(function, *arguments):
-    """None if `function` returns on all ranks, else the first rank's traceback; the same on every rank."""
+    """Return None if `function` returns on all ranks, else the first rank's traceback; the same on every rank."""
     try:
         function(*arguments)
         mine = None

@@ -36,7 +36,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory in which a launch of the program has saved, and what it printed."""
+    """Return a directory in which a launch of the program has saved, and what it printed."""
 
     @functools.cache
     def run(name):

@@ -45,7 +45,7 @@ class Loss(nn.Module):
 
 
 def batch(step):
-    """Tokens with an order in them: each follows from the one before, one time in four at random."""
+    """Return tokens with an order in them: each follows from the one before, one time in four at random."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
     for i in range(1, LENGTH + 1):
@@ -56,7 +56,7 @@ def batch(step):
 
 @functools.cache
 def one_process(name, **changes):
-    """(weights at the start, weights at the end, losses) of one process on the whole batch."""
+    """Return (weights at the start, weights at the end, losses) of one process on the whole batch."""
     optimizer_class, settings = OPTIMIZERS[name]
     model = Loss()
     start = flat(dict(model.named_parameters()))

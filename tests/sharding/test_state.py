@@ -46,7 +46,7 @@ def assert_as_one_process(engine, trainer, steps):
 
 
 def take(engine, trainer, directory):
-    """The engine's own saving; returns what its loading needs besides files."""
+    """Save as the engine does; return what its loading needs besides files."""
     if trainer.is_deepspeed:
         trainer.model.save_checkpoint(directory)
         return None
@@ -66,7 +66,7 @@ def take(engine, trainer, directory):
 
 
 def put(engine, trainer, directory, taken):
-    """The engine's own loading."""
+    """Load as the engine does."""
     if trainer.is_deepspeed:
         path, _ = trainer.model.load_checkpoint(directory)
         assert path is not None
@@ -101,7 +101,7 @@ def check_own_save_and_load(engine, directory):
 
 
 def assert_computes_with(weights, trainer, model):
-    """The forward pass, on every rank, sees these weights."""
+    """Assert that the forward pass, on every rank, sees these weights."""
     inputs = gradients(99, model)
     expected = Awkward("scalar.weight" in weights)
     expected.load_state_dict(weights | {"tied.weight": weights["primes.weight"]})

@@ -21,7 +21,7 @@ ACCELERATE = Path(sys.executable).with_name("accelerate")
 
 
 def command(*arguments, processes=1, program="train_llm.py", engine=None, launch_options=()):
-    """The command line that a user would type."""
+    """Return the command line that a user would type."""
     config = (engine or ("cpu" if processes == 1 else "cpu_ddp")) + ".yaml"
     launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / "configs/accelerate" / config)]
     if processes > 1:
@@ -82,7 +82,7 @@ class Forked:
 
 @functools.cache
 def _launched_environment(engine):
-    """What `accelerate launch` sets for a process; asked once for all of pytest's processes."""
+    """Return what `accelerate launch` sets for a process; asked once for all of pytest's processes."""
     saved = Path(os.environ["SHARED_BY_WORKERS"]) / engine
     with open(f"{saved}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -102,7 +102,7 @@ def _port():
 
 @functools.cache
 def server():
-    """A multiprocessing context, whose processes have the imports done."""
+    """Return a multiprocessing context, whose processes have the imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.preload_imports"])
     return context

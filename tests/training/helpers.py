@@ -33,7 +33,7 @@ TINY = {
 
 
 def write_text(path, paragraphs=300):
-    """A plain-text corpus of made-up words with some order in it."""
+    """Write a plain-text corpus of made-up words with some order in it."""
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(2, 7))) for _ in range(200)]
     with open(path, "w") as file:
@@ -66,7 +66,7 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 def write_images(directory, training=50, validation=11):
-    """An ImageNet tree of three classes, told apart by a colour, with one size and another; all JPEGs."""
+    """Write an ImageNet tree of three classes, told apart by a colour, with one size and another; all JPEGs."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         for split, count in (("train", training), ("val", validation + label)):
@@ -139,7 +139,7 @@ def launch_and_signal(number, step, run_dir, *arguments):
 
 
 def launch_and_signal_everyone(number, step, run_dir, *arguments, processes, **how):
-    """As Slurm does it: the launcher and all processes get the signal at once. Returns what they printed."""
+    """Signal the launcher and all processes at once, as Slurm does; return what they printed."""
     with subprocess.Popen(
         command(*arguments, "--run_dir", run_dir, processes=processes, **how),
         env=environment(),
@@ -160,7 +160,7 @@ def launch_and_signal_everyone(number, step, run_dir, *arguments, processes, **h
 
 
 def rows(run_dir):
-    """The complete rows of metrics.jsonl."""
+    """Return the complete rows of metrics.jsonl."""
     path = Path(run_dir) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
@@ -171,7 +171,7 @@ def training_rows(run_dir):
 
 
 def checkpoint(run_dir, step):
-    """All tensors of a checkpoint by name."""
+    """Return all tensors of a checkpoint by name."""
     return read_tensors(Path(run_dir) / "checkpoints" / f"step_{step:08d}")
 
 

@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def owner(cache):
-    """A process that compiles: it holds the lock until it is killed."""
+    """Yield a process that compiles: it holds the lock until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", OWNER, lock_of(cache)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "compiling\n"
     yield process
@@ -51,12 +51,12 @@ def end(process):
 
 
 def test_a_lock_is_removed_when_its_owner_was_killed_and_not_before(cache, owner, capsys):
-    build_locks.look_after()
+    build_locks.watch()
     assert lock_of(cache).exists()
     assert capsys.readouterr().err == ""
     end(owner)
     assert lock_of(cache).exists()
-    build_locks.look_after()
+    build_locks.watch()
     assert not lock_of(cache).exists()
     assert f"{lock_of(cache)}: removed" in capsys.readouterr().err
     assert FileBaton(str(lock_of(cache))).try_acquire()
@@ -65,7 +65,7 @@ def test_a_lock_is_removed_when_its_owner_was_killed_and_not_before(cache, owner
 def test_a_wait_is_told_and_ends_with_the_owner(cache, owner, capsys, monkeypatch):
     monkeypatch.setattr(build_locks, "_SAY_AFTER_SECONDS", 0.2)
     monkeypatch.setattr(build_locks, "_LOOK_EVERY_SECONDS", 0.5)
-    build_locks.look_after()
+    build_locks.watch()
     looked = []
 
     def sleep(seconds, sleep=time.sleep):
@@ -82,7 +82,7 @@ def test_a_wait_is_told_and_ends_with_the_owner(cache, owner, capsys, monkeypatc
 
 
 def test_a_wait_ends_when_the_lock_is_given_back(cache):
-    build_locks.look_after()
+    build_locks.watch()
     baton = FileBaton(str(lock_of(cache)))
     assert baton.try_acquire()
     baton.release()
@@ -92,17 +92,17 @@ def test_a_wait_ends_when_the_lock_is_given_back(cache):
 def test_on_a_file_system_that_others_may_share_only_a_very_old_lock_is_removed(cache, monkeypatch):
     monkeypatch.setattr(build_locks, "_file_system", lambda path: "nfs4")
     lock_of(cache).touch()
-    build_locks.look_after()
+    build_locks.watch()
     assert lock_of(cache).exists()
     os.utime(lock_of(cache), (time.time() - 7200,) * 2)
-    build_locks.look_after()
+    build_locks.watch()
     assert not lock_of(cache).exists()
 
 
 def test_a_lock_that_was_just_made_stays(cache, monkeypatch):
     monkeypatch.setattr(build_locks, "_JUST_MADE_SECONDS", 2.0)
     lock_of(cache).touch()
-    build_locks.look_after()
+    build_locks.watch()
     assert lock_of(cache).exists()
 
 

@@ -70,7 +70,7 @@ def test_training_ends_with_the_name_of_a_process_that_is_lost(config, tmp_path,
 
 
 def beat(scenario, rank, processes, port, output, timeout):
-    """A process of a run without training."""
+    """Run a process of a run without training."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -78,7 +78,7 @@ def beat(scenario, rank, processes, port, output, timeout):
 
 
 def beat_together(scenario, processes=3, disturb=lambda started, stores: None, timeout=TIMEOUT):
-    """Exit statuses, and what was printed."""
+    """Return exit statuses, and what was printed."""
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))]
     with tempfile.NamedTemporaryFile("r") as output:
         arguments = (processes, stores[0].port, output.name, timeout)

@@ -49,7 +49,7 @@ def evaluations(run):
 
 @pytest.fixture(scope="module")
 def on(config, tmp_path_factory):
-    """The run directory of 20 updates on an engine."""
+    """Return the run directory of 20 updates on an engine."""
 
     @functools.cache
     def run(engine, processes, *arguments):
@@ -112,7 +112,7 @@ def test_a_resumed_run_has_the_same_weights_and_statistics(config, on, tmp_path,
 
 
 def evaluate_by_hand(model, directory):
-    """(loss, top-1, top-5) over the validation images, through Pillow, one at a time."""
+    """Return (loss, top-1, top-5) over the validation images, through Pillow, one at a time."""
     figures = []
     for label, name in enumerate(CLASSES):
         for path in sorted((directory / "images" / "val" / name).iterdir()):

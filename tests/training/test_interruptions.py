@@ -151,7 +151,7 @@ def test_checkpoints_by_the_clock_and_for_good(config, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB: `fill` leaves less space than a checkpoint needs, `free` undoes it."""
+    """Yield a file system of 3 MiB: `fill` leaves less space than a checkpoint needs, `free` undoes it."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     disk = tmp_path / "disk"

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """40 updates in one go: (directory, its config)."""
+    """Make 40 updates in one go; return (directory, its config)."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     config = write_config(directory)
     output = launch("--config", config, "--run_dir", directory / "run", through_accelerate=True)

@@ -68,7 +68,7 @@ def test_files_of_deepspeed(text, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", launch_settings._NOT_OF_DEEPSPEED)
+@pytest.mark.parametrize("name", launch_settings._UNSUPPORTED_IN_DEEPSPEED)
 def test_what_deepspeed_may_not_do(name):
     *sections, last = name.split(".")
     for value in (True, {"enabled": True}, {"topk_ratio": 0.1}):

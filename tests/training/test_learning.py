@@ -19,7 +19,7 @@ OPTIMIZERS = {
 
 
 def train(run_dir, *arguments):
-    """The held-out top-1 accuracy that a run ends with."""
+    """Return the held-out top-1 accuracy that a run ends with."""
     launch("--run_dir", run_dir, *arguments, program="train_imagenet.py")
     return [row["eval_top1"] for row in rows(run_dir) if "eval_top1" in row][-1]
 
@@ -33,7 +33,7 @@ def test_digits_are_learned(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
-    """The first 10 000 of CIFAR-10's training images and 2 000 of its test images."""
+    """Return the first 10 000 of CIFAR-10's training images and 2 000 of its test images."""
     source = os.environ.get("CIFAR10")
     if source is None:
         pytest.skip("the environment variable CIFAR10 names no directory with the hub's parquet files of CIFAR-10")

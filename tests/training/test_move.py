@@ -48,7 +48,7 @@ def run(configs, launcher, directory, engine, processes):
 
 
 def samples(directory, processes):
-    """Checksums of each update's samples, in the order of the processes that had them, by position."""
+    """Return checksums of each update's samples, in the order of the processes that had them, by position."""
     found = {}
     for rank in range(processes):
         for line in (directory / f"samples.{rank}").read_text().splitlines():
@@ -59,7 +59,7 @@ def samples(directory, processes):
 
 @pytest.fixture(scope="module")
 def stayed(configs, tmp_path_factory):
-    """The directory of a run of 20 updates on one engine."""
+    """Return the directory of a run of 20 updates on one engine."""
 
     @functools.cache
     def run_on(launcher, engine):

@@ -288,7 +288,7 @@ def test_a_full_disk_and_a_full_gpu_are_told_in_a_line(capsys):
 
 
 def agreed(rank):
-    """What processes agree on whose replicas have summed the norm in another order."""
+    """Return what processes agree on whose replicas have summed the norm in another order."""
     engine = object.__new__(Engine)
     engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"))
     norm = torch.tensor(1.0) if rank == 0 else torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))

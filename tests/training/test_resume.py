@@ -44,7 +44,7 @@ class Directory:
         return self.path / "checkpoints" / f"step_{step:08d}"
 
     def start(self, data=DATA, **changes):
-        """What a start of the run with these settings finds: (progress, the weights, the run)."""
+        """Start a run with these settings; return what it finds: (progress, the weights, the run)."""
         model = torch.nn.Linear(2, 3)
         torch.nn.init.zeros_(model.weight)
         config = changed(self.config, **changes)

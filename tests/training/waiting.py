@@ -32,7 +32,7 @@ def in_python():
 
 
 def in_c_code():
-    """A C function that no signal interrupts, while Python's other threads go on."""
+    """Wait in a C function that no signal interrupts, while Python's other threads run."""
     say()
     mutex = (ctypes.c_char * 64)()
     for _ in range(2):
@@ -40,7 +40,7 @@ def in_c_code():
 
 
 def in_a_lock():
-    """A lock that another process holds."""
+    """Wait for a lock that another process holds."""
     path = Path(os.environ["LOCK"])
     holder = subprocess.Popen(["flock", path, "sleep", "1000"])
     while subprocess.run(["flock", "-n", path, "true"]).returncode == 0:
@@ -52,7 +52,7 @@ def in_a_lock():
 
 
 def in_a_child():
-    """A compiler that does not end, and does not listen to SIGTERM."""
+    """Wait for a compiler that does not end, and does not listen to SIGTERM."""
     child = subprocess.Popen(["sh", "-c", "trap '' TERM INT; sleep 1000 & wait; sleep 1000"])
     os.write(1, f"child {child.pid}\n".encode())
     say()
@@ -66,7 +66,7 @@ def in_a_fifo():
 
 
 def in_a_collective():
-    """A collective that the other rank, which hangs elsewhere, does not come to."""
+    """Wait in a collective that the other rank, which hangs elsewhere, does not join."""
     if os.environ.get("RANK") == "1":
         in_c_code()
     say()

@@ -58,8 +58,8 @@ def import_checkpoint(
     try:
         directory = deepspeed.find(source)
         found = accelerate.read(source) if directory is None else deepspeed.read(directory)
-        weights, states = _named(source, found, parameters, groups)
-        _check(source, weights, states)
+        weights, states = _by_our_names(source, found, parameters, groups)
+        _check_tensors(source, weights, states)
         step = max(int(state["step"]) for state in states.values() if "step" in state)
         if not 0 <= step <= _LARGEST_STEP:
             raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
@@ -75,31 +75,31 @@ def import_checkpoint(
     return write(path, copies, known | (extra or {}))
 
 
-def _named(
+def _by_our_names(
     source: Path,
     found: Imported,
     parameters: Sequence[Sequence[str]] | None,
     groups: Sequence[Sequence[str]] | None,
 ) -> tuple[dict[str, Tensor], dict[str, _State]]:
     """Return weights and states by the names that our checkpoints have: a tied parameter's first name."""
-    first = {name: names[0] for names in parameters or [] for name in names}
-    weights = _renamed(source, found.weights, first)
-    for name in dict.fromkeys(first.values()):
+    first_names = {name: names[0] for names in parameters or [] for name in names}
+    weights = _canonical(source, found.weights, first_names)
+    for name in dict.fromkeys(first_names.values()):
         if name not in weights:
             raise ForeignCheckpointError(f"{source}: {name} is a parameter of the model, but not in the files")
     if found.groups is None:
-        return weights, _renamed(source, found.states, first)
+        return weights, _canonical(source, found.states, first_names)
     if parameters is None:
         raise ForeignCheckpointError(
             f"{source}: its optimizer's state has no names; say which model it is of, for the order of its parameters"
         )
     names = [names[0] for names in parameters]
-    return weights, _assigned(source, found.groups, _members(source, names, found.groups, groups), weights)
+    return weights, _states_by_name(source, found.groups, _members(source, names, found.groups, groups), weights)
 
 
-def _renamed(source: Path, values: dict[str, T], first: dict[str, str]) -> dict[str, T]:
-    """Return values by names without what wrappers add, and those of a tied parameter once."""
-    return {first.get(name, name): value for name, value in renamed(source, values, canonical_name).items()}
+def _canonical(source: Path, values: dict[str, T], first_names: dict[str, str]) -> dict[str, T]:
+    """Return values by names without what wrappers add, and those of a tied parameter once, by its first name."""
+    return {first_names.get(name, name): value for name, value in renamed(source, values, canonical_name).items()}
 
 
 def _members(
@@ -128,7 +128,7 @@ def _members(
     return members
 
 
-def _assigned(
+def _states_by_name(
     source: Path, groups: list[list[_State]], members: list[list[str]], weights: dict[str, Tensor]
 ) -> dict[str, _State]:
     """Return the states of groups by name: a group has its parameters in the model's order."""
@@ -150,7 +150,7 @@ def _assigned(
     return states
 
 
-def _check(source: Path, weights: dict[str, Tensor], states: dict[str, _State]) -> None:
+def _check_tensors(source: Path, weights: dict[str, Tensor], states: dict[str, _State]) -> None:
     """Raise ForeignCheckpointError if tensors are missing, or are of a kind or a size that is not imported."""
     if not any("step" in state for state in states.values()):
         raise ForeignCheckpointError(f"{source}: there is no optimizer state with a step in it")

@@ -1,4 +1,4 @@
-"""What `Accelerator.save_state` makes on one process, DDP and FSDP2."""
+"""Read what `Accelerator.save_state` makes on one process, DDP and FSDP2."""
 
 from pathlib import Path
 

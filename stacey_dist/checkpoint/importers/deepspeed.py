@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints, of ZeRO-1, 2 and 3."""
+"""Read DeepSpeed's checkpoints, of ZeRO-1, 2 and 3."""
 
 import math
 import re

@@ -101,8 +101,8 @@ def _describe(metadata: Any) -> dict[str, _Described]:
         places[name, offset] = _fields(place, _PLACE)
     described = {}
     for name, entry in _pairs(fields.get("state_dict_metadata")):
+        name = _name(name)
         if type(entry) is _BYTES:
-            _name(name)
             continue
         tensor = _fields(entry, _TENSOR)
         properties = tensor.get("properties")
@@ -111,8 +111,8 @@ def _describe(metadata: Any) -> dict[str, _Described]:
         size, dtype, chunks = _sizes(tensor.get("size")), properties.state[0], tensor.get("chunks")
         if type(dtype) is not torch.dtype or type(chunks) is not list:
             raise ValueError(f"{name!a}: a tensor has no dtype or no pieces")
-        pieces = [_piece(_name(name), _fields(chunk, _CHUNK), size, places) for chunk in chunks]
-        described[_name(name)] = _Described(size, dtype, pieces)
+        pieces = [_piece(name, _fields(chunk, _CHUNK), size, places) for chunk in chunks]
+        described[name] = _Described(size, dtype, pieces)
     return described
 
 

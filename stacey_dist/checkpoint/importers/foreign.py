@@ -1,4 +1,4 @@
-"""What importers have in common: what they return, and how they read files."""
+"""Code that the importers share: what they return, and how they read files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

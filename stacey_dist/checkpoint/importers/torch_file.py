@@ -112,7 +112,7 @@ def _tensor_v2(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Te
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, size: Any, stride: Any, _requires_grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     if type(storage) is not Tensor or storage.dtype != torch.uint8 or type(dtype) is not torch.dtype:
         raise ValueError("a tensor is made of something that is no storage")

@@ -13,6 +13,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from stacey_dist.data.text import one_line
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is decoded, by content, whatever a file's name says. Pillow knows many more: for EPS it starts Ghostscript."""
 
@@ -59,7 +61,7 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     except Exception as error:
         # Pillow's message for what is no image names the buffer by its address.
         unknown = not data or "cannot identify image file" in str(error)
-        reason = f"none of the formats {', '.join(FORMATS)} in {len(data)} bytes" if unknown else _first_line(error)
+        reason = f"none of the formats {', '.join(FORMATS)} in {len(data)} bytes" if unknown else one_line(error)
         raise BrokenImageError(reason) from error
 
 
@@ -91,7 +93,3 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
     kind = "floats" if image.mode == "F" else "32-bit integers"
     known = "0 to 1 and 0 to 255 are" if image.mode == "F" else "0 to 255 is"
     raise BrokenImageError(f"{kind} from {low:g} to {high:g}: only {known} known to go from black to white")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

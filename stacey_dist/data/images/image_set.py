@@ -1,4 +1,4 @@
-"""What a set of labelled images is to training: images by number, labels, class names, an identity."""
+"""The interface of a set of labelled images: images by number, labels, class names, an identity."""
 
 import errno
 import hashlib

@@ -100,7 +100,7 @@ class ImageLoader:
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
         """Yield this process's batches of the update whose first image is at global position ``position``.
 
-        The batches that follow are prepared meanwhile. Another position than the next begins anew there.
+        The batches that follow are prepared meanwhile. At any position but the next, the workers are restarted.
 
         Raises:
             InputError: 1000 images in a row, or all, are broken; a file has gone; a worker died, or gave no batch in

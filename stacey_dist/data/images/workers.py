@@ -38,11 +38,6 @@ _STOP_SECONDS = 10.0
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-def never() -> bool:
-    """Return False: nobody asks this process to stop."""
-    return False
-
-
 @dataclass(frozen=True)
 class Workers:
     """How many processes prepare batches, and how they are waited for.
@@ -62,7 +57,7 @@ class Workers:
     prefetch: int = 2
     pin_memory: bool = False
     timeout: float = 300.0
-    stopping: Callable[[], bool] = never
+    stopping: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.count < 0:

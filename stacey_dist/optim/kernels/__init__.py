@@ -1,7 +1,7 @@
 """Translations of the rule that take one pass over memory: C++ for CPUs, Triton for GPUs.
 
-Each gives the bits of the plain rule (`rule.py`, `power.py`, `rounding.py`). A kernel here is what `Kernel` says; which
-one a device has, or why it has none, is what `find` answers.
+Each gives the bits of the plain rule (`rule.py`, `power.py`, `rounding.py`). `Kernel` is their interface; `find`
+returns the one for a device.
 """
 
 import importlib
@@ -38,15 +38,15 @@ class Call:
     stochastic: bool
     seed: int
     grad_scale: Tensor | None = None
-    """By whose reciprocal, rounded to float32, gradients are multiplied first."""
+    """Gradients are first multiplied by its reciprocal, rounded to float32."""
     capturable: bool = False
     """The step counts lie on the device, and so do `lr` and `found_inf`; the host must not wait for any of them."""
     lr: Tensor | None = None
     """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
     lr_reference: float | None = None
-    """With `lr`: what `settings.alpha` and `settings.tau` follow it from, as in `following.py`."""
+    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `following.py`."""
     found_inf: Tensor | None = None
-    """If it is not 0 nothing is to change, for a kernel that is `capturable`."""
+    """For a kernel that is `capturable`: nothing changes unless it is 0."""
 
 
 class Kernel(Protocol):
@@ -56,7 +56,7 @@ class Kernel(Protocol):
     """For people, as in "C++ for AVX-512"."""
 
     def __call__(self, rows: list[Row], call: Call) -> None:
-        """Update the rows in place and count their steps up. Their dtypes are alike, and `refusal` had nothing."""
+        """Update the rows in place and count their steps up. They are all of one `kind`."""
         ...
 
 
@@ -85,7 +85,7 @@ def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
         shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in row[:4])
         raise ValueError(f"a parameter, its gradient, z and m must have one shape and device, and are {shapes}")
     found = (device, weight.dtype, gradient.dtype, z.dtype)
-    # In the order of how often it settles the matter: this is done for each parameter in each step.
+    # What nearly all rows pass, without a `refusal`, which is slower: this runs for each parameter in each step.
     if (
         weight.is_contiguous()
         and gradient.is_contiguous()
@@ -100,7 +100,7 @@ def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
 
 
 def refusal(tensors: Sequence[Tensor]) -> str | None:
-    """Why a kernel can't take a parameter's tensors, the parameter first; None if it can."""
+    """Return why a kernel can't take a parameter's tensors, the parameter first; None if it can."""
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"

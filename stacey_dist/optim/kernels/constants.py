@@ -1,9 +1,9 @@
-"""The numbers that a kernel needs of the settings, worked out once, as the plain rule has them."""
+"""Compute the numbers that a kernel takes from the settings, as the plain rule has them."""
 
 import math
 
 from stacey_dist.optim.power import split
-from stacey_dist.optim.rule import StaceySettings, log2_in_parts
+from stacey_dist.optim.rule import StaceySettings, log2_in_parts, steepest_exponent
 
 VARIANTS = ("p2", "pp", "2p")
 # |x|^0, |x|^(1/2), |x|^1, and |x|^exponent, as in power.power
@@ -19,13 +19,13 @@ FLOATS = (
 
 
 def power_kind(s: StaceySettings) -> int:
-    """Which road |c|^((p-2)/(p-1)) takes."""
-    return {0.0: ONE, 0.5: ROOT, 1.0: SAME}.get(_exponent(s), GENERAL)
+    """Return how |c|^((p-2)/(p-1)) is computed: `ONE`, `ROOT`, `SAME` or `GENERAL`."""
+    return {0.0: ONE, 0.5: ROOT, 1.0: SAME}.get(steepest_exponent(s.p), GENERAL)
 
 
 def float_constants(s: StaceySettings) -> dict[str, float]:
     """Return the values of `FLOATS`, which the kernels round to float32, as torch does beside a float32 tensor."""
-    exponent = _exponent(s)
+    exponent = steepest_exponent(s.p)
     inner = s.p - 1.0 if math.isfinite(s.p) else 1.0
     root = 1.0 / inner
     highs_and_lows = [split(value) for value in (exponent, inner, root)]
@@ -45,7 +45,3 @@ def float_constants(s: StaceySettings) -> dict[str, float]:
         *(s.log2_alpha or log2_in_parts(s.alpha)),
     )
     return dict(zip(FLOATS, values, strict=True))
-
-
-def _exponent(s: StaceySettings) -> float:
-    return 1.0 if s.p == math.inf else (s.p - 2.0) / (s.p - 1.0)

@@ -1,4 +1,4 @@
-"""Calls cpu.cpp, compiled at installation for each instruction set of the processor family (setup.py)."""
+"""Call cpu.cpp, compiled at installation for each instruction set of the processor family (setup.py)."""
 
 import array
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import FLOATS, VARIANTS, float_constants, power_kind
 
-# What torch.backends.cpu.get_cpu_capability() calls them, and what a person does. torch's AVX2 includes FMA3.
+# By torch.backends.cpu.get_cpu_capability(): the library's name and the one for people. torch's AVX2 includes FMA3.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "AVX-512"), "AVX2": ("avx2", "AVX2")}
 PORTABLE = ("portable", "any processor")
 
@@ -36,7 +36,7 @@ class CpuKernel:
     """cpu.cpp for one instruction set.
 
     Args:
-        instruction_set: the part of the library's name that says it.
+        instruction_set: as in the library's name.
         name: for people.
 
     Raises NoKernelError: the library is not there, or can't be loaded.
@@ -81,15 +81,15 @@ def _find(name: str) -> Callable[..., Any]:
     directories = [here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)]
     files = [path / f"{name}.so" for path in directories]
     digest = hashlib.sha256((here / "cpu.cpp").read_bytes()).hexdigest()
-    others = None
+    outdated = None
     for file in files:
         if file.exists():
             library = _load(file)
             if library.stacey_source() == digest.encode():
                 return library.stacey_step
-            others = file
-    if others is not None:
-        raise NoKernelError(f"{others} was compiled from another version's source; install stacey_dist again")
+            outdated = file
+    if outdated is not None:
+        raise NoKernelError(f"{outdated} was compiled from another version's source; install stacey_dist again")
     raise NoKernelError(
         f"the C++ kernel ({name.removeprefix('_cpu_')}) was not compiled at installation; install a C++ compiler with "
         "OpenMP (gcc), then stacey_dist again"

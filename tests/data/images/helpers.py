@@ -13,7 +13,7 @@ from stacey_dist.data.images import ArrayImages, BrokenImageError, ImageSet, rea
 
 
 def picture(height: int = 60, width: int = 80, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth colours, edges and some noise, uint8 of shape (height, width, 3)."""
+    """Return smooth colours, edges and some noise, uint8 of shape (height, width, 3)."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(2, height // 12), max(2, width // 12), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -28,12 +28,12 @@ def encoded(pixels: NDArray[Any], format: str = "JPEG", mode: str = "RGB", **opt
 
 
 def pillow(data: bytes) -> NDArray[np.uint8]:
-    """What the usual loader gives."""
+    """Return what the usual loader gives."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def numbered(count: int, side: int = 8) -> ArrayImages:
-    """Image i of class i % 3 has the number i in every pixel's channels: i % 256, i // 256, 0."""
+    """Return images; number i, of class i % 3, has i % 256, i // 256 and 0 in every pixel's channels."""
     i = np.arange(count)
     colours = np.stack([i % 256, i // 256, np.zeros_like(i)], axis=1).astype(np.uint8)
     return ArrayImages(np.tile(colours[:, None, None], (1, side, side, 1)), i % 3, ["a", "b", "c"])
@@ -58,7 +58,7 @@ class KnownBroken(ArrayImages):
 
 
 def image_tree(root: Path, splits: tuple[str, ...] = ("train", "val"), per_class: int = 2) -> Path:
-    """A layout as ImageNet's: classes n01 and n02."""
+    """Write a layout as ImageNet's: classes n01 and n02."""
     for number, split in enumerate(splits):
         for place, name in enumerate(("n01", "n02")):
             folder = root / split / name
@@ -70,7 +70,7 @@ def image_tree(root: Path, splits: tuple[str, ...] = ("train", "val"), per_class
 
 
 def same(images: ImageSet) -> ImageSet:
-    """What a worker that is not forked gets."""
+    """Return a set as a worker that is not forked gets it, which must be the same."""
     copy: ImageSet = pickle.loads(pickle.dumps(images))
     assert copy.classes == images.classes
     assert np.array_equal(copy.labels, images.labels)

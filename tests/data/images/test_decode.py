@@ -116,7 +116,7 @@ def test_any_jpeg_as_pillow(height: int, width: int, **options: Any) -> None:
 
 
 def agrees_with_pillow(data: bytes) -> bool:
-    """Whether both read it; where both do, with equal pixels."""
+    """Return whether both read it, if with equal pixels."""
     try:
         expected = pillow(data)
     except Exception:
@@ -186,7 +186,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(
 
 
 def others() -> dict[str, bytes]:
-    """An image in every other format that Pillow writes, and PostScript in the forms that it knows."""
+    """Return an image in every other format that Pillow writes, and PostScript in the forms that it knows."""
     Image.init()
     found = {
         "EPS": POSTSCRIPT,
