@@ -11,10 +11,8 @@ import functools
 import itertools
 import json
 import math
-import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -25,7 +23,6 @@ import torch
 import torch.distributed as dist
 from measure import show
 from scale_data import image_starts, parts, preparing
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint.collectives import rank0_call
@@ -34,8 +31,6 @@ from stacey_dist.checkpoint.shard import Range, _header, shard_name
 from stacey_dist.checkpoint.shares import _MODULUS, Ledger, Share, _hash
 from stacey_dist.checkpoint.write import _finish
 from stacey_dist.files import parse_json
-from stacey_dist.training.heartbeat import Heartbeat
-from stacey_dist.training.open_files import raise_limits
 
 MANY = (1024, 2048, 4096)
 Kinds = dict[str, tuple[tuple[int, ...], str]]
@@ -185,67 +180,7 @@ def headers() -> None:
     show("Headers of the processes' files", head, *rows)
 
 
-class _NoThread(threading.Thread):
-    def start(self) -> None:
-        """Do nothing: the rounds of many processes are made in turn."""
-
-
-def _beat(ranks: range, processes: int, port: int, all_wait: Any, rounds: int) -> None:
-    threading.Thread = _NoThread  # type: ignore[misc]
-    beating = [Heartbeat(rank, processes, 120.0, ("127.0.0.1", port)) for rank in ranks]
-    all_wait()
-    all_wait()
-    for _ in range(rounds):
-        for own in beating:
-            own._round(0.0)
-    all_wait()
-    time.sleep(3600)
-
-
-def heartbeats() -> None:
-    """What the store costs the process that keeps it, which is this one: a second of so many processes' beats."""
-    rows, context, rounds, parts = [], get_context("fork"), 3, 16
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # no group of gloo is counted
-    raise_limits(max(MANY), heartbeat=True)
-    for count in MANY:
-        own, all_wait = len(os.listdir("/proc/self/fd")), context.Barrier(parts + 1).wait
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        arguments = count, store.port, all_wait, rounds
-        clients = [context.Process(target=_beat, args=(range(i, count, parts), *arguments)) for i in range(parts)]
-        for client in clients:
-            client.start()
-        all_wait()
-        open_files, begin = len(os.listdir("/proc/self/fd")) - own, time.process_time()
-        all_wait()
-        all_wait()
-        rows.append((count, open_files, (time.process_time() - begin) / rounds))
-        for client in clients:
-            client.kill()
-            client.join()
-        del store
-    show("Heartbeats", ("processes", "open files of the store", "its s of processor a second"), *rows)
-
-
-def _connect(rank: int) -> int:
-    before = len(os.listdir("/proc/self/fd"))
-    group = dist.new_group(backend="gloo")
-    total = torch.ones(1)
-    dist.all_reduce(total, group=group)
-    rank0_call(lambda: "a result", group)
-    return len(os.listdir("/proc/self/fd")) - before
-
-
-def connections() -> None:
-    """What a group of gloo opens in a process."""
-    counts, found = (4, 8, 16), {}
-    for lazy in ("0", "1"):
-        os.environ["TORCH_GLOO_LAZY_INIT"] = lazy
-        found[lazy] = [in_processes(_connect, count) for count in counts]
-    head = ("processes", "open files of a group of gloo", "with TORCH_GLOO_LAZY_INIT=1")
-    show("Connections", head, *zip(counts, found["0"], found["1"], strict=True))
-
-
-TABLES = (resume, saving, headers, heartbeats, connections, parts, preparing, image_starts)
+TABLES = (resume, saving, headers, parts, preparing, image_starts)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -38,14 +38,16 @@ class BareLoop:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
 
-    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> float:
-        logits = self.model(input_ids=inputs).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor, precision: str = "no") -> torch.Tensor:
+        """An update, whose loss stays on the device."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = self.model(input_ids=inputs).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
 
 class InTurns(llm.LanguageModeling):
@@ -66,7 +68,7 @@ class InTurns(llm.LanguageModeling):
         if position:
             self.launcher_seconds.append(begin - self.since)
         batch = self.batches[position // self.batch_size]
-        self.bare.step(batch.inputs, batch.labels)
+        self.bare.step(batch.inputs, batch.labels).item()
         self.since = time.perf_counter()
         self.bare_seconds.append(self.since - begin)
         return super().micro_batches(position)

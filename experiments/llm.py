@@ -48,8 +48,8 @@ EXPERIMENT = Experiment(
     "figures 4, 5, 11 to 13: LLaMA with every optimizer of the paper",
     {
         "cpu": Scale("0.9 M parameters, 600 updates, 8 runs to tune each; 80 minutes, two cores", 3, {"size": _SMALL}),
-        "gpu": Scale("100 M parameters, 5 000 updates, 8 runs to tune each; days on one GPU", 3, {"size": LARGE}),
-        "paper": Scale("the same on C4, the paper's settings, nothing tuned; a day on one GPU", 2, {"size": _PAPER}),
+        "gpu": Scale("100 M parameters, 5 000 updates, 8 runs to tune each; hours on one GPU", 3, {"size": LARGE}),
+        "paper": Scale("the same on C4, the paper's settings, nothing tuned; an hour on one GPU", 2, {"size": _PAPER}),
     },
     partial(compare, TASK),
     trains=True,

@@ -17,7 +17,8 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -37,6 +38,11 @@ SETTINGS = dict(lr=1e-2, alpha=1e-2, tau=1e-3, betas=(0.9, 0.99), eps=1e-8, weig
 VARIANTS = (("p2", 2.8), ("p2", 3.0), ("pp", 2.8), ("2p", 2.8), ("p2", 30.0), ("pp", 30.0))
 
 
+PRELOADED = [__name__, "torch._dynamo"]
+"""What the processes have imported: no memory of an optimizer and no thread is in it. torch imports the second as an
+optimizer is made."""
+
+
 @dataclass(frozen=True)
 class Rival:
     """An optimizer that is measured."""
@@ -54,6 +60,10 @@ class Pair:
     peer: list[float]
     extra_bytes: int
     """Memory that the rival's step takes, at most, and gives back."""
+    host: float
+    """Seconds after which the rival's step returns to its caller: on a GPU that works on, how long the host is busy."""
+    launches: int | None
+    """Kernels that the rival's step starts on a GPU."""
 
     @property
     def ratio(self) -> float:
@@ -75,7 +85,9 @@ CASES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 """One tensor of 32 M elements; a real list of parameters; many tensors that are over before they have begun."""
 
 
-def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> dict[str, Any]:
+def run(
+    case: str, device: str, rounds: int, slow: bool, processes: int = 3, names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Measure a case; returns the machine and a row for each rival.
 
     Args:
@@ -84,21 +96,22 @@ def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> 
         rounds: how often each of a pair steps in a process.
         slow: with the plain rule and the compiled one too.
         processes: how many measure each pair, one after the other.
+        names: which rivals; all of them if there are none.
     """
     shapes = CASES[case]()
     count = sum(math.prod(shape) for shape in shapes)
     pairs: dict[str, list[Pair]] = {}
-    for name in rivals(slow):
+    for name in names or rivals(slow):
         if name == PEER:
             continue
         for process in range(processes):
-            pair = _in_a_process(measure_pair, name, shapes, device, rounds, process % 2 == 0)
+            pair = in_a_process(measure_pair, name, shapes, device, rounds, process % 2 == 0)
             if pair is None:  # not installed here
                 break
             pairs.setdefault(name, []).append(pair)
-    copy_seconds = _in_a_process(measure_copy, min(count, 1 << 27), device, rounds)
+    copy_seconds = in_a_process(measure_copy, min(count, 1 << 27), device, rounds)
     bandwidth = 8 * min(count, 1 << 27) / copy_seconds
-    peers = [Pair(pair.peer, pair.peer, 0) for found in pairs.values() for pair in found]
+    peers = [Pair(pair.peer, pair.peer, 0, math.nan, None) for found in pairs.values() for pair in found]
     rows = [
         {"optimizer": name, **_figures(found, count, rivals(slow)[name].bytes_per_element, bandwidth)}
         for name, found in {PEER: peers, **pairs}.items()
@@ -107,13 +120,13 @@ def run(case: str, device: str, rounds: int, slow: bool, processes: int = 3) -> 
             "processes": processes, "copy_gigabytes_per_second": bandwidth / 1e9, "rows": rows}  # fmt: skip
 
 
-def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of this module in a process of its own; return what it returns."""
-    context = multiprocessing.get_context("forkserver")
-    # Imports, but no memory of an optimizer and no thread. torch imports the second as an optimizer is made.
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a process of its own; return what it returns."""
+    # Where CUDA was started, as an import may do, a fork cannot use it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measure_pair(
@@ -133,6 +146,8 @@ def measure_pair(
     try:
         steps = {"rival": made(name), "peer": made(PEER)}
     except (ImportError, RuntimeError):
+        if name.startswith("Stacey"):
+            raise
         return None
     for step in steps.values():
         step()
@@ -143,7 +158,10 @@ def measure_pair(
         order = ("rival", "peer") if (number % 2 == 0) == rival_is_first else ("peer", "rival")
         for one in order:
             seconds[one].append(_timed(steps[one], device))
-    return Pair(seconds["rival"], seconds["peer"], extra_bytes)
+    if device != "cuda":
+        return Pair(seconds["rival"], seconds["peer"], extra_bytes, statistics.median(seconds["rival"]), None)
+    host = statistics.median(_timed(steps["rival"], device, wait=False) for _ in range(rounds))
+    return Pair(seconds["rival"], seconds["peer"], extra_bytes, host, _launches(steps["rival"]))
 
 
 def measure_copy(count: int, device: str, rounds: int) -> float:
@@ -153,7 +171,7 @@ def measure_copy(count: int, device: str, rounds: int) -> float:
     return statistics.median(_timed(lambda: copied.copy_(source), device) for _ in range(rounds))
 
 
-def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: float) -> dict[str, float]:
+def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: float) -> dict[str, float | None]:
     def nanoseconds(seconds: float) -> float:
         return seconds / count * 1e9
 
@@ -171,6 +189,8 @@ def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: f
         "gigabytes_per_second": bytes_per_element / median,
         "share_of_copy": bytes_per_element / median * 1e9 / bandwidth,
         "extra_mebibytes": max(pair.extra_bytes for pair in pairs) / 2**20,
+        "host_microseconds": statistics.median(pair.host for pair in pairs) * 1e6,
+        "launches": pairs[0].launches,
     }
 
 
@@ -232,12 +252,23 @@ class Compiled:
             self.update(*part, key)
 
 
-def _timed(work: Callable[[], object], device: str) -> float:
+def _timed(work: Callable[[], object], device: str, wait: bool = True) -> float:
+    """Return the seconds of some work; with `wait`, until the device has finished it."""
     _finish(device)
     begin = time.perf_counter()
     work()
-    _finish(device)
+    if wait:
+        _finish(device)
     return time.perf_counter() - begin
+
+
+def _launches(work: Callable[[], object]) -> int:
+    """Return how many kernels some work starts on the GPU, without copies and fills."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 
 def _finish(device: str) -> None:

@@ -27,6 +27,13 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     import torch
 
+    found = torch.cuda.device_count()  # it does not start CUDA: processes may still be forked
+    for item in items:
+        for marker in item.iter_markers("gpu"):
+            needed = marker.kwargs.get("devices", 1)
+            if found < needed:
+                reason = f"needs {needed} CUDA devices" if found else "no CUDA device"
+                item.add_marker(pytest.mark.skip(reason=reason))
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         for item in items:
             if re.search("fsdp2|hsdp|dtensor", item.name):

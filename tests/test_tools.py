@@ -1,6 +1,9 @@
 """`stacey-dist bench` and `stacey-dist info`."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from stacey_dist import bench, info
 from stacey_dist.cli import main
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
+from tests.training.forked import environment
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,27 @@ def test_a_pair_takes_turns_and_another_one_goes_first_each_time(monkeypatch):
     assert len(pair.rival) == len(pair.peer) == 4
     bench.measure_pair("ours", [(3,)], "cpu", 1, rival_is_first=False)
     assert turns[-2:] == ["peer", "ours"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_as_a_whole(tmp_path):
+    """On toys: what it measures has no meaning, and is there."""
+    file, script = tmp_path / "gpu.json", Path(__file__).parents[1] / "benchmarks/gpu.py"
+    command = [sys.executable, script, "--device", "cpu", "--smoke", "--json", file]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads(file.read_text())
+    assert [row["optimizer"] for row in figures["optimizers"][0]["rows"]][1:] == [
+        "torch AdamW, foreach",
+        "Stacey p2, p = 2.8, kernel",
+    ]
+    runs = [*figures["llama"]["launcher"], *figures["llama"]["bare"], *figures["resnet50"].values()]
+    assert len(runs) == 4
+    assert all(run["seconds"] > 0 and run["peak_bytes"] > 2**20 for run in runs)
+    assert all(run["save_stall_seconds"] > 0 for run in runs if "units_per_second" in run)
+    assert figures["llama"]["launcher"][0]["units_per_second"] == pytest.approx(16 * 32 / runs[0]["seconds"])
+    for line in ("toys, no figure means anything", "| launcher over a bare loop", "| … over what was planned"):
+        assert line in result.stdout
 
 
 @pytest.mark.exhaustive  # a minute in the compiler, for a figure of `bench --slow`

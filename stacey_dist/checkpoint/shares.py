@@ -155,19 +155,21 @@ class Ledger:
         """Take the records of all ranks, and those descriptions that are new; return whether they are complete."""
         new = {digest: Described.of(text) for text in tensors.values() if (digest := _digest(text)) != _NOTHING}
         seen, self._known, self.files = self._known | new, {}, {}
-        edges, known_finite = 0, []
+        edges, begun, known_finite = 0, 0, []
         for writer, record in enumerate(records):
             size, sha256, finite, sum_of_ranges, digest, length = _RECORD.unpack(record)
             if size:
                 self.files[shard_name(writer)] = {"bytes": size, "sha256": sha256.hex()}
             if length:
                 self._known[digest] = seen[digest]
+                begun += len(seen[digest].contents)
             if finite >= 0:
                 known_finite.append(bool(finite))
             edges += sum_of_ranges
         self.finite = all(known_finite) if known_finite else None
         self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
-        return (edges - sum(one.edges for one in self._known.values())) % _MODULUS == 0
+        edges -= sum(one.edges for one in self._known.values())
+        return edges % _MODULUS == 0 and begun == len(self.contents)  # each begun once, too
 
     def _first_gap(self, copies: Snapshot, group: Any) -> str:
         """Return what is wrong with the first tensor that is not complete, by name. All ranks call it together."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -163,7 +164,10 @@ def _map(
     for file in (path, path.with_name(path.name + ASIDE)):
         with contextlib.suppress(FileNotFoundError):
             if (size := file.stat().st_size) == tokens * dtype.itemsize:
-                return np.asarray(np.memmap(file, dtype, "r", shape=(tokens,)))
+                mapped = np.memmap(file, dtype, "r", shape=(tokens,))
+                # Windows lie anywhere: what the system would read around them is not needed.
+                mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+                return np.asarray(mapped)
             reason = f"has {size} bytes where {tokens * dtype.itemsize} were written"
             break
     raise InputError(f"{path} {reason}; `stacey-dist prepare` prepares it again, or delete {directory}")

@@ -1,5 +1,7 @@
 """A global shuffle that is a function: the sample at any position, without state or a stored permutation."""
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -51,7 +53,7 @@ class GlobalSampler:
         # One dimension at least: numpy warns of wraparound in scalars, and here it is wanted.
         flat = positions.astype(np.uint64).reshape(-1)
         size = np.uint64(self.size)
-        keys = mix(flat // size + mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+        keys = self._keys(flat // size)
         samples = self._permute(flat % size, keys)
         while (outside := np.flatnonzero(samples >= size)).size:
             samples[outside] = self._permute(samples[outside], keys[outside])
@@ -61,6 +63,24 @@ class GlobalSampler:
         """Return the samples at the positions [position, position + count), int64 of length count."""
         return self.sample(np.arange(position, position + count, dtype=np.int64))
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019  # asked again for each update of an epoch
+    def position(self, sample: int, epoch: int) -> int:
+        """Return the global position of a sample in an epoch: `sample` of it is that sample.
+
+        Raises:
+            ValueError: there is no such sample, or the epoch is negative.
+        """
+        if not 0 <= sample < self.size or epoch < 0:
+            raise ValueError(f"sample {sample} of {self.size} in epoch {epoch}")
+        keys = self._keys(np.array([epoch], dtype=np.uint64))
+        value = self._permute_back(np.array([sample], dtype=np.uint64), keys)
+        while value[0] >= self.size:
+            value = self._permute_back(value, keys)
+        return epoch * self.size + int(value[0])
+
+    def _keys(self, epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return mix(epochs + mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+
     def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Apply each value's keyed permutation of the power of two, once."""
         high, low = values >> self._low_bits, values & self._low_mask
@@ -68,6 +88,14 @@ class GlobalSampler:
             # Each half in turn is changed by a function of the other: undone by the same steps backwards.
             high = (high ^ mix(mix(keys + np.uint64(number)) + low)) & self._high_mask
             low = (low ^ mix(mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+        return (high << self._low_bits) | low
+
+    def _permute_back(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Undo `_permute`."""
+        high, low = values >> self._low_bits, values & self._low_mask
+        for number in range(_ROUNDS - 2, -1, -2):
+            low = (low ^ mix(mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+            high = (high ^ mix(mix(keys + np.uint64(number)) + low)) & self._high_mask
         return (high << self._low_bits) | low
 
 

@@ -156,7 +156,9 @@ class ElementwiseOptimizer(Optimizer):
         for found, rows in launches.values():
             if found is not None and call is not None:
                 found(rows, call)
-        if others:  # the plain rule reads numbers that may be on a GPU, which a kernel does not wait for
+        # The plain rule reads numbers that may be on a GPU, which a kernel does not wait for.
+        found_inf = getattr(self, "found_inf", None)
+        if others and (found_inf is None or not bool(found_inf)):
             self._update_plainly(group, others)
 
     def _convert_state(
@@ -164,7 +166,7 @@ class ElementwiseOptimizer(Optimizer):
     ) -> None:
         """Convert states to the group's dtype, and the count of steps to what kernels take; loaders may change both."""
         step = state["step"]
-        on_gpu = bool(group.get("capturable"))
+        on_gpu = param.is_cuda and bool(group.get("capturable"))
         if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != on_gpu:
             state["step"] = _step_count(int(step), param, group)
         for name in self.state_names:

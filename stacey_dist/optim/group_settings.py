@@ -1,5 +1,6 @@
 """Check the settings of parameter groups, and convert them for the rule."""
 
+import ctypes
 import math
 from typing import Any
 
@@ -87,7 +88,7 @@ def rule_lr(lr: float | Tensor, dtype: torch.dtype) -> float:
 
     So a tensor lr, which holds a float32, gives the same bits as the same lr as a Python number.
     """
-    return float(torch.tensor(float(lr), dtype=dtype, device="cpu"))
+    return float(lr) if dtype == torch.float64 else ctypes.c_float(float(lr)).value
 
 
 def _shown(value: object) -> str:

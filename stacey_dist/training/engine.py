@@ -4,54 +4,42 @@ The training loop is the same everywhere; what differs is who sums, clips and ap
 scale lives.
 """
 
-import functools
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
+from stacey_dist.optim.base import kernel
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
 from stacey_dist.training import heartbeat, loss_scale
+from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.initial_weights import InitialWeights, allocate
 from stacey_dist.training.launch import compute_dtype, loads_weights_from_rank0, requested_engine, shards_weights
 from stacey_dist.training.launch_settings import one_line
+from stacey_dist.training.requests import Hosts, Requests
 from stacey_dist.training.run import Run
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What one process asks of all; of an update: what any of them asked for, the same on each."""
-
-    stop: bool = False
-    """It was told to stop by a signal."""
-    save: bool = False
-    """It is time for a checkpoint."""
-    save_and_wait: bool = False
-    """Checkpoints keep failing: the next one has to succeed."""
-    directory_gone: bool = False
-    """run_dir is gone."""
-
-
-@dataclass(frozen=True)
 class Update:
-    """What the processes agree on at the end of an update."""
+    """An update that was launched. What came of it, the device alone knows until it is waited for."""
 
-    loss: float
-    grad_norm: float
-    applied: bool
-    """False where loss or gradient is not finite: then weights and states are as they were."""
+    outcome: Tensor
+    """On the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm, and 1 where one of
+    them is not finite, else 0. With 1 the update is skipped: weights and states are as they were."""
     requests: Requests
+    """What any process asked for."""
 
 
 class Engine:
@@ -72,10 +60,13 @@ class Engine:
         self.run, self.module = run, model
         self.accelerator = run.accelerator
         self.name = requested_engine()
+        self.hosts = Hosts(self.accelerator.num_processes, run.config.train.collective_timeout_seconds)
+        self.batch_norms = BatchNorms(model)
         self._prepare(optimizer)
         fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
         if isinstance(initial := getattr(model, "initial_weights", None), InitialWeights):
             initial.fill(self.model, self.optimizer, self.accelerator.device)
+        self._let_the_kernel_skip()
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
@@ -114,20 +105,6 @@ class Engine:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    @functools.cached_property
-    def _statistics(self) -> list[Tensor]:
-        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
-        return [buffer for norm in norms for buffer in norm.buffers()]
-
-    def snapshot_batch_norms(self) -> None:
-        """Copy batch norms' statistics: the forward pass moves them, even in an update that is then skipped."""
-        self._kept_statistics = [buffer.clone() for buffer in self._statistics]
-
-    def restore_batch_norms(self) -> None:
-        """Restore the copies: a value that is not finite would stay in a running mean for ever."""
-        for buffer, kept in zip(self._statistics, self._kept_statistics, strict=True):
-            buffer.copy_(kept)
-
     def set_group_settings(self, settings: dict[str, Any]) -> None:
         """Set every parameter group's learning rate, or what else is given, for the next update."""
         for group in self.optimizer.param_groups:
@@ -154,27 +131,39 @@ class Engine:
     def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
+        The host does not wait for the device, but where the optimizer cannot skip an update there.
+
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
             requests: what this process asks for.
         """
+        agreed = self.hosts.ask(requests)
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
-        stacey = (
-            base if isinstance(base, Stacey) else None
-        )  # it clips in the pass over the gradients that it makes anyway
-        norm = self._gradient_norm() if stacey else self._clip_gradients(limit or math.inf)
-        loss_value, agreed, grad_norm = self._agree(loss, requests, norm)
-        applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
-        if not applied:
-            self.optimizer.zero_grad()
-        clipping: AbstractContextManager[None] = nullcontext()
-        if applied and stacey and 0 < limit < grad_norm:
-            clipping = stacey.scaled_gradients(torch.full((), grad_norm / limit, device=loss.device))
-        if applied or self.accelerator.scaler is not None:
-            with clipping:
-                self.optimizer.step()  # without gradients it changes nothing; the scaler hears of the overflow
+        # Stacey clips in the pass over the gradients that it makes anyway.
+        clips = isinstance(base, Stacey)
+        outcome = self._outcome(loss, self._gradient_norm() if clips else self._clip_gradients(limit or math.inf))
+        _, norm, skipped = outcome
+        optimizer: Any = self.optimizer.optimizer  # Accelerate's own step waits, to know whether it skips
+        if clips or getattr(base, "_step_supports_amp_scaling", False):
+            divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips and limit > 0 else None
+            with _set(base, grad_scale=divisor, found_inf=skipped):
+                optimizer.step()
+        elif not skipped:  # it cannot skip an update by itself, so the host waits
+            optimizer.step()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it has heard of an overflow as the gradients were unscaled
         self.optimizer.zero_grad()
-        return Update(loss_value, grad_norm, applied, agreed)
+        return Update(outcome, agreed())
+
+    def _let_the_kernel_skip(self) -> None:
+        """Have Stacey's kernel read on the GPU whether an update is skipped, and count updates there."""
+        base = base_optimizer(self.optimizer)
+        if isinstance(base, Stacey) and self._reads_on_the_device():
+            for group in (*self.optimizer.param_groups, *base.param_groups):
+                group["capturable"] = True
+
+    def _reads_on_the_device(self) -> bool:
+        return self.accelerator.device.type == "cuda" and kernel("cuda") is not None
 
     def _gradient_norm(self) -> Tensor:
         self.accelerator.unscale_gradients()
@@ -186,23 +175,19 @@ class Engine:
         assert norm is not None
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _agree(self, loss: Tensor, requests: Requests, norm: Tensor | None = None) -> tuple[float, Requests, float]:
-        """Return the update's loss over all processes, what any of them asks for, and the gradient norm.
-
-        One small all-reduce, and the update's one wait for the device.
-        """
-        asked = torch.tensor(astuple(requests), dtype=loss.dtype).to(loss.device, non_blocking=True)
-        # The first process's norm: replicas on unlike processors may sum it in another order, and would drift apart.
-        counts = norm if norm is not None and self.accelerator.is_main_process else torch.zeros_like(loss)
-        shared = torch.cat([loss.reshape(1), asked, counts.to(loss).reshape(1)])
+    def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return an `Update.outcome` from the shares of the loss and the first process's norm, by one all-reduce."""
+        # Replicas on unlike processors may sum the norm in another order, and would drift apart.
+        norm = norm if self.accelerator.is_main_process else torch.zeros_like(norm)
+        shared = torch.stack([loss, norm.to(loss)])
         if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(shared)
-        loss_value, *agreed, grad_norm = shared.tolist()
-        return loss_value, Requests(*(count > 0 for count in agreed)), grad_norm
+            dist.all_reduce(shared)
+        skipped = shared.isfinite().all().logical_not()
+        return torch.cat([shared, skipped.reshape(1).to(shared)])
 
     def any_process(self, told: bool) -> bool:
         """Return whether it is so on any process. All processes ask together."""
-        return self._agree(torch.zeros((), device=self.accelerator.device), Requests(stop=told))[1].stop
+        return self.hosts.ask(Requests(stop=told))().stop
 
     def state_report(self) -> str:
         """Return how much optimizer state a process holds, for people. All processes call it together."""
@@ -288,10 +273,12 @@ class DeepSpeedEngine(Engine):
 
     def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
-        loss_value, agreed, _ = self._agree(loss, requests)
+        agreed = self.hosts.ask(requests)
+        outcome = self._outcome(loss, torch.zeros_like(loss))
         self.model.step()
-        grad_norm = float(self.model.get_global_grad_norm() or 0.0)
-        return Update(loss_value, grad_norm, not getattr(self._zero, "overflow", False), agreed)
+        outcome[1] = self.model.get_global_grad_norm() or 0.0
+        outcome[2] = getattr(self._zero, "overflow", False)
+        return Update(outcome, agreed())
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Return the loss scale and what moves it; None without loss scaling."""
@@ -307,6 +294,21 @@ class DeepSpeedEngine(Engine):
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._zero, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _joined(buffers: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.reshape(-1) for buffer in buffers])
+
+
+@contextmanager
+def _set(optimizer: Optimizer, **values: Tensor | None) -> Iterator[None]:
+    """Set attributes that torch's fused optimizers and `Stacey` read in a step, as `torch.amp.GradScaler` does."""
+    vars(optimizer).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(optimizer, name)
 
 
 def build_engine(run: Run[Any], model: nn.Module, optimizer: Optimizer) -> Engine:

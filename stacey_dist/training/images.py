@@ -24,6 +24,7 @@ from stacey_dist.data.images import (
 )
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.models import build_resnet
+from stacey_dist.training.ahead import Transfer
 from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
@@ -140,6 +141,7 @@ class ImageClassification:
         # Images arrive in channels_last order. In that order oneDNN's AVX2 kernels write past their workspace where a
         # strided 1x1 convolution has fewer than 8 channels (its issue 6035; torch 2.13), which only narrow models have.
         self._row_major = accelerator.device.type == "cpu" and settings.model.width < 8
+        self._transfer = Transfer(accelerator.device)
         self._workers = _workers(settings.data, accelerator.device)
         self._broken: set[int] = set()
         """Held-out images that cannot be read and were named."""
@@ -218,8 +220,7 @@ class ImageClassification:
         return logits.float()
 
     def _on_device(self, batch: ImageBatch) -> ImageBatch:
-        device = self.run.accelerator.device
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.pixels, batch.labels))
+        pixels, labels = self._transfer(batch.pixels, batch.labels)
         return ImageBatch(pixels.contiguous() if self._row_major else pixels, labels)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -23,6 +24,7 @@ from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentence
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
+from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.initial_weights import make_model
@@ -45,6 +47,10 @@ _SETTINGS = {
     "path": "tokenizer.file",
     "name_or_directory": "tokenizer.name",
 }
+
+# transformers' "sdpa" without its mask: to find that windows need none, it waits for the device in each forward pass.
+_CAUSAL = "causal_sdpa"
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""
@@ -181,6 +187,7 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         bos_token_id=data.end_token_id,
         eos_token_id=data.end_token_id,
         use_cache=False,
+        attn_implementation=_CAUSAL,
     )
     llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
     llama.tie_weights()  # which were not where none were made
@@ -213,7 +220,8 @@ class LanguageModeling:
         self.samples_per_epoch = len(data.train)
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
         self.data_identity = data.identity
-        self._samples: tuple[int, list[int]] = (-1, [])
+        self._transfer = Transfer(run.accelerator.device)
+        self._ahead = Ahead(self._share, self.batch_size)
         shape = run.config.model
         weights = sum(p.numel() for p in model.parameters())
         if not shape.tie_word_embeddings:
@@ -221,27 +229,30 @@ class LanguageModeling:
         context = run.config.data.sequence_length
         self.flops_per_unit = flops_per_token(weights, shape.num_hidden_layers, shape.hidden_size, context)
 
-    def samples(self, position: int) -> Sequence[int]:
-        """Return the windows that all processes together train on in the update at `position`, in order."""
-        if self._samples[0] != position:
-            self._samples = (position, self.sampler.samples(position, self.batch_size).tolist())
-        return self._samples[1]
-
     def units(self, position: int) -> int:
         """Return the tokens predicted in the update: fewer than batch x length if the last, partial window is in it."""
-        return sum(self.data.train.label_count(i) for i in self.samples(position))
+        stream, windows = self.data.train, len(self.data.train)
+        length = self.run.config.data.sequence_length
+        epochs = range(position // windows, (position + self.batch_size - 1) // windows + 1)
+        places = [self.sampler.position(windows - 1, epoch) - position for epoch in epochs]
+        partial = sum(0 <= place < self.batch_size for place in places)
+        return self.batch_size * length - partial * (length - stream.label_count(windows - 1))
 
     def micro_batches(self, position: int) -> Iterator[TokenBatch]:
         """Yield this process's share of the update's windows, in order. Raises SettingsError for damaged tokens."""
         if self.data.verification is not None:
             self.data.verification.check()
-        labels = self.units(position)
-        share = self.run.process_batch_size
-        first = self.run.accelerator.process_index * share
-        mine = self.samples(position)[first : first + share]
-        size = self.run.micro_batch_size
-        for start in range(0, len(mine), size):
-            yield self._batch(self.data.train, mine[start : start + size], labels)
+        units = self.units(position)
+        for batch in self._ahead.take(position):
+            inputs, labels = self._transfer(*batch)
+            yield TokenBatch(inputs, labels, units)
+
+    def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the micro-batches of this process in the update at `position`, in host memory."""
+        share, size = self.run.process_batch_size, self.run.micro_batch_size
+        first = position + self.run.accelerator.process_index * share
+        mine = self.sampler.samples(first, share).tolist()
+        return [self._read(self.data.train, mine[start : start + size]) for start in range(0, share, size)]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update."""
@@ -255,8 +266,8 @@ class LanguageModeling:
         # As many forward passes on every process: sharded engines gather weights in each of them.
         longest = math.ceil(len(stream) / accelerator.num_processes)
         for start in range(0, longest, size):
-            batch = self._batch(stream, mine[start : start + size] or [None], 1)
-            total += self._summed_loss(model, batch)
+            inputs, labels = self._transfer(*self._read(stream, mine[start : start + size] or [None]))
+            total += self._summed_loss(model, TokenBatch(inputs, labels, 1))
             if stopping():
                 return None
         if accelerator.num_processes > 1:
@@ -269,7 +280,8 @@ class LanguageModeling:
         return -figures["eval_loss"]
 
     def close(self) -> None:
-        """Do nothing: what the task holds ends with the process."""
+        """End the thread that reads ahead."""
+        self._ahead.close()
 
     def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         logits = model(input_ids=batch.inputs).logits
@@ -277,16 +289,13 @@ class LanguageModeling:
             logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
         )
 
-    def _batch(self, stream: TokenStream, windows: Sequence[int | None], update_labels: int) -> TokenBatch:
-        """Return windows as tensors on the device; None stands for a window without labels."""
+    def _read(self, stream: TokenStream, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """Return the inputs and labels of windows; None stands for a window without labels."""
         length = self.run.config.data.sequence_length
         empty = (np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64))
         pairs = [empty if i is None else stream.window(i) for i in windows]
-        inputs, labels = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
-        device = self.run.accelerator.device
-        if device.type == "cuda":
-            inputs, labels = inputs.pin_memory(), labels.pin_memory()
-        return TokenBatch(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True), update_labels)
+        inputs, labels = (self._transfer.pinned(torch.from_numpy(np.stack(c))) for c in zip(*pairs, strict=True))
+        return inputs, labels
 
 
 def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path) -> str:

@@ -10,16 +10,19 @@ import torch
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training import signals
-from stacey_dist.training.engine import Engine, Requests, Update
+from stacey_dist.training.engine import Engine, Update
 from stacey_dist.training.metrics import Metrics
-from stacey_dist.training.optimizers import scheduled
+from stacey_dist.training.optimizers import depends_on_skipped, scheduled
+from stacey_dist.training.outcomes import Outcomes
+from stacey_dist.training.requests import Requests
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path, is_finite
 from stacey_dist.training.signals import StopSignal
 from stacey_dist.training.task import Task
 
-_ASK_EVERY = 4  # batches of an evaluation: asking waits for the device
+_ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes
+_MOST_UNREAD = 1000  # outcomes of updates, however seldom a line is due
 
 
 def train(run: Run[Any], task: Task, engine: Engine) -> Path:
@@ -69,7 +72,7 @@ class _Trainer:
         self.saver = Saver(run, engine, task.data_identity)
         self.stop = StopSignal()
         self.lr = 0.0
-        self.skipped_in_a_row = 0
+        self.outcomes = Outcomes(progress, run.config.train.max_skipped_steps)
         self.save_is_due = False
         self.stopping = False
         """A process was told to stop."""
@@ -80,12 +83,17 @@ class _Trainer:
         self.metrics = Metrics(self.run, self.task.unit, self.task.flops_per_unit, self.progress)
 
     def train_step(self) -> Update:
-        """Make one update: forward and backward of each micro-batch, then clip and apply the gradients."""
+        """Make one update: forward and backward of each micro-batch, then clip and apply the gradients.
+
+        The host does not wait for the device.
+        """
         engine, progress = self.engine, self.progress
+        if depends_on_skipped(self.config, progress.step - progress.skipped_steps - self.outcomes.unread):
+            self.outcomes.read()
         settings = scheduled(self.config, progress.step, progress.skipped_steps)
         self.lr = settings["lr"]
         engine.set_group_settings(settings)
-        engine.snapshot_batch_norms()
+        engine.batch_norms.keep()
         count = self.run.process_batch_size // self.run.micro_batch_size
         loss = torch.zeros((), device=self.run.accelerator.device)
         for number, batch in enumerate(self._micro_batches(), start=1):
@@ -95,21 +103,22 @@ class _Trainer:
                 engine.backward(share)
             loss += share.detach()
         update = engine.finish_update(loss, self._requests())
-        if not update.applied:
-            engine.restore_batch_norms()
-        self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
-        progress.advance(self.task.batch_size, update.applied)
+        engine.batch_norms.restore(update.outcome[2])
+        progress.advance(self.task.batch_size)
+        self.outcomes.add(update.outcome)
         return update
 
     def after_step(self, update: Update) -> None:
         """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
         progress = self.progress
-        self._check_skipped(update)
+        if self._is_to_be_read(update):
+            self.outcomes.read()
+            self._check_skipped()
         self.saver.report()
         self.stopping, self.directory_gone = update.requests.stop, update.requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
-        self._report(update)
+        self._report()
         self.metrics.pause_clock()
         # Whoever asked for a stop kills soon: saving is first.
         evaluating = self._is_evaluated(progress.step) and not (self.stopping or self.directory_gone)
@@ -194,8 +203,9 @@ class _Trainer:
         except StoppedWaitingError:
             if self.run.accelerator.num_processes > 1:
                 raise
-            self.engine.restore_batch_norms()
-            self._save_and_wait(delete_older=self.skipped_in_a_row == 0)
+            self.engine.batch_norms.restore(torch.ones((), device=self.run.accelerator.device))
+            self.outcomes.read()
+            self._save_and_wait(delete_older=not self.outcomes.last.skipped)
             self.leave()
 
     def _requests(self) -> Requests:
@@ -209,26 +219,30 @@ class _Trainer:
     def _is_evaluated(self, step: int) -> bool:
         return step == self.last_step or step % self.config.train.eval_every_steps == 0
 
-    def _check_skipped(self, update: Update) -> None:
-        """End the run if too many updates in a row were skipped."""
-        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+    def _is_to_be_read(self, update: Update) -> bool:
+        """Return whether anything is due for which the host has to know what came of the update: the same on all."""
+        step, requests = self.progress.step, update.requests
+        self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(step)
+        ending = requests.stop or requests.directory_gone
+        of_others = self.metrics.is_due(step) or self._is_evaluated(step) or self.outcomes.unread >= _MOST_UNREAD
+        return self.save_is_due or ending or of_others
+
+    def _check_skipped(self) -> None:
+        """End the run if too many updates in a row were skipped. All processes call it together."""
+        if self.outcomes.too_many:
             self.run.fail(
-                f"train.max_skipped_steps: {self.skipped_in_a_row} updates in a row up to update {self.progress.step} "
-                f"had a loss or gradient that is not finite (loss {update.loss}, gradient norm {update.grad_norm}); "
-                f"lower optimizer.lr, or look at the data; {self.saver.describe_resume_point()}",
+                f"train.max_skipped_steps: {self.outcomes.too_many}; lower optimizer.lr, or look at the data; "
+                f"{self.saver.describe_resume_point()}",
                 DivergedError,
             )
 
-    def _report(self, update: Update) -> None:
+    def _report(self) -> None:
         progress, task = self.progress, self.task
-        self.metrics.step(
-            progress,
-            task.units(progress.position - task.batch_size),
-            epoch=progress.position / task.samples_per_epoch,
-            loss=update.loss,
-            lr=self.lr,
-            grad_norm=update.grad_norm,
-        )
+        self.metrics.count(task.units(progress.position - task.batch_size))
+        if self.metrics.is_due(progress.step) or self.metrics.is_to_be_shown():
+            self.outcomes.read()
+            epoch = progress.position / task.samples_per_epoch
+            self.metrics.step(progress, self.outcomes.last, epoch=epoch, lr=self.lr)
 
     def _save(self, update: Update, ending: bool, best: bool) -> None:
         """Save at the end, and where it is due.
@@ -236,13 +250,12 @@ class _Trainer:
         Skipped updates may mean that the weights are ruined: a save that is due waits for an update that is applied.
         What has just been evaluated as the best is not ruined.
         """
-        requests = update.requests
-        self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(self.progress.step)
+        applied = not self.outcomes.last.skipped
         if ending:
-            self._save_and_wait(delete_older=update.applied)
-        elif best or (self.save_is_due and update.applied):
-            save = self.saver.save_and_wait if requests.save_and_wait else self.saver.save
-            save(self.progress, delete_older=update.applied)
+            self._save_and_wait(delete_older=applied)
+        elif best or (self.save_is_due and applied):
+            save = self.saver.save_and_wait if update.requests.save_and_wait else self.saver.save
+            save(self.progress, delete_older=applied)
             self.save_is_due = False
 
     def _save_and_wait(self, *, delete_older: bool) -> None:

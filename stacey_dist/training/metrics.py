@@ -9,6 +9,7 @@ import torch
 from stacey_dist.training.devices import memory_in_use
 from stacey_dist.training.flops import peak_flops
 from stacey_dist.training.loss_plot import draw_losses
+from stacey_dist.training.outcomes import Outcome
 from stacey_dist.training.progress_line import ProgressLine
 from stacey_dist.training.rows import RowFile
 from stacey_dist.training.run import Run
@@ -16,6 +17,8 @@ from stacey_dist.training.saving import Progress
 from stacey_dist.training.trackers import start_trackers
 
 T = TypeVar("T")
+
+_SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
 
 class Metrics:
@@ -44,7 +47,7 @@ class Metrics:
         self._busy = 0.0
         self._since = time.perf_counter()
         self._total_busy = 0.0
-        self._drawn = self._since
+        self._drawn = self._shown = self._since
         if self.main:
             self.rows.drop_later(progress.step, progress.evaluated_step)
         start_trackers(run)
@@ -68,16 +71,25 @@ class Metrics:
                 return
             yield batch
 
-    def step(self, progress: Progress, units: int, *, epoch: float, loss: float, lr: float, grad_norm: float) -> None:
-        """Count a finished update; print and write it where the settings say so."""
-        step = progress.step
+    def is_due(self, step: int) -> bool:
+        """Return whether update `step` is one that is written: the same on every process."""
+        return step % self.run.config.train.log_every_steps == 0 or step in (self.start_step + 1, self.max_steps)
+
+    def is_to_be_shown(self) -> bool:
+        """Return whether this process has not written its line on a terminal for a second."""
+        return self.main and self.line.live and time.perf_counter() - self._shown > _SHOW_EVERY_SECONDS
+
+    def count(self, units: int) -> None:
+        """Count the units of a finished update."""
         self._units += units
-        due = step % self.run.config.train.log_every_steps == 0 or step in (self.start_step + 1, self.max_steps)
-        if not (due or self.line.live):
-            return
-        now = time.perf_counter()
+
+    def step(self, progress: Progress, outcome: Outcome, *, epoch: float, lr: float) -> None:
+        """Print the last update, and write it where it is due."""
+        step = progress.step
+        due = self.is_due(step)
+        now = self._shown = time.perf_counter()
         busy = self._busy + now - self._since
-        row = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        row = {"step": step, "epoch": round(epoch, 4), "loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
         row |= self._usage(busy) | {"skipped_steps": progress.skipped_steps}
         if self.main:
             seconds_a_step = (self._total_busy + busy) / (step - self.start_step)

@@ -83,6 +83,15 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     return settings
 
 
+def depends_on_skipped(config: RunConfig, applied: int) -> bool:
+    """Return whether `scheduled` differs between an optimizer that has made `applied` updates and one with more.
+
+    Bias correction has ended once beta2^t is nothing beside 1.
+    """
+    optimizer = config.optimizer
+    return optimizer.name == "stacey" and optimizer.bias_correction and 1.0 - optimizer.betas[1] ** applied < 1.0
+
+
 def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float]:
     """Return the betas with which m and c of update number `step` (from 0) are weighted means of the gradients so far.
 

@@ -38,11 +38,10 @@ class Progress:
     evaluated_step: int = 0
     """After which update it was last evaluated."""
 
-    def advance(self, samples: int, applied: bool) -> None:
+    def advance(self, samples: int) -> None:
         """Count an update of this many samples."""
         self.step += 1
         self.position += samples
-        self.skipped_steps += not applied
 
     def improves(self, score: float) -> bool:
         """Return whether an evaluation is the best so far, and remember it if it is."""

@@ -47,6 +47,13 @@ def test_independent_of_how_it_is_asked(size: int, seed: int, start: int, count:
     assert backwards[0, ::-1].tolist() == alone
 
 
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 2**40), seed=SEEDS, position=st.integers(0, 2**50))
+def test_where_a_sample_comes_in_an_epoch(size: int, seed: int, position: int) -> None:
+    sampler = GlobalSampler(size, seed)
+    assert sampler.position(sampler.sample(position).item(), position // size) == position
+
+
 def test_step_samples_are_consecutive_positions() -> None:
     sampler = GlobalSampler(10, 1)
     # 7 does not divide 10: steps run over the ends of epochs.

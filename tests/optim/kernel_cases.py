@@ -57,11 +57,11 @@ def element_bits(tensor):
 
 
 def plainly(row, call, step):
-    """What the plain rule makes of copies."""
-    weight, gradient, z, m = (t.clone() for t in row[:4])
+    """What the plain rule makes of copies, on the CPU."""
+    weight, gradient, z, m = copied(row)[:4]
     g = gradient.float()
     if call.grad_scale is not None:
-        g = g * call.grad_scale.double().reciprocal().float()
+        g = g * call.grad_scale.cpu().double().reciprocal().float()
     new = stacey_update(weight.float(), g, z.float(), m.float(), call.settings)
     store = Store("stochastic" if call.stochastic else "nearest", call.seed, step)
     store.states(z, m, *new[1:])
@@ -69,8 +69,8 @@ def plainly(row, call, step):
     return weight, z, m
 
 
-def copied(row):
-    return Row(*(t.clone() for t in row))
+def copied(row, device="cpu", step_device="cpu"):
+    return Row(*(t.to(device, copy=True) for t in row[:4]), row.step.to(step_device, copy=True))
 
 
 def make_row(count, weight, gradient, state, step=0.0):
@@ -81,7 +81,8 @@ def make_row(count, weight, gradient, state, step=0.0):
 
 
 def assert_same_bits(expected, row, *note):
-    """(weight, z, m) against the row's."""
+    """(weight, z, m) against the row's, on any devices."""
     for name, a, b in zip("wzm", expected, (row.weight, row.z, row.m), strict=True):
+        a, b = a.cpu(), b.cpu()
         different = (element_bits(a) != element_bits(b)).nonzero().flatten()
         assert len(different) == 0, (name, len(different), different[:5], a[different[:5]], b[different[:5]], note)

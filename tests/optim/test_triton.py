@@ -1,15 +1,17 @@
-"""The Triton kernel under Triton's interpreter, on the CPU: the plain rule's bits."""
+"""The Triton kernel under Triton's interpreter, on the CPU, and compiled, on a GPU: the plain rule's bits."""
 
 import dataclasses
-import os
-import subprocess
+import itertools
 import sys
 
 import pytest
 import torch
 
-from stacey_dist.optim import kernels
+from stacey_dist import Stacey
+from stacey_dist.optim import base, kernels
 from stacey_dist.optim.kernels import Call, NoKernelError
+from tests.devices import DEVICES
+from tests.optim.conftest import triton_module
 from tests.optim.kernel_cases import (
     BF16,
     CASES,
@@ -29,38 +31,170 @@ def kernel(triton_kernel):
     return triton_kernel
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def on_device(request):
+    """(device, its kernel)."""
+    if request.param == "cpu":
+        yield "cpu", request.getfixturevalue("triton_kernel")
+    else:
+        with triton_module(interpreted=False) as module:
+            yield request.param, module.TritonKernel()
+
+
 @pytest.mark.parametrize(("weight", "gradient", "state", "stochastic", "scale"), KINDS)
 @pytest.mark.parametrize(("variant", "p"), CASES)
-def test_the_bits_of_the_plain_rule(kernel, variant, p, weight, gradient, state, stochastic, scale):
+def test_the_bits_of_the_plain_rule(on_device, variant, p, weight, gradient, state, stochastic, scale):
+    device, kernel = on_device
     row = make_row(5_001, weight, gradient, state, step=6.0)
     for changes in ({}, OTHER_SETTINGS):
-        scale_tensor = None if scale is None else torch.tensor([scale])
+        scale_tensor = None if scale is None else torch.tensor([scale], device=device)
         call = Call(settings_of(variant, p, **changes), stochastic, seed=2**40 + 7, grad_scale=scale_tensor)
-        ours = copied(row)
+        ours = copied(row, device)
         kernel([ours], call)
         assert_same_bits(plainly(row, call, step=7), ours)
         assert ours.step == 7
+
+
+def recorded(device, work):
+    """`work`, which was done once by now, as a CUDA graph to be replayed; on the CPU itself."""
+    if device == "cpu":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def test_a_graph_of_two_groups_reads_what_changes_on_the_device(on_device):
+    """Weights and states after replays with other gradients, learning rates, scales and overflows."""
+    device, kernel = on_device
+    lr, scale, found_inf = (torch.tensor(number, device=device) for number in (0.01, 1.0, 0.0))
+    groups, calls = [], []
+    for variant, p, dtype, sizes in (("p2", 2.8, F32, (1025, 0, 7)), ("pp", 3.0, BF16, (1000, 8))):
+        groups.append([copied(make_row(n, dtype, dtype, BF16), device, step_device=device) for n in sizes])
+        there = dict(grad_scale=scale, capturable=True, lr=lr, found_inf=found_inf)
+        calls.append(Call(settings_of(variant, p, lr=0.0), True, 3, **there))
+
+    def step():
+        for rows, call in zip(groups, calls, strict=True):
+            kernel(rows, call)
+
+    count = 0
+    replay = step  # the first one compiles
+    for number in range(21 if device == "cuda" else 3):
+        lr.fill_(0.01 / (1 + number))
+        scale.fill_(2.0**number)
+        overflow = number % 5 == 1
+        found_inf.fill_(float(overflow))
+        count += not overflow
+        expected = []
+        for rows, call in zip(groups, calls, strict=True):
+            for row in rows:
+                row.gradient.copy_(torch.randn(row.gradient.shape, generator=torch.Generator().manual_seed(number)))
+                s = dataclasses.replace(call.settings, lr=float(lr))
+                old = copied(row)
+                new = plainly(row, dataclasses.replace(call, settings=s), step=count)
+                expected.append((old.weight, old.z, old.m) if overflow else new)
+        replay()
+        for new, row in zip(expected, itertools.chain(*groups), strict=True):
+            assert_same_bits(new, row, number)
+            assert row.step == count
+        if number == 0:
+            replay = recorded(device, step)
+
+
+def test_the_class_with_two_groups_whose_gradients_move(on_device, monkeypatch):
+    """With gradients made anew for each step, some of them missing."""
+    device, kernel = on_device
+    monkeypatch.setattr(base, "kernel", lambda device_type: kernel)
+    sizes = (1025, 7, 2048, 0, 64)
+
+    def made(device, **settings):
+        params = [torch.nn.Parameter(make_row(n, F32, F32, BF16).weight.nan_to_num(1, 1, 1).to(device)) for n in sizes]
+        groups = [{"params": params[:2]}, {"params": params[2:], "variant": "2p", "p": 3.0, "lr": 0.1}]
+        return params, Stacey(groups, p=2.8, seed=5, **settings)
+
+    (ours, optimizer), (plain, expected) = made(device), made("cpu", fused=False)
+    kept = []  # so that the next gradients lie elsewhere
+    for step in range(3):
+        for number, (one, other) in enumerate(zip(ours, plain, strict=True)):
+            missing = number == step
+            gradient = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * step + number))
+            kept.append(one.grad)
+            one.grad, other.grad = (None, None) if missing else (gradient.to(device), gradient.clone())
+        optimizer.step()
+        expected.step()
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.cpu(), other)
+        for key, value in expected.state[other].items():
+            assert torch.equal(optimizer.state[one][key].cpu(), value), key
+
+
+def test_the_capturable_class_in_a_graph(on_device, monkeypatch):
+    device, kernel = on_device
+    monkeypatch.setattr(base, "kernel", lambda device_type: kernel)
+    if device == "cpu":  # where the class refuses it
+        monkeypatch.setattr(Stacey, "_check_capturable", lambda self, group: group.update(fused=True))
+    settings = dict(p=2.8, seed=5, lr_reference=0.013)
+    param, plain = (torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1025, device=where)) for where in (device, "cpu"))
+    optimizer = Stacey([param], lr=torch.tensor(0.013, device=device), capturable=True, **settings)
+    expected = Stacey([plain], fused=False, **settings)
+    param.grad = torch.zeros_like(param)
+    replay = optimizer.step  # the first one makes the states
+    for step in range(21 if device == "cuda" else 3):
+        plain.grad = torch.randn(1025, generator=torch.Generator().manual_seed(step))
+        param.grad.copy_(plain.grad)
+        lr = optimizer.param_groups[0]["lr"].fill_(0.013 / (1 + step))
+        expected.param_groups[0]["lr"] = float(lr)
+        replay()
+        expected.step()
+        if step == 0:
+            replay = recorded(device, optimizer.step)
+    assert torch.equal(param.cpu(), plain)
+    for key, value in expected.state[plain].items():
+        assert torch.equal(optimizer.state[param][key].cpu(), value), key
 
 
 def tables_of(kernel, rows):
     return kernel._tables[torch.device("cpu"), rows[0].weight.data_ptr()]
 
 
-def test_one_launch_updates_many_tensors_and_later_ones_use_its_tables(kernel):
-    rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in (1, 0, 1024, 3000, 7, 1025)]
-    ours = [copied(row) for row in rows]
-    call = Call(settings_of("p2", 2.8), stochastic=True, seed=3)
-    tables = []
-    for launch in range(3):
-        expected = [plainly(row, call, step=int(row.step) + 1) for row in ours]
-        kernel(ours, call)
-        for row, same in zip(ours, expected, strict=True):
-            assert_same_bits(same, row)
-        tables.append(tables_of(kernel, ours))
-        assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in (1, 0, 1024, 3000, 7, 1025)]
-    assert tables[0] is tables[1] is tables[2]
-    kernel(ours[:-1], call)
-    assert tables_of(kernel, ours) is not tables[0]
+SIZES = (1, 0, 1024, 3000, 7, 1025)
+
+
+def test_one_launch_updates_many_tensors_and_later_ones_send_what_has_moved(kernel, monkeypatch):
+    """Entries of one and of several blocks; gradients that move, as they do where they are made anew in each step."""
+    module = sys.modules[type(kernel).__module__]
+    sent, copy = [], type(kernel)._copy
+    monkeypatch.setattr(
+        type(kernel), "_copy", lambda self, host, there: (sent.append(host.size), copy(self, host, there))
+    )
+    for empty in (1 / 16, 1.0):
+        monkeypatch.setattr(module, "_EMPTY", empty)
+        kernel._tables.clear()
+        rows = [make_row(n, F32, F32, BF16, step=float(n % 5)) for n in SIZES]
+        ours = [copied(row) for row in rows]
+        call = Call(settings_of("p2", 2.8), stochastic=True, seed=3)
+        tables = []
+        for launch in range(4):
+            if launch > 1:
+                ours = [row._replace(gradient=(row.gradient * 1.5).clone()) for row in ours]
+            if launch == 3:
+                ours = [row._replace(z=row.z.clone()) for row in ours]
+            expected = [plainly(row, call, step=int(row.step) + 1) for row in ours]
+            sent.clear()
+            kernel(ours, call)
+            for row, same in zip(ours, expected, strict=True):
+                assert_same_bits(same, row)
+            tables.append(tables_of(kernel, ours))
+            assert [float(row.step) for row in ours] == [n % 5 + launch + 1 for n in SIZES]
+            # Header, columns and blocks; then step counts, those and gradients, and all up to z. In one copy.
+            assert sent == [[4, *[len(tables[0].block_rows)] * 2, 7 * 6], [6], [2 * 6], [4 * 6]][launch]
+        assert tables[0] is tables[1] is tables[2] is tables[3]
+        # Each of the 8 blocks by itself, or two by two.
+        assert (len(tables[0].block_rows), tables[0].programs) == ((8, 8) if empty < 1 else (6, 12))
+        kernel(ours[:-1], call)
+        assert tables_of(kernel, ours) is not tables[0]
 
 
 def test_groups_keep_their_tables_while_tau_follows_a_schedule(kernel, monkeypatch):
@@ -89,7 +223,7 @@ def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
     """A capture records that they are filled; until a replay they hold nothing."""
     module = sys.modules[type(kernel).__module__]
     monkeypatch.setattr(kernel, "_tables", {})  # those of tests before may have been of a weight at the same address
-    rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3)
+    rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3, capturable=True)
     monkeypatch.setattr(module, "_is_capturing", lambda device: True)
     kernel(rows, call)
     assert ("cpu", rows[0].weight.data_ptr()) not in {(key[0].type, key[1]) for key in kernel._tables}
@@ -101,6 +235,11 @@ def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
     monkeypatch.setattr(module, "_is_capturing", lambda device: True)
     kernel(rows, call)
     assert kernel._captured[-1] is eager  # filled already, and kept for the graph's life
+    monkeypatch.setattr(module, "_is_capturing", lambda device: False)
+    before = eager.table.clone()
+    kernel([rows[0]._replace(gradient=rows[0].gradient.clone())], call)
+    assert torch.equal(eager.table, before)  # what the graph reads stays as it is
+    assert tables_of(kernel, rows) is not eager
 
 
 def test_what_lies_on_the_device_is_read_there(kernel):
@@ -127,52 +266,6 @@ def test_what_lies_on_the_device_is_read_there(kernel):
     kernel([ours], on_device)
     assert_same_bits(expected, ours)
     assert ours.step == 6
-
-
-COMPILE = """
-import re
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from stacey_dist.optim.kernels.triton import BLOCK, WARPS, compile_time_values, stacey_step
-from tests.optim.kernel_cases import settings_of
-
-POINTERS = dict(table="*i64", block_rows="*i32", block_numbers="*i64", rates="*fp64", scale="*fp32",
-                found_inf="*fp32")
-# Of an element: c and m' 2, log2 of c and of z 7 each, gap 1 + 3, ratio 4 + 1, its log2 6, growth 1 + 3 + 4 + 1, NaN 1,
-# power 1 + 3 + 4 + 1 and NaN 1, coupling 2. A root takes the power's 10 away.
-MULTIPLY_ADDS = {2.8: 53, 3.0: 43}
-for capability in (80, 90):
-    for p, on_device, dtype in ((2.8, False, torch.float32), (3.0, True, torch.bfloat16)):
-        values = compile_time_values(
-            settings_of("pp", p), dtype, dtype, torch.bfloat16, lr_on_device=on_device, has_scale=on_device,
-            has_found_inf=on_device, aligned=not on_device,
-        )
-        signature = {n: POINTERS.get(n, "constexpr" if n in values else "fp32") for n in stacey_step.arg_names}
-        compiled = triton.compile(
-            ASTSource(fn=stacey_step, signature=signature, constexprs=values),
-            target=GPUTarget("cuda", capability, 32), options=dict(num_warps=WARPS, enable_fp_fusion=False),
-        )
-        code = compiled.asm["ptx"]
-        assert len(compiled.asm["cubin"]) > 1000
-        assert not re.search(r"\\.ftz|\\.approx", code), "other bits than the plain rule's"
-        fused = len(re.findall(r"fma\\.rn\\.f32", code)) * 32 * WARPS / BLOCK
-        assert fused == MULTIPLY_ADDS[p], (fused, "multiply-adds are fused where the rule does not say so")
-        assert "div.rn.f32" in code
-        assert ("sqrt.rn.f32" in code) == (p == 3.0)
-        assert ("ld.global.v4.b32" in code) == (not on_device)
-print("compiled")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("triton_compiler")
-def test_it_compiles_for_gpus_without_what_would_change_bits():
-    """No GPU is needed for that. Other multiply-adds than the rule's, flushed subnormals and approximations would."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert result.stdout == "compiled\n", result.stderr[-3000:]
 
 
 def test_a_kernel_for_gpus_needs_triton(monkeypatch):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stacey_dist.sharding import base_optimizer
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # fully_shard of torch 2.6 needs a GPU; tests whose names have an engine with it are skipped with that reason.
 FULLY_SHARD = hasattr(torch.cpu.Stream, "record_event")
@@ -25,11 +25,17 @@ def that_run(*engines):
 TAKES_SCALARS = ("ddp", "zero_redundancy")  # fully_shard and DeepSpeed refuse parameters of no dimension
 
 
+def device_type():
+    """Where the processes of this group compute."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 class Trainer:
     """A model and its optimizer on an engine; `step` makes one update from the loss of this rank."""
 
     def __init__(self, engine, model, make_groups, optimizer_class, settings, **options):
         self.engine = engine
+        model.to(device_type())
         build = self._zero if self.is_deepspeed else getattr(self, f"_{engine}")
         build(model, make_groups, optimizer_class, settings, **options)
 
@@ -89,7 +95,7 @@ class Trainer:
         )
 
     def _fsdp2(self, model, make_groups, optimizer_class, settings, mesh=None, **policy):
-        mesh = mesh or dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = mesh or dist.init_device_mesh(device_type(), (dist.get_world_size(),))
         fully_shard(model.large, mesh=mesh, **policy)
         fully_shard(model, mesh=mesh, **policy)
         self.model = model
@@ -98,7 +104,7 @@ class Trainer:
     def _hsdp(self, model, make_groups, optimizer_class, settings):
         world = dist.get_world_size()
         shape = (2, world // 2) if world % 2 == 0 else (1, world)
-        mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        mesh = dist.init_device_mesh(device_type(), shape, mesh_dim_names=("replicate", "shard"))
         self._fsdp2(model, make_groups, optimizer_class, settings, mesh=mesh)
 
 
@@ -108,8 +114,8 @@ def gather(fragments):
     Asserts that the copies that count cover each element exactly once, and that replicas are equal to them.
     """
     mine = [
-        (f.name, tuple(f.shape), f.start, f.stop, f.replica, f.weight.reshape(-1),
-         {k: v.reshape(-1) for k, v in f.state.items()}, None if f.step is None else float(f.step))
+        (f.name, tuple(f.shape), f.start, f.stop, f.replica, f.weight.reshape(-1).cpu(),
+         {k: v.reshape(-1).cpu() for k, v in f.state.items()}, None if f.step is None else float(f.step))
         for f in fragments
     ]  # fmt: skip
     everyone = [None] * dist.get_world_size()

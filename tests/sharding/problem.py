@@ -30,7 +30,7 @@ class Term(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape) * 0.02)
 
     def forward(self, g):
-        return (self.weight * g.to(self.weight.dtype)).sum()
+        return (self.weight * g.to(self.weight)).sum()
 
 
 class Awkward(nn.Module):

@@ -1,4 +1,4 @@
-"""Groups of processes that each run one function, with gloo."""
+"""Groups of processes that each run one function: on the CPU with gloo, on GPUs with NCCL."""
 
 import datetime
 import logging
@@ -14,24 +14,28 @@ import torch.multiprocessing
 from tests.training.forked import server
 
 
-def spawn(function, world_size, *arguments):
-    """Call `function(rank, *arguments)` in `world_size` processes joined by gloo; returns rank 0's result."""
+def spawn(function, world_size, *arguments, device="cpu"):
+    """Call `function(rank, *arguments)` in `world_size` joined processes; returns rank 0's result."""
     with tempfile.TemporaryDirectory() as directory:
-        server()
-        arguments = (function, world_size, directory, arguments)
-        torch.multiprocessing.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
+        server()  # for the CPU: it hides GPUs
+        arguments = (function, world_size, directory, arguments, device)
+        method = "forkserver" if device == "cpu" else "spawn"
+        torch.multiprocessing.start_processes(_process, arguments, nprocs=world_size, start_method=method)
         return torch.load(f"{directory}/result", weights_only=False)
 
 
-def _process(rank, function, world_size, directory, arguments):
+def _process(rank, function, world_size, directory, arguments, device):
     torch.set_num_threads(1)
     # what DeepSpeed reads
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", DS_ACCELERATOR=device)
     logging.disable(logging.INFO)
     store = dist.FileStore(f"{directory}/store", world_size)
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     result = function(rank, *arguments)
     if rank == 0:
         torch.save(result, f"{directory}/result")

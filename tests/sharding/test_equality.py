@@ -40,15 +40,18 @@ def all_cases(rank, world_size, quick):
 
 
 @functools.cache
-def outcomes(world_size, quick):
+def outcomes(device, world_size, quick):
     """One launch runs all cases of a number of ranks, those of CI or the others."""
-    return spawn(all_cases, world_size, world_size, quick)
+    return spawn(all_cases, world_size, world_size, quick, device=device)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "engine", "case"),
-    [pytest.param(*key, marks=() if in_ci(*key) else pytest.mark.exhaustive) for key in ALL],
+    ("device", "world_size", "engine", "case"),
+    [
+        *(pytest.param("cpu", *key, marks=() if in_ci(*key) else pytest.mark.exhaustive) for key in ALL),
+        *(pytest.param("cuda", *key, marks=pytest.mark.gpu(devices=key[0])) for key in ALL if key[0] <= 2),
+    ],
 )
-def test_equals_one_process(world_size, engine, case):
-    failure = outcomes(world_size, in_ci(world_size, engine, case))[engine, case]
+def test_equals_one_process(device, world_size, engine, case):
+    failure = outcomes(device, world_size, in_ci(world_size, engine, case))[engine, case]
     assert failure is None, failure

@@ -60,7 +60,7 @@ def check(engine, option, case):
     for name, param in model.named_parameters():
         if param.requires_grad and not hasattr(param, "ds_id"):
             assert param.dtype == dtype
-            assert torch.equal(param, expected[name][0].to(dtype)), name
+            assert torch.equal(param.cpu(), expected[name][0].to(dtype)), name
 
 
 def all_checks(rank, world_size, quick):
@@ -72,14 +72,17 @@ def all_checks(rank, world_size, quick):
 
 
 @functools.cache
-def outcomes(world_size, quick):
-    return spawn(all_checks, world_size, world_size, quick)
+def outcomes(device, world_size, quick):
+    return spawn(all_checks, world_size, world_size, quick, device=device)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "key", "case"),
-    [pytest.param(*one, marks=() if in_ci(*one) else pytest.mark.exhaustive) for one in ALL],
+    ("device", "world_size", "key", "case"),
+    [
+        *(pytest.param("cpu", *one, marks=() if in_ci(*one) else pytest.mark.exhaustive) for one in ALL),
+        *(pytest.param("cuda", *one, marks=pytest.mark.gpu(devices=one[0])) for one in ALL),
+    ],
 )
-def test_low_precision_and_offload_equal_one_process(world_size, key, case):
-    failure = outcomes(world_size, in_ci(world_size, key, case))[(*key, case)]
+def test_low_precision_and_offload_equal_one_process(device, world_size, key, case):
+    failure = outcomes(device, world_size, in_ci(world_size, key, case))[(*key, case)]
     assert failure is None, failure

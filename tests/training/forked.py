@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.training.hidden import HIDDEN
+from tests.training.hidden import HIDDEN, OFFLINE
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
@@ -30,8 +30,10 @@ def command(*arguments, processes=1, program="train_llm.py", engine=None, launch
     return [*launch, str(ROOT / program), *map(str, arguments)]
 
 
-def environment():
-    return {**os.environ, **HIDDEN}
+def environment(device="cpu"):
+    if device == "cpu":
+        return {**os.environ, **HIDDEN}
+    return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | OFFLINE
 
 
 class Forked:

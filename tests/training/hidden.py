@@ -1,3 +1,4 @@
 """Without a GPU and without a hub, whatever the machine has."""
 
-HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", **OFFLINE}

@@ -44,7 +44,7 @@ def test_a_ruined_checkpoint_does_not_replace_the_last_good_one(config, tmp_path
     good, ruined = (run / "checkpoints" / f"step_{step:08d}" for step in (4, 6))
     assert (verify(good)["finite"], verify(ruined)["finite"]) == (True, False)
     assert f"warning: {ruined} holds weights or optimizer states that are not finite" in output
-    assert "5 updates in a row up to update 11" in output
+    assert "5 updates in a row, 7 to 11, had a loss" in output
     assert f"the same command resumes from {good}" in output
     output, status = start(config, run, engine=engine, program="train_llm.py").wait()
     assert status == 0, output

@@ -16,14 +16,18 @@ import yaml
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import signals
+from stacey_dist.training.ahead import Ahead, Transfer
+from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from stacey_dist.training.engine import Engine, Requests
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.failures import user_errors
 from stacey_dist.training.flops import peak_flops
 from stacey_dist.training.llm import LanguageModeling
 from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.optimizers import corrected_betas, lr_share, parameter_groups, scheduled
+from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
+from stacey_dist.training.outcomes import Outcomes
 from stacey_dist.training.progress_line import duration
+from stacey_dist.training.requests import Hosts, Requests
 from stacey_dist.training.rows import RowFile, read_rows
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
 from stacey_dist.training.start import separate_runs_of_a_sweep
@@ -59,7 +63,8 @@ def make_task(processes, index, micro=2, batch=8):
     )
     task = LanguageModeling.__new__(LanguageModeling)
     task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream(), verification=None), batch
-    task.sampler, task._samples = GlobalSampler(37, seed=3), (-1, [])
+    task.sampler, task._transfer = GlobalSampler(37, seed=3), Transfer(torch.device("cpu"))
+    task._ahead = Ahead(task._share, batch)
     return task
 
 
@@ -73,7 +78,7 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
             for batch in make_task(processes, index).micro_batches(position)
             for row in batch.inputs
         ]
-        assert share == make_task(1, 0).samples(position)
+        assert share == make_task(1, 0).sampler.samples(position, 8).tolist()
         seen += share
     for epoch in range(3):
         assert sorted(seen[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
@@ -82,9 +87,15 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
 
 def test_losses_of_an_update_are_divided_by_all_its_labels():
     task = make_task(2, 1)
-    position = next(8 * s for s in range(20) if 36 in task.samples(8 * s))  # the update with the partial window
+    position = next(
+        8 * s for s in range(20) if 36 in task.sampler.samples(8 * s, 8)
+    )  # the update with the partial window
     assert task.units(position) == 7 * 4 + 1
     assert all(batch.update_labels == 29 for batch in task.micro_batches(position))
+    for other in range(0, 400, 8):  # an update of 2 epochs, and of 11, in which it comes as often
+        assert task.units(other) == sum(task.data.train.label_count(i) for i in task.sampler.samples(other, 8))
+    long = make_task(1, 0, batch=400)
+    assert long.units(400) == sum(long.data.train.label_count(i) for i in long.sampler.samples(400, 400))
     counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(position))
     assert counted == 29
 
@@ -291,9 +302,12 @@ def test_a_full_disk_and_a_full_gpu_are_told_in_a_line(capsys):
 def agreed(rank):
     """Return what processes agree on whose replicas have summed the norm in another order."""
     engine = object.__new__(Engine)
-    engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"))
+    engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0)
+    engine.hosts = Hosts(2, timeout=60.0)
     norm = torch.tensor(1.0) if rank == 0 else torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    mine = [engine._agree(torch.tensor(2.0 + rank), Requests(stop=rank == 1), norm), engine.any_process(rank == 1)]
+    answer = engine.hosts.ask(Requests(stop=rank == 1))
+    outcomes = [engine._outcome(torch.tensor(value), norm).tolist() for value in (2.0 + rank, (0.0, torch.inf)[rank])]
+    mine = [outcomes, answer(), engine.any_process(rank == 1), engine.any_process(False)]
     everyone = [None, None]
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
@@ -302,20 +316,49 @@ def agreed(rank):
 @pytest.mark.slow
 def test_processes_agree_on_the_loss_the_requests_and_the_first_ones_norm():
     first, second = spawn(agreed, 2)
-    assert first == second == [(5.0, Requests(stop=True), 1.0), True]
+    assert first == second == [[[5.0, 1.0, 0.0], [torch.inf, 1.0, 1.0]], Requests(stop=True), True, False]
 
 
 def test_statistics_of_an_update_that_is_left_out_are_undone():
-    engine = object.__new__(Engine)
-    engine.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
-    engine.module(torch.randn(4, 2))
-    norm, before = engine.module[0], {name: buffer.clone() for name, buffer in engine.module[0].named_buffers()}
-    engine.snapshot_batch_norms()
-    engine.module(torch.full((4, 2), torch.inf))
-    assert not norm.running_mean.isfinite().any()
-    engine.restore_batch_norms()
-    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
-    assert norm.num_batches_tracked == 1
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    norms = BatchNorms(model)
+    for skipped in (0.0, 1.0):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        norms.keep()
+        model(torch.randn(4, 2) if not skipped else torch.full((4, 2), torch.inf))
+        moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert all(not torch.equal(buffer, before[name]) for name, buffer in moved.items())
+        norms.restore(torch.tensor(skipped))
+        expected = before if skipped else moved
+        assert all(torch.equal(buffer, expected[name]) for name, buffer in model.named_buffers())
+
+
+def test_what_came_of_updates_is_counted_as_it_is_read():
+    progress = Progress(step=3, skipped_steps=1)
+    outcomes = Outcomes(progress, limit=2)
+    for step, skipped in enumerate([0, 1, 1, 0, 1, 1, 1, 0], start=4):
+        progress.step = step
+        outcomes.add(torch.tensor([torch.nan if skipped else 0.5, 2.0, skipped]))
+        if step == 6:  # as of a line that is due: it takes none of the limit away
+            outcomes.read()
+            assert (progress.skipped_steps, outcomes.skipped_in_a_row, outcomes.too_many) == (3, 2, "")
+    assert outcomes.unread == 5
+    outcomes.read()
+    assert (progress.skipped_steps, outcomes.unread, outcomes.last) == (6, 0, (0.5, 2.0, 0.0))
+    assert outcomes.too_many.startswith(
+        "3 updates in a row, 8 to 10, had a loss or gradient that is not finite (loss nan"
+    )
+
+
+def test_bias_correction_is_the_same_however_many_were_skipped_once_nothing_depends_on_it():
+    config = RunConfig(optimizer=OptimizerConfig(betas=(0.9, 0.9), bias_correction=True))
+    first = next(step for step in range(1000) if not depends_on_skipped(config, step))
+    assert 300 < first < 400
+    after = [scheduled(config, first + more)["betas"] for more in range(500)]
+    assert after == after[:1] * 500
+    assert scheduled(config, first - 1)["betas"] != after[0]
+    config.optimizer.bias_correction = False
+    assert not depends_on_skipped(config, 0)
 
 
 def test_runs_of_a_wandb_sweep_have_directories_of_their_own(monkeypatch):

@@ -4,17 +4,21 @@ Names and comment lines are those of the Python files and of cpu.cpp, to be read
 the correctly rounded ones, and multiply-adds are fused where `tl.fma` stands, and nowhere else. bfloat16 travels as its
 16 bits.
 
-One launch updates all rows: it finds their tensors through a table of pointers, in which each program looks up which
-block of which row is its own. What changes from step to step (step counts, and with `capturable` learning rate, loss
-scale and overflow) is read on the device, so that a CUDA graph of the launch can be replayed.
+One launch updates all rows: it finds their tensors through a table of pointers. Two more tables say which entry of
+which row a program takes a block of. What changes from step to step (step counts, and with `capturable` learning rate,
+loss scale and overflow) is read on the device, so that a CUDA graph of the launch can be replayed.
 """
 
+import ctypes
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.optim.following import follow
@@ -31,6 +35,10 @@ except ImportError as error:
     raise NoKernelError(f"the kernel for GPUs needs triton, which can't be imported: {error}") from error
 
 BLOCK, WARPS = 1024, 4
+_SHIFT = 6
+"""The logarithm of the blocks of an entry at most: 65 536 elements, as in torch's kernels for many tensors."""
+_EMPTY = 1 / 16
+"""The share of programs, at most, that find nothing to do, as the last entry of a row may be short."""
 
 
 def _constants(coefficients: tuple[float, ...]) -> list[Any]:
@@ -38,7 +46,10 @@ def _constants(coefficients: tuple[float, ...]) -> list[Any]:
     return [tl.constexpr(coefficient) for coefficient in coefficients]
 
 
-_COLUMNS = 6  # weight, gradient, z, m, step, size
+_HEADER = 4
+"""Of a table: two key bases for the hashes, the number of rows, the logarithm of the blocks of an entry."""
+_COUNTS, _GRADIENT, _WEIGHT, _Z, _M, _STEP, _SIZE = range(7)
+"""The columns behind it: step counts that the host sends, addresses, sizes. What changes most often stands first."""
 _MOST_TABLES = 1000
 
 _ONE: Any = tl.constexpr(ONE)
@@ -53,6 +64,7 @@ _LOG2_0, _LOG2_1, _LOG2_2, _LOG2_3, _LOG2_4, _LOG2_5, _LOG2_6, _LOG2_7 = _consta
 _NEAR_ONE_0, _NEAR_ONE_1, _NEAR_ONE_2, _NEAR_ONE_3, _NEAR_ONE_4, _NEAR_ONE_5, _NEAR_ONE_6 = _constants(LOG2_NEAR_ONE)
 _EXP2_0, _EXP2_1, _EXP2_2, _EXP2_3, _EXP2_4 = _constants(EXP2)
 _SIGN: Any = tl.constexpr(-(2**31))
+_AT_HEADER: Any = tl.constexpr(_HEADER)
 
 
 @triton.jit
@@ -253,17 +265,28 @@ def stacey_step(
     STOCHASTIC: tl.constexpr, WEIGHT_IS_NARROW: tl.constexpr, GRADIENT_IS_NARROW: tl.constexpr,
     STATE_IS_NARROW: tl.constexpr, BETA1_NEARER_M: tl.constexpr, BETA2_NEARER_M: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of one row."""
-    row = table + 2 + tl.load(block_rows + tl.program_id(0)) * COLUMNS
-    index = tl.load(block_numbers + tl.program_id(0)) * SIZE + tl.arange(0, SIZE)
-    weight = _pointers(tl.load(row), index, WEIGHT_IS_NARROW, ALIGNED)
-    gradient = _pointers(tl.load(row + 1), index, GRADIENT_IS_NARROW, ALIGNED)
-    z_pointers = _pointers(tl.load(row + 2), index, STATE_IS_NARROW, ALIGNED)
-    m_pointers = _pointers(tl.load(row + 3), index, STATE_IS_NARROW, ALIGNED)
-    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.int64)))
-    mask = index < tl.load(row + 5)
+    """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of an entry of one row."""
+    rows = tl.load(table + 2).to(tl.int32)
+    shift = tl.load(table + 3).to(tl.int32)
+    entry = tl.program_id(0) >> shift
+    row = table + _AT_HEADER + tl.load(block_rows + entry)
+    block = (tl.load(block_numbers + entry) << shift) + (tl.program_id(0) - (entry << shift))
+    index = block * SIZE + tl.arange(0, SIZE)
+    # Column after column: an addition each, and no multiplication.
+    at = row + rows
+    gradient = _pointers(tl.load(at), index, GRADIENT_IS_NARROW, ALIGNED)
+    at += rows
+    weight = _pointers(tl.load(at), index, WEIGHT_IS_NARROW, ALIGNED)
+    at += rows
+    z_pointers = _pointers(tl.load(at), index, STATE_IS_NARROW, ALIGNED)
+    at += rows
+    m_pointers = _pointers(tl.load(at), index, STATE_IS_NARROW, ALIGNED)
+    at += rows
+    step = tl.load(tl.load(at).to(tl.pointer_type(tl.int64)))
+    at += rows
+    mask = index < tl.load(at)
     if ALIGNED:
         mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
@@ -364,27 +387,53 @@ def compile_time_values(
         WEIGHT_IS_NARROW=weight == torch.bfloat16, GRADIENT_IS_NARROW=gradient == torch.bfloat16,
         STATE_IS_NARROW=state == torch.bfloat16, BETA1_NEARER_M=s.beta1 >= HALF, BETA2_NEARER_M=s.beta2 >= HALF,
         LR_ON_DEVICE=lr_on_device, HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf, ALIGNED=aligned,
-        COLUMNS=_COLUMNS, SIZE=BLOCK,
+        SIZE=BLOCK,
     )  # fmt: skip
 
 
 @dataclass
 class _Tables:
-    """What launches on the same tensors read on their device."""
+    """What launches on tensors of the same sizes read on their device."""
 
-    key: list[Any]
-    rows: Tensor
-    """Two key bases for the hashes, then `_COLUMNS` numbers for each row."""
+    key: tuple[Any, ...]
+    """Seed, whether the call is capturable, sizes: where they differ, other tables are made."""
+    table: Tensor
     block_rows: Tensor
+    """The row of each entry."""
     block_numbers: Tensor
-    steps: Tensor
-    """The step counts of this launch, where those of the rows are in host memory."""
-    aligned: bool
-    """All addresses are multiples of 16 bytes, and all sizes of 8 elements."""
+    """The number of each entry in its row."""
+    programs: int
+    steps: list[int]
+    """Where in `table` the step counts lie that the host sends."""
+    columns: list[list[int]] = field(default_factory=lambda: [[]] * 7)
+    """Of `table`, as they were sent."""
+    bits: list[int] = field(default_factory=lambda: [0] * 7)
+    """Those that are set in any number of a column."""
+    counters: list[ctypes.c_int64] = field(default_factory=list)
+    """The step counts of the rows, where these lie in host memory."""
+    counted: list[int] = field(default_factory=list)
+    """Their addresses."""
+    is_captured: bool = False
+    """A graph reads them at each replay, so that nothing in them may change."""
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether all addresses are multiples of 16 bytes, and all sizes of 8 elements."""
+        return self.bits[_SIZE] % 8 == 0 and not any(bits % 16 for bits in self.bits[_GRADIENT:_STEP])
+
+    def count(self, addresses: list[int]) -> list[int]:
+        """Count up the steps at these addresses in host memory; return them."""
+        if self.counted != addresses:  # whose tensors the rows hold
+            self.counted, self.counters = addresses, [ctypes.c_int64.from_address(address) for address in addresses]
+        counts = []
+        for counter in self.counters:
+            counter.value = count = counter.value + 1
+            counts.append(count)
+        return counts
 
 
 class TritonKernel:
-    """One launch for all rows; the tables of each parameter group serve again while its pointers stay."""
+    """One launch for all rows. The tables of each parameter group serve again; what has moved since is sent anew."""
 
     name = "Triton"
 
@@ -399,34 +448,28 @@ class TritonKernel:
         device = rows[0].weight.device
         # Triton launches on the current GPU, which need not be the one that the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self._launch(rows, call)
+            self._prepare(rows, call)()
+            torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
-    def _launch(self, rows: list[Row], call: Call) -> None:
+    def _prepare(self, rows: list[Row], call: Call) -> Callable[[], object]:
+        """Count the steps, send what has moved, and return the launch."""
         s, first = call.settings, rows[0]
-        steps = [row.step for row in rows]
-        if call.capturable:
-            applied: Any = 1 if call.found_inf is None else (call.found_inf == 0).reshape(()).to(torch.int64)
-            torch._foreach_add_(steps, applied)
-        else:
-            torch._foreach_add_(steps, 1)
         tables = self._find_tables(rows, call)
-        if not call.capturable:
-            tables.steps.copy_(_pinned(torch.stack(steps), tables.steps.device), non_blocking=True)
-        unused = tables.steps
-        rates = unused if call.lr is None else self._rates(call, tables.rows.device)
+        unused = tables.table
+        rates = unused if call.lr is None else self._rates(call, tables.table.device)
         scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
-        stacey_step[(len(tables.block_rows),)](
-            tables.rows, tables.block_rows, tables.block_numbers, rates, scale,
+        return functools.partial(
+            lambda *given, **constants: stacey_step[(tables.programs,)](*given, **constants),
+            tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf,
             *float_constants(s).values(),
             **compile_time_values(
                 s, first.weight.dtype, first.gradient.dtype, first.z.dtype, stochastic=call.stochastic,
                 lr_on_device=call.lr is not None, has_scale=call.grad_scale is not None,
-                has_found_inf=call.found_inf is not None, aligned=tables.aligned,
+                has_found_inf=call.found_inf is not None, aligned=tables.are_aligned,
             ),
             num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-        torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
     def _rates(self, call: Call, device: torch.device) -> Tensor:
         """On the device, in float64: lr, which must be there, 1 - tau, tau, lambda, alpha and log2(alpha) in parts."""
@@ -434,59 +477,81 @@ class TritonKernel:
         assert call.lr is not None
         lr = call.lr.detach().reshape(1).float().double()
         numbers = [1.0 - s.tau, s.tau, s.weight_decay, s.alpha, *log2_in_parts(s.alpha)]
-        host = _pinned(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device)
-        if _is_capturing(device):
-            self._captured.append(host)
-        rest = host.to(device, non_blocking=True)
+        rest = torch.empty(len(numbers), dtype=torch.float64, device=device)
+        self._copy(np.array(numbers), rest)
         if call.lr_reference is not None:
             alpha, tau, *log2_alpha = follow(lr, call.lr_reference, s.alpha, s.tau, torch.float32).split(1)
             rest = torch.cat([1.0 - tau, tau, rest[2:3], alpha, *log2_alpha])
         return torch.cat([lr, rest])
 
     def _find_tables(self, rows: list[Row], call: Call) -> _Tables:
-        device = rows[0].weight.device
-        key: list[Any] = [call.seed, call.capturable]
-        for weight, gradient, z, m, step in rows:
-            key += [weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), weight.numel()]
-            key += [step.data_ptr()] * call.capturable
-        group = device, next((row.weight.data_ptr() for row in rows if row.weight.numel() > 0), 0)
+        """Count the rows' steps up; return their tables, to which what has moved since the last launch is sent."""
+        weights, gradients, zs, ms, steps = zip(*rows, strict=True)
+        device, capturing = weights[0].device, _is_capturing(weights[0].device)
+        sizes = list(map(Tensor.numel, weights))
+        key = (call.seed, call.capturable, *sizes)
+        addresses = [list(map(Tensor.data_ptr, column)) for column in (gradients, weights, zs, ms, steps)]
+        group = device, next((address for address, size in zip(addresses[1], sizes, strict=True) if size > 0), 0)
         found = self._tables.get(group)
-        capturing = _is_capturing(device)
-        if found is None or found.key != key:
-            found = self._make_tables(rows, call, key, device)
-            if not capturing:  # a graph's are its own: nothing is in them before a replay
-                self._tables.pop(group, None)
-                if len(self._tables) >= _MOST_TABLES:  # of groups that have gone: the oldest first
-                    self._tables.pop(next(iter(self._tables)))
-                self._tables[group] = found
-        if capturing:  # replays read them, whoever launches next
+        is_new = found is None or found.key != key
+        if found is None or is_new:
+            found = self._make_tables(key, sizes, device)
+        if call.capturable:
+            if call.found_inf is None:
+                torch._foreach_add_(steps, 1)
+            else:
+                torch._foreach_add_(steps, [(call.found_inf == 0).reshape(()).to(torch.int64)] * len(steps))
+            columns = [[0] * len(steps), *addresses, sizes]
+        else:
+            columns = [found.count(addresses.pop()), *addresses, found.steps, sizes]
+        if not is_new and (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
+            found = self._make_tables(key, sizes, device)
+            columns[_STEP] = columns[_STEP] if call.capturable else found.steps
+        self._send(found, columns)
+        if capturing:  # nothing is in them before a replay; replays read them, whoever launches next
+            found.is_captured = True
             self._captured.append(found)
+        else:
+            if self._tables.pop(group, None) is None and len(self._tables) >= _MOST_TABLES:
+                self._tables.pop(next(iter(self._tables)))  # of a group that has gone: the oldest
+            self._tables[group] = found
         return found
 
-    def _make_tables(self, rows: list[Row], call: Call, key: list[Any], device: torch.device) -> _Tables:
-        steps = torch.empty(len(rows), dtype=torch.int64, device=device)
-        numbers = [key_base(call.seed, STATES), key_base(call.seed, WEIGHT)]
-        block_rows: list[int] = []
-        block_numbers: list[int] = []
-        for i, (weight, gradient, z, m, step) in enumerate(rows):
-            at = step.data_ptr() if call.capturable else steps.data_ptr() + 8 * i
-            numbers += [weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), at, weight.numel()]
-            blocks = range(-(-weight.numel() // BLOCK))
-            block_numbers += blocks
-            block_rows += [i] * len(blocks)
-        aligned = all(
-            row.weight.numel() % 8 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in row[:4]) for row in rows
-        )
-        host = [
-            torch.tensor(numbers, dtype=torch.int64, device="cpu"),
-            torch.tensor(block_rows, dtype=torch.int32, device="cpu"),
-            torch.tensor(block_numbers, dtype=torch.int64, device="cpu"),
-        ]
-        host = [_pinned(tensor, device) for tensor in host]
-        there = [tensor.to(device, non_blocking=True) for tensor in host]
-        if _is_capturing(device):
+    def _make_tables(self, key: tuple[Any, ...], sizes: list[int], device: torch.device) -> _Tables:
+        """Make tables that fit these sizes, whose columns are still to be sent."""
+        blocks = -(-np.array(sizes, np.int64) // BLOCK)
+        for shift in range(_SHIFT, -1, -1):
+            entries = -(-blocks >> shift)
+            if (entries.sum() << shift) <= (1 + _EMPTY) * blocks.sum():
+                break
+        rows = np.repeat(np.arange(len(sizes), dtype=np.int32), entries)
+        numbers = np.arange(len(rows)) - np.repeat(np.cumsum(entries) - entries, entries)
+        table = torch.empty(_HEADER + 7 * len(sizes), dtype=torch.int64, device=device)
+        block_rows = torch.empty(len(rows), dtype=torch.int32, device=device)
+        block_numbers = torch.empty(len(rows), dtype=torch.int64, device=device)
+        header = [key_base(key[0], STATES), key_base(key[0], WEIGHT), len(sizes), shift]
+        self._copy(np.array(header, np.int64), table[:_HEADER])
+        self._copy(rows, block_rows)
+        self._copy(numbers, block_numbers)
+        steps = [table.data_ptr() + 8 * (_HEADER + i) for i in range(len(sizes))]
+        return _Tables(key, table, block_rows, block_numbers, len(rows) << shift, steps)
+
+    def _send(self, tables: _Tables, columns: list[list[int]]) -> None:
+        """Send the columns from the first to the last that differ from what was sent, in one copy."""
+        changed = [i for i, column in enumerate(columns) if column != tables.columns[i]]
+        if changed:
+            start, stop, n = changed[0], changed[-1] + 1, len(columns[0])
+            numbers = np.array(columns[start:stop], np.int64)
+            self._copy(numbers.reshape(-1), tables.table[_HEADER + start * n : _HEADER + stop * n])
+            tables.columns[start:stop] = columns[start:stop]
+            tables.bits[start:stop] = np.bitwise_or.reduce(numbers, axis=1).tolist()
+
+    def _copy(self, numbers: NDArray[Any], there: Tensor) -> None:
+        """Copy numbers to a device, for which the host does not wait."""
+        host = _pinned(torch.from_numpy(numbers), there.device)
+        there.copy_(host, non_blocking=True)
+        if _is_capturing(there.device):  # a graph copies them again at each replay
             self._captured.append(host)
-        return _Tables(key, there[0], there[1], there[2], steps, aligned)
 
 
 def _is_capturing(device: torch.device) -> bool:

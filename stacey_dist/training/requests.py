@@ -1,0 +1,47 @@
+"""What processes ask of each other during a run, agreed on between their hosts: no device is waited for."""
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one process asks of all; of an update: what any of them asked for, the same on each."""
+
+    stop: bool = False
+    """It was told to stop by a signal."""
+    save: bool = False
+    """It is time for a checkpoint."""
+    save_and_wait: bool = False
+    """Checkpoints keep failing: the next one has to succeed."""
+    directory_gone: bool = False
+    """run_dir is gone."""
+
+
+class Hosts:
+    """The processes' hosts, which talk over a gloo group of their own. All processes make it together.
+
+    Args:
+        processes: how many there are.
+        timeout: seconds that they wait for each other.
+    """
+
+    def __init__(self, processes: int, timeout: float) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes > 1 else None
+
+    def ask(self, requests: Requests) -> Callable[[], Requests]:
+        """Ask all processes, which do so together; returns what waits for the answer: what any of them asks for."""
+        if self._group is None:
+            return lambda: requests
+        asked = torch.tensor(astuple(requests), dtype=torch.uint8, device="cpu")
+        work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def answer() -> Requests:
+            work.wait()
+            return Requests(*map(bool, asked.numpy()))
+
+        return answer
