@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
+from stacey_dist.training import prepare_command
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.llm_config import LLMConfig
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- made by `python .ci/pages.py` -->"
+PREPARE = "tokenize the text of a configuration of train_llm.py before the run"
 SHARED = ("optimizer", "schedule", "train", "checkpoint", "tracking")
 
 
@@ -139,6 +141,7 @@ def commands() -> str:
     ]
     lines += describe(cli.make_parser(), "stacey-dist", skip=("plan", "prepare"))
     lines += describe(plan._parser(), "stacey-dist plan")
+    lines += describe(prepare_command.own_options(), "stacey-dist prepare", short=PREPARE)
     lines += describe(experiments.make_parser(), "python -m experiments")
     return "\n".join(lines) + "\n"
 

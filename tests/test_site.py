@@ -25,7 +25,7 @@ OVERFLOW = "() => document.scrollingElement.scrollWidth > innerWidth"
 def site(tmp_path_factory):
     """The site, built."""
     directory = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(directory)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
     subprocess.run(build, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     return directory
 
