@@ -16,6 +16,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md")
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".sh": "bash", ".yaml": "yaml", ".json": "json"}
 LINK = re.compile(r"\]\(([^):#]+)(#[^)]*)?\)")
+UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Say on every page which version it describes."""
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "stacey_dist" / "version.py").read_text(encoding="utf-8"))
+    assert version
+    config.copyright = f"stacey_dist {version[1]}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -23,14 +31,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in PAGES:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     linked = set()
-    for path in (*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in PAGES)):
+    for path in (*(ROOT / "docs").rglob("*.md"), *(ROOT / name for name in PAGES)):
         for target, _ in LINK.findall(path.read_text(encoding="utf-8")):
             place = (path.parent / target).resolve()
             outside = place.is_relative_to(ROOT) and not place.is_relative_to(ROOT / "docs")
             if outside and place.exists() and place.relative_to(ROOT).as_posix() not in PAGES:
                 linked.add(place.relative_to(ROOT).as_posix())
     for name in sorted(linked):
-        files.append(File.generated(config, f"source/{name}.md", content=_show(name)))
+        files.append(File.generated(config, f"source/{name}.md", content=UNSEARCHED + _show(name)))
     return files
 
 
@@ -39,12 +47,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = page.file.src_uri
     if source.startswith("source/"):
         return markdown
-    folder = "" if source in PAGES else "docs"
+    folder = "" if source in PAGES else posixpath.join("docs", posixpath.dirname(source))
 
     def point(match: re.Match[str]) -> str:
         name = posixpath.normpath(posixpath.join(folder, match[1]))
         place = name.removeprefix("docs/") if name in PAGES or name.startswith("docs/") else f"source/{name}.md"
-        return f"]({place}{match[2] or ''})"
+        return f"]({posixpath.relpath(place, posixpath.dirname(source) or '.')}{match[2] or ''})"
 
     return LINK.sub(point, markdown)
 

@@ -1,4 +1,4 @@
-"""The versions that were tested and what they take on disk: .ci/versions.json, and the tables of docs/versions.md.
+"""The versions that were tested and what they take on disk: versions.json, and tables of docs/reference/versions.md.
 
 python .ci/versions.py record oldest    # in the environment of .ci/oldest; newest in that of .ci/newest
 python .ci/versions.py sizes            # in an environment with the versions of constraints.txt
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = ROOT / ".ci" / "versions.json"
-PAGE = ROOT / "docs" / "versions.md"
+PAGE = ROOT / "docs" / "reference" / "versions.md"
 MARK = "<!-- table: .ci/versions.py -->\n"
 
 
@@ -108,7 +108,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """Return docs/versions.md with the table as it is to be."""
+    """Return docs/reference/versions.md with the table as it is to be."""
     before, _, after = PAGE.read_text().split(MARK)
     return f"{before}{MARK}\n{table()}\n{MARK}{after}"
 

@@ -1,4 +1,4 @@
-"""How well a bfloat16 z follows a float32 one, rounded stochastically and to nearest: the plot docs/rounding.png.
+"""How well a bfloat16 z follows a float32 one, by each rounding: the plot docs/explanation/rounding.png.
 
 python benchmarks/rounding.py [FILE]
 """
@@ -64,4 +64,4 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "docs/rounding.png")
+    main(sys.argv[1] if len(sys.argv) > 1 else "docs/explanation/rounding.png")

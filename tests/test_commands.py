@@ -28,7 +28,7 @@ from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.prepare_command import own_options
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {"gpu", "hub", "slurm", "docker", "files", "machines"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 

@@ -195,4 +195,4 @@ def test_the_table_of_versions_is_up_to_date():
     spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
     versions = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(versions)
-    assert (ROOT / "docs" / "versions.md").read_text() == versions.page()
+    assert (ROOT / "docs" / "reference" / "versions.md").read_text() == versions.page()

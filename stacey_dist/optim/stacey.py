@@ -45,11 +45,11 @@ class Stacey(ElementwiseOptimizer):
 
     An element's new value depends on that element alone, bit for bit, so any engine may shard the parameters.
 
-    The defaults are safe, not tuned: the loss falls with them for all three variants, on PyTorch's own test problems
-    and small networks, with losses of a tenth and of ten times the usual size. They are the paper's p, tau and betas
-    with a tenth of its lr and alpha (0.01 both), with which (2,p) diverges. The launchers have tuned settings of
-    their own (docs/optimizer.md); for language models begin with ``lr=1.2e-3, p=30, alpha=1.0, tau=4e-3,
-    betas=(0.5, 0.7)``. Settings belong together: another variant or p wants another lr, alpha and tau.
+    The defaults are safe, not tuned. With them the loss falls for all three variants, on PyTorch's own test problems
+    and small networks, with losses of a tenth to ten times the usual size. They are the paper's p, tau and betas, with
+    a tenth of the paper's lr and alpha: with 0.01 for both, (2,p) diverges there. The launchers have tuned settings
+    (docs/how-to/settings.md). For language models begin with ``lr=1.2e-3, p=30, alpha=1.0, tau=4e-3,
+    betas=(0.5, 0.7)``. Settings belong together: another variant or another p needs another lr, alpha and tau.
 
     Args:
         params: parameters or groups; every setting below may differ by group. float64 parameters are updated in

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description="How much memory and time a training run takes on an engine, before it is started. Any setting of "
         "train_llm.py is an option too, as in --optimizer.state_dtype float32.",
         epilog=f"{NOT_MEASURED} A peak is an estimate: keep a --margin. Defaults for links, per GPU, are its maker's "
-        f"figures: {'; '.join(_links(gpu) for gpu in GPUS.values())}. See docs/plan.md.",
+        f"figures: {'; '.join(_links(gpu) for gpu in GPUS.values())}. See docs/how-to/plan.md.",
     )
     add = parser.add_argument
     add(

@@ -40,8 +40,9 @@ class Gpu:
     efficiency: tuple[float, float]
 
 
-# From the published runs of which docs/plan.md has a table: what the slowest reached if none of its communication was
-# hidden, and the fastest if all was, with 5 percentage points of room. An H200 computes as an H100 does.
+# From the published runs of which docs/how-to/plan.md has a table: what the slowest reached if none of its
+# communication was hidden, and the fastest if all was, with 5 percentage points of room. An H200 computes as an H100
+# does.
 _EFFICIENCY = {"A100": (0.5, 0.8), "H100": (0.4, 0.65), "H200": (0.4, 0.65)}
 _OF_OTHERS = (0.4, 0.8)  # no published run: the whole range of those
 

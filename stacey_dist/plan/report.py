@@ -62,7 +62,7 @@ def table(plans: list[Plan], gpu: Gpu, room: float) -> str:
         _communication(plans[0], gpu),
         _time(plans, gpu),
         _checkpoint(plans, gpu),
-        NOT_MEASURED + "\ndocs/plan.md has the formulas and what is assumed.",
+        NOT_MEASURED + "\ndocs/how-to/plan.md has the formulas and what is assumed.",
     ]
     return "\n\n".join(blocks)
 

@@ -37,9 +37,13 @@ def prepare(arguments: list[str]) -> int:
 def own_options() -> argparse.ArgumentParser:
     """Return the parser of the options that are no settings of a run."""
     parser = argparse.ArgumentParser("stacey-dist prepare", add_help=False, allow_abbrev=False)
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), metavar="N", help="processes that encode (the cores)"
+    )
     task = f"{os.environ.get('SLURM_PROCID', 0)}/{os.environ.get('SLURM_NTASKS', 1)}"
-    parser.add_argument("--shard", default=task, metavar="I/N")
+    parser.add_argument(
+        "--shard", default=task, metavar="I/N", help="this host and their number, as in 0/4 (as srun says)"
+    )
     return parser
 
 

@@ -2,8 +2,8 @@
 
 Accelerate's launcher keeps one store over `--max_restarts`, and torch puts every attempt's keys into the same place
 (it expects a new store for each). A restarted process would find the addresses of processes that are dead, and take
-them for its peers'. Where the launcher keeps no store (`--rdzv_backend c10d`, as docs/clusters.md has it), each attempt
-has a new one, and the launchers of several nodes need not have counted the same number of restarts.
+them for its peers'. Where the launcher keeps no store (`--rdzv_backend c10d`, as docs/how-to/clusters.md has it), each
+attempt has a new one, and the launchers of several nodes need not have counted the same number of restarts.
 """
 
 import os

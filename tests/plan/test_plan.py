@@ -208,7 +208,7 @@ def test_a_mistyped_setting_is_answered_with_the_nearest(capsys):
 
 def test_the_examples_of_the_documentation_are_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS.parents[1])
-    examples = re.findall(r"```\n\$ stacey-dist (plan .*)\n([^`]*)```", Path("docs/plan.md").read_text())
+    examples = re.findall(r"```\n\$ stacey-dist (plan .*)\n([^`]*)```", Path("docs/how-to/plan.md").read_text())
     assert len(examples) == 3
     for command, printed in examples:
         assert main(command.split()) == 0

@@ -1,4 +1,4 @@
-"""The plan against published runs: the table in docs/plan.md has them, with their sources."""
+"""The plan against published runs: the table in docs/how-to/plan.md has them, with their sources."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from stacey_dist.plan.plans import peak_bytes
 from tests.plan.test_plan import config_of
 
 LLAMA_3_1 = ("--model.intermediate_size", "14336", "--model.num_key_value_heads", "8")
-DOCUMENTATION = Path(__file__).parents[2] / "docs/plan.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs/how-to/plan.md"
 
 
 def rows():

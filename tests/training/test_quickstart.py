@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stacey_dist.data.source import embedded_source
+from tests.test_docs import run as run_example
 from tests.training.helpers import launch_as_typed, rows
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,13 @@ def test_it_learns_and_says_where_everything_is(quickstart):
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).is_file(), name
     assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def test_the_exported_model_generates_as_the_tutorial_does(quickstart, monkeypatch, capsys):
+    run, _ = quickstart
+    monkeypatch.chdir(run.parents[1])
+    run_example("generate")
+    assert "The function returns" in capsys.readouterr().out
 
 
 def test_the_exported_model_has_the_loss_that_training_reported(quickstart):

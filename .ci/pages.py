@@ -1,0 +1,23 @@
+"""What is drawn or made of the documentation: `python .ci/pages.py` writes it, and a test holds that it is current.
+
+Tables of measured figures (figures.py), diagrams (diagrams.py), the reference of settings and commands (reference.py).
+"""
+
+from pathlib import Path
+
+import diagrams
+import figures
+import reference
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each file that is made, as it is to be."""
+    made = {path: figures.drawn(path.read_text(encoding="utf-8")) for path in figures.PAGES}
+    made |= {diagrams.ASSETS / name: draw() for name, draw in diagrams.DIAGRAMS.items()}
+    return made | reference.pages()
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
