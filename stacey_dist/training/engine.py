@@ -61,8 +61,8 @@ class Engine:
         self.accelerator = run.accelerator
         self.name = requested_engine()
         self.hosts = Hosts(self.accelerator.num_processes, run.config.train.collective_timeout_seconds)
-        self.batch_norms = BatchNorms(model)
         self._prepare(optimizer)
+        self.batch_norms = BatchNorms(model)  # an engine that moves a model to a GPU puts other buffers into it
         fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
         if isinstance(initial := getattr(model, "initial_weights", None), InitialWeights):
             initial.fill(self.model, self.optimizer, self.accelerator.device)
@@ -146,7 +146,7 @@ class Engine:
         optimizer: Any = self.optimizer.optimizer  # Accelerate's own step waits, to know whether it skips
         if clips or getattr(base, "_step_supports_amp_scaling", False):
             divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips and limit > 0 else None
-            with _set(base, grad_scale=divisor, found_inf=skipped):
+            with _set(base, grad_scale=divisor, found_inf=skipped.to(self._update_device(skipped.device))):
                 optimizer.step()
         elif not skipped:  # it cannot skip an update by itself, so the host waits
             optimizer.step()
@@ -163,7 +163,13 @@ class Engine:
                 group["capturable"] = True
 
     def _reads_on_the_device(self) -> bool:
-        return self.accelerator.device.type == "cuda" and kernel("cuda") is not None
+        device = self._update_device(self.accelerator.device)
+        return device.type == "cuda" and kernel("cuda") is not None
+
+    def _update_device(self, otherwise: torch.device) -> torch.device:
+        """Return where the parameters are updated: with offloading, on the CPU."""
+        groups = base_optimizer(self.optimizer).param_groups
+        return next((param.device for group in groups for param in group["params"]), otherwise)
 
     def _gradient_norm(self) -> Tensor:
         self.accelerator.unscale_gradients()

@@ -22,7 +22,7 @@ from stacey_dist.training.signals import StopSignal
 from stacey_dist.training.task import Task
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes
-_MOST_UNREAD = 1000  # outcomes of updates, however seldom a line is due
+_READ_EVERY = 1000  # updates, however seldom a line is due
 
 
 def train(run: Run[Any], task: Task, engine: Engine) -> Path:
@@ -224,7 +224,7 @@ class _Trainer:
         step, requests = self.progress.step, update.requests
         self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(step)
         ending = requests.stop or requests.directory_gone
-        of_others = self.metrics.is_due(step) or self._is_evaluated(step) or self.outcomes.unread >= _MOST_UNREAD
+        of_others = self.metrics.is_due(step) or self._is_evaluated(step) or step % _READ_EVERY == 0
         return self.save_is_due or ending or of_others
 
     def _check_skipped(self) -> None:

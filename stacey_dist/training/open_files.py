@@ -13,8 +13,8 @@ from stacey_dist.errors import SettingsError
 
 # What a process has open besides: libraries, devices, data, logs.
 _OTHERS = 512
-# One group of gloo for training or loading, and one for saving.
-_GROUPS = 2
+# Groups of gloo: the requests of an update, checkpoints (or the default group, on CPUs), and saving beside training.
+_GROUPS = 3
 
 
 def raise_limits(processes: int, heartbeat: bool) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
+from stacey_dist.training import engine as engine_module
 from stacey_dist.training import signals
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
@@ -331,6 +332,23 @@ def test_statistics_of_an_update_that_is_left_out_are_undone():
         norms.restore(torch.tensor(skipped))
         expected = before if skipped else moved
         assert all(torch.equal(buffer, expected[name]) for name, buffer in model.named_buffers())
+
+
+def test_the_statistics_are_those_of_the_model_that_an_engine_has_moved(monkeypatch):
+    """On a GPU other buffers are put into the model."""
+
+    def prepare(self, optimizer):
+        self.model, self.optimizer = self.module._apply(torch.clone), optimizer
+
+    monkeypatch.setattr(Engine, "_prepare", prepare)
+    monkeypatch.setattr(Engine, "_let_the_kernel_skip", lambda self: None)
+    monkeypatch.setattr(engine_module, "fragments", lambda *sharded: [])
+    model = torch.nn.BatchNorm1d(2)
+    engine = Engine(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), config=RunConfig()), model, None)
+    engine.batch_norms.keep()
+    model(torch.full((4, 2), torch.inf))
+    engine.batch_norms.restore(torch.ones(()))
+    assert torch.equal(model.running_mean, torch.zeros(2))
 
 
 def test_what_came_of_updates_is_counted_as_it_is_read():
