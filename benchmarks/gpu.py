@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from image_pipeline import made_photo
 from training_loop import BareLoop
 
@@ -127,10 +128,12 @@ def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
     from stacey_dist.training import llm
 
     config = llama_config(smoke)
-    run: Any = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=True), say=lambda text: None)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.train.mixed_precision)
+    run: Any = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
     data: Any = SimpleNamespace(vocab_size=vocabulary(smoke), end_token_id=0)
     model = llm.build_model(run, data).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model.initial_weights.fill(model, optimizer, accelerator.device)
     loop = BareLoop(model, optimizer, config.train.max_grad_norm)
     shape = (config.train.global_batch_size, config.data.sequence_length)
     inputs, labels = (torch.randint(data.vocab_size, shape, device=device) for _ in range(2))

@@ -230,7 +230,8 @@ def simulate(rank, processes, cases):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from stacey_dist.sharding import fragments, state_bytes
-    from stacey_dist.training import deepspeed_config, llm
+    from stacey_dist.training import deepspeed_config, llm, requests
+    from stacey_dist.training import engine as engine_module
     from stacey_dist.training.engine import Requests, build_engine
     from stacey_dist.training.launch import start_accelerator
     from stacey_dist.training.optimizers import build_optimizer
@@ -239,6 +240,7 @@ def simulate(rank, processes, cases):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     before, found = dict(os.environ), []
+    engine_module.Hosts = lambda processes, timeout: requests.Hosts(1, timeout)  # the fake store has no group of gloo
     for engine, config, vocabulary, update in cases:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()

@@ -51,7 +51,8 @@ def test_the_configurations_have_their_sizes(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     config = config_of("70b", "--model.num_hidden_layers", "3", "--model.tie_word_embeddings", str(tied).lower())
-    run = SimpleNamespace(config=config, accelerator=None, say=lambda text: None)
+    accelerator = SimpleNamespace(device=torch.device("meta"), mixed_precision="no")
+    run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
     with torch.device("meta"):
         built = build_model(run, SimpleNamespace(vocab_size=1013, end_token_id=0))
     planned = llama(config, 1013)
