@@ -71,10 +71,10 @@ def encode(batch: Batch, tokenizer: Tokenizer, number: int, first: int) -> Itera
     encoded = iter(tokenizer.encode_batch(texts))
     ends = [at for at, record in enumerate(batch.records) if isinstance(record, End)]
     start = 0
-    for stop in (*ends, len(batch.records)):
-        records = batch.records[start:stop]
-        if records or stop in ends:
-            yield _block(records, encoded, tokenizer, number, first, stop in ends)
+    for at, stop in enumerate((*ends, len(batch.records))):
+        records, ended = batch.records[start:stop], at < len(ends)
+        if records or ended:
+            yield _block(records, encoded, tokenizer, number, first, ended)
         number, first, start = number + 1, 0, stop + 1
 
 
@@ -127,12 +127,13 @@ def unpack(path: Path) -> list[Block]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             header = json.loads(content["header"].tobytes())
             lengths, tokens = content["lengths"], content["tokens"]
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        blocks, record, token = [], 0, 0
+        for each in header:
+            records, count = each.pop("records"), each.pop("tokens")
+            rows = lengths[record : record + records], tokens[token : token + count]
+            blocks.append(Block(lengths=rows[0], tokens=rows[1], **each))
+            record, token = record + records, token + count
+    # zipfile raises the last two for a damaged directory: an unknown compression, an encrypted file.
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    blocks, record, token = [], 0, 0
-    for each in header:
-        records, count = each.pop("records"), each.pop("tokens")
-        rows = lengths[record : record + records], tokens[token : token + count]
-        blocks.append(Block(lengths=rows[0], tokens=rows[1], **each))
-        record, token = record + records, token + count
     return blocks

@@ -80,7 +80,7 @@ def prepare(
     )
     if (directory / INDEX).exists() and damaged_parts(directory, whole=verify):
         with lock():
-            if (directory / INDEX).exists():
+            if _is_complete(directory):
                 repair_parts(directory, damaged_parts(directory, whole=verify), source, tokenizer)
     if not (directory / INDEX).exists():
         make_directory(directory, "cache_dir")
@@ -94,11 +94,19 @@ def prepare(
                         raise failure[1]
 
             with lock(meanwhile=check if helpers.running else None):
-                if not (directory / INDEX).exists():
+                if not _is_complete(directory):
                     Preparation(
                         directory, source, tokenizer, max_tokens, validation_every, progress, encoder, helpers
                     ).run()
     return directory
+
+
+def _is_complete(directory: Path) -> bool:
+    """Return whether a directory has an index.
+
+    NFS looks anew at a directory that is opened, but may remember for a minute that a file in it was not there.
+    """
+    return INDEX in os.listdir(directory)
 
 
 def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> Helpers:

@@ -1,7 +1,8 @@
 """Inputs to chunks of tokens, by any number of processes on any number of hosts, which share a directory.
 
 A process takes a group of inputs by its lock, and writes its records chunk after chunk. So a killed process loses the
-chunk that it was at, and another one goes on from the chunk before.
+chunk that it was at, and another one goes on from the chunk before. Each group has a folder, so that a look at its
+chunks costs the same however many groups there are.
 """
 
 import hashlib
@@ -9,8 +10,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from stacey_dist.errors import InputError
 from stacey_dist.files import replace_file
 
 CHUNKS = "chunks"
+_END = "end"
 
 _CHUNK_TOKENS = 2**19
 """A chunk has so many at least: two seconds of one core, and one batch of text."""
@@ -43,7 +46,7 @@ class Group:
         name: the pass, ``train`` or ``validation``.
         first: the number of the first input in its pass.
         inputs: the inputs.
-        key: what the names of its chunks begin with, the same wherever the same inputs are encoded alike.
+        key: the name of its folder, the same wherever the same inputs are encoded alike.
     """
 
     name: str
@@ -65,41 +68,82 @@ class Encoder:
         self._tokenizer = tokenizer
         # A copy that ends at a limit would not know how many of the skipped records came before.
         with_skipped = source.on_bad_record == "skip" and max_tokens is None
-        self.reuse = Reuse(directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
+        self._find_known = partial(Reuse, directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
+        self.reuse = self._find_known()
+        made_by = tokenizer.fingerprint, tokenizer.end_token_id, source.on_bad_record, with_skipped
         self.groups = [
-            *_groups("train", source.inputs, source.on_bad_record, tokenizer),
-            *_groups("validation", source.validation_inputs or (), source.on_bad_record, tokenizer),
+            *_groups("train", source.inputs, made_by),
+            *_groups("validation", source.validation_inputs or (), made_by),
         ]
         self._link_known()
 
     def _link_known(self) -> None:
         """Take over the chunks that other directories have, of preparations that were not completed."""
-        self._chunks.mkdir(exist_ok=True)
-        new = {
-            group.key for group in self.groups if not self._end(group).exists() and not self.chunk(group, 0).exists()
-        }
-        for other in self._chunks.parent.parent.glob(f"*/{CHUNKS}"):
-            with suppress(OSError):  # it was completed meanwhile, and its chunks have gone
-                names = {path.name for path in other.glob("*.npz")}
-                for name in sorted(names):
-                    key = name.partition("-")[0]
-                    if key in new and _chunk_name(key, 0) in names:
-                        os.link(other / name, self._chunks / name)
+        known: dict[str, list[Path]] = {}
+        for folder in self._chunks.parent.parent.glob(f"*/{CHUNKS}/*/"):
+            if folder.parent != self._chunks:
+                known.setdefault(folder.name, []).append(folder)
+        for group in self.groups:
+            self._folder(group).mkdir(parents=True, exist_ok=True)
+            for folder in known.get(group.key, ()):
+                # Another process has the group, or has completed the other directory, whose chunks have gone.
+                with suppress(OSError), self._locked(group):
+                    numbers = _numbers(folder)
+                    # A group of which chunks were taken, and removed, has its last one, or has ended.
+                    if 0 in numbers and not self._end(group).exists() and not _numbers(self._folder(group)):
+                        for number in numbers:
+                            os.link(folder / _chunk_name(number), self.chunk(group, number))
 
     def chunk(self, group: Group, number: int) -> Path:
         """Return the path of a group's chunk."""
-        return self._chunks / _chunk_name(group.key, number)
+        return self._folder(group) / _chunk_name(number)
 
     def first_chunk(self, group: Group) -> int:
         """Return the number of the first chunk of a group that is there, 0 if none is."""
-        return min(map(_number, self._chunks.glob(f"{group.key}-*.npz")), default=0)
+        return min(_numbers(self._folder(group)), default=0)
 
     def discard(self, group: Group, number: int) -> None:
         """Remove a group's chunks from one on, so that they are encoded again."""
         self._end(group).unlink(missing_ok=True)
-        for chunk in self._chunks.glob(f"{group.key}-*.npz"):
-            if _number(chunk) >= number:
-                chunk.unlink(missing_ok=True)
+        for each in _numbers(self._folder(group)):
+            if each >= number:
+                self.chunk(group, each).unlink(missing_ok=True)
+
+    def discard_if_lost(self, group: Group, number: int) -> bool:
+        """Remove all chunks of a group if one of them will never be written, and return whether that was so.
+
+        Raises:
+            InputError: the folder has gone.
+        """
+
+        def lost() -> bool:
+            names = os.listdir(self._folder(group))
+            others = [each for each in names if each == _END or (each.endswith(".npz") and each > _chunk_name(number))]
+            return bool(others) and _chunk_name(number) not in names
+
+        try:
+            if lost():
+                with suppress(BlockingIOError), self._locked(group):
+                    if lost():
+                        self.discard(group, 0)
+                        return True
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename} was removed; the same command encodes its inputs again") from error
+        return False
+
+    def end(self, group: Group) -> None:
+        """Let nobody encode a group again: all of its chunks were taken."""
+        with suppress(FileNotFoundError):
+            self._end(group).touch()
+
+    def close(self, name: str) -> None:
+        """Let nobody encode more of a pass, on whichever host."""
+        with suppress(FileNotFoundError):
+            self._closed(name).touch()
+
+    def reopen(self, name: str) -> None:
+        """Undo `close`."""
+        self._closed(name).unlink(missing_ok=True)
 
     def work(self, first: int = 0, step: int = 1) -> Generator[Failure | None, None, None]:
         """Encode what no other process encodes: every `step`-th group from the `first` on, then the others.
@@ -107,16 +151,32 @@ class Encoder:
         Yields None after each chunk, and a failure for each group that cannot be read on.
         """
         for group in (*self.groups[first::step], *self.groups):
-            if not self._end(group).exists():
-                lock = self._chunks / f"{group.key}.lock"
-                # Another process has the group, or the directory is complete.
-                with suppress(BlockingIOError, FileNotFoundError), locked(lock, False, wait=False):
-                    if not self._end(group).exists():
-                        yield from self._encode(group)
+            yield from self.work_on(group)
+
+    def work_on(self, group: Group) -> Generator[Failure | None, None, None]:
+        """Encode one group, if it is not done and no other process encodes it. Yields what `work` does."""
+        if not self._is_over(group):
+            # Another process has the group, or the directory is complete.
+            with suppress(BlockingIOError, FileNotFoundError), self._locked(group):
+                if not self._is_over(group):
+                    yield from self._encode(group)
+
+    def _is_over(self, group: Group) -> bool:
+        return self._end(group).exists() or self._closed(group.name).exists()
+
+    def _folder(self, group: Group) -> Path:
+        return self._chunks / group.key
+
+    def _locked(self, group: Group) -> AbstractContextManager[None]:
+        return locked(self._folder(group) / "lock", False, wait=False)
 
     def _end(self, group: Group) -> Path:
         """Return the path of the file that says that all chunks of a group were written."""
-        return self._chunks / f"{group.key}.end"
+        return self._folder(group) / _END
+
+    def _closed(self, name: str) -> Path:
+        """Return the path of the file that says that no more of a pass is needed."""
+        return self._chunks / f"{name}.closed"
 
     def _encode(self, group: Group) -> Iterator[Failure | None]:
         number, last = self._last(group)
@@ -130,6 +190,8 @@ class Encoder:
                     replace_file(self.chunk(group, number), pack(pending))
                     number, pending, tokens = number + 1, [], 0
                     yield None
+                    if self._closed(group.name).exists():
+                        return
         except InputError as error:
             failure = group.key, error
         if pending:
@@ -142,11 +204,11 @@ class Encoder:
 
     def _last(self, group: Group) -> tuple[int, Block | None]:
         """Return the number of the next chunk of a group, and the last block that there is."""
-        for chunk in sorted(self._chunks.glob(f"{group.key}-*.npz"), reverse=True):
+        for number in reversed(_numbers(self._folder(group))):
             try:
-                return _number(chunk) + 1, unpack(chunk)[-1]
+                return number + 1, unpack(self.chunk(group, number))[-1]
             except ValueError:
-                chunk.unlink()
+                self.chunk(group, number).unlink()
         return 0, None
 
     def _blocks(self, group: Group, last: Block | None) -> Iterator[Block]:
@@ -155,6 +217,10 @@ class Encoder:
         number, read, place, copying = (0, 0, None, False) if last is None else _after(last)
         while number < len(inputs):
             found = self.reuse.find(inputs[number].identity) if copying or not read else None
+            if found is None and copying:
+                # The other directory may have been completed meanwhile.
+                self.reuse = self._find_known()
+                found = self.reuse.find(inputs[number].identity)
             if found is not None:
                 for block in found.blocks(number):
                     if block.first >= read:
@@ -183,22 +249,22 @@ def _after(block: Block) -> tuple[int, int, Any, bool]:
     return block.input, block.first + len(block.lengths), block.place, block.copying
 
 
-def _chunk_name(key: str, number: int) -> str:
-    return f"{key}-{number:06d}.npz"
+def _chunk_name(number: int) -> str:
+    return f"{number:06d}.npz"
 
 
-def _number(chunk: Path) -> int:
-    return int(chunk.stem.rpartition("-")[2])
+def _numbers(folder: Path) -> list[int]:
+    """Return the numbers of the chunks in a folder, sorted."""
+    return sorted(int(name[: -len(".npz")]) for name in os.listdir(folder) if name.endswith(".npz"))
 
 
-def _groups(name: str, inputs: Sequence[Input], on_bad_record: str, tokenizer: Tokenizer) -> Iterator[Group]:
+def _groups(name: str, inputs: Sequence[Input], made_by: tuple[Any, ...]) -> Iterator[Group]:
     seen: Counter[str] = Counter()
     first = size = 0
     for stop, each in enumerate(inputs, start=1):
         size += _GROUP_BYTES if each.size_bytes is None else each.size_bytes
         if size >= _GROUP_BYTES or stop == len(inputs):
             some = inputs[first:stop]
-            made_by = tokenizer.fingerprint, tokenizer.end_token_id, on_bad_record
             content = json.dumps([name, *made_by, [each.identity for each in some]], sort_keys=True)
             seen[content] += 1
             key = hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24]

@@ -10,6 +10,7 @@ import fcntl
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from stacey_dist.errors import InputError
 
@@ -66,22 +67,29 @@ def locked(
     """
     with open(path, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, path, fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 raise
             if announce:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
             if meanwhile is None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _flock(file, path)
             while meanwhile is not None:
                 meanwhile()
                 with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _flock(file, path, fcntl.LOCK_NB)
                     break
-        except OSError as error:
-            raise InputError(
-                f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "
-                "name a directory on another"
-            ) from error
         yield
+
+
+def _flock(file: IO[bytes], path: Path, how: int = 0) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "
+            "name a directory on another"
+        ) from error

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,8 @@ class Preparation:
         self._progress = progress
         self._encoder = encoder
         self._helpers = helpers
-        self._work = encoder.work()
+        self._awaited: tuple[str, Generator[Failure | None, None, None]] | None = None
+        self._others = encoder.work()
         self._failures: dict[str, InputError] = {}
         self._taken: list[Path] = []
         self._writers: dict[str, PartWriter]
@@ -137,6 +138,9 @@ class Preparation:
             self._start(read_json(directory / PROGRESS))
         except (OSError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
+        for each in self._passes:
+            if not each.finished:
+                encoder.reopen(each.name)
         self._committed = self._tokens()
 
     def run(self) -> None:
@@ -148,8 +152,11 @@ class Preparation:
         try:
             for each in self._passes:
                 self._run(each)
+                # What is left of it is not needed: its limit was reached.
+                self._encoder.close(each.name)
         finally:
-            self._work.close()
+            self._leave_awaited()
+            self._others.close()
         for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
@@ -249,7 +256,10 @@ class Preparation:
         while not now.full and len(now.records) < group.first + len(group.inputs):
             chunk = self._encoder.chunk(group, number)
             if not chunk.exists():
-                self._wait(group)
+                if self._encoder.discard_if_lost(group, number):
+                    number = 0
+                else:
+                    self._wait(group)
                 continue
             try:
                 for block in unpack(chunk):
@@ -261,6 +271,8 @@ class Preparation:
             self._taken.append(chunk)
             number += 1
             self._commit_if_due()
+        if not now.full:
+            self._encoder.end(group)
 
     def _wait(self, group: Group) -> None:
         """Wait for another chunk, or write one. Raises InputError where the records that come next cannot be read."""
@@ -273,11 +285,27 @@ class Preparation:
         if self._helpers.running:
             reports: list[Failure | None] = self._helpers.reports(_POLL_SECONDS)
         else:
-            reports = list(itertools.islice(self._work, 1))
-            if not reports:  # what is left is in the hands of other processes
-                time.sleep(_POLL_SECONDS)
-                self._work = self._encoder.work()
+            reports = self._work(group)
         self._failures |= dict(report for report in reports if report is not None)
+
+    def _work(self, group: Group) -> list[Failure | None]:
+        """Write a chunk of a group, or of another one while another process has the group."""
+        if self._awaited is None or self._awaited[0] != group.key:
+            self._leave_awaited()
+            self._awaited = group.key, self._encoder.work_on(group)
+        reports = list(itertools.islice(self._awaited[1], 1))
+        if not reports:
+            self._leave_awaited()
+            reports = list(itertools.islice(self._others, 1))
+        if not reports:  # what is left is in the hands of other processes
+            time.sleep(_POLL_SECONDS)
+            self._others = self._encoder.work()
+        return reports
+
+    def _leave_awaited(self) -> None:
+        if self._awaited is not None:
+            self._awaited[1].close()
+        self._awaited = None
 
     def _take(self, now: _Pass, block: Block) -> None:
         """Append the documents of a block, up to the limit, and count its records."""
@@ -305,7 +333,8 @@ class Preparation:
         skipped["count"] += bad
         now.current["read"] += records
         now.bytes += block.size
-        now.place, now.copying = block.place, block.copying
+        # The place is behind the whole block.
+        now.place, now.copying = block.place if records == len(block.lengths) else None, block.copying
         if block.ended and not now.full:
             now.records.append(now.current)
             now.begin_input(self._documents())

@@ -92,8 +92,10 @@ class TokenizedInput:
 
     def _in_order(self, count: int) -> Iterator[NDArray[Any]]:
         streams = {split: self._documents(split) for split in self.record["splits"]}
-        for held_out in held_out_of(self.name, self.header["held_out"], self.record["documents"], count).tolist():
-            yield next(streams[SPLITS[held_out]])
+        for at in range(0, count, _DOCUMENTS):
+            first, some = self.record["documents"] + at, min(_DOCUMENTS, count - at)
+            for held_out in held_out_of(self.name, self.header["held_out"], first, some).tolist():
+                yield next(streams[SPLITS[held_out]])
 
     def _documents(self, split: str) -> Iterator[NDArray[Any]]:
         rest: list[NDArray[Any]] = []

@@ -178,6 +178,7 @@ def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
     for place, line in _lines(file, begin):
         if isinstance(line, BadRecord):
             yield line  # without its place: it may stand within a document
+            place = None  # a document that ends here would be followed by the bad record again
             continue
         block.append(line)
         size += len(line) + 1

@@ -91,7 +91,7 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     with open(max(killed.glob("train-*.bin")), "ab") as file:
         file.write(b"junk")
     (killed / "train-00099.bin").write_bytes(b"junk")
-    last = max((killed / "chunks").glob("*.npz"))
+    last = max((killed / "chunks").glob("*/*.npz"))
     last.with_name(f"{last.name}.tmp").write_bytes(b"junk")
     assert start(tmp_path / "killed", 0, kind).wait() == 0
     assert tree(killed) == tree(whole)

@@ -146,6 +146,18 @@ def test_a_limit_at_the_end_of_a_document(make: Callable[..., Prepared], corpus:
     assert tree(directory) == from_nothing(make, corpus[:2], validation=[corpus[4]])
 
 
+@pytest.mark.parametrize("documents", [13, 14, 15])
+def test_a_limit_within_a_block(make: Callable[..., Prepared], corpus: list[Path], documents: int) -> None:
+    """What follows the limit in its block is read when the input is read on."""
+    limit = sum(len(text.encode()) + 1 for text in texts(40, seed=0)[:documents])
+    break_line(corpus[4], 5)
+    with pytest.raises(InputError):
+        make(corpus[:1], validation=[corpus[4]], limit=limit)
+    directory, encoded = make(corpus[:1])
+    assert encoded < 40
+    assert tree(directory) == from_nothing(make, corpus[:1])
+
+
 def test_damaged_or_foreign_tokens_are_not_taken(make: Callable[..., Prepared], corpus: list[Path]) -> None:
     first, _ = make(corpus)
     part = sorted(first.glob("train-*.bin"))[4]

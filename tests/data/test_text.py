@@ -14,7 +14,7 @@ import pytest
 
 from stacey_dist.data import Document, files_source, hub_source
 from stacey_dist.data.paths import expand_files
-from stacey_dist.data.text import ENDINGS, PLAIN_TEXT_DOCUMENT
+from stacey_dist.data.text import ENDINGS, PLAIN_TEXT_DOCUMENT, read_records
 from stacey_dist.errors import InputError
 from tests.data.helpers import hub_documents, read_documents, write_c4
 
@@ -132,6 +132,19 @@ def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], message: str) -> N
     parquet(tmp_path / "a.parquet", **columns)
     with pytest.raises(InputError, match=r"a\.parquet.*" + message):
         read(tmp_path / "a.parquet")
+
+
+def test_no_place_behind_a_damaged_end_of_plain_text(tmp_path: Path) -> None:
+    """From each place, what follows its record is read, and nothing twice."""
+    file = tmp_path / "a.txt.gz"
+    paragraph = "a" * PLAIN_TEXT_DOCUMENT + "\n\n"
+    file.write_bytes(gzip.compress((paragraph * 2 + "last\n" + "b" * 300_000).encode(), 0)[:-100])
+    records = list(read_records(str(file), "text"))
+    assert [isinstance(record, Document) for record in records] == [True, True, False, True]
+    assert records[0].place is not None
+    for number, record in enumerate(records, start=1):
+        if record.place is not None:
+            assert list(read_records(str(file), "text", record.place)) == records[number:]
 
 
 def test_truncated_parquet(tmp_path: Path) -> None:

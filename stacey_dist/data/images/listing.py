@@ -65,21 +65,27 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
     remembered = directory / f"{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:24]}.json"
     with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
         begun, times = time.time_ns(), _times(folder, classes)
+        old: dict[str, tuple[NDArray[np.void], list[str]]] = {}
         try:
             known = read_json(remembered)
             rows = map_rows(directory / known["file"]) if known["format"] == _FORMAT_VERSION else None
-        except (OSError, ValueError, KeyError, TypeError, InputError):  # there is none, or it is damaged
-            known, rows = {}, None
-        old: dict[str, tuple[NDArray[np.void], list[str]]] = {}
-        if rows is not None:
             end = 0
-            for name, (changed, listed, count, others) in known["classes"].items():
+            for name, (changed, listed, count, others) in known["classes"].items() if rows is not None else ():
                 end += count
                 if changed == times.get(name) and changed < listed - _SETTLED_NS:
                     old[name] = rows[end - count : end], others
-            if list(known["classes"]) == list(old) == list(classes):
-                counts = [len(old[name][0]) for name in classes]
-                return Listing(rows, counts, [old[name][1] for name in classes], directory / known["file"])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            InputError,
+        ):  # there is none, or it is damaged
+            old, rows = {}, None
+        if rows is not None and list(known["classes"]) == list(old) == list(classes):
+            counts = [len(old[name][0]) for name in classes]
+            return Listing(rows, counts, [old[name][1] for name in classes], directory / known["file"])
         found = _list(folder, classes, old)
         file = directory / f"{hashlib.sha256(found.rows.data).hexdigest()[:24]}.rows"
         # What runs in other processes map is not changed: another content has another name.

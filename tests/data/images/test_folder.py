@@ -1,5 +1,6 @@
 """Images in memory and in folders: read as they lie, refused with a reason."""
 
+import json
 import os
 import pickle
 import shutil
@@ -143,6 +144,10 @@ def test_folders_are_listed_once(tmp_path: Path, listed: list[str], capsys: pyte
     for file in (cache / "listings").iterdir():
         file.write_bytes(b"damaged")
     assert folder_images(root, cache)[0].identity == train.identity
+    for file in (cache / "listings").glob("*.json"):
+        for classes in ([], {"n01": [0, 1]}, {"n01": [0, 1, "2", []]}):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": classes}))
+            assert folder_images(root, cache)[0].identity == train.identity
 
 
 @pytest.mark.parametrize("per_class", [2, 100])
