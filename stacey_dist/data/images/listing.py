@@ -70,9 +70,9 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
             known = read_json(remembered)
             rows = map_rows(directory / known["file"]) if known["format"] == _FORMAT_VERSION else None
             end = 0
-            for name, (changed, listed, count, others) in known["classes"].items() if rows is not None else ():
+            for name, (changed, listed, count, others) in known["classes"].items():
                 end += count
-                if changed == times.get(name) and changed < listed - _SETTLED_NS:
+                if rows is not None and changed == times.get(name) and changed < listed - _SETTLED_NS:
                     old[name] = rows[end - count : end], others
         except (
             OSError,
