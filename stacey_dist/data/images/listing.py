@@ -70,18 +70,12 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
             known = read_json(remembered)
             rows = map_rows(directory / known["file"]) if known["format"] == _FORMAT_VERSION else None
             end = 0
-            for name, (changed, listed, count, others) in known["classes"].items() if rows is not None else ():
+            for name, (changed, listed, count, others) in known["classes"].items():
                 end += count
-                if changed == times.get(name) and changed < listed - _SETTLED_NS:
+                if rows is not None and changed == times.get(name) and changed < listed - _SETTLED_NS:
                     old[name] = rows[end - count : end], others
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            InputError,
-        ):  # there is none, or it is damaged
+        # There is none, or it is damaged.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
             old, rows = {}, None
         if rows is not None and list(known["classes"]) == list(old) == list(classes):
             counts = [len(old[name][0]) for name in classes]
