@@ -116,7 +116,7 @@ def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
     parts = replace(llm.PARTS, prepare_data=prepare_data, task=timed(llm.LanguageModeling))
     config = llama_config(smoke)
     with tempfile.TemporaryDirectory() as directory:
-        pages = sorted((ROOT / "docs").glob("*.md"))[: 3 if smoke else None]
+        pages = sorted((ROOT / "docs").rglob("*.md"))[: 3 if smoke else None]
         text = Path(directory, "text.txt")
         text.write_text("\n\n".join(page.read_text() for page in pages))
         config.data.files = [str(text)]
