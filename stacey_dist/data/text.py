@@ -112,7 +112,7 @@ def document_of(
     return BadRecord(f"{name}, {where}: {wrong}", place)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return an exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
@@ -126,10 +126,10 @@ _Place = tuple[int, int]
 """In a file of lines: bytes, decompressed, and lines before."""
 
 
-def _lines(file: str, begin: _Place | None) -> Iterator[tuple[_Place, str | BadRecord]]:
-    """Yield each line without its end, decompressed if need be, and its place; a `BadRecord` where it is not text.
+def _lines(file: str, begin: _Place | None) -> Iterator[tuple[int, _Place | None, str | BadRecord]]:
+    """Yield each line's number, its place, and the line without its end; a `BadRecord` where it is not text.
 
-    Where the file is damaged, the place is no place to read on from: it has -1 bytes.
+    Files are decompressed if need be. Where one is damaged, there is no place to continue from.
     """
     end, before = begin or (0, 0)
     number = before
@@ -138,9 +138,9 @@ def _lines(file: str, begin: _Place | None) -> Iterator[tuple[_Place, str | BadR
             lines.seek(end)
             for number, line in enumerate(lines, start=before + 1):
                 end += len(line)
-                yield (end, number), _decoded(line, file, number)
+                yield number, (end, number), _decoded(line, file, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield (-1, number + 1), BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
+        yield number + 1, None, BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}") from error
 
@@ -156,10 +156,9 @@ def _decoded(line: bytes, file: str, number: int) -> str | BadRecord:
 
 
 def _read_json_lines(file: str, text_column: str, begin: Any) -> Records:
-    for place, line in _lines(file, begin):
-        number = place[1]
+    for number, place, line in _lines(file, begin):
         if isinstance(line, BadRecord):
-            yield replace(line, place=place if place[0] >= 0 else None)
+            yield replace(line, place=place)
         elif line and not line.isspace():
             try:
                 row = json.loads(line)
@@ -175,7 +174,7 @@ def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
     block: list[str] = []
     place: _Place | None = None
     first, size = (begin[1] if begin else 0) + 1, 0
-    for place, line in _lines(file, begin):
+    for number, place, line in _lines(file, begin):
         if isinstance(line, BadRecord):
             yield line  # without its place: it may stand within a document
             place = None  # a document that ends here would be followed by the bad record again
@@ -185,7 +184,7 @@ def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
         blank = not line or line.isspace()
         if (blank and size >= PLAIN_TEXT_DOCUMENT) or size >= _LONGEST_PARAGRAPHS:
             yield from _block(block, file, first, place)
-            block, first, size = [], place[1] + 1, 0
+            block, first, size = [], number + 1, 0
     yield from _block(block, file, first, place)
 
 
