@@ -18,6 +18,7 @@ from tqdm import tqdm
 from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import identity_of, read_file, read_sampled
 from stacey_dist.data.lock import locked_directory
+from stacey_dist.data.text import one_line
 from stacey_dist.errors import InputError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -151,7 +152,7 @@ def hub_images(
         try:
             loaded = datasets.load_dataset(dataset, name=config, split=split, cache_dir=cache)
         except Exception as error:
-            raise InputError(f"dataset: {source}: cannot be loaded: {_one_line(error.__cause__ or error)}") from error
+            raise InputError(f"dataset: {source}: cannot be loaded: {one_line(error.__cause__ or error)}") from error
         return TableImages(loaded, _columns(loaded.features, image_column, label_column, source), source)
 
     return _with_equal_classes(*map(load, splits))
@@ -200,7 +201,7 @@ def _features(file: Path) -> Any:
         with pq.ParquetFile(file) as opened:
             return datasets.Features.from_arrow_schema(opened.schema_arrow)
     except Exception as error:
-        raise InputError(f"path: {file} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
 
 
 def _convert(file: Path, features: Any, arrow: Path) -> None:
@@ -219,13 +220,9 @@ def _convert(file: Path, features: Any, arrow: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        raise InputError(f"path: {file} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _columns(features: Any, image_column: str | None, label_column: str | None, source: str) -> tuple[str, str]:
