@@ -33,7 +33,7 @@ from stacey_dist.training.run import Run
 
 @dataclass(frozen=True)
 class Update:
-    """An update that was launched. What came of it, the device alone knows until it is waited for."""
+    """An update that was launched. The host knows its outcome only after it has waited for the device."""
 
     outcome: Tensor
     """On the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm, and 1 where one of
@@ -300,10 +300,6 @@ class DeepSpeedEngine(Engine):
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._zero, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
-
-
-def _joined(buffers: list[Tensor]) -> Tensor:
-    return torch.cat([buffer.reshape(-1) for buffer in buffers])
 
 
 @contextmanager

@@ -110,12 +110,13 @@ class _Trainer:
 
     def after_step(self, update: Update) -> None:
         """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
-        progress = self.progress
+        progress, requests = self.progress, update.requests
+        self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(progress.step)
         if self._is_to_be_read(update):
             self.outcomes.read()
             self._check_skipped()
         self.saver.report()
-        self.stopping, self.directory_gone = update.requests.stop, update.requests.directory_gone
+        self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
         self._report()
@@ -221,9 +222,7 @@ class _Trainer:
 
     def _is_to_be_read(self, update: Update) -> bool:
         """Return whether anything is due for which the host has to know what came of the update: the same on all."""
-        step, requests = self.progress.step, update.requests
-        self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(step)
-        ending = requests.stop or requests.directory_gone
+        step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
         of_others = self.metrics.is_due(step) or self._is_evaluated(step) or step % _READ_EVERY == 0
         return self.save_is_due or ending or of_others
 
