@@ -54,7 +54,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Pair:
-    """What one process has measured: seconds of each round."""
+    """The measurements of one process: seconds of each round."""
 
     rival: list[float]
     peer: list[float]

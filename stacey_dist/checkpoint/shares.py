@@ -43,7 +43,7 @@ _MODULUS = 1 << 64
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has written.
+    """The tensors and the file that one rank has written.
 
     Attributes:
         size: the bytes of its file; 0 if it has written none.
@@ -60,7 +60,7 @@ class Share:
     tensors: bytes
 
     def record(self) -> bytes:
-        """Return what is sent in any case."""
+        """Return the bytes that are sent in every save."""
         finite = -1 if self.finite is None else int(self.finite)
         sha256, digest = bytes.fromhex(self.sha256), _digest(self.tensors)
         return _RECORD.pack(self.size, sha256, finite, self.edges, digest, len(self.tensors))
@@ -116,7 +116,7 @@ def _digest(tensors: bytes) -> bytes:
 
 
 class Ledger:
-    """What the ranks have written in a save, as rank 0 knows it; one for all saves of a run.
+    """The shares of all ranks in a save, as rank 0 knows them. One ledger serves all saves of a run.
 
     Attributes:
         files: size and SHA-256 of the files, by name.

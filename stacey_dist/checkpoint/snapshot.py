@@ -24,7 +24,7 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters
 
 @dataclass
 class Snapshot:
-    """What one rank writes.
+    """One rank's share of a checkpoint, in host memory.
 
     Attributes:
         ranges: ranges of flattened tensors in host memory, by the tensors' names.

@@ -39,7 +39,7 @@ def prepare(
     uint16 (uint32 above 65 536 ids), each document followed by the end token, and ``index.json``, which is
     written last: with it, it is complete.
 
-    A killed preparation goes on from the last chunk of each worker, and ends with the same bytes as one that was never
+    A killed preparation continues from the last chunk of each worker, and ends with the bytes of one that was never
     killed, whatever the number of workers. What another directory in ``cache_dir`` has of the same inputs and tokenizer
     is copied from there, so that only inputs that are new or have changed are encoded. Any number of processes, on any
     number of hosts, may ask for the same directory at once: one writes it, the workers of all encode, and those without
@@ -104,7 +104,7 @@ def prepare(
 def _is_complete(directory: Path) -> bool:
     """Return whether a directory has an index.
 
-    NFS looks anew at a directory that is opened, but may remember for a minute that a file in it was not there.
+    NFS reads a directory again when it is opened, but may remember for a minute that a file in it was not there.
     """
     return INDEX in os.listdir(directory)
 

@@ -1,7 +1,7 @@
 """Inputs to chunks of tokens, by any number of processes on any number of hosts, which share a directory.
 
 A process takes a group of inputs by its lock, and writes its records chunk after chunk. So a killed process loses the
-chunk that it was at, and another one goes on from the chunk before. Each group has a folder, so that a look at its
+chunk that it was at, and another one continues from the chunk before. Each group has a folder, so that a look at its
 chunks costs the same however many groups there are.
 """
 
@@ -35,7 +35,7 @@ _GROUP_BYTES = 2**26
 """Small files are taken together, up to so much text."""
 
 Failure = tuple[str, InputError]
-"""The key of a group, and why it cannot be read on."""
+"""The key of a group, and why its next records cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Encoder:
     def work(self, first: int = 0, step: int = 1) -> Generator[Failure | None, None, None]:
         """Encode what no other process encodes: every `step`-th group from the `first` on, then the others.
 
-        Yields None after each chunk, and a failure for each group that cannot be read on.
+        Yields None after each chunk, and a failure for each group whose next records cannot be read.
         """
         for group in (*self.groups[first::step], *self.groups):
             yield from self.work_on(group)

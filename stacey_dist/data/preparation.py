@@ -43,7 +43,7 @@ class _Pass:
         records: what each finished input gave: ``read`` records, of which some were ``skipped``, after ``documents`` of
             other inputs, with the sums of each of the ``splits``.
         current: the same of the input that is being read; empty where there is none.
-        place: where the reading of that input goes on, and whether its tokens are being copied, as a `Block` has them.
+        place, copying: where that input is read next, and whether its tokens are being copied; as in `Block`.
         bytes: how much text was read, for the progress bar.
         finished: whether nothing is left to do.
     """
@@ -215,7 +215,7 @@ class Preparation:
         position = {each.name: each.position() for each in self._passes}
         write_json(self._directory / PROGRESS, self._header() | {"position": position, "splits": splits})
         self._committed = self._tokens()
-        # The last one stays, for who goes on with its group.
+        # The last one stays: a process that continues its group begins after it.
         for chunk in self._taken[:-1]:
             chunk.unlink(missing_ok=True)
         del self._taken[:-1]

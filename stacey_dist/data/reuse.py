@@ -38,7 +38,7 @@ class TokenizedInput:
         record: what the directory says of the input: ``read``, ``documents``, ``skipped``, ``splits``.
         finished: these are all of its documents.
         starts: where in each split the input begins, in tokens.
-        place: where the reading of the input goes on, for `Input.records`.
+        place: where the input is read next, for `Input.records`.
     """
 
     directory: Path

@@ -52,7 +52,7 @@ class TokenStream:
 
     @property
     def identity(self) -> str:
-        """A text that differs where the tokens, the tokenizer or the number of skipped records differ, read anew."""
+        """A text that differs where tokens, tokenizer or the number of skipped records differ; reads the index."""
         index = read_index(self.directory)
         parts = index["splits"][self.split]["parts"]
         content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]

@@ -115,8 +115,8 @@ def tokenize(
 ) -> tuple[Path, Tokenizer]:
     """Return the directory of the configured text's tokens, prepared if it is not there yet, and their tokenizer.
 
-    With `verify`, all tokens that are there are read, and damaged parts made anew. `workers` and `shard` are those of
-    `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
+    With `verify`, all tokens that are there are read, and damaged parts prepared again. `workers` and `shard` are those
+    of `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
@@ -190,7 +190,7 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         attn_implementation=_CAUSAL,
     )
     llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
-    llama.tie_weights()  # which were not where none were made
+    llama.tie_weights()  # a model that is built without memory is not tied yet
     if run.config.train.gradient_checkpointing:
         llama.gradient_checkpointing_enable({"use_reentrant": False})
     if run.config.train.compile:

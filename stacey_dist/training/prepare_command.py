@@ -12,9 +12,9 @@ from stacey_dist.training.launchers import LLM
 def prepare(arguments: list[str]) -> int:
     """Fill the cache that the run with the same settings finds; returns 0.
 
-    Tokens that are there are read, and damaged ones made anew. Killed and started again, it goes on from the last chunk
-    of each worker. Several hosts that are given the same directory share the work. Raises SettingsError for bad
-    settings or text, OSError for a full disk.
+    Tokens that are there are read, and damaged parts prepared again. After a kill, the same command continues from the
+    last chunk of each worker. Several hosts that are given the same directory share the work. Raises SettingsError for
+    bad settings or text, OSError for a full disk.
     """
     if {"--help", "-h"} & set(arguments):
         print(

@@ -27,7 +27,7 @@ Broken = dict[int, str]
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images as the device gets them.
+    """A batch of images, in the layout in which it is copied to the device.
 
     Attributes:
         pixels: uint8 of shape (n, 3, size, size), in channels_last memory format.

@@ -42,7 +42,7 @@ _EMPTY = 1 / 16
 
 
 def _constants(coefficients: tuple[float, ...]) -> list[Any]:
-    """A polynomial's coefficients as Triton takes global numbers."""
+    """Return a polynomial's coefficients as Triton takes global numbers."""
     return [tl.constexpr(coefficient) for coefficient in coefficients]
 
 
@@ -84,7 +84,7 @@ def _upper(bits):
 
 @triton.jit
 def _log2_parts(x):
-    """The base-2 logarithm of x > 0 as (whole, fraction)."""
+    """Return the base-2 logarithm of x > 0 as (whole, fraction)."""
     # Subnormal numbers are scaled up by 2^24 to have a full mantissa.
     small = x < 1.1754943508222875e-38
     bits = _bits(tl.where(small, x * 16777216.0, x))
@@ -104,7 +104,7 @@ def _log2_parts(x):
 
 @triton.jit
 def _log2_near_one(x):
-    """The base-2 logarithm of a normal x as (whole, fraction), exact to a relative error also near x = 1."""
+    """Return the base-2 logarithm of a normal x as (whole, fraction), exact to a relative error also near x = 1."""
     exponent = _bits(x) - 0x3F400000
     r = _number(_bits(x) - (exponent & -0x00800000)) - 1.0  # mantissas are in [3/4, 3/2)
     # `exponent >> 23` as a float32, from the bits of 1.5 * 2^23 on
@@ -120,7 +120,7 @@ def _log2_near_one(x):
 
 @triton.jit
 def _exp2_less_one(t):
-    """2^t - 1 = t (b0 + t (b1 + ...)), without the outer product with t."""
+    """Return 2^t - 1 = t (b0 + t (b1 + ...)), without the outer product with t."""
     result = tl.fma(t, _EXP2_4, _EXP2_3)
     result = tl.fma(result, t, _EXP2_2)
     result = tl.fma(result, t, _EXP2_1)
@@ -129,20 +129,20 @@ def _exp2_less_one(t):
 
 @triton.jit
 def _product_less(whole, fraction, high, low, factor, k):
-    """factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself."""
+    """Return factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself."""
     return tl.fma(fraction, factor, tl.fma(whole, low, tl.fma(whole, high, -k)))
 
 
 @triton.jit
 def _product_parts(whole, fraction, high, low, factor):
-    """factor (whole + fraction) as an integer and what is left; the integer as bits from those of MAGIC on."""
+    """Return factor (whole + fraction) as an integer and the rest; the integer as bits from those of MAGIC on."""
     k = tl.fma(whole + fraction, factor, _MAGIC)
     return _bits(k), _product_less(whole, fraction, high, low, factor, k - _MAGIC)
 
 
 @triton.jit
 def _power(whole, fraction, high, low, factor):
-    """2^(factor (whole + fraction)), rounded once where it is subnormal, for logarithms of float32 and a factor < 1."""
+    """Return 2^(factor (whole + fraction)), rounded once where it is subnormal; for float32 and a factor < 1."""
     k, t = _product_parts(whole, fraction, high, low, factor)
     # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents. MAGIC's
     # bits, and half of them, end in so many zeros that nothing is left of them.
@@ -153,7 +153,7 @@ def _power(whole, fraction, high, low, factor):
 
 @triton.jit
 def _exp2_times(x, k, t):
-    """x 2^(k + t), which is nearer to the true value the nearer the power is to one; k as in _product_parts."""
+    """Return x 2^(k + t), nearer to the true value the nearer the power is to one; k as in _product_parts."""
     k = tl.maximum(k, _MAGIC_BITS - 250)
     half = k >> 1
     scaled = _number((half << 23) + 0x3F800000) * _number(((k - half) << 23) + 0x3F800000) * x
@@ -162,7 +162,7 @@ def _exp2_times(x, k, t):
 
 @triton.jit
 def _interpolate(m, g, beta, rest, NEARER_M: tl.constexpr):
-    """beta m + (1 - beta) g, from the nearer end."""
+    """Return beta m + (1 - beta) g, from the nearer end."""
     if NEARER_M:
         result = tl.fma(g - m, rest, m)
     else:
@@ -175,7 +175,7 @@ def _mirror_step(
     z, c, c_whole, c_fraction, log_alpha_whole, log_alpha_fraction,
     inner_high, inner_low, inner, root_high, root_low, root,
 ):  # fmt: skip
-    """The dual step of (p,p) and (2,p): see rule.py."""
+    """Return z after the dual step of (p,p) and (2,p): see rule.py."""
     z_whole, z_fraction = _log2_parts(tl.abs(z))
     z_whole = tl.where(z == 0.0, _ZERO_EXPONENT, z_whole)
     # log2(alpha |c|)
@@ -203,7 +203,7 @@ def _mirror_step(
 
 @triton.jit
 def _round_key(base, step):
-    """rounding.round_key from its `key_base` and the step count."""
+    """Return rounding.round_key from its `key_base` and the step count."""
     x = base.to(tl.uint64, bitcast=True) + step.to(tl.uint64) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -213,7 +213,7 @@ def _round_key(base, step):
 
 @triton.jit
 def _random_bits(first, second, key):
-    """Twice 16 random bits an element: a hash of two numbers of it and a key; 0 where one is NaN."""
+    """Return twice 16 random bits an element: a hash of two of its numbers and a key; 0 where one is NaN."""
     # The second is turned by 16 bits, so that bits that seldom change meet bits that do.
     turned = (_bits(second) << 16) | _upper(_bits(second))
     h = (turned ^ _bits(first) ^ key) * -1640531535  # 0x9E3779B1
@@ -230,7 +230,7 @@ def _round_nearest(value):
 
 @triton.jit
 def _pointers(address, index, NARROW: tl.constexpr, ALIGNED: tl.constexpr):
-    """To the block's elements in a tensor, with what Triton can't see and needs for accesses of 16 bytes."""
+    """Return pointers to the block's elements, with what Triton can't see and needs for accesses of 16 bytes."""
     if NARROW:
         pointers = address.to(tl.pointer_type(tl.int16)) + index
     else:
@@ -267,7 +267,7 @@ def stacey_step(
     LR_ON_DEVICE: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of an entry of one row."""
+    """Make one step of STACEY(p,2), (p,p) or (2,p), algorithms 2, 3 and 4, for one block of an entry of one row."""
     rows = tl.load(table + 2).to(tl.int32)
     shift = tl.load(table + 3).to(tl.int32)
     entry = tl.program_id(0) >> shift
@@ -380,7 +380,7 @@ def compile_time_values(
     has_found_inf: bool = False,
     aligned: bool = True,
 ) -> dict[str, Any]:
-    """What a compiled kernel is for: the parameters of `stacey_step` that are constants in it."""
+    """Return the parameters of `stacey_step` that are constants in a compiled kernel."""
     return dict(
         VARIANT=VARIANTS.index(s.variant), POWER=power_kind(s), MIRROR_IS_PLAIN=s.p == 2.0,
         ALPHA_IS_ZERO=s.alpha == 0.0, EPS_IS_ZERO=s.eps <= 2.0**-150, STOCHASTIC=stochastic,
@@ -393,7 +393,7 @@ def compile_time_values(
 
 @dataclass
 class _Tables:
-    """What launches on tensors of the same sizes read on their device."""
+    """The tables that launches on tensors of the same sizes read on their device."""
 
     key: tuple[Any, ...]
     """Seed, whether the call is capturable, sizes: where they differ, other tables are made."""
@@ -433,7 +433,7 @@ class _Tables:
 
 
 class TritonKernel:
-    """One launch for all rows. The tables of each parameter group serve again; what has moved since is sent anew."""
+    """One launch for all rows. The tables of each parameter group serve again; what has moved since is sent again."""
 
     name = "Triton"
 
@@ -472,7 +472,7 @@ class TritonKernel:
         )  # fmt: skip
 
     def _rates(self, call: Call, device: torch.device) -> Tensor:
-        """On the device, in float64: lr, which must be there, 1 - tau, tau, lambda, alpha and log2(alpha) in parts."""
+        """Return lr, which must be there, 1 - tau, tau, lambda, alpha, log2(alpha) in parts: on the device, float64."""
         s = call.settings
         assert call.lr is not None
         lr = call.lr.detach().reshape(1).float().double()
@@ -564,5 +564,5 @@ def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def find() -> TritonKernel:
-    """The kernel for GPUs."""
+    """Return the kernel for GPUs."""
     return TritonKernel()
