@@ -163,6 +163,8 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
+    if value != "null":
+        kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
         if get_origin(kind) is list and value and not value.startswith("["):
             return value.split(",")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +24,14 @@ from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.ahead import Ahead, Transfer
+from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
 from stacey_dist.training.run import Run
+from stacey_dist.training.samples import Samples, sample
 from stacey_dist.training.saving import export
 
 # The settings that give the arguments of data functions.
@@ -314,7 +315,7 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
 
     run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
-    run.say(f"\nsample: {sample(run, engine, data)}\n")
+    run.say(f"\nsample: {sample(run, engine, data, max(1, run.config.data.sequence_length // 2))}\n")
     return f"model and tokenizer for transformers: {exported}"
 
 
@@ -324,34 +325,8 @@ def _some_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(stream.window(int(i))[0].tolist()) for i in windows]
 
 
-def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
-    """Return how the trained model continues a held-out text; empty except on the main process.
-
-    All processes call it together: sharded weights are gathered by all.
-    """
-    length = run.config.data.sequence_length
-    prompt_length, new_tokens = max(1, length // 4), max(1, length // 2)
-    inputs, _ = data.validation.window(0)
-    prompt = torch.from_numpy(inputs[:prompt_length])[None].to(run.accelerator.device)
-    torch.manual_seed(run.config.seed)
-    model: Any = engine.module
-    model.eval()
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=0.8,
-            top_k=50,
-            pad_token_id=data.end_token_id,
-            use_cache=True,
-            synced_gpus=run.accelerator.num_processes > 1,
-        )[0].tolist()
-    if data.tokenizer is None:
-        return ""
-    beginning, continuation = output[:prompt_length], output[prompt_length:]
-    return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"
+def _samples(run: Run[LLMConfig], data: TextData) -> list[Callback]:
+    return [Samples(data, run.config.tracking.sample_tokens)] if run.config.tracking.sample_tokens else []
 
 
-PARTS = Parts(prepare_data, build_model, LanguageModeling, finish)
+PARTS = Parts(prepare_data, build_model, LanguageModeling, finish, _samples)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from stacey_dist.training.config import SHARED_CHANGES, RunConfig
-from stacey_dist.training.value_types import AtLeastTwo, FilePath, PositiveFloat, PositiveInt, check
+from stacey_dist.training.config import SHARED_CHANGES, RunConfig, TrackingConfig
+from stacey_dist.training.value_types import AtLeastTwo, FilePath, NonNegativeInt, PositiveFloat, PositiveInt, check
 
 
 @dataclass
@@ -78,12 +78,21 @@ class TokenizerConfig:
 
 
 @dataclass
+class LLMTrackingConfig(TrackingConfig):
+    """Experiment trackers, through Accelerate, and what else to look at."""
+
+    sample_tokens: NonNegativeInt = 24
+    """Tokens by which the model continues a held-out text after each evaluation, in log and trackers. 0: none."""
+
+
+@dataclass
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tracking: LLMTrackingConfig = field(default_factory=LLMTrackingConfig)
 
     samples = "sequences"
     changes_to_allow = (
