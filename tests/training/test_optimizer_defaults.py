@@ -23,8 +23,15 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("config_class", [OptimizerConfig, ImageOptimizerConfig])
-@pytest.mark.parametrize(("name", "variant"), METHODS)
+CASES = [
+    (config_class, name, variant)
+    for config_class in (OptimizerConfig, ImageOptimizerConfig)
+    for name, variant in METHODS
+    if config_class is OptimizerConfig or name != "muon"  # which images refuse
+]
+
+
+@pytest.mark.parametrize(("config_class", "name", "variant"), CASES)
 def test_the_table_has_what_each_optimizer_reads(config_class, name, variant):
     config = config_class(name, variant=variant)
     own = config_class.defaults[config.method]
@@ -39,7 +46,8 @@ def test_the_table_has_what_each_optimizer_reads(config_class, name, variant):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     optimizers.build_optimizer(model, Recording(), seed=0)
     assert read & set(OptimizerConfig.chosen) == own.keys()
-    assert set(config_class.defaults) == {config_class(n, variant=v).method for n, v in METHODS}
+    known = {each(n, variant=v).method for each, n, v in CASES if each is config_class}
+    assert set(config_class.defaults) == known
 
 
 def test_a_name_alone_brings_its_numbers_and_a_given_one_wins(tmp_path):
