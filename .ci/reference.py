@@ -51,6 +51,10 @@ def settings() -> str:
         both = list(zip(rows(getattr(llm, section), section), rows(getattr(images, section), section), strict=False))
         cells = [[name, here, there, allowed, about] for (name, here, allowed, about), (_, there, _, _) in both]
         lines += table(["setting", "text", "images", "allowed", "meaning"], cells)
+        if section == "optimizer":
+            for what, config in (("text", llm), ("images", images)):
+                lines += ["", f"The default numbers of each optimizer for {what}:", ""]
+                lines += own_numbers(config.optimizer.defaults)
     for program, config in (("train_llm.py", llm), ("train_imagenet.py", images)):
         lines += ["", f"## {program} alone"]
         shared = {row[0] for name in SHARED for row in rows(getattr(llm, name), name)}
@@ -63,6 +67,16 @@ def settings() -> str:
                     lines += ["", f"### {field.name}" + (" of images" if config is images else ""), "", *about]
                     lines += table(["setting", "default", "allowed", "meaning"], own)
     return "\n".join(lines) + "\n"
+
+
+def own_numbers(defaults: Any) -> list[str]:
+    """Return the table of each optimizer's own default numbers."""
+    names = list(dict.fromkeys(name for numbers in defaults.values() for name in numbers))
+    cells = [
+        [method, *(f"`{shown(numbers[name])}`" if name in numbers else "" for name in names)]
+        for method, numbers in defaults.items()
+    ]
+    return table(["optimizer", *(f"`{name}`" for name in names)], cells)
 
 
 def top(llm: Any, images: Any) -> list[list[str]]:

@@ -46,16 +46,26 @@ def parse(
         if any(name in ("help", "h") for name, _ in options):
             parser.parse_args(["--help"])
         settings = parser.get_defaults()
+        given: set[str] = set()
         for path in [value for name, value in options if name == "config"]:
             parser.source = f"--config {path}: "
-            settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
+            of_file = _read(path, parser.kinds, elsewhere)
+            settings = parser.parse_object(of_file, namespace=settings)
+            given.update(of_file)
         parser.source = ""
-        given = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
-        parsed = parser.instantiate(parser.parse_object(given, namespace=settings))
+        typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
+        given.update(typed)
+        parsed = parser.instantiate(parser.parse_object(typed, namespace=settings))
         values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-        return config_class(**values)
+        return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _choose(section: Any, name: str, given: set[str]) -> Any:
+    """Return a section with the numbers of what was chosen in it, where none were given."""
+    own = [each for each in getattr(section, "chosen", ()) if f"{name}.{each}" not in given]
+    return dataclasses.replace(section, **dict.fromkeys(own)) if own else section
 
 
 def to_dict(config: Any) -> dict[str, Any]:
