@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -23,13 +22,14 @@ from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentence
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
+from stacey_dist.models.causal_lm import attended, multiplied_parameters
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import DataConfig, LLMConfig
+from stacey_dist.training.llm_model import build_model, check_model, check_vocabulary, own_tokenizer
 from stacey_dist.training.run import Run
 from stacey_dist.training.samples import Samples, sample
 from stacey_dist.training.saving import export
@@ -48,10 +48,6 @@ _SETTINGS = {
     "path": "tokenizer.file",
     "name_or_directory": "tokenizer.name",
 }
-
-# transformers' "sdpa" without its mask: to find that windows need none, it waits for the device in each forward pass.
-_CAUSAL = "causal_sdpa"
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""
@@ -121,9 +117,11 @@ def tokenize(
     """
     data = config.data
     cache = Path(data.cache_dir or Path(config.run_dir) / "data")
+    check_model(config)
     with settings_errors(_SETTINGS):
         source = _source(data)
-        tokenizer = _tokenizer(config, source, cache)
+        tokenizer = own_tokenizer(config) or _tokenizer(config, source, cache)
+        check_vocabulary(config, tokenizer)
         directory = prepare(
             source,
             tokenizer,
@@ -171,36 +169,6 @@ def _tokenizer(config: LLMConfig, source: Source, cache: Path) -> Tokenizer:
         return train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
 
 
-def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """Build the LLaMA of the configuration, see `make_model`."""
-    model = run.config.model
-    config = LlamaConfig(
-        vocab_size=data.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        max_position_embeddings=model.max_position_embeddings or run.config.data.sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        initializer_range=model.initializer_range,
-        tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=data.end_token_id,
-        eos_token_id=data.end_token_id,
-        use_cache=False,
-        attn_implementation=_CAUSAL,
-    )
-    llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
-    llama.tie_weights()  # a model that is built without memory is not tied yet
-    if run.config.train.gradient_checkpointing:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
-    if run.config.train.compile:
-        llama.compile()
-    count = sum(p.numel() for p in llama.parameters())
-    run.say(f"model: LLaMA with {count:,} parameters; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
-    return llama
-
-
 @dataclass(frozen=True)
 class TokenBatch:
     """Windows of tokens, int64 of shape (sequences, sequence_length), and what divides their summed loss."""
@@ -215,7 +183,7 @@ class LanguageModeling:
 
     unit = "tokens"
 
-    def __init__(self, run: Run[LLMConfig], data: TextData, model: LlamaForCausalLM) -> None:
+    def __init__(self, run: Run[LLMConfig], data: TextData, model: PreTrainedModel) -> None:
         self.run, self.data = run, data
         self.batch_size = run.config.train.global_batch_size
         self.samples_per_epoch = len(data.train)
@@ -223,12 +191,9 @@ class LanguageModeling:
         self.data_identity = data.identity
         self._transfer = Transfer(run.accelerator.device)
         self._ahead = Ahead(self._share, self.batch_size)
-        shape = run.config.model
-        weights = sum(p.numel() for p in model.parameters())
-        if not shape.tie_word_embeddings:
-            weights -= model.get_input_embeddings().weight.numel()
         context = run.config.data.sequence_length
-        self.flops_per_unit = flops_per_token(weights, shape.num_hidden_layers, shape.hidden_size, context)
+        self._router_weight = getattr(model.config, "router_aux_loss_coef", 0.0)
+        self.flops_per_unit = flops_per_token(multiplied_parameters(model), attended(model.config, context))
 
     def units(self, position: int) -> int:
         """Return the tokens predicted in the update: fewer than batch x length if the last, partial window is in it."""
@@ -244,8 +209,12 @@ class LanguageModeling:
         if self.data.verification is not None:
             self.data.verification.check()
         units = self.units(position)
-        for batch in self._ahead.take(position):
+        rank = self.run.accelerator.process_index
+        for number, batch in enumerate(self._ahead.take(position)):
             inputs, labels = self._transfer(*batch)
+            # Dropout is a function of the seed and the position, too, so that a resumed run has the same.
+            key = f"{self.run.config.seed} {position} {rank} {number}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
             yield TokenBatch(inputs, labels, units)
 
     def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:
@@ -256,8 +225,16 @@ class LanguageModeling:
         return [self._read(self.data.train, mine[start : start + size]) for start in range(0, share, size)]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update."""
-        return self._summed_loss(model, batch) / batch.update_labels
+        """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update.
+
+        Where the model's configuration asks for its router's loss (`output_router_logits`), that of the micro-batch is
+        added, weighted by its share of the update's windows.
+        """
+        loss, output = self._summed_loss(model, batch)
+        loss = loss / batch.update_labels
+        if (auxiliary := getattr(output, "aux_loss", None)) is not None:
+            loss = loss + self._router_weight * (len(batch.inputs) / self.batch_size) * auxiliary
+        return loss
 
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Return the loss in nats per token and the perplexity over every held-out token, each predicted once."""
@@ -268,7 +245,7 @@ class LanguageModeling:
         longest = math.ceil(len(stream) / accelerator.num_processes)
         for start in range(0, longest, size):
             inputs, labels = self._transfer(*self._read(stream, mine[start : start + size] or [None]))
-            total += self._summed_loss(model, TokenBatch(inputs, labels, 1))
+            total += self._summed_loss(model, TokenBatch(inputs, labels, 1))[0]
             if stopping():
                 return None
         if accelerator.num_processes > 1:
@@ -284,11 +261,11 @@ class LanguageModeling:
         """End the thread that reads ahead."""
         self._ahead.close()
 
-    def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        logits = model(input_ids=batch.inputs).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+    def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Any]:
+        """Return the summed cross-entropy, and all that the model returned."""
+        output = model(input_ids=batch.inputs)
+        logits = output.logits.flatten(0, 1).float()
+        return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"), output
 
     def _read(self, stream: TokenStream, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         """Return the inputs and labels of windows; None stands for a window without labels."""

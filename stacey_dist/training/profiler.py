@@ -1,6 +1,5 @@
 """What torch's profiler sees of some updates, and which memory they take on a GPU."""
 
-
 import torch
 from torch.profiler import profile
 

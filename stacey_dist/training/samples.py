@@ -67,9 +67,10 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
                 pad_token_id=data.end_token_id,
                 use_cache=True,
                 synced_gpus=run.accelerator.num_processes > 1,
-            )[0].tolist()
+            )[0]
     finally:
         model._compiled_call_impl = compiled
+    output = output[output < data.vocab_size].tolist()  # a model may have more rows than there are tokens
     if data.tokenizer is None:
         return ""
     beginning, continuation = output[:prompt_length], output[prompt_length:]
