@@ -9,6 +9,7 @@ import difflib
 import functools
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -51,9 +52,7 @@ def parse(
             settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
         parser.source = ""
         given = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
-        parsed = parser.instantiate(parser.parse_object(given, namespace=settings))
-        values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-        return config_class(**values)
+        return parser.made(config_class, given, settings)
     except SettingsError as error:
         parser.error(str(error))
 
@@ -82,11 +81,11 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache
-def _parser(config_class: type, program: str | None) -> "_Parser":
+def _parser(config_class: type, program: str | None, kind: "type[_Parser] | None" = None) -> "_Parser":
     """Return the parser of a configuration's settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
-    parser = _Parser(
+    parser = (kind or _Parser)(
         prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
@@ -95,6 +94,9 @@ def _parser(config_class: type, program: str | None) -> "_Parser":
     parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
     parser.add_class_arguments(config_class, as_group=False)
     parser.kinds = dict(_fields(config_class))
+    for action in parser._actions:
+        if action.dest.endswith(".help"):  # of a list of sections
+            action.help = SUPPRESS
     return parser
 
 
@@ -103,17 +105,33 @@ class _Parser(ArgumentParser):
     source: str = ""
     """Where the settings come from that are being parsed: what messages begin with."""
 
+    def made(self, config_class: type[Config], given: Any, settings: Any) -> Config:
+        """Return the configuration of what is given, over other settings."""
+        parsed = self.instantiate(self.parse_object(given, namespace=settings))
+        return config_class(**{field.name: parsed[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
+        line = self.explained(message).strip().encode("utf-8", "backslashreplace").decode()
+        print(f"{self.prog}: error: {line}", file=sys.stderr)
+        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
+        sys.exit(2)
+
+    def explained(self, message: str) -> str:
+        """Return the error with a value of a wrong type in one line."""
         key = re.search(r'Parser key "([\w.]+)":', message)
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         if key and value and key[1] in self.kinds:
             shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
-            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
-        line = message.strip().encode("utf-8", "backslashreplace").decode()
-        print(f"{self.prog}: error: {line}", file=sys.stderr)
-        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
-        sys.exit(2)
+            return f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
+        return message
+
+
+class _ItemParser(_Parser):
+    """The parser of an item of a list of sections."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise SettingsError(self.explained(message))
 
 
 def _describe(kind: Any) -> str:
@@ -125,6 +143,8 @@ def _describe(kind: Any) -> str:
         return f"a list, each {_describe(arguments[0])}"
     if get_origin(kind) is tuple:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
     if type(None) in arguments:
         return " or ".join(_describe(other) for other in arguments if other is not type(None)) + ", or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -164,7 +184,7 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
     if get_origin(kind) in (list, tuple):
-        if get_origin(kind) is list and value and not value.startswith("["):
+        if get_origin(kind) is list and not _of_sections(kind) and value and not value.startswith("["):
             return value.split(",")
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
@@ -206,6 +226,10 @@ def _is_text(kind: Any) -> bool:
 def _value(where: str, value: Any, kind: Any) -> Any:
     """Return a file's value for a setting of this type."""
     kinds = (kind, *get_args(kind))
+    if _of_sections(kind):
+        if not isinstance(value, list):
+            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if value == "inf" and float in kinds:
         raise SettingsError(f"{where}: YAML writes infinity as .inf")
     if isinstance(value, bool) and bool not in kinds:
@@ -215,6 +239,24 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value
+
+
+def _of_sections(kind: Any) -> bool:
+    """Return whether a type is a list of sections."""
+    return get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0])
+
+
+def _item(where: str, value: Any, kind: Any) -> Any:
+    """Return an item of a list of sections."""
+    parser = _parser(kind, None, _ItemParser)
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+    for name in value:
+        if name not in parser.kinds:
+            raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(parser.kinds))}")
+    parser.source = f"{where}."
+    given = {name: _value(f"{where}.{name}", inner, parser.kinds[name]) for name, inner in value.items()}
+    return parser.made(kind, given, parser.get_defaults())
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -19,7 +19,7 @@ from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path, is_finite
 from stacey_dist.training.signals import StopSignal
-from stacey_dist.training.task import Task
+from stacey_dist.training.task import Task, epochs_of_parts
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes
 _READ_EVERY = 1000  # updates, however seldom a line is due
@@ -149,7 +149,7 @@ class _Trainer:
         if figures is None:
             self.stopping = True
             return False
-        self.metrics.evaluation(self.progress.step, figures)
+        self.metrics.evaluation(self.progress.step, figures | epochs_of_parts(self.task, self.progress.position))
         self.progress.evaluated_step = self.progress.step
         return self.progress.improves(self.task.score(figures))
 
@@ -240,8 +240,9 @@ class _Trainer:
         self.metrics.count(task.units(progress.position - task.batch_size))
         if self.metrics.is_due(progress.step) or self.metrics.is_to_be_shown():
             self.outcomes.read()
-            epoch = progress.position / task.samples_per_epoch
-            self.metrics.step(progress, self.outcomes.last, epoch=epoch, lr=self.lr)
+            epochs = {"epoch": round(progress.position / task.samples_per_epoch, 4)}
+            epochs |= epochs_of_parts(task, progress.position)
+            self.metrics.step(progress, self.outcomes.last, epochs=epochs, lr=self.lr)
 
     def _save(self, update: Update, ending: bool, best: bool) -> None:
         """Save at the end, and where it is due.

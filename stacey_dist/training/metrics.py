@@ -83,13 +83,13 @@ class Metrics:
         """Count the units of a finished update."""
         self._units += units
 
-    def step(self, progress: Progress, outcome: Outcome, *, epoch: float, lr: float) -> None:
+    def step(self, progress: Progress, outcome: Outcome, *, epochs: dict[str, float], lr: float) -> None:
         """Print the last update, and write it where it is due."""
         step = progress.step
         due = self.is_due(step)
         now = self._shown = time.perf_counter()
         busy = self._busy + now - self._since
-        row = {"step": step, "epoch": round(epoch, 4), "loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
+        row = {"step": step, **epochs, "loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
         row |= self._usage(busy) | {"skipped_steps": progress.skipped_steps}
         if self.main:
             seconds_a_step = (self._total_busy + busy) / (step - self.start_step)
