@@ -69,12 +69,14 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"a.b": 1} for {"a": {"b": 1}}."""
+def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
+    """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}.", items=items))
+        elif items and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            flat.update(flatten({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix, items=True))
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -77,7 +77,7 @@ class SourceConfig(CorpusConfig):
         """The name, or what stands for it."""
         path = Path(self.dataset or (self.files or [""])[0])
         words = [re.search(r"[A-Za-z0-9_-]+", text) for text in (path.name.split(".")[0], path.parent.name)]
-        return next((word[0] for word in words if word), "") if self.name is None else self.name
+        return next((word[0].strip("-_") for word in words if word), "") if self.name is None else self.name
 
 
 @dataclass

@@ -154,7 +154,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
     allowed = run.config.checkpoint.allow_changes
-    now, saved = flatten(to_dict(run.config)), flatten(extra["config"])
+    now, saved = flatten(to_dict(run.config), items=True), flatten(extra["config"], items=True)
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
