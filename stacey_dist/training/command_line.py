@@ -47,14 +47,25 @@ def parse(
         if any(name in ("help", "h") for name, _ in options):
             parser.parse_args(["--help"])
         settings = parser.get_defaults()
+        given: set[str] = set()
         for path in [value for name, value in options if name == "config"]:
             parser.source = f"--config {path}: "
-            settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
+            of_file = _read(path, parser.kinds, elsewhere)
+            settings = parser.parse_object(of_file, namespace=settings)
+            given.update(of_file)
         parser.source = ""
-        given = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
-        return parser.made(config_class, given, settings)
+        typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
+        given.update(typed)
+        values = parser.values(config_class, typed, settings)
+        return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _choose(section: Any, name: str, given: set[str]) -> Any:
+    """Return a section with the numbers of what was chosen in it, where none were given."""
+    own = [each for each in getattr(section, "chosen", ()) if f"{name}.{each}" not in given]
+    return dataclasses.replace(section, **dict.fromkeys(own)) if own else section
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -107,10 +118,10 @@ class _Parser(ArgumentParser):
     source: str = ""
     """Where the settings come from that are being parsed: what messages begin with."""
 
-    def made(self, config_class: type[Config], given: Any, settings: Any) -> Config:
-        """Return the configuration of what is given, over other settings."""
+    def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
+        """Return the values of a configuration's fields: what is given, over other settings."""
         parsed = self.instantiate(self.parse_object(given, namespace=settings))
-        return config_class(**{field.name: parsed[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+        return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
@@ -185,6 +196,8 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
+    if value != "null":
+        kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
         if get_origin(kind) is list and not _of_sections(kind) and value and not value.startswith("["):
             return value.split(",")
@@ -258,7 +271,7 @@ def _item(where: str, value: Any, kind: Any) -> Any:
             raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(parser.kinds))}")
     parser.source = f"{where}."
     given = {name: _value(f"{where}.{name}", inner, parser.kinds[name]) for name, inner in value.items()}
-    return parser.made(kind, given, parser.get_defaults())
+    return kind(**parser.values(kind, given, parser.get_defaults()))
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

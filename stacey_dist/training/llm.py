@@ -1,5 +1,6 @@
 """Language-model pretraining as a task of the training loop: data, model, loss, evaluation, export."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,58 +11,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
 from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
+from stacey_dist.models.causal_lm import attended, multiplied_parameters
 from stacey_dist.training.ahead import Ahead, Transfer
+from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.llm_model import build_model
 from stacey_dist.training.run import Run
+from stacey_dist.training.samples import Samples, sample
 from stacey_dist.training.saving import export
 from stacey_dist.training.text_data import TextData, prepare_data
 
-# transformers' "sdpa" without its mask: to find that windows need none, it waits for the device in each forward pass.
-_CAUSAL = "causal_sdpa"
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
-
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""
-
-
-def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
-    """Build the LLaMA of the configuration, see `make_model`."""
-    model = run.config.model
-    config = LlamaConfig(
-        vocab_size=data.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        max_position_embeddings=model.max_position_embeddings or run.config.data.sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        initializer_range=model.initializer_range,
-        tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=data.end_token_id,
-        eos_token_id=data.end_token_id,
-        use_cache=False,
-        attn_implementation=_CAUSAL,
-    )
-    llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
-    llama.tie_weights()  # a model that is built without memory is not tied yet
-    if run.config.train.gradient_checkpointing:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
-    if run.config.train.compile:
-        llama.compile()
-    count = sum(p.numel() for p in llama.parameters())
-    run.say(f"model: LLaMA with {count:,} parameters; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
-    return llama
 
 
 @dataclass(frozen=True)
@@ -78,7 +47,7 @@ class LanguageModeling:
 
     unit = "tokens"
 
-    def __init__(self, run: Run[LLMConfig], data: TextData, model: LlamaForCausalLM) -> None:
+    def __init__(self, run: Run[LLMConfig], data: TextData, model: PreTrainedModel) -> None:
         self.run, self.data = run, data
         self.batch_size = run.config.train.global_batch_size
         sizes, shares = [len(corpus.train) for corpus in data.corpora], [corpus.share for corpus in data.corpora]
@@ -87,12 +56,9 @@ class LanguageModeling:
         self.data_identity = data.identity
         self._transfer = Transfer(run.accelerator.device)
         self._ahead = Ahead(self._share, self.batch_size)
-        shape = run.config.model
-        weights = sum(p.numel() for p in model.parameters())
-        if not shape.tie_word_embeddings:
-            weights -= model.get_input_embeddings().weight.numel()
         context = run.config.data.sequence_length
-        self.flops_per_unit = flops_per_token(weights, shape.num_hidden_layers, shape.hidden_size, context)
+        self._router_weight = getattr(model.config, "router_aux_loss_coef", 0.0)
+        self.flops_per_unit = flops_per_token(multiplied_parameters(model), attended(model.config, context))
 
     def units(self, position: int) -> int:
         """Return the tokens predicted in the update: fewer than batch x length if the last, partial window is in it."""
@@ -118,8 +84,12 @@ class LanguageModeling:
         if self.data.verification is not None:
             self.data.verification.check()
         units = self.units(position)
-        for batch in self._ahead.take(position):
+        rank = self.run.accelerator.process_index
+        for number, batch in enumerate(self._ahead.take(position)):
             inputs, labels = self._transfer(*batch)
+            # Dropout is a function of the seed and the position, too, so that a resumed run has the same.
+            key = f"{self.run.config.seed} {position} {rank} {number}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
             yield TokenBatch(inputs, labels, units)
 
     def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:
@@ -131,8 +101,16 @@ class LanguageModeling:
         return [self._read(mine[start : start + size]) for start in range(0, share, size)]
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update."""
-        return self._summed_loss(model, batch) / batch.update_labels
+        """Return the micro-batch's summed cross-entropy over the number of tokens in the whole update.
+
+        Where the model's configuration asks for its router's loss (`output_router_logits`), that of the micro-batch is
+        added, weighted by its share of the update's windows.
+        """
+        loss, output = self._summed_loss(model, batch)
+        loss = loss / batch.update_labels
+        if (auxiliary := getattr(output, "aux_loss", None)) is not None:
+            loss = loss + self._router_weight * (len(batch.inputs) / self.batch_size) * auxiliary
+        return loss
 
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Return the loss in nats per token and the perplexity over every held-out token, each predicted once.
@@ -149,7 +127,7 @@ class LanguageModeling:
             longest = math.ceil(len(stream) / accelerator.num_processes)
             for start in range(0, longest, size):
                 inputs, labels = self._transfer(*self._read(mine[start : start + size] or [(stream, None)]))
-                total += self._summed_loss(model, TokenBatch(inputs, labels, 1))
+                total += self._summed_loss(model, TokenBatch(inputs, labels, 1))[0]
                 if stopping():
                     return None
         if accelerator.num_processes > 1:
@@ -170,11 +148,11 @@ class LanguageModeling:
         """End the thread that reads ahead."""
         self._ahead.close()
 
-    def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        logits = model(input_ids=batch.inputs).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+    def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Any]:
+        """Return the summed cross-entropy, and all that the model returned."""
+        output = model(input_ids=batch.inputs)
+        logits = output.logits.flatten(0, 1).float()
+        return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"), output
 
     def _read(self, windows: Sequence[tuple[TokenStream, int | None]]) -> tuple[Tensor, Tensor]:
         """Return the inputs and labels of streams' windows; None stands for a window without labels."""
@@ -201,7 +179,7 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
 
     run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
-    run.say(f"\nsample: {sample(run, engine, data)}\n")
+    run.say(f"\nsample: {sample(run, engine, data, max(1, run.config.data.sequence_length // 2))}\n")
     return f"model and tokenizer for transformers: {exported}"
 
 
@@ -216,34 +194,8 @@ def _some_texts(data: TextData, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids) for ids in windows]
 
 
-def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
-    """Return how the trained model continues a held-out text; empty except on the main process.
-
-    All processes call it together: sharded weights are gathered by all.
-    """
-    length = run.config.data.sequence_length
-    prompt_length, new_tokens = max(1, length // 4), max(1, length // 2)
-    inputs, _ = data.corpora[0].validation.window(0)
-    prompt = torch.from_numpy(inputs[:prompt_length])[None].to(run.accelerator.device)
-    torch.manual_seed(run.config.seed)
-    model: Any = engine.module
-    model.eval()
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=0.8,
-            top_k=50,
-            pad_token_id=data.end_token_id,
-            use_cache=True,
-            synced_gpus=run.accelerator.num_processes > 1,
-        )[0].tolist()
-    if data.tokenizer is None:
-        return ""
-    beginning, continuation = output[:prompt_length], output[prompt_length:]
-    return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"
+def _samples(run: Run[LLMConfig], data: TextData) -> list[Callback]:
+    return [Samples(data, run.config.tracking.sample_tokens)] if run.config.tracking.sample_tokens else []
 
 
-PARTS = Parts(prepare_data, build_model, LanguageModeling, finish)
+PARTS = Parts(prepare_data, build_model, LanguageModeling, finish, _samples)

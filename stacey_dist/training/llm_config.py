@@ -3,16 +3,26 @@
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from stacey_dist.training.config import SHARED_CHANGES, RunConfig
-from stacey_dist.training.value_types import AtLeastTwo, FilePath, PositiveFloat, PositiveInt, check
+from stacey_dist.errors import settings_errors
+from stacey_dist.training.config import SHARED_CHANGES, RunConfig, TrackingConfig
+from stacey_dist.training.value_types import AtLeastTwo, FilePath, NonNegativeInt, PositiveFloat, PositiveInt, check
 
 
 @dataclass
 class ModelConfig:
-    """The LLaMA to build (transformers' LlamaForCausalLM)."""
+    """The model: a LLaMA of these numbers (transformers' LlamaForCausalLM), another architecture, or given weights."""
 
+    config: FilePath | None = None
+    """Build this architecture from nothing: a transformers config.json, a directory that has one, or a name on the hub.
+    The numbers below, but dtype, are then those of the file."""
+    pretrained: FilePath | None = None
+    """Continue from these weights: a directory with a config.json and safetensors, or a name on the hub. The tokenizer
+    is the model's own, unless `embeddings` is given."""
+    embeddings: Literal["keep", "new"] | None = None
+    """With pretrained and another tokenizer: keep the rows of the embeddings, if ids mean the same tokens; or make them
+    new, for the tokenizer that is named, or trained on the data."""
     hidden_size: PositiveInt = 128
     """Width of the residual stream."""
     intermediate_size: PositiveInt = 344
@@ -110,12 +120,21 @@ class TokenizerConfig:
 
 
 @dataclass
+class LLMTrackingConfig(TrackingConfig):
+    """Experiment trackers, through Accelerate, and what else to look at."""
+
+    sample_tokens: NonNegativeInt = 24
+    """Tokens by which the model continues a held-out text after each evaluation, in log and trackers. 0: none."""
+
+
+@dataclass
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tracking: LLMTrackingConfig = field(default_factory=LLMTrackingConfig)
 
     samples = "sequences"
     changes_to_allow = (
@@ -145,17 +164,36 @@ class LLMConfig(RunConfig):
         return self.model.dtype
 
     def layer_classes(self) -> set[str]:
-        """Return the names of the classes of the model's layers."""
+        """Return the names of the classes of the model's layers. Raises SettingsError as `described_model` does."""
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
+        from stacey_dist.models.causal_lm import causal_config, new_model
+
+        described = described_model(self.model) or {
+            "model_type": "llama",
+            "vocab_size": 8,
+            "hidden_size": 4,
+            "intermediate_size": 4,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
         with torch.device("meta"):
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
-                )
-            )
+            model = new_model(causal_config(described))
         return {type(module).__name__ for module in model.modules()}
+
+
+def described_model(model: ModelConfig) -> dict[str, Any] | None:
+    """Return what `model.config` or `model.pretrained` holds, as in a config.json; None for a LLaMA of numbers.
+
+    Raises SettingsError if it cannot be read, or is not of a causal language model.
+    """
+    name = model.config or model.pretrained
+    if name is None:
+        return None
+    from stacey_dist.models.causal_lm import read_description
+
+    with settings_errors({"config": f"model.{'config' if model.config else 'pretrained'}"}):
+        return read_description(name)
 
 
 def _check_corpus(corpus: CorpusConfig, prefix: str) -> None:
@@ -203,6 +241,61 @@ def _check_sources(data: DataConfig) -> None:
 
 def _check_model(config: LLMConfig) -> None:
     model = config.model
+    other = next((name for name in ("config", "pretrained") if getattr(model, name)), None)
+    if other is None:
+        _check_numbers(config)
+    check(
+        not (model.config and model.pretrained), "model.config", model.config, "give it or model.pretrained, not both"
+    )
+    for setting in fields(model):
+        own = setting.name in ("config", "pretrained", "embeddings", "dtype")
+        value = getattr(model, setting.name)
+        check(
+            own or other is None or value == setting.default,
+            f"model.{setting.name}",
+            value,
+            f"model.{other} = {getattr(model, other or 'config')} has its own numbers; change them there",
+        )
+    named = [name for name in ("name", "file") if getattr(config.tokenizer, name)]
+    check(
+        model.embeddings is None or model.pretrained is not None,
+        "model.embeddings",
+        model.embeddings,
+        "it goes with model.pretrained",
+    )
+    check(
+        model.embeddings != "keep" or bool(named),
+        "model.embeddings",
+        "keep",
+        "it goes with tokenizer.name or tokenizer.file; the model's own tokenizer has its rows anyway",
+    )
+    for name in named:
+        check(
+            model.pretrained is None or model.embeddings is not None,
+            f"tokenizer.{name}",
+            getattr(config.tokenizer, name),
+            "say what becomes of the embeddings of model.pretrained: --model.embeddings keep, if the ids of this "
+            "tokenizer mean the same tokens as the model's own, or new",
+        )
+    name = config.optimizer.name
+    check(
+        model.dtype == "float32" or name in ("stacey", "lp_descent"),
+        "model.dtype",
+        model.dtype,
+        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
+        "use float32 with train.mixed_precision bf16, or stacey",
+    )
+    check(
+        model.dtype == "float32" or config.train.mixed_precision != "fp16",
+        "train.mixed_precision",
+        "fp16",
+        f"it needs model.dtype float32, not {model.dtype}",
+    )
+
+
+def _check_numbers(config: LLMConfig) -> None:
+    """Raise SettingsError for numbers that make no LLaMA."""
+    model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size
     check(
         hidden % heads == 0,
@@ -229,18 +322,4 @@ def _check_model(config: LLMConfig) -> None:
         "model.max_position_embeddings",
         longest,
         f"it must be at least data.sequence_length = {length}",
-    )
-    name = config.optimizer.name
-    check(
-        model.dtype == "float32" or name in ("stacey", "lp_descent"),
-        "model.dtype",
-        model.dtype,
-        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
-        "use float32 with train.mixed_precision bf16, or stacey",
-    )
-    check(
-        model.dtype == "float32" or config.train.mixed_precision != "fp16",
-        "train.mixed_precision",
-        "fp16",
-        f"it needs model.dtype float32, not {model.dtype}",
     )

@@ -25,6 +25,7 @@ from stacey_dist.data.tokens import TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.llm_config import CorpusConfig, LLMConfig
+from stacey_dist.training.llm_model import check_model, check_vocabulary, own_tokenizer
 from stacey_dist.training.run import Run
 
 # The settings that give the arguments of data functions, of a source and of all.
@@ -123,13 +124,15 @@ def tokenize(
     of `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
     """
     cache = Path(config.data.cache_dir or Path(config.run_dir) / "data")
+    check_model(config)
     corpora = config.data.corpora()
     sources = []
     for prefix, corpus in corpora.items():
         with _settings_errors(prefix):
             sources.append(_source(corpus))
     with settings_errors(_SETTINGS):
-        tokenizer = _tokenizer(config, sources, cache)
+        tokenizer = own_tokenizer(config) or _tokenizer(config, sources, cache)
+        check_vocabulary(config, tokenizer)
     directories = []
     for (prefix, corpus), source in zip(corpora.items(), sources, strict=True):
         with _settings_errors(prefix):

@@ -40,6 +40,13 @@ NonNegativeFloat = Annotated[float, Allowed("a finite number >= 0", lambda value
 Share = Annotated[float, Allowed("within [0, 1]", lambda value: 0 <= value <= 1)]
 PositiveShare = Annotated[float, Allowed("within (0, 1]", lambda value: 0 < value <= 1)]
 ShareBelowOne = Annotated[float, Allowed("within [0, 1)", lambda value: 0 <= value < 1)]
+UpdatesOrShare = Annotated[
+    int | float,
+    Allowed(
+        "a whole number of updates, or a share of the run below 1",
+        lambda value: value >= 0 and (value < 1 or value % 1 == 0),
+    ),
+]
 NormOrder = Annotated[float, Allowed("a number >= 2, or inf", lambda value: value >= 2)]
 # Else a directory of the name ~ would be made.
 FilePath = Annotated[str, Allowed("a path written in full: ~ is not expanded here", lambda path: path[:1] != "~")]
