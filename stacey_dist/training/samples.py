@@ -10,7 +10,7 @@ from stacey_dist.training.run import Run
 from stacey_dist.training.trackers import log
 
 if TYPE_CHECKING:
-    from stacey_dist.training.llm import TextData
+    from stacey_dist.training.text_data import TextData
 
 
 class Samples(Callback):
@@ -48,7 +48,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
     """
     device = run.accelerator.device
     prompt_length = max(1, run.config.data.sequence_length // 4)
-    inputs, _ = data.validation.window(0)
+    inputs, _ = data.corpora[0].validation.window(0)
     prompt = torch.from_numpy(inputs[:prompt_length])[None].to(device)
     model: Any = engine.module
     model.eval()
