@@ -11,6 +11,7 @@ from stacey_dist.training.flops import peak_flops
 from stacey_dist.training.progress_line import ProgressLine
 from stacey_dist.training.rows import RowFile
 from stacey_dist.training.run import Run
+from stacey_dist.training.task import epochs_of_parts
 from stacey_dist.training.trackers import log, start_trackers
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
@@ -63,6 +64,7 @@ class Metrics(Callback):
         row = {
             "step": step,
             "epoch": round(epoch, 4),
+            **epochs_of_parts(task, position),
             self.unit: position * task.units(0) // task.batch_size,
             "loss": outcome.loss,
             "lr": training.lr,
@@ -92,7 +94,8 @@ class Metrics(Callback):
         return usage
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
-        """Write and print the figures."""
+        """Write and print the figures, and the passes over each part of the data."""
+        figures = figures | epochs_of_parts(training.task, training.progress.position)
         self.write({"step": training.step, **figures})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {training.step}/{self.max_steps}  {shown}")

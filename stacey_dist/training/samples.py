@@ -10,7 +10,7 @@ from stacey_dist.training.run import Run
 from stacey_dist.training.trackers import log
 
 if TYPE_CHECKING:
-    from stacey_dist.training.llm import TextData
+    from stacey_dist.training.text_data import TextData
 
 
 class Samples(Callback):
@@ -48,7 +48,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
     """
     device = run.accelerator.device
     prompt_length = max(1, run.config.data.sequence_length // 4)
-    inputs, _ = data.validation.window(0)
+    inputs, _ = data.corpora[0].validation.window(0)
     prompt = torch.from_numpy(inputs[:prompt_length])[None].to(device)
     model: Any = engine.module
     model.eval()
@@ -67,9 +67,10 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
                 pad_token_id=data.end_token_id,
                 use_cache=True,
                 synced_gpus=run.accelerator.num_processes > 1,
-            )[0].tolist()
+            )[0]
     finally:
         model._compiled_call_impl = compiled
+    output = output[output < data.vocab_size].tolist()  # a model may have more rows than there are tokens
     if data.tokenizer is None:
         return ""
     beginning, continuation = output[:prompt_length], output[prompt_length:]

@@ -94,8 +94,15 @@ class Saver:
         return self._background.failed_in_a_row >= _GIVE_UP_AFTER
 
     def is_due(self, step: int) -> bool:
-        """Return whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
-        return self.settings.every_steps is not None and step % self.settings.every_steps == 0
+        """Return whether a checkpoint is due after `step` updates: by `checkpoint.every_steps`, or for wsd's decay."""
+        by_count = self.settings.every_steps is not None and step % self.settings.every_steps == 0
+        return by_count or step == self._before_decay
+
+    @property
+    def _before_decay(self) -> int | None:
+        """The updates before wsd's decay: a run that is made longer begins from there."""
+        schedule, last = self.run.config.schedule, self.run.config.train.max_steps
+        return last - schedule.decay_updates(last) if schedule.name == "wsd" else None
 
     def save(self, progress: Progress, *, delete_older: bool = True) -> None:
         """Save, beside training if the settings say so. A failure is reported, and training continues.
@@ -168,7 +175,8 @@ class Saver:
             if best is not None and checkpoint_path(self.run, best).exists():
                 progress.kept_best_step = best
             if delete_older:
-                retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
+                kept = [step for step in (progress.kept_best_step, self._before_decay) if step is not None]
+                retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
 

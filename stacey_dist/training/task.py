@@ -19,6 +19,9 @@ class Task(Protocol):
 
     The data of an update are a function of its position, which counts the samples of all updates before it. So a run
     resumes from one number, on any number of processes.
+
+    A task whose data have parts with epochs of their own can have a method ``epochs(position)``, too. It returns the
+    passes over each part up to there, as in ``{"epoch_of.web": 0.4}``, which are reported.
     """
 
     unit: str = "samples"
@@ -70,6 +73,12 @@ class Task(Protocol):
 
     def close(self) -> None:
         """End what the task has started, as processes that read data. Called after the last update."""
+
+
+def epochs_of_parts(task: Task, position: int) -> dict[str, float]:
+    """Return the passes over each part of the data up to a position; empty for data without parts."""
+    epochs: Callable[[int], dict[str, float]] | None = getattr(task, "epochs", None)
+    return {} if epochs is None else epochs(position)
 
 
 class DatasetTask(Task):
