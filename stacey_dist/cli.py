@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     about.set_defaults(command=info.print_info)
     compared = commands.add_parser("report", help="compare runs on one HTML page: results, settings, curves")
     compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's directory, its run_dir")
-    compared.add_argument("--output", metavar="FILE.html", type=Path, default=Path("report.html"), help="the page (report.html)")
+    compared.add_argument(
+        "--output", metavar="FILE.html", type=Path, default=Path("report.html"), help="the page (report.html)"
+    )
     compared.set_defaults(command=_report)
     commands.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
     commands.add_parser("prepare", help="tokenize the text of a configuration of train_llm.py before the run")
