@@ -204,7 +204,8 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
-    return _value(f"--{name}", yaml_files.load(".inf" if value == "inf" else value, f"--{name}"), kind)
+    loaded = yaml_files.load(".inf" if value == "inf" else value, f"--{name}")
+    return _value(name if _of_sections(kind) else f"--{name}", loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if _of_sections(kind):
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
-        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
+        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if value == "inf" and float in kinds:
         raise SettingsError(f"{where}: YAML writes infinity as .inf")
     if isinstance(value, bool) and bool not in kinds:

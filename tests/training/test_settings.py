@@ -217,14 +217,6 @@ OUT_OF_RANGE = [
     ("--data.sequence_length 0", "data.sequence_length: 0"),
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
     ("--data.validation_files a.txt", "data.validation_files"),
-    ("--data.sources [{files:[a.txt]}] --data.files=b", "data.files: ['b'] is not allowed; with data.sources, each"),
-    ("--data.sources [{files:[a.txt]},{weight:2}]", "data.sources[1].files: [] is not allowed; give it, or data.sour"),
-    ("--data.sources [{files:[a.txt],weight:0}]", "data.sources[0].weight: 0.0 is not allowed; it must be finite and"),
-    ("--data.sources [{files:[a]},{files:[b],weight:1e-7}]", "data.sources[1].weight: 1e-07 is not allowed; it must"),
-    ("--data.sources [{files:[x/a.txt]},{files:[a.gz]}]", "data.sources[1].name: a is not allowed; data.sources[0] h"),
-    ("--data.sources [{files:[a],name:é}]", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits"),
-    ("--data.sources [{dataset:c4,validation_files:[b]}]", "data.sources[0].validation_files: ['b'] is not allowed"),
-    ("--data.sources [{files:[a.txt],max_tokens:0}]", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
@@ -238,6 +230,31 @@ def test_values_out_of_range(options, message):
     with pytest.raises(SettingsError) as error:
         LLM.parse(options.split())
     assert message in str(error.value)
+
+
+BAD_SOURCES = [
+    ("{files: [a.txt]}, {weight: 2}", "data.sources[1].files: [] is not allowed; give it, or data.sources[1].dataset"),
+    ("{files: [a.txt], weight: 0}", "data.sources[0].weight: 0.0 is not allowed; it must be finite and > 0"),
+    ("{files: [a]}, {files: [b], weight: 1e-7}", "data.sources[1].weight: 1e-07 is not allowed; it must be at least"),
+    ("{files: [x/a.txt]}, {files: [a.gz]}", "data.sources[1].name: a is not allowed; data.sources[0] has that name"),
+    ("{files: [a], name: é}", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits, _ and -"),
+    ("{dataset: c4, validation_files: [b]}", "data.sources[0].validation_files: ['b'] is not allowed; it goes with"),
+    ("{files: [a], dataset: c4}", "data.sources[0].dataset: c4 is not allowed; give either data.sources[0].files or"),
+    ("{files: [a.txt], max_tokens: 0}", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
+]
+
+
+@pytest.mark.parametrize(("sources", "message"), BAD_SOURCES)
+def test_bad_sources(sources, message):
+    with pytest.raises(SettingsError) as error:
+        LLM.parse(["--data.sources", f"[{sources}]"])
+    assert message in str(error.value)
+
+
+def test_settings_of_a_single_source_beside_several():
+    for option, value in (("files", "b"), ("max_tokens", "7"), ("text_column", "content")):
+        with pytest.raises(SettingsError, match=f"data.{option}: .* is not allowed; with data.sources, each source"):
+            LLM.parse(["--data.sources", "[{files: [a.txt]}]", f"--data.{option}", value])
 
 
 def make_bad_files(directory):
