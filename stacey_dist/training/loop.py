@@ -45,10 +45,13 @@ def train(
         The newest checkpoint.
 
     Raises:
+        ValueError: `until` is no update.
         SettingsError: the run's checkpoints do not fit the settings, or run_dir was renamed or removed.
         DivergedError: too many updates in a row were skipped, or weights or states are not finite in the end.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
+    if until is not None and until < 1:
+        raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
     run.resolve_max_steps(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
