@@ -52,7 +52,8 @@ def test_tables_are_whole(page):
     text = CODE.sub("", page.read_text())
     for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
         rows = [re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row.strip()).strip("|")) for row in table.splitlines()]
-        assert len(rows) > 2 and all(set(cell) <= set("-: ") for cell in rows[1]), table
+        assert len(rows) > 2, table
+        assert all(set(cell) <= set("-: ") for cell in rows[1]), table
         assert {len(row) for row in rows} == {len(rows[0])}, table
 
 

@@ -80,6 +80,8 @@ def test_options_as_people_type_them():
     assert config.tracking.trackers == ["wandb", "tensorboard"]
     assert config.train.micro_batch_size is None
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
+    for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
+        assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
 
 
 def test_the_resolved_config_comes_back_the_same(tmp_path):
@@ -123,6 +125,7 @@ MISTYPED = [
         ["--optimizer.betas", "0.9"],
         "optimizer.betas: [0.9] is not allowed; it must be 2 values, each a number",
     ),
+    (["--train.profile", "9"], "train.profile: [9] is not allowed; it must be 2 values, each a whole number, or null"),
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
     (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
@@ -201,6 +204,10 @@ OUT_OF_RANGE = [
     ("--train.micro_batch_size 5", "train.micro_batch_size: 5 is not allowed; it must divide train.global_batch_size"),
     ("--train.max_grad_norm -1", "train.max_grad_norm: -1.0"),
     ("--train.eval_every_steps 0", "train.eval_every_steps: 0"),
+    ("--train.profile 9,8", "train.profile: [9, 8] is not allowed; its first update must not be after its last one"),
+    ("--train.profile 0,8", "train.profile: [0, 8] is not allowed; each must be > 0"),
+    ("--tracking.histogram_every 0", "tracking.histogram_every: 0 is not allowed; it must be > 0"),
+    ("--tracking.sample_tokens=-1", "tracking.sample_tokens: -1 is not allowed; it must be >= 0"),
     ("--checkpoint.keep_last 0", "checkpoint.keep_last: 0"),
     ("--model.num_attention_heads 3", "model.num_attention_heads: 3 is not allowed; it must divide model.hidden_size"),
     ("--model.hidden_size 12", "must be even, for rotary embeddings"),
