@@ -19,7 +19,9 @@ class Modules:
         described: its configuration, as in a config.json.
         name: its class.
         parameters: all of them in the order of `model.parameters()`, a tied one once.
-        units: what Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the rest.
+        embedding: the input embedding's, in a list of its own, unless it is tied.
+        layers: those of each layer.
+        tail: the others.
         active: how many parameters a token passes through: fewer than there are, in a mixture of experts.
         in_experts: how many are an expert's.
         multiplied: how many a token is multiplied with.
@@ -29,7 +31,9 @@ class Modules:
     described: str
     name: str
     parameters: list[Parameter]
-    units: list[list[Parameter]]
+    embedding: list[list[Parameter]]
+    layers: list[list[Parameter]]
+    tail: list[Parameter]
     active: int
     in_experts: int
     multiplied: int
@@ -41,13 +45,13 @@ class Modules:
         return sum(p.elements for p in self.parameters)
 
     @property
-    def tail(self) -> list[Parameter]:
-        """The unit that FSDP2 gathers last, and keeps."""
-        return self.units[-1]
+    def units(self) -> list[list[Parameter]]:
+        """What Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the rest."""
+        return [*self.embedding, *self.layers, self.tail]
 
     def layer(self) -> list[Parameter]:
         """Return the parameters of the largest layer."""
-        return max(self.units[:-1] or self.units, key=lambda unit: sum(p.elements for p in unit))
+        return max(self.layers or [self.tail], key=lambda unit: sum(p.elements for p in unit))
 
     def groups(self, *, decay_norms: bool) -> list[list[Parameter]]:
         """Return the optimizer's groups, see `grouped`."""
@@ -94,23 +98,28 @@ def modules(described: dict[str, Any]) -> Modules:
     def parameters(found: Any) -> list[Parameter]:
         return [Parameter(names[param], tuple(param.shape)) for param in dict.fromkeys(found) if param in left]
 
+    def taken(module: Any) -> list[Parameter]:
+        own = list(module.parameters())
+        found = parameters(own)
+        for param in own:
+            left.pop(param, None)
+        return found
+
     left = dict.fromkeys(model.parameters())
     everything = parameters(left)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight
-    units = []
+    embedding = [] if tied else [taken(model.get_input_embeddings())]
     classes = causal_lm.layer_classes(model)
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, classes)]
-    for module in layers if tied else [model.get_input_embeddings(), *layers]:
-        units.append(parameters(module.parameters()))
-        for param in module.parameters():
-            left.pop(param, None)
+    layers = [taken(module) for module in model.modules() if isinstance(module, classes)]
     _, active = causal_lm.count_parameters(model)
     return Modules(
         described=json.dumps(described, sort_keys=True),
         name=type(model).__name__,
         parameters=everything,
-        units=[*units, parameters(left)],
+        embedding=embedding,
+        layers=layers,
+        tail=parameters(left),
         active=active,
         in_experts=sum(p.numel() for p in causal_lm.experts(model)),
         multiplied=causal_lm.multiplied_parameters(model),

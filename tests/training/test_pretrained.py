@@ -105,6 +105,19 @@ def test_a_trained_model_is_where_the_next_run_begins(published, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
+def test_a_run_does_not_resume_with_another_architecture(published, tmp_path):
+    _, config = published
+    (tmp_path / "a.json").write_text(json.dumps(described("gpt_neox")))
+    run = ("--config", config, "--model.config", tmp_path / "a.json", "--run_dir", tmp_path / "run")
+    launch(*run)
+    (tmp_path / "a.json").write_text(json.dumps(described("gpt_neox") | {"use_parallel_residual": False}))
+    output = launch(*run, "--train.max_steps", 2, expect=2)
+    assert f"model: use_parallel_residual in {tmp_path / 'a.json'}: True there, False now" in output
+    allowed = ("--checkpoint.allow_changes", "model.config")
+    assert "after 1 updates" in launch(*run, *allowed, "--train.max_steps", 2)
+
+
 def without(name):
     return lambda directory: (directory / name).unlink()
 
