@@ -106,11 +106,11 @@ def vocabulary(smoke: bool) -> int:
 
 def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
     """The launcher on the text of docs/."""
-    from stacey_dist.training import llm
+    from stacey_dist.training import llm, text_data
 
-    def prepare_data(run: Any) -> llm.TextData:
-        data = llm.prepare_data(run)
-        data.train.vocab_size = vocabulary(smoke)
+    def prepare_data(run: Any) -> text_data.TextData:
+        data = text_data.prepare_data(run)
+        data.corpora[0].train.vocab_size = vocabulary(smoke)
         return data
 
     parts = replace(llm.PARTS, prepare_data=prepare_data, task=timed(llm.LanguageModeling))

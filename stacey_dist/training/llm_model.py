@@ -33,7 +33,7 @@ from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.run import Run
 
 if TYPE_CHECKING:
-    from stacey_dist.training.llm import TextData
+    from stacey_dist.training.text_data import TextData
 
 # To find that windows need no mask, transformers' own waits for the device in each forward pass.
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)

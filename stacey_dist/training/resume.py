@@ -12,6 +12,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_model
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import DATA_CHANGE
+from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.progress import check_progress
 from stacey_dist.training.run import Run
@@ -157,7 +158,9 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
     allowed = run.config.checkpoint.allow_changes
-    now, saved = flatten(to_dict(run.config)), flatten(extra["config"])
+    # A version that did not have a setting did what its default does.
+    saved = flatten(flatten(to_dict(type(run.config)())) | flatten(extra["config"]), items=True)
+    now = flatten(to_dict(run.config), items=True)
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
@@ -181,6 +184,8 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
         )
     for text in changed.values():
         print(f"changed since the checkpoint: {text}", flush=True)
+    if change := lr_change(run.config, extra["config"], extra["step"]):
+        print(change, flush=True)
 
 
 def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> list[str]:

@@ -15,7 +15,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.models.causal_lm import causal_config, new_model
 from stacey_dist.training.initial_weights import initial_weights
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm import tokenize
+from stacey_dist.training.text_data import tokenize
 from tests.models.architectures import described
 from tests.training.helpers import checkpoint, launch, rows, write_config
 
