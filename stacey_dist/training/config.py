@@ -23,6 +23,8 @@ from stacey_dist.training.value_types import (
     check_values,
 )
 
+Recomputed = bool | Literal["selective"]
+"""Which activations are computed again."""
 # A number that is the chosen optimizer's own, unless it is given.
 _OWN: Any = None
 
@@ -146,8 +148,9 @@ class TrainConfig:
     """Updates between evaluations; there is always one at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward; fp16 with loss scaling. None: as `accelerate launch` was told."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    gradient_checkpointing: Recomputed = False
+    """Compute activations again in the backward pass instead of keeping them; selective keeps the results of matrix
+    products and attention, which cost most of the time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
