@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
@@ -25,6 +24,7 @@ from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.ahead import Ahead, Transfer
+from stacey_dist.training.attention import Attention, check_attention, generating, implementation
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.initial_weights import make_model
@@ -47,10 +47,6 @@ _SETTINGS = {
     "path": "tokenizer.file",
     "name_or_directory": "tokenizer.name",
 }
-
-# transformers' "sdpa" without its mask: to find that windows need none, it waits for the device in each forward pass.
-_CAUSAL = "causal_sdpa"
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""
@@ -82,8 +78,10 @@ class TextData:
 def prepare_data(run: Run[LLMConfig]) -> TextData:
     """Tokenize the configured text, or find it in the cache, and open it.
 
-    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
+    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text; for a `model.attention` that
+    cannot be had.
     """
+    check_attention(run)
     tokenizers: list[Tokenizer] = []
 
     def work() -> tuple[TokenStream, TokenStream, str]:
@@ -187,8 +185,8 @@ def build_model(run: Run[LLMConfig], data: TextData) -> LlamaForCausalLM:
         bos_token_id=data.end_token_id,
         eos_token_id=data.end_token_id,
         use_cache=False,
-        attn_implementation=_CAUSAL,
     )
+    config._attn_implementation = implementation(run.config, LlamaForCausalLM, config)
     llama = make_model(run, lambda: LlamaForCausalLM(config)).to(getattr(torch, model.dtype))
     llama.tie_weights()  # a model that is built without memory is not tied yet
     if run.config.train.gradient_checkpointing:
@@ -207,6 +205,8 @@ class TokenBatch:
     inputs: Tensor
     labels: Tensor
     update_labels: int
+    attention: dict[str, Any]
+    """What else the forward pass gets: see `Attention.arguments`."""
 
 
 class LanguageModeling:
@@ -220,6 +220,7 @@ class LanguageModeling:
         self.samples_per_epoch = len(data.train)
         self.sampler = GlobalSampler(len(data.train), run.config.seed)
         self.data_identity = data.identity
+        self._attention = Attention(run.config, model, data.end_token_id)
         self._transfer = Transfer(run.accelerator.device)
         self._ahead = Ahead(self._share, self.batch_size)
         shape = run.config.model
@@ -244,10 +245,9 @@ class LanguageModeling:
             self.data.verification.check()
         units = self.units(position)
         for batch in self._ahead.take(position):
-            inputs, labels = self._transfer(*batch)
-            yield TokenBatch(inputs, labels, units)
+            yield self._on_device(batch, units)
 
-    def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, position: int) -> list[tuple[Tensor, ...]]:
         """Return the micro-batches of this process in the update at `position`, in host memory."""
         share, size = self.run.process_batch_size, self.run.micro_batch_size
         first = position + self.run.accelerator.process_index * share
@@ -266,8 +266,8 @@ class LanguageModeling:
         # As many forward passes on every process: sharded engines gather weights in each of them.
         longest = math.ceil(len(stream) / accelerator.num_processes)
         for start in range(0, longest, size):
-            inputs, labels = self._transfer(*self._read(stream, mine[start : start + size] or [None]))
-            total += self._summed_loss(model, TokenBatch(inputs, labels, 1))
+            batch = self._on_device(self._read(stream, mine[start : start + size] or [None]), 1)
+            total += self._summed_loss(model, batch)
             if stopping():
                 return None
         if accelerator.num_processes > 1:
@@ -284,18 +284,26 @@ class LanguageModeling:
         self._ahead.close()
 
     def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        logits = model(input_ids=batch.inputs).logits
+        logits = model(input_ids=batch.inputs, **batch.attention).logits
         return F.cross_entropy(
             logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
         )
 
-    def _read(self, stream: TokenStream, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-        """Return the inputs and labels of windows; None stands for a window without labels."""
+    def _read(self, stream: TokenStream, windows: Sequence[int | None]) -> tuple[Tensor, ...]:
+        """Return the inputs and labels of windows, and the numbers of their attention; all in host memory.
+
+        None stands for a window without labels.
+        """
         length = self.run.config.data.sequence_length
         empty = (np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64))
         pairs = [empty if i is None else stream.window(i) for i in windows]
-        inputs, labels = (self._transfer.pinned(torch.from_numpy(np.stack(c))) for c in zip(*pairs, strict=True))
-        return inputs, labels
+        inputs, labels = (np.stack(column) for column in zip(*pairs, strict=True))
+        arrays = (inputs, labels, *self._attention.numbers(inputs))
+        return tuple(self._transfer.pinned(torch.from_numpy(array)) for array in arrays)
+
+    def _on_device(self, batch: tuple[Tensor, ...], update_labels: int) -> TokenBatch:
+        inputs, labels, *numbers = self._transfer(*batch)
+        return TokenBatch(inputs, labels, update_labels, self._attention.arguments(tuple(numbers)))
 
 
 def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path) -> str:
@@ -336,7 +344,7 @@ def sample(run: Run[LLMConfig], engine: Engine, data: TextData) -> str:
     torch.manual_seed(run.config.seed)
     model: Any = engine.module
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), generating(model):
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),

@@ -31,6 +31,8 @@ class ModelConfig:
     """Share the input and output embeddings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights. bfloat16 has no float32 master: for stacey and lp_descent, which round stochastically."""
+    attention: Literal["sdpa", "flash_attention_2", "flex", "eager"] = "sdpa"
+    """How attention is computed: torch's function for it, the package flash-attn, FlexAttention, or matrix products."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class DataConfig:
     """What a line or row without a valid text does: end the preparation, or be left out, counted and named."""
     sequence_length: PositiveInt = 128
     """Tokens of one training sequence."""
+    document_mask: bool = False
+    """Tokens attend within their document alone, and positions restart at each document."""
     max_tokens: PositiveInt | None = None
     """Training tokens to prepare at most. None: all."""
     validation_every: AtLeastTwo = 50
@@ -88,8 +92,9 @@ class LLMConfig(RunConfig):
     samples = "sequences"
     changes_to_allow = (
         *SHARED_CHANGES,
-        *(f"model.{f.name}" for f in fields(ModelConfig) if f.name != "max_position_embeddings"),
+        *(f"model.{f.name}" for f in fields(ModelConfig) if f.name not in ("max_position_embeddings", "attention")),
         "data.sequence_length",
+        "data.document_mask",
     )
 
     def check_rules(self) -> None:

@@ -154,7 +154,9 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
     allowed = run.config.checkpoint.allow_changes
-    now, saved = flatten(to_dict(run.config)), flatten(extra["config"])
+    # A setting that the checkpoint's version did not have was as it is by default.
+    defaults = to_dict(type(run.config)())
+    now, saved = flatten(to_dict(run.config)), flatten(defaults) | flatten(extra["config"])
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
