@@ -200,8 +200,15 @@ class Attention:
             def attends(window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return (key <= query) & (key >= first[window, query])
 
+            in_part, columns_in_part, whole, columns_whole = blocks
             return BlockMask.from_kv_blocks(
-                *blocks, BLOCK_SIZE=documents.BLOCK, mask_mod=attends, seq_lengths=(self.length, self.length)
+                in_part,
+                columns_in_part,
+                whole,
+                columns_whole,
+                BLOCK_SIZE=documents.BLOCK,
+                mask_mod=attends,
+                seq_lengths=(self.length, self.length),
             )
         index = torch.arange(self.length, device=first.device)
         mask = (index <= index[:, None]) & (index >= first[:, None, :, None])

@@ -105,6 +105,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
         f"vocabulary {train.vocab_size:,}"
     )
     tokenizer = tokenizers[0] if tokenizers else None
+    run.save_processor = None if tokenizer is None else tokenizer.save
     return TextData(train, validation, identity, tokenizer, verification)
 
 

@@ -35,7 +35,7 @@ ALL = ("sdpa", "eager", "flex", "flash_attention_2")
 
 
 def make(name, kind="Llama", masked=True, **settings):
-    """Return a tiny model of transformers that attends so, with weights that depend on `kind` alone, and an Attention."""
+    """Return a tiny model of transformers that attends so, whose weights depend on `kind` alone; and an Attention."""
     config = LLMConfig()
     config.model.attention, config.data.document_mask, config.data.sequence_length = name, masked, LENGTH
     described = getattr(transformers, f"{kind}Config")(**SHAPE, **settings)
@@ -102,7 +102,7 @@ def flash(monkeypatch):
 
 @pytest.fixture
 def flex(monkeypatch):
-    """FlexAttention as torch operations, which takes the mask of tokens and not that of blocks: compiling takes a minute."""
+    """FlexAttention as torch operations, with the mask of tokens and not that of blocks: compiling takes a minute."""
     from transformers.integrations import flex_attention as used
 
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
@@ -234,12 +234,12 @@ def check_on(device, name, mixed_precision="no", dtype="float32"):
 def test_what_cannot_be_had_is_refused(flash, monkeypatch):
     for name in ("sdpa", "eager"):
         check_on("cpu", name)
-    with pytest.raises(SettingsError, match="model.attention: flex is not allowed; .* on GPUs only"):
+    with pytest.raises(SettingsError, match=r"model.attention: flex is not allowed; .* on GPUs only"):
         check_on("cpu", "flex")
     check_on("cuda", "flex")
-    with pytest.raises(SettingsError, match="flash_attention_2 is not allowed; it runs on GPUs, not on cpu"):
+    with pytest.raises(SettingsError, match=r"flash_attention_2 is not allowed; it runs on GPUs, not on cpu"):
         check_on("cpu", "flash_attention_2", "bf16")
-    with pytest.raises(SettingsError, match="it computes in bfloat16 or float16; use --train.mixed_precision bf16"):
+    with pytest.raises(SettingsError, match=r"it computes in bfloat16 or float16; use --train.mixed_precision bf16"):
         check_on("cuda", "flash_attention_2")
     check_on("cuda", "flash_attention_2", "fp16")
     check_on("cuda", "flash_attention_2", dtype="bfloat16")
@@ -249,9 +249,11 @@ def test_what_cannot_be_had_is_refused(flash, monkeypatch):
 
 
 def test_models_that_cannot_are_refused():
-    with pytest.raises(SettingsError, match="flex is not allowed; an attention head has 8 numbers, .* at least 16"):
+    with pytest.raises(SettingsError, match=r"flex is not allowed; an attention head has 8 numbers, .* at least 16"):
         make("flex", head_dim=8)
-    with pytest.raises(SettingsError, match="sdpa is not allowed; transformers' Gemma2ForCausalLM has none; use eager"):
+    with pytest.raises(
+        SettingsError, match=r"sdpa is not allowed; transformers' Gemma2ForCausalLM has none; use eager"
+    ):
         make("sdpa", "Gemma2")
     for kind in ("Llama4", "Mamba"):  # chunks, and a state
         config = LLMConfig()
@@ -259,5 +261,5 @@ def test_models_that_cannot_are_refused():
         described = transformers.Llama4TextConfig(**SHAPE) if kind == "Llama4" else transformers.MambaConfig()
         assert implementation(config, transformers.LlamaForCausalLM, described) == "sdpa"
         model = SimpleNamespace(config=described, _is_stateful=kind == "Mamba")
-        with pytest.raises(SettingsError, match="data.document_mask: true is not allowed; layers of"):
+        with pytest.raises(SettingsError, match=r"data.document_mask: true is not allowed; layers of"):
             Attention(config, model, END)
