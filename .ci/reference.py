@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
 from stacey_dist.training import prepare_command
+from stacey_dist.training.config import RunConfig
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.llm_config import LLMConfig
 
@@ -51,9 +52,13 @@ def settings() -> str:
         both = list(zip(rows(getattr(llm, section), section), rows(getattr(images, section), section), strict=False))
         cells = [[name, here, there, allowed, about] for (name, here, allowed, about), (_, there, _, _) in both]
         lines += table(["setting", "text", "images", "allowed", "meaning"], cells)
+        if section == "optimizer":
+            for what, config in (("text", llm), ("images", images)):
+                lines += ["", f"The default numbers of each optimizer for {what}:", ""]
+                lines += own_numbers(config.optimizer.defaults)
     for program, config in (("train_llm.py", llm), ("train_imagenet.py", images)):
         lines += ["", f"## {program} alone"]
-        shared = {row[0] for name in SHARED for row in rows(getattr(llm, name), name)}
+        shared = {row[0] for name in SHARED for row in rows(getattr(RunConfig(), name), name)}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):
@@ -63,6 +68,16 @@ def settings() -> str:
                     lines += ["", f"### {field.name}" + (" of images" if config is images else ""), "", *about]
                     lines += table(["setting", "default", "allowed", "meaning"], own)
     return "\n".join(lines) + "\n"
+
+
+def own_numbers(defaults: Any) -> list[str]:
+    """Return the table of each optimizer's own default numbers."""
+    names = list(dict.fromkeys(name for numbers in defaults.values() for name in numbers))
+    cells = [
+        [method, *(f"`{shown(numbers[name])}`" if name in numbers else "" for name in names)]
+        for method, numbers in defaults.items()
+    ]
+    return table(["optimizer", *(f"`{name}`" for name in names)], cells)
 
 
 def top(llm: Any, images: Any) -> list[list[str]]:
@@ -79,6 +94,11 @@ def rows(section: Any, name: str) -> Iterator[list[str]]:
         if not dataclasses.is_dataclass(value):
             full = f"{name}.{field.name}".removeprefix(".")
             yield [f"`{full}`", f"`{shown(value)}`", allowed(kinds[field.name]), about[field.name]]
+            for kind in filter(
+                inspect.isclass, filter(dataclasses.is_dataclass, get_args(kinds[field.name]))
+            ):  # of a list of sections
+                shared = {f"`{full}[i].{other.name}`" for other in dataclasses.fields(section)}
+                yield from (row for row in rows(kind(), f"{full}[i]") if row[0] not in shared)
 
 
 def shown(value: Any) -> str:
@@ -91,6 +111,8 @@ def shown(value: Any) -> str:
 def allowed(kind: Any) -> str:
     """Return which values a type admits."""
     inner = get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return "settings"
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if get_origin(kind) is Annotated:

@@ -254,7 +254,8 @@ def versions() -> dict[str, str]:
 
 def launchers_defaults() -> str:
     """Return what configuration files leave to the launchers."""
-    return "".join(repr(launcher.config()) for launcher in LAUNCHERS.values())
+    configs = [launcher.config() for launcher in LAUNCHERS.values()]
+    return "".join(f"{config!r}{config.optimizer.defaults!r}" for config in configs)
 
 
 def absolute(data: str | None) -> str | None:

@@ -8,8 +8,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import yaml
@@ -188,9 +189,20 @@ def read_text(path: Path, name: str | None = None) -> str:
         raise SettingsError(f"{name}: cannot be read: {error}") from error
 
 
-def dump(value: Any) -> str:
-    """Return plain data as YAML, which `load` and readers of YAML 1.1 read alike."""
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False))
+def dump(value: Any, comments: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return plain data as YAML, which `load` and readers of YAML 1.1 read alike.
+
+    Args:
+        value: the data.
+        comments: what to write behind settings, by their full names, as in "optimizer.lr".
+    """
+    lines, section = [], ""
+    for line in str(yaml.dump(value, Dumper=_Dumper, sort_keys=False)).splitlines():
+        key, _, _ = line.partition(":")
+        section = section if line.startswith((" ", "-")) else key
+        comment = comments.get(f"{section}.{key.strip()}") if line.startswith("  ") else None
+        lines.append(f"{line}  # {comment}\n" if comment else f"{line}\n")
+    return "".join(lines)
 
 
 def describe(error: yaml.YAMLError) -> str:

@@ -72,7 +72,7 @@ def test_deepspeed_and_accelerate_configurations_agree(name):
     assert json_config["gradient_clipping"] == defaults.train.max_grad_norm
     assert json_config["scheduler"]["params"] == {
         "total_num_steps": defaults.train.max_steps,
-        "warmup_num_steps": defaults.schedule.warmup_steps,
+        "warmup_num_steps": defaults.schedule.warmup_updates(defaults.train.max_steps),
         "cos_min_ratio": defaults.schedule.min_lr_ratio,
     }
 

@@ -128,8 +128,9 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
 def _allocate_state(base: Any, group: dict[str, Any], f: Fragment, key: str, dtype: torch.dtype) -> None:
     state = base.state[f.owner]
     if key == "step":
-        on_device = group.get("capturable") or (isinstance(base, torch.optim.Adam) and group.get("fused"))
-        own = torch.int64 if isinstance(base, ElementwiseOptimizer) else torch.float32  # its own, whatever was saved
+        ours = isinstance(base, ElementwiseOptimizer)
+        on_device = group.get("capturable") or (group.get("fused") and not ours)
+        own = torch.int64 if ours else torch.float32  # its own, whatever was saved
         state[key] = torch.zeros((), dtype=own, device=f.owner.device if on_device else "cpu")
     elif key not in state:  # fragments may share their owner
         state[key] = torch.zeros_like(f.owner, dtype=dtype, requires_grad=False)

@@ -1,7 +1,7 @@
 """Delete old checkpoints, after a new one is complete."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from stacey_dist.checkpoint.manifest import (
@@ -13,7 +13,7 @@ from stacey_dist.checkpoint.manifest import (
 )
 
 
-def retain(saved: Path, keep_last: int, keep_every: int | None = None, best: int | None = None) -> None:
+def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Collection[int] = ()) -> None:
     """Delete checkpoints older than `saved` from its directory. Only one process calls it.
 
     The newest one whose weights and optimizer states are finite is never deleted.
@@ -23,7 +23,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, best: int
         keep_last: how many to keep, with `saved`. Checkpoints of later steps, which resuming skipped, do not count
             and are not deleted.
         keep_every: keep those whose number of updates is a multiple of it.
-        best: keep the one after this many updates.
+        kept: keep those after so many updates.
     """
     counted = [path for path in find_checkpoints(saved.parent) if step_of(path) <= step_of(saved)]
     if len(counted) <= keep_last:
@@ -31,7 +31,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, best: int
     needed = _fallbacks(counted)
     for path in counted[keep_last:]:
         kept_for_good = keep_every is not None and step_of(path) % keep_every == 0
-        if path in needed or step_of(path) == best or kept_for_good:
+        if path in needed or step_of(path) in kept or kept_for_good:
             continue
         # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
         hidden = path.with_name(f".{path.name}.tmp")

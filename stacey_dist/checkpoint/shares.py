@@ -32,7 +32,7 @@ from stacey_dist.checkpoint.collectives import (
     world_size,
 )
 from stacey_dist.checkpoint.model_tensors import Contents
-from stacey_dist.checkpoint.shard import Range, shard_name
+from stacey_dist.checkpoint.shard import shard_name
 from stacey_dist.checkpoint.snapshot import Snapshot
 
 # Bytes and SHA-256 of the file, finite (-1: not known), the sum; digest and length of the tensors' description.
@@ -87,14 +87,16 @@ class Described:
 
 def share(copies: Snapshot, file: Mapping[str, Any] | None, finite: bool | None) -> Share:
     """Return the share of a rank that has written a snapshot to a file of this size and SHA-256."""
-    begun = {name: kind for name, kind in copies.contents.items() if _begins(copies.ranges.get(name))}
+    begun = _begun(copies)
     tensors = json.dumps(begun, separators=(",", ":")).encode() if begun else b""
     edges = sum(edges_by_name(copies).values()) % _MODULUS
     return Share(file["bytes"] if file else 0, file["sha256"] if file else "00" * 32, finite, edges, tensors)
 
 
-def _begins(part: Range | None) -> bool:
-    return part is None or part.start == 0  # without a range: it has no elements
+def _begun(copies: Snapshot) -> Contents:
+    """Return the tensors whose beginning a rank has written."""
+    ranges = copies.ranges  # without a range: it has no elements
+    return {name: kind for name, kind in copies.contents.items() if name not in ranges or ranges[name].start == 0}
 
 
 def edges_by_name(copies: Snapshot) -> dict[str, int]:
@@ -178,12 +180,15 @@ class Ledger:
         headless = first_result(lambda: next((name for name in mine if name not in wholes), None), group)
         if headless is not None:
             return f"{headless}: its first elements were written by no rank"
-        difference = torch.tensor([_signed(mine.get(name, 0)) for name in wholes])
+        begun = _begun(copies)
+        sums = torch.tensor([(_signed(mine.get(name, 0)), int(name in begun)) for name in wholes])
         if world_size() > 1:
-            dist.all_reduce(difference, group=cpu_group(group))
-        difference -= torch.tensor([_signed(whole) for whole in wholes.values()])
-        names = [name for name, left in zip(wholes, difference.tolist(), strict=True) if left]
-        return f"{names[0]}: some of its elements were written by no rank, or by two"
+            dist.all_reduce(sums, group=cpu_group(group))
+        sums -= torch.tensor([(_signed(whole), 1) for whole in wholes.values()])
+        name, (left, _) = next((name, each) for name, each in zip(wholes, sums.tolist(), strict=True) if any(each))
+        if left:
+            return f"{name}: some of its elements were written by no rank, or by two"
+        return f"{name}: it was begun by two ranks, of which one has none of its elements"
 
 
 def _whole(name: str, kind: tuple[tuple[int, ...], str]) -> int:

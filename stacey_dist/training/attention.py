@@ -14,24 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data import documents
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.causal_lm import CAUSAL, attention_of, attention_spans
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.run import Run
 from stacey_dist.training.value_types import check
 
-# The names by which transformers knows what model.attention says. It makes no masks for the first two.
-_IMPLEMENTATIONS = {
-    "sdpa": "causal_sdpa",
-    "flash_attention_2": "causal_varlen",
-    "flex": "flex_attention",
-    "eager": "eager",
-}
+_VARLEN = "causal_varlen"
+"""The name of `_flash_attention` for transformers, which makes no masks for attentions that it does not know."""
+_FLEX = "flex_attention"
 # What a class of transformers has where it can attend so.
-_SUPPORT = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+_SUPPORT = {"flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 _SMALLEST_FLEX_HEAD = 16
 """Numbers in a head, of which FlexAttention's kernels need this many."""
 
@@ -78,8 +75,8 @@ def _flash_attention(
     return output.unflatten(0, (windows, length)), None
 
 
-AttentionInterface.register(_IMPLEMENTATIONS["sdpa"], sdpa_attention_forward)
-AttentionInterface.register(_IMPLEMENTATIONS["flash_attention_2"], _flash_attention)
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+AttentionInterface.register(_VARLEN, _flash_attention)
 
 
 def check_attention(run: Run[LLMConfig]) -> None:
@@ -100,35 +97,29 @@ def check_attention(run: Run[LLMConfig]) -> None:
     check(low, "model.attention", name, "it computes in bfloat16 or float16; use --train.mixed_precision bf16, or sdpa")
 
 
-def implementation(config: LLMConfig, model_class: Any, model_config: Any) -> str:
-    """Return transformers' name for `model.attention` of a model that is about to be built.
+def implementation(config: LLMConfig, model_config: Any) -> str | None:
+    """Return transformers' name of the attention of a model that is about to be built; None leaves it to transformers.
 
-    Raises SettingsError if transformers' model cannot attend so.
+    `sdpa` stands for it where the model has no other of its own, as one whose scores are capped.
+
+    Raises SettingsError if transformers' model cannot attend as `model.attention` says.
     """
-    name = config.model.attention
-    able = getattr(model_class, _SUPPORT[name], False) if name in _SUPPORT else True
-    check(able, "model.attention", name, f"transformers' {model_class.__name__} has none; use eager")
-    if name == "flex":
-        heads = getattr(model_config, "num_attention_heads", 1)
-        size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-        allowed = f"an attention head has {size} numbers, and FlexAttention needs at least {_SMALLEST_FLEX_HEAD}"
-        check(size >= _SMALLEST_FLEX_HEAD, "model.attention", name, allowed)
-    if _reach(model_config, config.data.sequence_length) is None:  # transformers knows which masks it needs
-        return name if name != "flex" else "flex_attention"
-    return _IMPLEMENTATIONS[name]
-
-
-def _reach(model_config: Any, length: int) -> dict[str, int | None] | None:
-    """Return to how many tokens the tokens of a window attend at most, in each kind of the model's layers.
-
-    None stands for all that are before. The whole is None for kinds of layers that are not known here.
-    """
-    sliding = getattr(model_config, "sliding_window", None)
-    kinds = set(getattr(model_config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        return None
-    limits = {"full_attention": None, "sliding_attention": sliding if sliding and sliding < length else None}
-    return {kind: limits[kind] for kind in sorted(kinds)}
+    name, length = config.model.attention, config.data.sequence_length
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    own, known = attention_of(model_config, length), attention_spans(model_config, length) is not None
+    if name == "sdpa":
+        masked = own is None and known and made._supports_sdpa and made._supports_attention_backend
+        return CAUSAL if masked else own
+    if name == "eager":
+        return "eager"
+    able = own != "eager" and made._supports_attention_backend and getattr(made, _SUPPORT[name], False)
+    check(able, "model.attention", name, f"transformers' {made.__name__} has none; use sdpa or eager")
+    if name == "flash_attention_2":
+        return _VARLEN if known else name
+    size = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    allowed = f"an attention head has {size} numbers, and FlexAttention needs at least {_SMALLEST_FLEX_HEAD}"
+    check(size >= _SMALLEST_FLEX_HEAD, "model.attention", name, allowed)
+    return _FLEX
 
 
 class Attention:
@@ -144,20 +135,24 @@ class Attention:
     """
 
     def __init__(self, config: LLMConfig, model: Any, end_token_id: int) -> None:
-        self.name, self.length = config.model.attention, config.data.sequence_length
+        self.length = config.data.sequence_length
         self._end_token_id = end_token_id if config.data.document_mask else None
-        reach = _reach(model.config, self.length)
-        if config.data.document_mask and (reach is None or getattr(model, "_is_stateful", False)):
+        self._how = model.config._attn_implementation
+        has_masks = self._how in (CAUSAL, _VARLEN, _FLEX) or (
+            self._how == "eager" and model._supports_attention_backend
+        )
+        spans = attention_spans(model.config, self.length) if has_masks else None
+        if config.data.document_mask and (spans is None or model._is_stateful):
             raise SettingsError(
-                f"data.document_mask: true is not allowed; layers of {type(model).__name__} carry what they have seen "
-                "from one document to the next"
+                f"data.document_mask: true is not allowed; documents cannot be kept apart in {type(model).__name__}, "
+                "whose layers attend in other ways"
             )
-        reach = reach or {}
-        different = len(set(reach.values())) > 1
-        self._reach = reach if different else dict(list(reach.items())[:1])
-        plain = not config.data.document_mask and not any(reach.values())
+        spans = spans or {}
+        different = len(set(spans.values())) > 1
+        self._spans = spans if different else dict(list(spans.items())[:1])
+        plain = not config.data.document_mask and not any(spans.values())
         # Causal attention over whole windows is what torch's function does by itself.
-        self._is_given = bool(reach) and not (self.name == "sdpa" and plain)
+        self._is_given = bool(spans) and not (self._how == CAUSAL and plain)
 
     def numbers(self, inputs: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """Return what `arguments` needs to know of windows, on the host.
@@ -168,10 +163,10 @@ class Attention:
         if not self._is_given:
             return ()
         places = documents.positions(inputs, self._end_token_id)
-        if self.name == "flash_attention_2":
+        if self._how == _VARLEN:
             return places, documents.boundaries(places)
-        firsts = [documents.first_attended(places, most) for most in self._reach.values()]
-        if self.name == "flex":
+        firsts = [documents.first_attended(places, most) for most in self._spans.values()]
+        if self._how == _FLEX:
             return places, *chain.from_iterable((first, *documents.blocks(first)) for first in firsts)
         return places, *firsts
 
@@ -185,16 +180,16 @@ class Attention:
             return {}
         places, *others = numbers
         given: dict[str, Any] = {} if self._end_token_id is None else {"position_ids": places}
-        if self.name == "flash_attention_2":
+        if self._how == _VARLEN:
             return {**given, "cu_seq_lens": others[0]}
-        count = len(others) // len(self._reach)
+        count = len(others) // len(self._spans)
         masks = [self._mask(*others[start : start + count]) for start in range(0, len(others), count)]
-        mask = masks[0] if len(masks) == 1 else dict(zip(self._reach, masks, strict=True))
+        mask = masks[0] if len(masks) == 1 else dict(zip(self._spans, masks, strict=True))
         return {**given, "attention_mask": mask}
 
     def _mask(self, first: Tensor, *blocks: Tensor) -> Any:
         """Return a mask of windows: of shape (windows, 1, length, length), or in blocks."""
-        if self.name == "flex":
+        if self._how == _FLEX:
             from torch.nn.attention.flex_attention import BlockMask
 
             def attends(window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -213,14 +208,15 @@ class Attention:
         index = torch.arange(self.length, device=first.device)
         mask = (index <= index[:, None]) & (index >= first[:, None, :, None])
         # Each token attends to itself at least, so that no row is -inf alone.
-        return mask if self.name == "sdpa" else torch.zeros((), device=mask.device).where(mask, -torch.inf)
+        return mask if self._how == CAUSAL else torch.zeros((), device=mask.device).where(mask, -torch.inf)
 
 
 @contextmanager
 def generating(model: Any) -> Iterator[None]:
     """Have a model attend as transformers does by itself while it generates: with a cache, and masks of its own."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = "eager" if before == "eager" else "sdpa"
+    if before in (CAUSAL, _VARLEN, _FLEX):
+        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     try:
         yield
     finally:

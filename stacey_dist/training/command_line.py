@@ -9,6 +9,7 @@ import difflib
 import functools
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -46,16 +47,25 @@ def parse(
         if any(name in ("help", "h") for name, _ in options):
             parser.parse_args(["--help"])
         settings = parser.get_defaults()
+        given: set[str] = set()
         for path in [value for name, value in options if name == "config"]:
             parser.source = f"--config {path}: "
-            settings = parser.parse_object(_read(path, parser.kinds, elsewhere), namespace=settings)
+            of_file = _read(path, parser.kinds, elsewhere)
+            settings = parser.parse_object(of_file, namespace=settings)
+            given.update(of_file)
         parser.source = ""
-        given = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
-        parsed = parser.instantiate(parser.parse_object(given, namespace=settings))
-        values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-        return config_class(**values)
+        typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
+        given.update(typed)
+        values = parser.values(config_class, typed, settings)
+        return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _choose(section: Any, name: str, given: set[str]) -> Any:
+    """Return a section with the numbers of what was chosen in it, where none were given."""
+    own = [each for each in getattr(section, "chosen", ()) if f"{name}.{each}" not in given]
+    return dataclasses.replace(section, **dict.fromkeys(own)) if own else section
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -70,23 +80,25 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"a.b": 1} for {"a": {"b": 1}}."""
+def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
+    """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}.", items=items))
+        elif items and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            flat.update(flatten({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix, items=True))
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
 @functools.cache
-def _parser(config_class: type, program: str | None) -> "_Parser":
+def _parser(config_class: type, program: str | None, kind: "type[_Parser] | None" = None) -> "_Parser":
     """Return the parser of a configuration's settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
-    parser = _Parser(
+    parser = (kind or _Parser)(
         prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
@@ -95,6 +107,9 @@ def _parser(config_class: type, program: str | None) -> "_Parser":
     parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
     parser.add_class_arguments(config_class, as_group=False)
     parser.kinds = dict(_fields(config_class))
+    for action in parser._actions:
+        if action.dest.endswith(".help"):  # of a list of sections
+            action.help = SUPPRESS
     return parser
 
 
@@ -103,17 +118,33 @@ class _Parser(ArgumentParser):
     source: str = ""
     """Where the settings come from that are being parsed: what messages begin with."""
 
+    def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
+        """Return the values of a configuration's fields: what is given, over other settings."""
+        parsed = self.instantiate(self.parse_object(given, namespace=settings))
+        return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
+        line = self.explained(message).strip().encode("utf-8", "backslashreplace").decode()
+        print(f"{self.prog}: error: {line}", file=sys.stderr)
+        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
+        sys.exit(2)
+
+    def explained(self, message: str) -> str:
+        """Return the error with a value of a wrong type in one line."""
         key = re.search(r'Parser key "([\w.]+)":', message)
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         if key and value and key[1] in self.kinds:
             shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
-            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
-        line = message.strip().encode("utf-8", "backslashreplace").decode()
-        print(f"{self.prog}: error: {line}", file=sys.stderr)
-        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
-        sys.exit(2)
+            return f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
+        return message
+
+
+class _ItemParser(_Parser):
+    """The parser of an item of a list of sections."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise SettingsError(self.explained(message))
 
 
 def _describe(kind: Any) -> str:
@@ -125,6 +156,8 @@ def _describe(kind: Any) -> str:
         return f"a list, each {_describe(arguments[0])}"
     if get_origin(kind) is tuple:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
     if type(None) in arguments:
         return " or ".join(_describe(other) for other in arguments if other is not type(None)) + ", or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -163,13 +196,16 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
+    if value != "null":
+        kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
-        if get_origin(kind) is list and value and not value.startswith("["):
+        if get_origin(kind) is list and not _of_sections(kind) and value and not value.startswith("["):
             return value.split(",")
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
-    return _value(f"--{name}", yaml_files.load(".inf" if value == "inf" else value, f"--{name}"), kind)
+    loaded = yaml_files.load(".inf" if value == "inf" else value, f"--{name}")
+    return _value(name if _of_sections(kind) else f"--{name}", loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -206,6 +242,10 @@ def _is_text(kind: Any) -> bool:
 def _value(where: str, value: Any, kind: Any) -> Any:
     """Return a file's value for a setting of this type."""
     kinds = (kind, *get_args(kind))
+    if _of_sections(kind):
+        if not isinstance(value, list):
+            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if value == "inf" and float in kinds:
         raise SettingsError(f"{where}: YAML writes infinity as .inf")
     if isinstance(value, bool) and bool not in kinds:
@@ -215,6 +255,24 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value
+
+
+def _of_sections(kind: Any) -> bool:
+    """Return whether a type is a list of sections."""
+    return get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0])
+
+
+def _item(where: str, value: Any, kind: Any) -> Any:
+    """Return an item of a list of sections."""
+    parser = _parser(kind, None, _ItemParser)
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+    for name in value:
+        if name not in parser.kinds:
+            raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(parser.kinds))}")
+    parser.source = f"{where}."
+    given = {name: _value(f"{where}.{name}", inner, parser.kinds[name]) for name, inner in value.items()}
+    return kind(**parser.values(kind, given, parser.get_defaults()))
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

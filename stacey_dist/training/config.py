@@ -5,51 +5,57 @@ What only one of them has is in `llm_config.py` and `image_config.py`, and so ar
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
+from stacey_dist.training import optimizer_defaults
 from stacey_dist.training.value_types import (
     NonEmptyPath,
     NonNegativeFloat,
-    NonNegativeInt,
     NormOrder,
     PositiveFloat,
     PositiveInt,
     Seed,
     Share,
     ShareBelowOne,
+    UpdatesOrShare,
     check,
     check_values,
 )
 
+# A number that is the chosen optimizer's own, unless it is given.
+_OWN: Any = None
+
 
 @dataclass
 class OptimizerConfig:
-    """Which optimizer, and its numbers."""
+    """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
 
-    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"] = "stacey"
-    """The optimizer. The default numbers are stacey's: another needs lr and betas. sgd has Nesterov momentum."""
-    lr: NonNegativeFloat = 0.0012
+    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon"] = "stacey"
+    """The optimizer, with default numbers of its own. muon: for the matrices of hidden layers, AdamW for the rest."""
+    lr: NonNegativeFloat = _OWN
     """The peak learning rate (eta in the paper)."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegativeFloat = _OWN
     """Decoupled weight decay, multiplied by the scheduled lr; adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
     """Decay one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
-    """stacey: the rule, (p,2), (p,p) or (2,p). The default numbers are p2's: another needs lr, alpha and tau."""
-    p: NormOrder = 30.0
+    """stacey: the rule, (p,2), (p,p) or (2,p). Each has default numbers of its own."""
+    p: NormOrder = _OWN
     """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
-    alpha: NonNegativeFloat = 1.0
+    alpha: NonNegativeFloat = _OWN
     """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
-    tau: Share = 0.004
+    tau: Share = _OWN
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.5, 0.7)
-    """stacey, adamw, adam, lion: interpolation or first-moment decay, and momentum or second-moment decay."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = _OWN
+    """stacey, adamw, adam, lion, muon: interpolation or first-moment decay, and momentum or second-moment decay."""
     eps: NonNegativeFloat = 1e-8
-    """stacey, lp_descent, adamw, adam: added to the denominator."""
-    momentum: ShareBelowOne = 0.9
-    """sgd: the momentum; 0 is plain SGD."""
+    """stacey, lp_descent, adamw, adam, muon: added to the denominator."""
+    momentum: ShareBelowOne = _OWN
+    """sgd, muon: the momentum, which is Nesterov's; 0 is plain SGD."""
+    adamw_lr: NonNegativeFloat | None = None
+    """muon: the learning rate of AdamW."""
     z_init: Literal["params", "zeros"] = "params"
     """stacey: where z starts."""
     state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -59,15 +65,46 @@ class OptimizerConfig:
     bias_correction: bool = False
     """stacey: m is a weighted mean of the gradients so far, as in Adam, not one that begins at 0 as in the paper."""
 
+    defaults: ClassVar[optimizer_defaults.Defaults] = optimizer_defaults.TEXT
+    """The numbers of each optimizer."""
+    chosen: ClassVar[tuple[str, ...]] = optimizer_defaults.NAMES
+    """The settings that are the chosen optimizer's own where they are not given."""
+
+    def __post_init__(self) -> None:
+        """Fill in the numbers that were not given."""
+        for name, value in optimizer_defaults.completed(self.defaults, self.method).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def method(self) -> str:
+        """The optimizer, for stacey with its variant: what its default numbers are found by."""
+        return optimizer_defaults.method(self.name, self.variant)
+
+    def origins(self) -> dict[str, str]:
+        """Return remarks on numbers that were not given: "default of adamw", or that adamw does not read them."""
+        own = self.defaults.get(self.method, {})
+        remarks = {}
+        for name in self.chosen:
+            if name not in own:
+                remarks[name] = f"{self.method} does not read it"
+            elif getattr(self, name) == own[name]:
+                remarks[name] = f"default of {self.method}"
+        return remarks
+
 
 @dataclass
 class ScheduleConfig:
     """The learning rate over the run, counted in updates."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """The shape of the decay after the warm-up."""
-    warmup_steps: NonNegativeInt = 20
-    """Updates of linear warm-up; the first update already has lr / warmup_steps."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """The shape after the warm-up: a decay to the end; none; wsd: none until a decay over the last decay_steps."""
+    warmup_steps: UpdatesOrShare | None = None
+    """Updates of linear warm-up, or their share; the first has lr / warmup_steps. None: 20; fewer in a short run."""
+    decay_steps: UpdatesOrShare = 0.2
+    """wsd: updates of the decay, or their share of the run. A checkpoint is kept from before them, to train longer."""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """wsd: how it decays: 1 - t, or 1 - sqrt(t), where t goes from 0 to 1."""
     min_lr_ratio: Share = 0.1
     """The floor of the decay, as a share of the peak."""
     alpha: Literal["constant", "lr"] = "constant"
@@ -76,6 +113,18 @@ class ScheduleConfig:
     """stacey: the same of tau."""
     final_p: NormOrder | None = None
     """stacey, lp_descent: p at the end, 1/(p - 1) changing evenly over the run. None: p stays, as in the paper."""
+
+    def warmup_updates(self, max_steps: int) -> int:
+        """Return the updates of the warm-up in a run of `max_steps`."""
+        return min(20, max_steps // 10) if self.warmup_steps is None else _updates(self.warmup_steps, max_steps)
+
+    def decay_updates(self, max_steps: int) -> int:
+        """Return the updates of wsd's decay in a run of `max_steps`; 0 for another schedule."""
+        return _updates(self.decay_steps, max_steps) if self.name == "wsd" else 0
+
+
+def _updates(setting: float, max_steps: int) -> int:
+    return round(setting * max_steps) if setting < 1 else int(setting)
 
 
 @dataclass
@@ -110,6 +159,8 @@ class TrainConfig:
     """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
     collective_timeout_seconds: PositiveFloat = 600.0
     """Seconds that processes wait for each other in a collective before they give up."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """The first and last update of a profile of rank 0 in run_dir/profile, as in '[20, 24]'. null: none."""
 
 
 @dataclass
@@ -138,7 +189,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Experiment trackers, through Accelerate."""
+    """Experiment trackers, through Accelerate, and what else to look at."""
 
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers to log to, as in '[wandb, tensorboard]'. wandb is offline unless you are logged in."""
@@ -146,6 +197,8 @@ class TrackingConfig:
     """The project's name in the tracker."""
     run_name: str | None = None
     """The run's name in the tracker. None: the name of run_dir."""
+    histogram_every: PositiveInt | None = None
+    """Updates between rows of norms.jsonl: each layer's norms of weights, gradients and states. null: none."""
 
 
 @dataclass
@@ -192,8 +245,10 @@ class RunConfig:
         for tracker in self.tracking.trackers:
             missing = f"{tracker} is not installed; {install_line(tracker)}"
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
+        first, last = self.train.profile or (1, 1)
+        check(first <= last, "train.profile", [first, last], "its first update must not be after its last one")
         if self.train.epochs is None:
-            check_warmup(self)
+            check_schedule(self)
         split_batch(self.train, processes=1)
 
     @property
@@ -226,14 +281,14 @@ def split_batch(train: TrainConfig, processes: int) -> tuple[int, int]:
     return share, micro_batch
 
 
-def check_warmup(config: RunConfig) -> None:
-    """Raise SettingsError if the run is over before the warm-up is."""
-    check(
-        config.schedule.warmup_steps <= config.train.max_steps,
-        "schedule.warmup_steps",
-        config.schedule.warmup_steps,
-        f"it must be at most train.max_steps = {config.train.max_steps}",
-    )
+def check_schedule(config: RunConfig) -> None:
+    """Raise SettingsError if the run is over before the warm-up is, or before wsd's decay begins."""
+    schedule, last = config.schedule, config.train.max_steps
+    warmup = schedule.warmup_updates(last)
+    allowed = f"it must be at most train.max_steps = {last}"
+    check(warmup <= last, "schedule.warmup_steps", schedule.warmup_steps, allowed)
+    allowed = f"it must be at most {last - warmup}, train.max_steps without the warm-up"
+    check(schedule.decay_updates(last) <= last - warmup, "schedule.decay_steps", schedule.decay_steps, allowed)
 
 
 def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:

@@ -1,8 +1,9 @@
 """The settings of `train_imagenet.py` beside the shared ones. The defaults are its quickstart."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
+from stacey_dist.training import optimizer_defaults
 from stacey_dist.training.config import (
     SHARED_CHANGES,
     CheckpointConfig,
@@ -86,6 +87,14 @@ class ImageDataConfig:
 
 
 @dataclass
+class ImageOptimizerConfig(OptimizerConfig):
+    """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
+
+    defaults: ClassVar[optimizer_defaults.Defaults] = optimizer_defaults.IMAGES
+    """The numbers of each optimizer."""
+
+
+@dataclass
 class ImageTrainConfig(TrainConfig):
     """How long, in what batches, and how often to look."""
 
@@ -101,11 +110,7 @@ class ImageConfig(RunConfig):
     """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            lr=0.0133, weight_decay=0.001, p=6.0, alpha=0.85, tau=0.038, betas=(0.9, 0.99)
-        )
-    )
+    optimizer: ImageOptimizerConfig = field(default_factory=ImageOptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(min_lr_ratio=0.0, tau="lr"))
     train: ImageTrainConfig = field(
         default_factory=lambda: ImageTrainConfig(max_steps=700, global_batch_size=64, eval_every_steps=100)
@@ -124,6 +129,7 @@ class ImageConfig(RunConfig):
 
     def check_rules(self) -> None:
         """Raise SettingsError for values that do not go together."""
+        check(self.optimizer.name != "muon", "optimizer.name", "muon", "a ResNet has no matrices in hidden layers")
         super().check_rules()
         data = self.data
         check(

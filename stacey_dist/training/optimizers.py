@@ -9,16 +9,25 @@ from torch.optim import Optimizer
 
 from stacey_dist.optim import LpDescent, Stacey
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig
+from stacey_dist.training.muon import MuonWithAdamW, hidden_matrices
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: decayed, and (norms and biases, by default) not decayed."""
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    """Return the trainable parameters in two groups: decayed, and (norms and biases, by default) not decayed.
+
+    For muon there are two more, of the matrices that it updates; `muon` says which groups they are.
+    """
+    matrices = hidden_matrices(model) if config.name == "muon" else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for param in model.parameters():  # lists a tied parameter once
         if param.requires_grad:
-            groups[param.dim() < 2 and not config.decay_norms_and_biases].append(param)
-    decays = (config.weight_decay, 0.0)
-    return [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True) if g]
+            decayed = param.dim() >= 2 or config.decay_norms_and_biases
+            groups.setdefault((param in matrices, decayed), []).append(param)
+    made = []
+    for (by_muon, decayed), params in sorted(groups.items(), reverse=True):
+        own = {"muon": by_muon} if config.name == "muon" else {}
+        made.append({"params": params, "weight_decay": config.weight_decay if decayed else 0.0, **own})
+    return made
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int, *, by_owner: bool = False) -> Optimizer:
@@ -38,7 +47,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int, *, by_
 
 def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimizer], dict[str, Any]]:
     settings: dict[str, Any] = dict(lr=config.lr)
-    adaptive = dict(settings, betas=config.betas, eps=config.eps, fused=True)
     match config.name:
         case "stacey":
             names = ("p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding")
@@ -46,9 +54,12 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
         case "lp_descent":
             return LpDescent, dict(settings, p=config.p, eps=config.eps, rounding=config.rounding, seed=seed)
         case "adamw":
-            return torch.optim.AdamW, adaptive
+            return torch.optim.AdamW, dict(settings, betas=config.betas, eps=config.eps, fused=True)
         case "adam":
-            return torch.optim.Adam, adaptive
+            return torch.optim.Adam, dict(settings, betas=config.betas, eps=config.eps, fused=True)
+        case "muon":
+            settings |= dict(adamw_lr=config.adamw_lr, momentum=config.momentum)
+            return MuonWithAdamW, dict(settings, betas=config.betas, eps=config.eps)
         case "sgd":
             return torch.optim.SGD, dict(settings, momentum=config.momentum, nesterov=config.momentum > 0)
         case "lion":
@@ -68,6 +79,8 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     max_steps = config.train.max_steps
     share = lr_share(step, schedule, max_steps)
     settings: dict[str, Any] = {"lr": optimizer.lr * share}
+    if optimizer.name == "muon" and optimizer.adamw_lr is not None:
+        settings["adamw_lr"] = optimizer.adamw_lr * share
     if optimizer.name == "stacey":
         if schedule.alpha == "lr":
             settings["alpha"] = optimizer.alpha * share
@@ -106,15 +119,24 @@ def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float
 
 
 def lr_share(step: int, schedule: ScheduleConfig, max_steps: int) -> float:
-    """Return the learning rate of update number `step` (from 0), as a share of the peak."""
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    progress = min(1.0, (step - schedule.warmup_steps) / max(1, max_steps - schedule.warmup_steps))
+    """Return the learning rate of update number `step` (from 0), as a share of the peak.
+
+    After warm-up, with t from 0 to 1 over the decay, `min_lr_ratio` + (1 - `min_lr_ratio`) d, where d is
+
+        (1 + cos(pi t)) / 2,     1 - t     or     1 - sqrt(t).
+    """
+    warmup, decay = schedule.warmup_updates(max_steps), schedule.decay_updates(max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    start = max_steps - decay if schedule.name == "wsd" else warmup
+    t = min(1.0, max(0, step - start) / max(1, max_steps - start))
     match schedule.name:
         case "cosine":
-            decay = 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "linear":
-            decay = 1.0 - progress
+            remaining = 0.5 * (1.0 + math.cos(math.pi * t))
+        case "wsd" if schedule.decay_shape == "1-sqrt":
+            remaining = 1.0 - math.sqrt(t)
+        case "linear" | "wsd":
+            remaining = 1.0 - t
         case _:
             return 1.0
-    return schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * decay
+    return schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * remaining

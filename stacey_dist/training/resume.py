@@ -10,6 +10,7 @@ from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import DATA_CHANGE
+from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.progress import check_progress
 from stacey_dist.training.run import Run
@@ -154,9 +155,9 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
     allowed = run.config.checkpoint.allow_changes
-    # A setting that the checkpoint's version did not have was as it is by default.
-    defaults = to_dict(type(run.config)())
-    now, saved = flatten(to_dict(run.config)), flatten(defaults) | flatten(extra["config"])
+    # A version that did not have a setting did what its default does.
+    saved = flatten(flatten(to_dict(type(run.config)())) | flatten(extra["config"]), items=True)
+    now = flatten(to_dict(run.config), items=True)
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
@@ -178,3 +179,5 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         )
     for text in changed.values():
         print(f"changed since the checkpoint: {text}", flush=True)
+    if change := lr_change(run.config, extra["config"], extra["step"]):
+        print(change, flush=True)

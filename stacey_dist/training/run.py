@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from stacey_dist import yaml_files
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 from stacey_dist.models.export_directory import check_output, output_directory
 from stacey_dist.training.card import PROCESSOR
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import RunConfig, check_warmup, split_batch
+from stacey_dist.training.config import RunConfig, check_schedule, split_batch
+from stacey_dist.training.continuing import command_to_continue
 from stacey_dist.training.run_lock import acquire_run_lock
 
 T = TypeVar("T")
@@ -100,23 +101,24 @@ class Run(Generic[C]):
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
     def resolve_max_steps(self, samples_per_epoch: int) -> None:
-        """Set `train.max_steps` from `train.epochs`, where that is given.
+        """Set `train.max_steps` from `train.epochs`, where that is given, and `schedule.warmup_steps` to updates.
+
+        So config.yaml has the warm-up in updates, and it stays as it was where the run is made longer.
 
         Raises SettingsError if the run is over before the warm-up is.
         """
-        train = self.config.train
+        train, schedule = self.config.train, self.config.schedule
         if train.epochs is not None:
             train.max_steps = math.ceil(train.epochs * samples_per_epoch / train.global_batch_size)
-            check_warmup(self.config)
+            check_schedule(self.config)
+        schedule.warmup_steps = schedule.warmup_updates(train.max_steps)
 
     def write_config(self) -> None:
-        """Write config.yaml, and what `save_processor` writes. Called when the settings are known to be this run's.
-
-        Raises SettingsError if run_dir has a directory of that name with something else in it.
-        """
+        """Write config.yaml, and what `save_processor` writes. Called when the settings are known to be this run's."""
         if not self.accelerator.is_main_process:
             return
-        replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config)).encode())
+        comments = {f"optimizer.{name}": text for name, text in self.config.optimizer.origins().items()}
+        replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config), comments).encode())
         if self.save_processor is not None:
             with output_directory(self.directory / PROCESSOR) as new:
                 self.save_processor(new)
@@ -134,18 +136,15 @@ class Run(Generic[C]):
 
     def report(self, exported: str) -> None:
         """Print where everything is, with the line `exported`, and the command that trains longer."""
-        train = self.config.train
-        longer = (
-            f"--train.max_steps {2 * train.max_steps}"
-            if train.epochs is None
-            else f"--train.epochs {2 * train.epochs:g}"
-        )
-        launch = "accelerate launch" + (" --config_file FILE" if self.accelerator.num_processes > 1 else "")
+        config, launch = self.config, "accelerate launch"
+        before_decay = config.train.max_steps - config.schedule.decay_updates(config.train.max_steps)
+        kept = self.directory / "checkpoints" / directory_name(before_decay)
+        if self.accelerator.num_processes > 1:
+            launch += " --config_file FILE"
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"to continue: {launch} {Path(sys.argv[0]).name} --config {self.directory}/config.yaml "
-            f"{longer}"
+            f"{command_to_continue(config, launch, kept if kept.is_dir() else None)}"
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:

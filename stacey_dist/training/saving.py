@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class Saver:
         self._background = BackgroundSaver()
         self._since = time.monotonic()
         self._has_saved = False
+        self._complete: deque[Path] = deque()
 
     def __enter__(self) -> "Saver":
         return self
@@ -95,8 +97,15 @@ class Saver:
         return self._background.failed_in_a_row >= _GIVE_UP_AFTER
 
     def is_due(self, step: int) -> bool:
-        """Return whether `checkpoint.every_steps` asks for a checkpoint after `step` updates."""
-        return self.settings.every_steps is not None and step % self.settings.every_steps == 0
+        """Return whether a checkpoint is due after `step` updates: by `checkpoint.every_steps`, or for wsd's decay."""
+        by_count = self.settings.every_steps is not None and step % self.settings.every_steps == 0
+        return by_count or step == self._before_decay
+
+    @property
+    def _before_decay(self) -> int | None:
+        """The updates before wsd's decay: a run that is made longer begins from there."""
+        schedule, last = self.run.config.schedule, self.run.config.train.max_steps
+        return last - schedule.decay_updates(last) if schedule.name == "wsd" else None
 
     def save(self, progress: Progress, *, delete_older: bool = True) -> None:
         """Save, beside training if the settings say so. A failure is reported, and training continues.
@@ -124,6 +133,11 @@ class Saver:
         if usable is None:
             return "there is no checkpoint with finite weights and states to resume from"
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
+
+    def take_complete(self) -> Iterator[Path]:
+        """Yield the checkpoints that were completed since the last call; none but on the main process."""
+        while self._complete:
+            yield self._complete.popleft()
 
     def report(self) -> None:
         """Print why the last save failed, if it did and this was not printed yet."""
@@ -153,6 +167,7 @@ class Saver:
             if self.run.accelerator.is_main_process:
                 _warn_unless_finite(path)
                 self._retain(path, best, progress, delete_older)
+                self._complete.append(path)
 
         self._background.save(path, self.engine.model, self.engine.optimizer, extra, then)
         return path
@@ -163,7 +178,8 @@ class Saver:
             if best is not None and checkpoint_path(self.run, best).exists():
                 progress.kept_best_step = best
             if delete_older:
-                retain(saved, self.settings.keep_last, self.settings.keep_every, progress.kept_best_step)
+                kept = [step for step in (progress.kept_best_step, self._before_decay) if step is not None]
+                retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
 

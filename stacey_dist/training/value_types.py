@@ -40,6 +40,13 @@ NonNegativeFloat = Annotated[float, Allowed("a finite number >= 0", lambda value
 Share = Annotated[float, Allowed("within [0, 1]", lambda value: 0 <= value <= 1)]
 PositiveShare = Annotated[float, Allowed("within (0, 1]", lambda value: 0 < value <= 1)]
 ShareBelowOne = Annotated[float, Allowed("within [0, 1)", lambda value: 0 <= value < 1)]
+UpdatesOrShare = Annotated[
+    int | float,
+    Allowed(
+        "a whole number of updates, or a share of the run below 1",
+        lambda value: value >= 0 and (value < 1 or value % 1 == 0),
+    ),
+]
 NormOrder = Annotated[float, Allowed("a number >= 2, or inf", lambda value: value >= 2)]
 # Else a directory of the name ~ would be made.
 FilePath = Annotated[str, Allowed("a path written in full: ~ is not expanded here", lambda path: path[:1] != "~")]
@@ -50,7 +57,7 @@ def check_values(section: Any, prefix: str = "") -> None:
     """Raise SettingsError for a value that its setting cannot have, whatever the other settings are.
 
     Args:
-        section: a dataclass whose fields are settings, or sections of settings.
+        section: a dataclass whose fields are settings, sections of settings, or lists of sections.
         prefix: what the names of its settings begin with.
     """
     kinds = get_type_hints(type(section), include_extras=True)
@@ -58,6 +65,9 @@ def check_values(section: Any, prefix: str = "") -> None:
         name, value = f"{prefix}{setting.name}", getattr(section, setting.name)
         if dataclasses.is_dataclass(value):
             check_values(value, f"{name}.")
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            for i, item in enumerate(value):
+                check_values(item, f"{name}[{i}].")
         elif wrong := _wrong(kinds[setting.name], value):
             shown = list(value) if isinstance(value, tuple) else value
             check(False, name, shown if str(shown).isprintable() else repr(shown), wrong)

@@ -38,7 +38,7 @@ def make_model():
     return model
 
 
-@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon"])
 def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
     def train(model, optimizer, steps, seed):
         generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacey_dist.data import documents
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.causal_lm import new_model
 from stacey_dist.training.attention import Attention, check_attention, generating, implementation
 from stacey_dist.training.llm_config import LLMConfig
 
@@ -39,10 +40,8 @@ def make(name, kind="Llama", masked=True, **settings):
     config = LLMConfig()
     config.model.attention, config.data.document_mask, config.data.sequence_length = name, masked, LENGTH
     described = getattr(transformers, f"{kind}Config")(**SHAPE, **settings)
-    model_class = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
-    described._attn_implementation = implementation(config, model_class, described)
     torch.manual_seed(0)
-    model = model_class(described)
+    model = new_model(described, implementation(config, described))
     with torch.no_grad():
         for parameter in model.parameters():  # so that attention is far from even
             parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
@@ -139,6 +138,7 @@ def test_documents_in_a_window_are_as_if_alone(name):
 ARCHITECTURES = {
     "Mistral": dict(sliding_window=40),
     "Olmo3": dict(sliding_window=40, layer_types=["sliding_attention", "full_attention"]),
+    "Gemma2": dict(sliding_window=40, layer_types=["sliding_attention", "full_attention"]),
     "Qwen3": {},
     "GPTNeoX": {},
     "GPT2": {},
@@ -148,8 +148,12 @@ ARCHITECTURES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sdpa", kind) for kind in ARCHITECTURES]
+    + [("flash_attention_2", kind) for kind in ARCHITECTURES if kind != "Gemma2"],  # it is refused below
+    indirect=["name"],
+)
 def test_documents_are_as_if_alone_with_other_architectures(name, kind):
     inputs = make_windows()
     model, own = make(name, kind, **ARCHITECTURES[kind])
@@ -251,15 +255,18 @@ def test_what_cannot_be_had_is_refused(flash, monkeypatch):
 def test_models_that_cannot_are_refused():
     with pytest.raises(SettingsError, match=r"flex is not allowed; an attention head has 8 numbers, .* at least 16"):
         make("flex", head_dim=8)
-    with pytest.raises(
-        SettingsError, match=r"sdpa is not allowed; transformers' Gemma2ForCausalLM has none; use eager"
+    for name in ("flex", "flash_attention_2"):
+        with pytest.raises(SettingsError, match=f"{name} is not allowed; transformers' Gemma2ForCausalLM has none"):
+            make(name, "Gemma2")
+    chunks = transformers.Llama4TextConfig(**SHAPE, attention_chunk_size=40)
+    for described, stateful in (
+        (chunks, False),
+        (transformers.MambaConfig(), True),
+        (transformers.LlamaConfig(), True),
     ):
-        make("sdpa", "Gemma2")
-    for kind in ("Llama4", "Mamba"):  # chunks, and a state
         config = LLMConfig()
         config.data.document_mask = True
-        described = transformers.Llama4TextConfig(**SHAPE) if kind == "Llama4" else transformers.MambaConfig()
-        assert implementation(config, transformers.LlamaForCausalLM, described) == "sdpa"
-        model = SimpleNamespace(config=described, _is_stateful=kind == "Mamba")
-        with pytest.raises(SettingsError, match=r"data.document_mask: true is not allowed; layers of"):
+        described._attn_implementation = implementation(config, described) or "sdpa"
+        model = SimpleNamespace(config=described, _is_stateful=stateful, _supports_attention_backend=True)
+        with pytest.raises(SettingsError, match=r"data.document_mask: true is not allowed; documents cannot be kept"):
             Attention(config, model, END)

@@ -80,10 +80,14 @@ def test_options_as_people_type_them():
     assert config.tracking.trackers == ["wandb", "tensorboard"]
     assert config.train.micro_batch_size is None
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
+    for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
+        assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
 
 
 def test_the_resolved_config_comes_back_the_same(tmp_path):
-    config = parse(LLMConfig, ["--optimizer.p", "inf", "--data.files", "x.txt", "--optimizer.betas", "0.8,0.9"])
+    sources = "[{files: [x.txt], weight: 0.1}, {dataset: a/b-c, name: d}]"
+    config = parse(LLMConfig, ["--optimizer.p", "inf", "--data.sources", sources, "--optimizer.betas", "0.8,0.9"])
+    assert [(source.label, source.weight) for source in config.data.sources] == [("x", 0.1), ("d", 1.0)]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert parse(LLMConfig, ["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -121,9 +125,14 @@ MISTYPED = [
         ["--optimizer.betas", "0.9"],
         "optimizer.betas: [0.9] is not allowed; it must be 2 values, each a number",
     ),
+    (["--train.profile", "9"], "train.profile: [9] is not allowed; it must be 2 values, each a whole number, or null"),
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
     (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
+    (["--data.sources", "[{weight: x}]"], "error: data.sources[0].weight: x is not allowed; it must be a number"),
+    (["--data.sources", "[{}, {wieght: 1}]"], "data.sources[1]: unknown setting wieght; did you mean weight?"),
+    (["--data.sources", "[{files: a.txt}]"], "data.sources[0].files: a.txt is not allowed; it must be a list"),
+    (["--data.sources", "a.txt"], "data.sources[0]: a.txt is not allowed; it must be settings: files, validation"),
 ]
 
 
@@ -153,6 +162,8 @@ FILES = [
     ),
     ("model: {depth: 18}", "unknown setting model.depth; it is one of train_imagenet.py"),
     ("", "must hold settings"),
+    ("data: {sources: 3}", "data.sources: 3 is not allowed; it must be a list, each settings: files, "),
+    ("data: {sources: [{weight: null}]}", "data.sources[0].weight: null is not allowed; it must be a number"),
 ]
 
 
@@ -193,6 +204,10 @@ OUT_OF_RANGE = [
     ("--train.micro_batch_size 5", "train.micro_batch_size: 5 is not allowed; it must divide train.global_batch_size"),
     ("--train.max_grad_norm -1", "train.max_grad_norm: -1.0"),
     ("--train.eval_every_steps 0", "train.eval_every_steps: 0"),
+    ("--train.profile 9,8", "train.profile: [9, 8] is not allowed; its first update must not be after its last one"),
+    ("--train.profile 0,8", "train.profile: [0, 8] is not allowed; each must be > 0"),
+    ("--tracking.histogram_every 0", "tracking.histogram_every: 0 is not allowed; it must be > 0"),
+    ("--tracking.sample_tokens=-1", "tracking.sample_tokens: -1 is not allowed; it must be >= 0"),
     ("--checkpoint.keep_last 0", "checkpoint.keep_last: 0"),
     ("--model.num_attention_heads 3", "model.num_attention_heads: 3 is not allowed; it must divide model.hidden_size"),
     ("--model.hidden_size 12", "must be even, for rotary embeddings"),
@@ -215,6 +230,31 @@ def test_values_out_of_range(options, message):
     with pytest.raises(SettingsError) as error:
         LLM.parse(options.split())
     assert message in str(error.value)
+
+
+BAD_SOURCES = [
+    ("{files: [a.txt]}, {weight: 2}", "data.sources[1].files: [] is not allowed; give it, or data.sources[1].dataset"),
+    ("{files: [a.txt], weight: 0}", "data.sources[0].weight: 0.0 is not allowed; it must be finite and > 0"),
+    ("{files: [a]}, {files: [b], weight: 1e-7}", "data.sources[1].weight: 1e-07 is not allowed; it must be at least"),
+    ("{files: [x/a.txt]}, {files: [a.gz]}", "data.sources[1].name: a is not allowed; data.sources[0] has that name"),
+    ("{files: [a], name: é}", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits, _ and -"),
+    ("{dataset: c4, validation_files: [b]}", "data.sources[0].validation_files: ['b'] is not allowed; it goes with"),
+    ("{files: [a], dataset: c4}", "data.sources[0].dataset: c4 is not allowed; give either data.sources[0].files or"),
+    ("{files: [a.txt], max_tokens: 0}", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
+]
+
+
+@pytest.mark.parametrize(("sources", "message"), BAD_SOURCES)
+def test_bad_sources(sources, message):
+    with pytest.raises(SettingsError) as error:
+        LLM.parse(["--data.sources", f"[{sources}]"])
+    assert message in str(error.value)
+
+
+def test_settings_of_a_single_source_beside_several():
+    for option, value in (("files", "b"), ("max_tokens", "7"), ("text_column", "content")):
+        with pytest.raises(SettingsError, match=f"data.{option}: .* is not allowed; with data.sources, each source"):
+            LLM.parse(["--data.sources", "[{files: [a.txt]}]", f"--data.{option}", value])
 
 
 def make_bad_files(directory):

@@ -1,0 +1,70 @@
+"""A run that is made longer: what happens to its learning rate, and the command that keeps it from rising again."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stacey_dist.training.config import RunConfig, ScheduleConfig
+from stacey_dist.training.optimizers import lr_share, scheduled
+
+
+def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | None:
+    """Return what becomes of the learning rate after `step` updates, if it is not what the saved run would have had.
+
+    Args:
+        config: the settings of now.
+        saved: those of the checkpoint, as it has them.
+        step: the updates made so far.
+    """
+    known = {setting.name for setting in fields(ScheduleConfig)}
+    try:
+        schedule = ScheduleConfig(**{name: value for name, value in saved["schedule"].items() if name in known})
+        peak, last_step = saved["optimizer"]["lr"], saved["train"]["max_steps"]
+        before, expected = (peak * lr_share(each, schedule, last_step) for each in (max(0, step - 1), step))
+    except (AttributeError, KeyError, TypeError, ValueError):  # of a version that had other settings
+        return None
+    after = scheduled(config, step)["lr"]
+    if abs(after - expected) <= 1e-5 * max(after, expected):
+        return None
+    name, max_steps = config.schedule.name, config.train.max_steps
+    same = (peak, schedule.name) == (config.optimizer.lr, name) and last_step != max_steps
+    reason = f": the {name} is now over {max_steps} updates" if same else ""
+    return f"lr {before:.3g} at update {step}, {after:.3g} at update {step + 1}{reason}"
+
+
+def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> str:
+    """Return the command that trains a finished run longer without raising its learning rate, and what it does.
+
+    Args:
+        config: the run's settings.
+        launch: what starts a program.
+        kept: the checkpoint from before wsd's decay, if it is there.
+    """
+    train, schedule = config.train, config.schedule
+    if train.epochs is None:
+        options = {"train.max_steps": str(2 * train.max_steps)}
+    else:
+        options = {"train.epochs": f"{2 * train.epochs:g}"}
+    longer = f"{config.run_dir.rstrip('/')}-longer"
+    share = lr_share(train.max_steps, schedule, train.max_steps)
+    if schedule.name == "wsd" and kept is not None:
+        about = "from before the decay"
+        options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
+    elif schedule.name == "constant":
+        about = "at the same lr"
+    elif share == 0.0:
+        about = "from the beginning, for the lr has come down to 0"
+        options |= {"run_dir": longer}
+    else:
+        at_the_end = scheduled(config, train.max_steps)
+        numbers = {name: f"{at_the_end[name]:.6g}" for name in ("lr", "alpha", "tau", "p") if name in at_the_end}
+        about = f"at the last lr, {numbers['lr']}"
+        options |= {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
+        if "p" in numbers:
+            options["schedule.final_p"] = "null"
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = [Path(sys.argv[0]).name, "--config", f"{config.run_dir}/config.yaml", *given]
+    return f"to continue, {about}: {launch} {shlex.join(command)}"

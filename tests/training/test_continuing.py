@@ -1,0 +1,117 @@
+"""Schedules, and a run that is made longer: what becomes of its learning rate is said, and it need not rise again."""
+
+import math
+import shlex
+
+import pytest
+
+from stacey_dist import yaml_files
+from stacey_dist.training.command_line import to_dict
+from stacey_dist.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from stacey_dist.training.continuing import command_to_continue, lr_change
+from stacey_dist.training.launchers import LLM
+from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.optimizers import lr_share, scheduled
+from tests.training.helpers import assert_equal_checkpoints, launch, write_config
+
+
+def test_wsd_warms_up_stays_and_decays():
+    wsd = ScheduleConfig("wsd", warmup_steps=10, decay_steps=0.2, min_lr_ratio=0.1)
+    share = [lr_share(step, wsd, 100) for step in range(101)]
+    assert share[:10] == [(step + 1) / 10 for step in range(10)]
+    assert share[10:81] == [1.0] * 71
+    assert share[81:] == pytest.approx([1 - 0.9 * (step - 80) / 20 for step in range(81, 101)])
+    root = ScheduleConfig("wsd", warmup_steps=0.1, decay_steps=20, decay_shape="1-sqrt", min_lr_ratio=0.0)
+    assert lr_share(85, root, 100) == pytest.approx(0.5)  # 1 - sqrt(5/20)
+    assert lr_share(100, root, 100) == 0.0
+    never = ScheduleConfig("wsd", warmup_steps=0, decay_steps=0)
+    assert {lr_share(step, never, 7) for step in range(8)} == {1.0}
+
+
+def test_the_warm_up_fits_the_run_unless_it_is_given():
+    assert [ScheduleConfig().warmup_updates(steps) for steps in (5, 40, 150, 200, 10**6)] == [0, 4, 15, 20, 20]
+    given = [(0.02, 200, 4), (0.02, 600, 12), (30, 40, 30), (0, 40, 0), (1, 40, 1)]
+    for warmup, steps, updates in given:
+        assert ScheduleConfig(warmup_steps=warmup).warmup_updates(steps) == updates
+    assert LLM.parse(["--schedule.warmup_steps", "0.02"]).schedule.warmup_steps == 0.02
+    assert repr(LLM.parse(["--schedule.warmup_steps", "7"]).schedule.warmup_steps) == "7"
+    assert LLM.parse(["--train.max_steps", "5"]).schedule.warmup_steps is None
+
+
+def make_config(name="cosine", steps=200, **schedule):
+    optimizer = OptimizerConfig(lr=0.0012)
+    return LLMConfig(
+        optimizer=optimizer,
+        schedule=ScheduleConfig(name, warmup_steps=20, **schedule),
+        train=TrainConfig(max_steps=steps),
+    )
+
+
+def test_a_longer_run_says_what_becomes_of_the_learning_rate():
+    saved = to_dict(make_config())
+    text = lr_change(make_config(steps=400), saved, 200)
+    assert text == "lr 0.00012 at update 200, 0.000705 at update 201: the cosine is now over 400 updates"
+    assert lr_change(make_config(), saved, 100) is None
+    assert lr_change(make_config("constant", steps=400), to_dict(make_config("constant")), 200) is None
+    text = lr_change(make_config("constant"), saved, 110)
+    assert text == "lr 0.000669 at update 110, 0.0012 at update 111"
+    for unknown in ({}, {"schedule": 3}, {"schedule": {"name": "cosine"}, "optimizer": {"lr": None}, "train": {}}):
+        assert lr_change(make_config(), unknown, 3) is None
+
+
+def longer(config, directory):
+    """Return the settings of the command that is printed after the run."""
+    config.run_dir = str(directory / "a run")
+    (directory / "a run").mkdir(exist_ok=True)
+    (directory / "a run" / "config.yaml").write_text(yaml_files.dump(to_dict(config)))
+    about, command = command_to_continue(config, "accelerate launch", None).rsplit(": ", 1)
+    words = shlex.split(command)
+    assert words[:2] == ["accelerate", "launch"]
+    return about, LLM.parse(words[3:])
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("cosine", {}),
+        ("linear", {"alpha": "lr", "tau": "lr"}),
+        ("constant", {}),
+        ("wsd", {}),  # without a checkpoint from before the decay
+        ("cosine", {"final_p": math.inf}),
+        ("cosine", {"final_p": 3.0, "tau": "lr"}),
+    ],
+)
+def test_the_command_that_is_printed_continues_with_the_last_settings(name, schedule, tmp_path):
+    config = make_config(name, **schedule)
+    last = scheduled(config, 200)
+    about, then = longer(config, tmp_path)
+    assert "lr" in about
+    assert (then.run_dir, then.train.max_steps) == (config.run_dir, 400)
+    known = {setting: getattr(then.optimizer, setting) for setting in last}
+    for step in (200, 201, 399):
+        assert known | scheduled(then, step) == pytest.approx(last, rel=1e-5)  # six digits are printed
+
+
+def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
+    about, then = longer(make_config(min_lr_ratio=0.0), tmp_path)
+    assert about == "to continue, from the beginning, for the lr has come down to 0"
+    assert then.run_dir == f"{tmp_path}/a run-longer"
+    config = make_config()
+    config.train.epochs = 1.5
+    assert "--train.epochs 3 --schedule.name constant" in command_to_continue(config, "accelerate launch", None)
+
+
+@pytest.mark.slow
+def test_wsd_continues_from_before_its_decay_as_if_it_had_been_longer_at_once(tmp_path):
+    changes = {"schedule": {"name": "wsd", "warmup_steps": 3, "decay_steps": 4}, "train": {"max_steps": 16}}
+    config = write_config(tmp_path, **changes, checkpoint={"every_steps": 5, "keep_last": 1})
+    output = launch("--config", config, "--run_dir", tmp_path / "run")
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == [
+        "step_00000012",
+        "step_00000016",
+    ]
+    (line,) = [line for line in output.splitlines() if line.startswith("to continue, from before the decay: ")]
+    output = launch(*shlex.split(line.rsplit(": ", 1)[1])[3:], "--train.eval_every_steps", 100)
+    assert "lr 0.0012 at" not in output  # as it would have been
+    launch("--config", config, "--run_dir", tmp_path / "whole", "--train.max_steps", 32)
+    assert_equal_checkpoints(tmp_path / "run-longer", tmp_path / "whole", 32)

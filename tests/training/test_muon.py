@@ -1,0 +1,140 @@
+"""Muon with AdamW as one optimizer: which parameter goes where, equal to torch's two by hand, and refused where it
+cannot be right."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from stacey_dist.training.launchers import IMAGES
+from stacey_dist.training.muon import check_muon, hidden_matrices
+from stacey_dist.training.optimizers import build_optimizer, scheduled
+from tests.training.helpers import (
+    assert_equal_checkpoints,
+    checkpoint,
+    launch,
+    training_rows,
+    write_config,
+)
+
+MUON = ("--optimizer.name", "muon")
+
+
+def make_llama(**settings):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **settings))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_matrices_of_hidden_layers_are_muons(tied):
+    model = make_llama(tie_word_embeddings=tied)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    chosen = hidden_matrices(model)
+    names = {name for name, param in model.named_parameters() if param in chosen}
+    projections = ["self_attn." + each for each in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    projections += ["mlp." + each for each in ("gate_proj", "up_proj", "down_proj")]
+    expected = {f"model.layers.{i}.{each}.weight" for i in (0, 1) for each in projections}
+    assert names == expected - {"model.layers.0.mlp.up_proj.weight"}
+
+
+def backward(model, seed):
+    ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_it_is_torchs_muon_and_torchs_adamw_with_their_own_learning_rates_on_one_schedule():
+    model, by_hand = make_llama(), make_llama()
+    config = RunConfig(
+        optimizer=OptimizerConfig("muon", lr=0.02, adamw_lr=0.005, weight_decay=0.2, momentum=0.9, betas=(0.7, 0.9)),
+        schedule=ScheduleConfig("linear", warmup_steps=2),
+        train=TrainConfig(max_steps=6),
+    )
+    optimizer = build_optimizer(model, config.optimizer, seed=0)
+    matrices = hidden_matrices(by_hand)
+    others = [p for p in by_hand.parameters() if p not in matrices]
+    muon = torch.optim.Muon(list(matrices), weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    decays = [{"params": [p for p in others if p.dim() == d], "weight_decay": w} for d, w in ((2, 0.2), (1, 0.0))]
+    adamw = torch.optim.AdamW(decays, betas=(0.7, 0.9), eps=1e-8, fused=True)
+    for step in range(6):
+        settings = scheduled(config, step)
+        assert settings["adamw_lr"] / 0.005 == pytest.approx(settings["lr"] / 0.02)
+        for group in optimizer.param_groups:
+            group.update(settings)
+        for part, lr in ((muon, settings["lr"]), (adamw, settings["adamw_lr"])):
+            for group in part.param_groups:
+                group["lr"] = lr
+        for each, optimizers in ((model, [optimizer]), (by_hand, [muon, adamw])):
+            backward(each, step)
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
+    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_state_dicts_and_closures():
+    def train(model, optimizer, seeds):
+        for seed in seeds:
+            optimizer.step(lambda seed=seed: backward(model, seed))
+            optimizer.zero_grad()
+
+    config = OptimizerConfig("muon")
+    model = make_llama()
+    optimizer = build_optimizer(model, config, seed=0)
+    train(model, optimizer, (0, 1))
+    other = copy.deepcopy(model)
+    resumed = build_optimizer(other, config, seed=0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, (2, 3))
+    train(other, resumed, (2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("engine", ["zero_redundancy", "deepspeed", "fsdp2"])
+def test_engines_that_split_matrices_are_refused(engine):
+    with pytest.raises(SettingsError, match=f"optimizer.name: muon is not allowed with {engine}.* one process and"):
+        check_muon(engine)
+
+
+def test_without_torchs_muon_and_for_images_it_is_refused(monkeypatch):
+    check_muon("ddp")
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(SettingsError, match=r"optimizer.name: muon needs torch >= 2.9"):
+        check_muon("ddp")
+    with pytest.raises(SettingsError, match=r"optimizer.name: muon is not allowed; a ResNet has no matrices"):
+        IMAGES.parse(MUON)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("muon")
+    config = write_config(directory, train={"max_steps": 20, "eval_every_steps": 20}, checkpoint={"every_steps": 10})
+    launch("--config", config, *MUON, "--run_dir", directory / "run")
+    return directory, config
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path):
+    directory, config = whole
+    states = checkpoint(directory / "run", 20)
+    kinds = {name.rsplit("/", 1)[1] for name in states if name.startswith("optimizer/")}
+    assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    source = directory / "run/checkpoints/step_00000010"
+    launch("--config", config, *MUON, "--run_dir", tmp_path / "run", "--checkpoint.resume_from", source)
+    assert_equal_checkpoints(tmp_path / "run", directory / "run", 20)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(whole, tmp_path):
+    directory, config = whole
+    launch("--config", config, *MUON, "--run_dir", tmp_path / "run", processes=2)
+    ours, reference = training_rows(tmp_path / "run"), training_rows(directory / "run")
+    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
+    for a, b in zip(ours, reference, strict=True):  # torch makes matrices orthogonal in bfloat16, 8 bits
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-8)
+    output = launch("--config", config, *MUON, "--run_dir", tmp_path / "b", processes=2, engine="cpu_zero2", expect=2)
+    assert "optimizer.name: muon is not allowed with deepspeed" in output
