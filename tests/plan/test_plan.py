@@ -64,7 +64,8 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     assert [(p.name, p.shape) for p in planned.parameters] == [(n, tuple(p.shape)) for n, p in built.named_parameters()]
     assert {p.name for unit in planned.units for p in unit} == {p.name for p in planned.parameters}
     run.process_batch_size = run.micro_batch_size = 1
-    data = SimpleNamespace(train=Stream(), validation=Stream(), identity="stream")
+    corpus = SimpleNamespace(name="", share=1, train=Stream(), validation=Stream())
+    data = SimpleNamespace(corpora=[corpus], identity="stream", end_token_id=0)
     flops = LanguageModeling(run, data, built).flops_per_unit
     assert planned.flops_per_token(config.data.sequence_length) == flops
 
