@@ -151,7 +151,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
-    """Threads of a process that trains on the CPU. None: the machine's cores, shared by the processes on it."""
+    """Threads of a process on the CPU. None: OMP_NUM_THREADS, else the machine's cores, shared by its processes."""
     max_skipped_steps: PositiveInt = 20
     """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
     heartbeat_timeout_seconds: PositiveFloat | None = 120.0

@@ -9,8 +9,8 @@ from torch.optim import AdamW, Optimizer
 
 from stacey_dist.errors import SettingsError
 
-ENGINES = ("single", "ddp")
-"""The engines on which every process has whole matrices."""
+ENGINES = ("single", "ddp", "fsdp2")
+"""The engines whose parameters have the shapes of matrices: torch's DTensors gather what Muon needs."""
 
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -31,8 +31,8 @@ def check_muon(engine: str) -> None:
         raise SettingsError(f"optimizer.name: muon needs torch >= 2.9, and this is {torch.__version__}")
     if engine not in ENGINES:
         raise SettingsError(
-            f"optimizer.name: muon is not allowed with {engine}, where no process has whole matrices or all of them; "
-            "it goes with one process and with DDP"
+            f"optimizer.name: muon is not allowed with {engine}, whose optimizer has no matrices or not all; it goes "
+            "with one process, DDP and FSDP2"
         )
 
 

@@ -94,9 +94,11 @@ def test_state_dicts_and_closures():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("engine", ["zero_redundancy", "deepspeed", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero_redundancy", "deepspeed"])
 def test_engines_that_split_matrices_are_refused(engine):
-    with pytest.raises(SettingsError, match=f"optimizer.name: muon is not allowed with {engine}.* one process and"):
+    with pytest.raises(
+        SettingsError, match=f"optimizer.name: muon is not allowed with {engine}.* one process, DDP and FSDP2"
+    ):
         check_muon(engine)
 
 
@@ -131,10 +133,12 @@ def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_agree_with_one(whole, tmp_path):
     directory, config = whole
-    launch("--config", config, *MUON, "--run_dir", tmp_path / "run", processes=2)
-    ours, reference = training_rows(tmp_path / "run"), training_rows(directory / "run")
-    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
-    for a, b in zip(ours, reference, strict=True):  # torch makes matrices orthogonal in bfloat16, 8 bits
-        assert a["loss"] == pytest.approx(b["loss"], rel=2**-8)
+    for engine, begun in (("cpu_ddp", 0), ("cpu_fsdp2", 10)):
+        source = ("--checkpoint.resume_from", directory / "run/checkpoints/step_00000010") if begun else ()
+        launch("--config", config, *MUON, "--run_dir", tmp_path / engine, *source, processes=2, engine=engine)
+        ours, reference = training_rows(tmp_path / engine), training_rows(directory / "run")
+        assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
+        for a, b in zip(ours, reference[begun:], strict=True):  # torch makes matrices orthogonal in bfloat16, 8 bits
+            assert a["loss"] == pytest.approx(b["loss"], rel=2**-12)
     output = launch("--config", config, *MUON, "--run_dir", tmp_path / "b", processes=2, engine="cpu_zero2", expect=2)
     assert "optimizer.name: muon is not allowed with deepspeed" in output
