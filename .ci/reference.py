@@ -93,6 +93,11 @@ def rows(section: Any, name: str) -> Iterator[list[str]]:
         if not dataclasses.is_dataclass(value):
             full = f"{name}.{field.name}".removeprefix(".")
             yield [f"`{full}`", f"`{shown(value)}`", allowed(kinds[field.name]), about[field.name]]
+            for kind in filter(
+                inspect.isclass, filter(dataclasses.is_dataclass, get_args(kinds[field.name]))
+            ):  # of a list of sections
+                shared = {f"`{full}[i].{other.name}`" for other in dataclasses.fields(section)}
+                yield from (row for row in rows(kind(), f"{full}[i]") if row[0] not in shared)
 
 
 def shown(value: Any) -> str:
@@ -105,6 +110,8 @@ def shown(value: Any) -> str:
 def allowed(kind: Any) -> str:
     """Return which values a type admits."""
     inner = get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return "settings"
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if get_origin(kind) is Annotated:

@@ -106,11 +106,11 @@ def vocabulary(smoke: bool) -> int:
 
 def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
     """The launcher on the text of docs/."""
-    from stacey_dist.training import llm
+    from stacey_dist.training import llm, text_data
 
-    def prepare_data(run: Any) -> llm.TextData:
-        data = llm.prepare_data(run)
-        data.train.vocab_size = vocabulary(smoke)
+    def prepare_data(run: Any) -> text_data.TextData:
+        data = text_data.prepare_data(run)
+        data.corpora[0].train.vocab_size = vocabulary(smoke)
         return data
 
     parts = replace(llm.PARTS, prepare_data=prepare_data, task=timed(llm.LanguageModeling))
@@ -125,13 +125,13 @@ def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
 
 def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
     """The same model and batch in a bare loop, with torch's fused AdamW. The batches lie on the device."""
-    from stacey_dist.training import llm
+    from stacey_dist.training import llm_model
 
     config = llama_config(smoke)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.train.mixed_precision)
     run: Any = SimpleNamespace(config=config, accelerator=accelerator, say=lambda text: None)
     data: Any = SimpleNamespace(vocab_size=vocabulary(smoke), end_token_id=0)
-    model = llm.build_model(run, data).to(device)
+    model = llm_model.build_model(run, data).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.initial_weights.fill(model, optimizer, accelerator.device)
     loop = BareLoop(model, optimizer, config.train.max_grad_norm)

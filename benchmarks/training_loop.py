@@ -30,6 +30,7 @@ from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer
+from stacey_dist.training.text_data import TextData
 
 
 class BareLoop:
@@ -53,7 +54,7 @@ class BareLoop:
 class InTurns(llm.LanguageModeling):
     """The launcher's task; before each of its steps the bare loop takes one."""
 
-    def __init__(self, run: Any, data: llm.TextData, model: Any, steps: int) -> None:
+    def __init__(self, run: Any, data: TextData, model: Any, steps: int) -> None:
         super().__init__(run, data, model)
         config, twin = run.config, deepcopy(model)
         optimizer = build_optimizer(twin, config.optimizer, config.seed)

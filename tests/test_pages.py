@@ -46,6 +46,17 @@ def prose(text):
     return re.sub(r"\]\([^)]*\)", "]", re.sub(r"^\|.*$", "", text, flags=re.MULTILINE))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole(page):
+    """A row without a header and columns of another number are shown as text, with their bars."""
+    text = CODE.sub("", page.read_text())
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row.strip()).strip("|")) for row in table.splitlines()]
+        assert len(rows) > 2, table
+        assert all(set(cell) <= set("-: ") for cell in rows[1]), table
+        assert {len(row) for row in rows} == {len(rows[0])}, table
+
+
 def test_the_readme_is_short():
     assert len(prose(README).split()) <= 700
 

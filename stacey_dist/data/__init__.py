@@ -5,6 +5,7 @@ Importing this package loads neither torch nor transformers.
 
 from stacey_dist.data.cache import prepare
 from stacey_dist.data.embedded import standard_library_documents
+from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
 from stacey_dist.data.text import BadRecord, Document, read_records
@@ -17,6 +18,7 @@ __all__ = [
     "Document",
     "GlobalSampler",
     "Input",
+    "MixedSampler",
     "Source",
     "TokenStream",
     "Tokenizer",

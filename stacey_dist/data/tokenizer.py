@@ -67,12 +67,21 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, directory: Pa
         InputError: vocab_size is too large or too small for the text.
     """
     # Read before training: sentencepiece would make its own errors of those in reading.
-    texts = list(_first(documents, TRAINING_TEXT))
+    texts = list(first_characters(documents, TRAINING_TEXT))
     model = train_bpe(texts, vocab_size)
     path = Path(directory) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, model)  # it is there only when it is complete
     return _SentencePieceTokenizer(model, str(path))
+
+
+def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield texts up to so many characters in all, the last one cut off there."""
+    for text in documents:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)
 
 
 def load_sentencepiece(path: str | Path) -> Tokenizer:
@@ -268,11 +277,3 @@ def _export_difference(tokenizer: Tokenizer, directory: Path, texts: Sequence[st
             at = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
             return tokenizer.decode(ids[max(0, at - 2) : at + 8])[:40] or text[:40]
     return None
-
-
-def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
-    for text in documents:
-        if characters <= 0:
-            return
-        yield text[:characters]
-        characters -= len(text)

@@ -66,18 +66,17 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
 
 
 class Verification:
-    """Reads all parts of a directory in threads, beside training.
+    """Reads all parts of directories in threads, beside training.
 
     A damaged part is put aside under another name, so that the next start prepares it again.
 
     Args:
-        directory: as `prepare` returns it.
+        directories: as `prepare` returns them.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._index = read_index(directory)
-        self._pending = iter(list(_parts(self._index)))
+    def __init__(self, *directories: Path) -> None:
+        indexes = {directory: read_index(directory) for directory in directories}
+        self._pending = iter([(at, index, *part) for at, index in indexes.items() for part in _parts(index)])
         self._errors: list[str] = []
         self._waited = False
         # Daemons: a run that ends does not wait for them.
@@ -103,10 +102,10 @@ class Verification:
             )
 
     def _work(self) -> None:
-        for split, part in self._pending:
-            path = self._directory / part["name"]
+        for directory, index, split, part in self._pending:
+            path = directory / part["name"]
             try:
-                if damaged := _verify(self._directory, self._index, split, part):
+                if damaged := _verify(directory, index, split, part):
                     _put_aside(path, damaged.inode)
                     self._errors.append(f"{path} {damaged.reason}")
             except (OSError, InputError) as error:

@@ -60,11 +60,15 @@ def build_shell(described: Any, name: Any = None) -> Any:
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
     try:
-        with _without_network():
-            return _build(_plain(described), name)
+        with without_network():
+            return _build(without_code(described), name)
     except Exception as error:  # of many kinds, as configurations can hold anything
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(text[0]) from error
+        raise ValueError(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(described: dict[str, Any], name: Any) -> Any:
@@ -99,20 +103,23 @@ def _tied(model: Any) -> Any:
     return model
 
 
-def _plain(value: Any) -> Any:
-    """Return a configuration without names of code, at every level of it."""
+def without_code(value: Any) -> Any:
+    """Return a configuration without names of code, kernels and quantizers, at every level of it.
+
+    Raises ValueError for a count of layers or experts that would never end.
+    """
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [without_code(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     for key, inner in value.items():
         if type(inner) is int and inner > _MOST_MODULES and _COUNT.search(key):
             raise ValueError(f"{key}: {inner} is more than {_MOST_MODULES}")
-    return {key: _plain(inner) for key, inner in value.items() if key not in _LEFT_OUT}
+    return {key: without_code(inner) for key, inner in value.items() if key not in _LEFT_OUT}
 
 
 @contextmanager
-def _without_network() -> Iterator[None]:
+def without_network() -> Iterator[None]:
     """Keep huggingface_hub from downloading: some models would fetch parts that their configurations name."""
     from huggingface_hub import constants
 

@@ -103,7 +103,7 @@ class Llama:
     def flops_per_token(self, length: int) -> float:
         """Return the floating-point operations of forward and backward on a token, as in the MFU of `train_llm.py`."""
         weights = self.elements - (0 if self.tied else self.embedding.elements)
-        return flops_per_token(weights, self.layers, self.hidden, length)
+        return flops_per_token(weights, self.layers * self.hidden * length)
 
 
 def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:

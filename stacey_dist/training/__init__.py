@@ -1,25 +1,51 @@
 """The parts of the launchers, and the names with which you train a model and data of your own.
 
 `Launcher` describes a training program and `Parts` what it builds, `Task` is what it trains on, `Engine` makes one
-update on DDP, ZeRO or FSDP2, and `train` is the loop.
+update on DDP, ZeRO or FSDP2, `train` is the loop, and a `Callback` looks on.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stacey_dist.training.callbacks import Callback, Training
+    from stacey_dist.training.config import RunConfig
     from stacey_dist.training.engine import Engine
-    from stacey_dist.training.launchers import Launcher, Parts
+    from stacey_dist.training.launchers import IMAGES, LLM, BuiltRun, Launcher, Parts
     from stacey_dist.training.loop import train
-    from stacey_dist.training.task import Task
+    from stacey_dist.training.run import Run
+    from stacey_dist.training.task import DatasetTask, Task
 
-__all__ = ["Engine", "Launcher", "Parts", "Task", "train"]
+__all__ = [
+    "IMAGES",
+    "LLM",
+    "BuiltRun",
+    "Callback",
+    "DatasetTask",
+    "Engine",
+    "Launcher",
+    "Parts",
+    "Run",
+    "RunConfig",
+    "Task",
+    "Training",
+    "train",
+]
 
-_HOMES = {"Engine": "engine", "Launcher": "launchers", "Parts": "launchers", "Task": "task", "train": "loop"}
+_HOMES = {
+    "callbacks": ("Callback", "Training"),
+    "config": ("RunConfig",),
+    "engine": ("Engine",),
+    "launchers": ("IMAGES", "LLM", "BuiltRun", "Launcher", "Parts"),
+    "loop": ("train",),
+    "run": ("Run",),
+    "task": ("DatasetTask", "Task"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the loop takes seconds, and a reader of settings needs none of it."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

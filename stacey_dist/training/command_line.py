@@ -10,6 +10,7 @@ import functools
 import re
 import shlex
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -56,8 +57,7 @@ def parse(
         parser.source = ""
         typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
         given.update(typed)
-        parsed = parser.instantiate(parser.parse_object(typed, namespace=settings))
-        values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+        values = parser.values(config_class, typed, settings)
         return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
@@ -81,12 +81,14 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"a.b": 1} for {"a": {"b": 1}}."""
+def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
+    """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}.", items=items))
+        elif items and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            flat.update(flatten({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix, items=True))
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -109,11 +111,11 @@ def help_of(config_class: type, program: str, about: str, sections: Sequence[str
 
 
 @functools.cache
-def _parser(config_class: type, program: str | None) -> "_Parser":
+def _parser(config_class: type, program: str | None, kind: "type[_Parser] | None" = None) -> "_Parser":
     """Return the parser of a configuration's settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
-    parser = _Parser(
+    parser = (kind or _Parser)(
         prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
@@ -122,6 +124,9 @@ def _parser(config_class: type, program: str | None) -> "_Parser":
     parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
     parser.add_class_arguments(config_class, as_group=False)
     parser.kinds = dict(_fields(config_class))
+    for action in parser._actions:
+        if action.dest.endswith(".help"):  # of a list of sections
+            action.help = SUPPRESS
     return parser
 
 
@@ -130,17 +135,33 @@ class _Parser(ArgumentParser):
     source: str = ""
     """Where the settings come from that are being parsed: what messages begin with."""
 
+    def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
+        """Return the values of a configuration's fields: what is given, over other settings."""
+        parsed = self.instantiate(self.parse_object(given, namespace=settings))
+        return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
+        line = self.explained(message).strip().encode("utf-8", "backslashreplace").decode()
+        print(f"{self.prog}: error: {line}", file=sys.stderr)
+        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
+        sys.exit(2)
+
+    def explained(self, message: str) -> str:
+        """Return the error with a value of a wrong type in one line."""
         key = re.search(r'Parser key "([\w.]+)":', message)
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         if key and value and key[1] in self.kinds:
             shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
-            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
-        line = message.strip().encode("utf-8", "backslashreplace").decode()
-        print(f"{self.prog}: error: {line}", file=sys.stderr)
-        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
-        sys.exit(2)
+            return f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
+        return message
+
+
+class _ItemParser(_Parser):
+    """The parser of an item of a list of sections."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise SettingsError(self.explained(message))
 
 
 def _describe(kind: Any) -> str:
@@ -152,6 +173,8 @@ def _describe(kind: Any) -> str:
         return f"a list, each {_describe(arguments[0])}"
     if get_origin(kind) is tuple:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
     if type(None) in arguments:
         return " or ".join(_describe(other) for other in arguments if other is not type(None)) + ", or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -185,7 +208,7 @@ def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tup
             words.append(rest.pop(0))
         if not words:
             raise SettingsError(f"--{name}: a value is missing")
-        if len(words) > 1 and name in ("config", *kinds) and get_origin(kinds.get(name)) not in (list, tuple):
+        if len(words) > 1 and name in ("config", *kinds) and not _is_sequence(kinds.get(name)):
             raise SettingsError(
                 f"--{name}: it takes one value, and got {shlex.join(words[:3])}{' …' if words[3:] else ''}; put quotes "
                 "around a pattern or a text with spaces"
@@ -205,8 +228,10 @@ def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
 
 def _from_text(where: str, value: str, kind: Any) -> Any:
     """Return the value that a text stands for, as a person types it, for a setting of this type."""
+    if value != "null":
+        kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
-        if get_origin(kind) is list and value and not value.startswith("["):
+        if get_origin(kind) is list and not _of_sections(kind) and value and not value.startswith("["):
             return value.split(",")
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
@@ -241,6 +266,10 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
     return checked
 
 
+def _is_sequence(kind: Any) -> bool:
+    return any(get_origin(one) in (list, tuple) for one in (kind, *get_args(kind)))
+
+
 def _is_text(kind: Any) -> bool:
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
@@ -251,6 +280,10 @@ def _is_text(kind: Any) -> bool:
 def _value(where: str, value: Any, kind: Any) -> Any:
     """Return a file's value for a setting of this type."""
     kinds = (kind, *get_args(kind))
+    if _of_sections(kind):
+        if not isinstance(value, list):
+            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if isinstance(value, bool) and bool not in kinds:
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
@@ -258,6 +291,24 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value
+
+
+def _of_sections(kind: Any) -> bool:
+    """Return whether a type is a list of sections."""
+    return get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0])
+
+
+def _item(where: str, value: Any, kind: Any) -> Any:
+    """Return an item of a list of sections."""
+    parser = _parser(kind, None, _ItemParser)
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+    for name in value:
+        if name not in parser.kinds:
+            raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(parser.kinds))}")
+    parser.source = f"{where}."
+    given = {name: _value(f"{where}.{name}", inner, parser.kinds[name]) for name, inner in value.items()}
+    return kind(**parser.values(kind, given, parser.get_defaults()))
 
 
 # What other programs call a setting.

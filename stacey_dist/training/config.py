@@ -158,6 +158,8 @@ class TrainConfig:
     """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
     collective_timeout_seconds: PositiveFloat = 600.0
     """Seconds that processes wait for each other in a collective before they give up."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """The first and last update of a profile of rank 0 in run_dir/profile, as in '[20, 24]'. null: none."""
 
 
 @dataclass
@@ -186,7 +188,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Experiment trackers, through Accelerate."""
+    """Experiment trackers, through Accelerate, and what else to look at."""
 
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers to log to, as in '[wandb, tensorboard]'. wandb is offline unless you are logged in."""
@@ -194,6 +196,8 @@ class TrackingConfig:
     """The project's name in the tracker."""
     run_name: str | None = None
     """The run's name in the tracker. None: the name of run_dir."""
+    histogram_every: PositiveInt | None = None
+    """Updates between rows of norms.jsonl: each layer's norms of weights, gradients and states. null: none."""
 
 
 @dataclass
@@ -228,6 +232,8 @@ class RunConfig:
         for tracker in self.tracking.trackers:
             missing = f"{tracker} is not installed; {install_line(tracker)}"
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
+        first, last = self.train.profile or (1, 1)
+        check(first <= last, "train.profile", [first, last], "its first update must not be after its last one")
         if self.train.epochs is None:
             check_schedule(self)
         split_batch(self.train, processes=1)

@@ -32,10 +32,11 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
-def flops_per_token(weights: int, layers: int, hidden_size: int, context: int) -> float:
+def flops_per_token(weights: int, attended: int) -> float:
     """Return a transformer's floating-point operations of forward and backward on one token, as the MFU counts them.
 
-    6 for each of `weights`, which leave out an input embedding that is only a look-up; and attention, 12 * layers *
-    width * context: scores and weighted sums, not halved for the causal mask.
+    6 for each of `weights`, which leave out an input embedding that is only a look-up, and experts that the token does
+    not pass through. And attention, 12 for each of `attended`, the sum over layers of their width times the context:
+    scores and weighted sums, not halved for the causal mask.
     """
-    return 6.0 * weights + 12.0 * layers * hidden_size * context
+    return 6.0 * weights + 12.0 * attended

@@ -196,24 +196,40 @@ def make_model(run: Run[Any], build: Callable[[], M]) -> M:
         build: Return the model, on the CPU.
     """
     accelerator, seed = run.accelerator, run.config.seed
-    torch.manual_seed(seed)  # of values that an initialization computes by itself
     sent = False
-    try:
-        with _Unnoticed(), _Recorder() as recorder:
-            model = build()
-        writes = {name: recorder.of(param) for name, param in model.named_parameters()}
-        known = {name: found for name, found in writes.items() if found}
-        if len(known) == len(writes):
-            model.initial_weights = InitialWeights(seed, known)  # type: ignore[assignment]
+    if (made := _build_without_values(seed, build)) is not None:
+        model, initial = made
+        if initial is not None:
+            model.initial_weights = initial  # type: ignore[assignment]
             if not shards_weights(accelerator):
                 allocate(model.parameters(), accelerator.device, compute_dtype(accelerator))
             return model
         sent = loads_weights_from_rank0(accelerator, model) and not accelerator.is_main_process
-    except RuntimeError:  # the initialization looks at values, and there are none
-        pass
     torch.manual_seed(seed)
     with no_init_weights() if sent else nullcontext():
         return build()
+
+
+def initial_weights(seed: int, build: Callable[[], nn.Module]) -> InitialWeights | None:
+    """Return what the parameters of a model begin with; None if that is not known."""
+    made = _build_without_values(seed, build)
+    return None if made is None else made[1]
+
+
+def _build_without_values(seed: int, build: Callable[[], M]) -> tuple[M, InitialWeights | None] | None:
+    """Return a model whose parameters are on the meta device, and what they begin with, if that is known.
+
+    None if its initialization looks at values.
+    """
+    torch.manual_seed(seed)  # of values that an initialization computes by itself
+    try:
+        with _Unnoticed(), _Recorder() as recorder:
+            model = build()
+    except RuntimeError:  # there are none
+        return None
+    writes = {name: recorder.of(param) for name, param in model.named_parameters()}
+    known = {name: found for name, found in writes.items() if found}
+    return model, InitialWeights(seed, known) if len(known) == len(writes) else None
 
 
 def allocate(params: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype | None = None) -> None:

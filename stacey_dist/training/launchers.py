@@ -18,6 +18,7 @@ from stacey_dist.training.llm_config import LLMConfig
 if TYPE_CHECKING:  # they take seconds to import, and bad settings are refused before
     from torch import nn
 
+    from stacey_dist.training.callbacks import Callback
     from stacey_dist.training.engine import Engine
     from stacey_dist.training.run import Run
     from stacey_dist.training.task import Task
@@ -37,22 +38,52 @@ class Parts:
         task: Make the task from the run, its data and its model; a class that implements `Task`.
         finish: Export the model of the last checkpoint, from the run, its data, its engine and the checkpoint's
             path; returns a line that says where it is. None: the checkpoints are all that is left.
+        callbacks: Return what looks on while the run trains, from the run and its data.
     """
 
     prepare_data: "Callable[[Run[Any]], Any]"
     build_model: "Callable[[Run[Any], Any], nn.Module]"
     task: "Callable[[Run[Any], Any, Any], Task]"
     finish: "Callable[[Run[Any], Any, Engine, Path], str] | None" = None
+    callbacks: "Callable[[Run[Any], Any], Sequence[Callback]]" = lambda run, data: ()
 
 
 @dataclass(frozen=True)
 class BuiltRun:
-    """A run that is ready to train, as seen by one of its processes."""
+    """A run that is ready to train, as seen by one of its processes.
+
+    Attributes:
+        run: The run: its settings, its directory, its processes.
+        data: What `Parts.prepare_data` returned.
+        task: What it trains on.
+        engine: The model and its optimizer. `engine.module` is the model as it was built.
+        parts: What it was built of.
+        callbacks: What looks on while it trains.
+    """
 
     run: "Run[Any]"
     data: Any
     task: "Task"
     engine: "Engine"
+    parts: Parts
+    callbacks: "Sequence[Callback]" = ()
+
+    def train(self, until: int | None = None) -> Path:
+        """Train from the run's newest checkpoint; returns the new one. See `stacey_dist.training.train`.
+
+        Args:
+            until: The update to stop after. None: the last one.
+        """
+        from stacey_dist.training.loop import train
+
+        return train(self.run, self.task, self.engine, callbacks=self.callbacks, until=until)
+
+    def finish(self, checkpoint: Path) -> None:
+        """Export the model of a checkpoint, if the parts say how, and end what the run has started."""
+        self.task.close()
+        if self.parts.finish:
+            self.run.report(self.parts.finish(self.run, self.data, self.engine, checkpoint))
+        self.engine.close()
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,7 @@ class Launcher(Generic[C]):
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
         users_data: Return the settings with which a run trains on what a user names, files separated by commas.
+        callbacks: What else looks on while a run trains.
     """
 
     program: str
@@ -78,6 +110,7 @@ class Launcher(Generic[C]):
     load_parts: Callable[[], Parts]
     metrics: Sequence[str] = ("eval_loss",)
     users_data: Callable[[str], dict[str, Any]] | None = None
+    callbacks: "Sequence[Callback]" = ()
 
     def parse(self, arguments: Sequence[str] | None = None, program: str | None = None) -> C:
         """Return the settings of `arguments`, by default those of the command line, checked.
@@ -119,18 +152,14 @@ class Launcher(Generic[C]):
         by_owner = requested_engine() == ZERO_REDUNDANCY
         optimizer = build_optimizer(model, config.optimizer, config.seed, by_owner=by_owner)
         task = parts.task(run, data, model)
-        return BuiltRun(run, data, task, build_engine(run, model, optimizer))
+        engine = build_engine(run, model, optimizer)
+        return BuiltRun(run, data, task, engine, parts, [*parts.callbacks(run, data), *self.callbacks])
 
     def run(self, config: C) -> Path:
         """Train to the last update and export the model; returns the last checkpoint. Raises as `build` and `train`."""
-        from stacey_dist.training.loop import train
-
         built = self.build(config)
-        checkpoint = train(built.run, built.task, built.engine)
-        built.task.close()
-        if finish := self.load_parts().finish:
-            built.run.report(finish(built.run, built.data, built.engine, checkpoint))
-        built.engine.close()
+        checkpoint = built.train()
+        built.finish(checkpoint)
         return checkpoint
 
     def main(self) -> None:

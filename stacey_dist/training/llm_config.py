@@ -1,16 +1,28 @@
 """The settings of `train_llm.py` beside the shared ones. The defaults are its quickstart."""
 
+import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from stacey_dist.training.config import SHARED_CHANGES, RunConfig
-from stacey_dist.training.value_types import AtLeastTwo, FilePath, PositiveFloat, PositiveInt, check
+from stacey_dist.errors import settings_errors
+from stacey_dist.training.config import SHARED_CHANGES, RunConfig, TrackingConfig
+from stacey_dist.training.value_types import AtLeastTwo, FilePath, NonNegativeInt, PositiveFloat, PositiveInt, check
 
 
 @dataclass
 class ModelConfig:
-    """The LLaMA to build (transformers' LlamaForCausalLM)."""
+    """The model: a LLaMA of these numbers (transformers' LlamaForCausalLM), another architecture, or given weights."""
 
+    config: FilePath | None = None
+    """Build this architecture from nothing: a transformers config.json, a directory that has one, or a name on the hub.
+    The numbers below, but dtype, are then those of the file."""
+    pretrained: FilePath | None = None
+    """Continue from these weights: a directory with a config.json and safetensors, or a name on the hub. The tokenizer
+    is the model's own, unless `embeddings` is given."""
+    embeddings: Literal["keep", "new"] | None = None
+    """With pretrained and another tokenizer: keep the rows of the embeddings, if ids mean the same tokens; or make them
+    new, for the tokenizer that is named, or trained on the data."""
     hidden_size: PositiveInt = 128
     """Width of the residual stream."""
     intermediate_size: PositiveInt = 344
@@ -34,8 +46,8 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """What to train on. Without files or dataset: the documentation of Python's standard library."""
+class CorpusConfig:
+    """Documents, from files or from a dataset."""
 
     files: list[str] = field(default_factory=list)
     """Files or patterns: JSON lines (.json, .jsonl, also .gz) as C4 has them, .parquet, .txt. Paths are literal."""
@@ -55,14 +67,44 @@ class DataConfig:
     """The column or key that holds a document's text."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What a line or row without a valid text does: end the preparation, or be left out, counted and named."""
-    sequence_length: PositiveInt = 128
-    """Tokens of one training sequence."""
     max_tokens: PositiveInt | None = None
     """Training tokens to prepare at most. None: all."""
     validation_every: AtLeastTwo = 50
     """Without a validation set, one document in this many is held out."""
+
+
+@dataclass
+class SourceConfig(CorpusConfig):
+    """One source of a mixture."""
+
+    weight: PositiveFloat = 1.0
+    """Its share of the training sequences, relative to the other sources' weights."""
+    name: str | None = None
+    """What reports call it: letters, digits, _ and -. None: as its first file, or its dataset, is called."""
+
+    @property
+    def label(self) -> str:
+        """The name, or what stands for it."""
+        path = Path(self.dataset or (self.files or [""])[0])
+        words = [re.search(r"[A-Za-z0-9_-]+", text) for text in (path.name.split(".")[0], path.parent.name)]
+        return next((word[0].strip("-_") for word in words if word), "") if self.name is None else self.name
+
+
+@dataclass
+class DataConfig(CorpusConfig):
+    """What to train on. Without files, dataset or sources: the documentation of Python's standard library."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """A mixture, as in '[{files: [a.jsonl], weight: 0.7}, {files: [b.txt], weight: 0.3}]'. A source has weight, name,
+    and its own of the settings above."""
+    sequence_length: PositiveInt = 128
+    """Tokens of one training sequence."""
     cache_dir: FilePath | None = None
     """Where tokenized data is kept, for all runs. None: run_dir/data."""
+
+    def corpora(self) -> dict[str, CorpusConfig]:
+        """Return what is read, under what the names of its settings begin with."""
+        return {f"data.sources[{i}].": each for i, each in enumerate(self.sources)} or {"data.": self}
 
 
 @dataclass
@@ -78,12 +120,21 @@ class TokenizerConfig:
 
 
 @dataclass
+class LLMTrackingConfig(TrackingConfig):
+    """Experiment trackers, through Accelerate, and what else to look at."""
+
+    sample_tokens: NonNegativeInt = 24
+    """Tokens by which the model continues a held-out text after each evaluation, in log and trackers. 0: none."""
+
+
+@dataclass
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tracking: LLMTrackingConfig = field(default_factory=LLMTrackingConfig)
 
     samples = "sequences"
     changes_to_allow = (
@@ -96,19 +147,10 @@ class LLMConfig(RunConfig):
         """Raise SettingsError for values that do not go together."""
         super().check_rules()
         _check_model(self)
-        data, tokenizer = self.data, self.tokenizer
-        check(
-            not (data.files and data.dataset),
-            "data.dataset",
-            data.dataset,
-            "give either data.files or data.dataset, not both (--data.dataset null)",
-        )
-        check(
-            bool(data.files) or not data.validation_files,
-            "data.validation_files",
-            data.validation_files,
-            "it goes with data.files",
-        )
+        for prefix, corpus in self.data.corpora().items():
+            _check_corpus(corpus, prefix)
+        _check_sources(self.data)
+        tokenizer = self.tokenizer
         check(
             not (tokenizer.name and tokenizer.file),
             "tokenizer.file",
@@ -122,20 +164,137 @@ class LLMConfig(RunConfig):
         return self.model.dtype
 
     def layer_classes(self) -> set[str]:
-        """Return the names of the classes of the model's layers."""
+        """Return the names of the classes of the model's layers. Raises SettingsError as `described_model` does."""
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
+        from stacey_dist.models.causal_lm import causal_config, new_model
+
+        described = described_model(self.model) or {
+            "model_type": "llama",
+            "vocab_size": 8,
+            "hidden_size": 4,
+            "intermediate_size": 4,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
         with torch.device("meta"):
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
-                )
-            )
+            model = new_model(causal_config(described))
         return {type(module).__name__ for module in model.modules()}
 
 
+def described_model(model: ModelConfig) -> dict[str, Any] | None:
+    """Return what `model.config` or `model.pretrained` holds, as in a config.json; None for a LLaMA of numbers.
+
+    Raises SettingsError if it cannot be read, or is not of a causal language model.
+    """
+    name = model.config or model.pretrained
+    if name is None:
+        return None
+    from stacey_dist.models.causal_lm import read_description
+
+    with settings_errors({"config": f"model.{'config' if model.config else 'pretrained'}"}):
+        return read_description(name)
+
+
+def _check_corpus(corpus: CorpusConfig, prefix: str) -> None:
+    check(
+        not (corpus.files and corpus.dataset),
+        f"{prefix}dataset",
+        corpus.dataset,
+        f"give either {prefix}files or {prefix}dataset, not both (null is no dataset)",
+    )
+    check(
+        bool(corpus.files) or not corpus.validation_files,
+        f"{prefix}validation_files",
+        corpus.validation_files,
+        f"it goes with {prefix}files",
+    )
+
+
+def _check_sources(data: DataConfig) -> None:
+    if not data.sources:
+        return
+    from stacey_dist.data.mixture import LARGEST_PERIOD, shares_of
+
+    for setting in fields(CorpusConfig):
+        value, default = getattr(data, setting.name), getattr(CorpusConfig(), setting.name)
+        check(value == default, f"data.{setting.name}", value, "with data.sources, each source has its own")
+    labels = [source.label for source in data.sources]
+    shares = shares_of([source.weight for source in data.sources])
+    for i, (source, label, share) in enumerate(zip(data.sources, labels, shares, strict=True)):
+        name = f"data.sources[{i}]"
+        check(bool(source.files or source.dataset), f"{name}.files", source.files, f"give it, or {name}.dataset")
+        check(
+            re.fullmatch(r"[A-Za-z0-9_-]+", label) is not None,
+            f"{name}.name",
+            repr(label),
+            "it must be of letters, digits, _ and -",
+        )
+        check(
+            label not in labels[:i],
+            f"{name}.name",
+            label,
+            f"data.sources[{labels.index(label)}] has that name, too; give each source another",
+        )
+        check(share > 0, f"{name}.weight", source.weight, f"it must be at least 1/{LARGEST_PERIOD} of all weights")
+
+
 def _check_model(config: LLMConfig) -> None:
+    model = config.model
+    other = next((name for name in ("config", "pretrained") if getattr(model, name)), None)
+    if other is None:
+        _check_numbers(config)
+    check(
+        not (model.config and model.pretrained), "model.config", model.config, "give it or model.pretrained, not both"
+    )
+    for setting in fields(model):
+        own = setting.name in ("config", "pretrained", "embeddings", "dtype")
+        value = getattr(model, setting.name)
+        check(
+            own or other is None or value == setting.default,
+            f"model.{setting.name}",
+            value,
+            f"model.{other} = {getattr(model, other or 'config')} has its own numbers; change them there",
+        )
+    named = [name for name in ("name", "file") if getattr(config.tokenizer, name)]
+    check(
+        model.embeddings is None or model.pretrained is not None,
+        "model.embeddings",
+        model.embeddings,
+        "it goes with model.pretrained",
+    )
+    check(
+        model.embeddings != "keep" or bool(named),
+        "model.embeddings",
+        "keep",
+        "it goes with tokenizer.name or tokenizer.file; the model's own tokenizer has its rows anyway",
+    )
+    for name in named:
+        check(
+            model.pretrained is None or model.embeddings is not None,
+            f"tokenizer.{name}",
+            getattr(config.tokenizer, name),
+            "say what becomes of the embeddings of model.pretrained: --model.embeddings keep, if the ids of this "
+            "tokenizer mean the same tokens as the model's own, or new",
+        )
+    name = config.optimizer.name
+    check(
+        model.dtype == "float32" or name in ("stacey", "lp_descent"),
+        "model.dtype",
+        model.dtype,
+        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
+        "use float32 with train.mixed_precision bf16, or stacey",
+    )
+    check(
+        model.dtype == "float32" or config.train.mixed_precision != "fp16",
+        "train.mixed_precision",
+        "fp16",
+        f"it needs model.dtype float32, not {model.dtype}",
+    )
+
+
+def _check_numbers(config: LLMConfig) -> None:
+    """Raise SettingsError for numbers that make no LLaMA."""
     model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size
     check(
@@ -163,18 +322,4 @@ def _check_model(config: LLMConfig) -> None:
         "model.max_position_embeddings",
         longest,
         f"it must be at least data.sequence_length = {length}",
-    )
-    name = config.optimizer.name
-    check(
-        model.dtype == "float32" or name in ("stacey", "lp_descent"),
-        "model.dtype",
-        model.dtype,
-        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
-        "use float32 with train.mixed_precision bf16, or stacey",
-    )
-    check(
-        model.dtype == "float32" or config.train.mixed_precision != "fp16",
-        "train.mixed_precision",
-        "fp16",
-        f"it needs model.dtype float32, not {model.dtype}",
     )

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,10 +10,11 @@ import torch
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training import signals
+from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.engine import Engine, Update
+from stacey_dist.training.inside import callbacks_of
 from stacey_dist.training.metrics import Metrics
 from stacey_dist.training.optimizers import depends_on_skipped, scheduled
-from stacey_dist.training.outcomes import Outcomes
 from stacey_dist.training.requests import Requests
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
@@ -25,18 +26,22 @@ _ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes
 _READ_EVERY = 1000  # updates, however seldom a line is due
 
 
-def train(run: Run[Any], task: Task, engine: Engine) -> Path:
+def train(
+    run: Run[Any], task: Task, engine: Engine, *, callbacks: Sequence[Callback] = (), until: int | None = None
+) -> Path:
     """Train the engine's model in place to `train.max_steps` updates, from the run's newest checkpoint if it has one.
 
-    All processes call it together.
+    All processes call it together. Called again, it trains on.
 
     Args:
         run: the run, as `Launcher.build` starts it.
         task: the data, the loss and the evaluation.
         engine: the model and its optimizer.
+        callbacks: what looks on, after those that write the run's metrics and plots.
+        until: the update to stop after, with a checkpoint. None: the last.
 
     Returns:
-        The checkpoint of the last update.
+        The newest checkpoint.
 
     Raises:
         SettingsError: the run's checkpoints do not fit the settings, or run_dir was renamed or removed.
@@ -45,42 +50,56 @@ def train(run: Run[Any], task: Task, engine: Engine) -> Path:
     """
     run.resolve_max_steps(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
-    trainer = _Trainer(run, task, engine, progress)
-    if progress.step >= trainer.last_step and not trainer.evaluation_is_missing():
-        run.say(f"nothing to do: {run.directory} is complete with {progress.step} updates")
+    trainer = _Trainer(run, task, engine, progress, callbacks, until)
+    if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
+        complete = "is complete with" if progress.step >= trainer.last_step else "has"
+        run.say(f"nothing to do: {run.directory} {complete} {progress.step} updates")
         return checkpoint_path(run, progress.step)
     run.write_config()
-    trainer.start_metrics()
+    trainer.tell("on_run_begin")
     with trainer.stop, trainer.saver:
         if trainer.evaluation_is_missing():
             trainer.make_up_for_the_evaluation()
-        while progress.step < trainer.last_step:
+        trainer.clock.resume()
+        while progress.step < trainer.stop_step:
             update = trainer.train_step()
             trainer.after_step(update)
+        trainer.end()
     trainer.check_result()
     run.say(engine.state_report())
-    return checkpoint_path(run, trainer.last_step)
+    return checkpoint_path(run, progress.step)
 
 
-class _Trainer:
+class _Trainer(Training):
     """One process's part of a run of training: a step, and what follows a step."""
 
-    def __init__(self, run: Run[Any], task: Task, engine: Engine, progress: Progress) -> None:
-        self.run, self.task, self.engine, self.progress = run, task, engine, progress
+    def __init__(
+        self,
+        run: Run[Any],
+        task: Task,
+        engine: Engine,
+        progress: Progress,
+        callbacks: Sequence[Callback],
+        until: int | None,
+    ) -> None:
+        super().__init__(run, task, engine, progress)
         self.config = run.config
         self.last_step = run.config.train.max_steps
+        self.stop_step = min(until or self.last_step, self.last_step)
         self.saver = Saver(run, engine, task.data_identity)
         self.stop = StopSignal()
-        self.lr = 0.0
-        self.outcomes = Outcomes(progress, run.config.train.max_skipped_steps)
+        self.metrics = Metrics(run, task.unit, task.flops_per_unit)
+        self.callbacks = [self.metrics, *callbacks_of(run.config), *callbacks]
         self.save_is_due = False
         self.stopping = False
         """A process was told to stop."""
         self.directory_gone = False
         engine.model.train()
 
-    def start_metrics(self) -> None:
-        self.metrics = Metrics(self.run, self.task.unit, self.task.flops_per_unit, self.progress)
+    def tell(self, what: str, *values: Any) -> None:
+        """Call a method of all callbacks."""
+        for callback in self.callbacks:
+            getattr(callback, what)(self, *values)
 
     def train_step(self) -> Update:
         """Make one update: forward and backward of each micro-batch, then clip and apply the gradients.
@@ -88,6 +107,7 @@ class _Trainer:
         The host does not wait for the device.
         """
         engine, progress = self.engine, self.progress
+        self.tell("on_update_begin")
         if depends_on_skipped(self.config, progress.step - progress.skipped_steps - self.outcomes.unread):
             self.outcomes.read()
         settings = scheduled(self.config, progress.step, progress.skipped_steps)
@@ -116,15 +136,16 @@ class _Trainer:
             self.outcomes.read()
             self._check_skipped()
         self.saver.report()
+        self._tell_of_checkpoints()
         self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
-        self._report()
-        self.metrics.pause_clock()
+        self.tell("on_update_end")
+        self.clock.pause()
         # Whoever asked for a stop kills soon: saving is first.
         evaluating = self._is_evaluated(progress.step) and not (self.stopping or self.directory_gone)
         improved = self.evaluate() if evaluating else False
-        ending = self.stopping or self.directory_gone or progress.step == self.last_step
+        ending = self.stopping or self.directory_gone or progress.step == self.stop_step
         if ending and not self.directory_gone and self.engine.any_process(self.run.directory_is_gone()):
             self.directory_gone = True  # during the evaluation
             self.run.recreate_directory()
@@ -133,9 +154,7 @@ class _Trainer:
             self._fail_without_directory()
         if self.stopping:
             self.leave()
-        if evaluating:
-            self.metrics.plot(always=ending)
-        self.metrics.resume_clock()
+        self.clock.resume()
 
     def evaluate(self) -> bool:
         """Evaluate the model; return whether it is the best so far. A process that was told to stop ends it early."""
@@ -149,9 +168,10 @@ class _Trainer:
         if figures is None:
             self.stopping = True
             return False
-        self.metrics.evaluation(self.progress.step, figures)
         self.progress.evaluated_step = self.progress.step
-        return self.progress.improves(self.task.score(figures))
+        improved = self.progress.improves(self.task.score(figures))
+        self.tell("on_evaluation_end", figures)
+        return improved
 
     def evaluation_is_missing(self) -> bool:
         """Return whether the last update is still to be evaluated: a run that is told to stop leaves that undone."""
@@ -165,8 +185,6 @@ class _Trainer:
             self.leave()
         if self.progress.step == self.last_step:  # the checkpoint says that it was evaluated, and which one was best
             self._save_and_wait(delete_older=True)
-            self.metrics.plot(always=True)
-        self.metrics.resume_clock()
 
     def leave(self) -> NoReturn:
         """End this process after a signal, once everything is saved."""
@@ -175,13 +193,19 @@ class _Trainer:
         self.run.say(
             f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
         )
-        self._plot_at_the_end()
+        self.end()
         self.engine.close()
         sys.exit(128 + number)
 
+    def end(self) -> None:
+        """Tell the callbacks that the run ends, and wait for those of the main process."""
+        self.tell("on_run_end")
+        # The launcher stops all processes when the first has left.
+        self.run.call_on_main(lambda: None)
+
     def check_result(self) -> None:
         """End the run with an error if rows of metrics.jsonl are lost, or the last checkpoint is not finite."""
-        run, last, rows = self.run, self.last_step, self.metrics.rows
+        run, last, rows = self.run, self.step, self.metrics.rows
         if self.engine.any_process(rows.flush() > 0):
             run.fail(
                 f"run_dir: {rows.path} could not be written to the end; the checkpoint of update {last} is complete"
@@ -200,7 +224,7 @@ class _Trainer:
         they with it.
         """
         try:
-            yield from self.metrics.timed(self.task.micro_batches(self.progress.position))
+            yield from self.clock.timed(self.task.micro_batches(self.progress.position))
         except StoppedWaitingError:
             if self.run.accelerator.num_processes > 1:
                 raise
@@ -223,8 +247,9 @@ class _Trainer:
     def _is_to_be_read(self, update: Update) -> bool:
         """Return whether anything is due for which the host has to know what came of the update: the same on all."""
         step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
-        of_others = self.metrics.is_due(step) or self._is_evaluated(step) or step % _READ_EVERY == 0
-        return self.save_is_due or ending or of_others
+        if self.save_is_due or ending or step == self.stop_step or self._is_evaluated(step) or step % _READ_EVERY == 0:
+            return True
+        return any(callback.needs_outcome(step) for callback in self.callbacks)
 
     def _check_skipped(self) -> None:
         """End the run if too many updates in a row were skipped. All processes call it together."""
@@ -234,14 +259,6 @@ class _Trainer:
                 f"{self.saver.describe_resume_point()}",
                 DivergedError,
             )
-
-    def _report(self) -> None:
-        progress, task = self.progress, self.task
-        self.metrics.count(task.units(progress.position - task.batch_size))
-        if self.metrics.is_due(progress.step) or self.metrics.is_to_be_shown():
-            self.outcomes.read()
-            epoch = progress.position / task.samples_per_epoch
-            self.metrics.step(progress, self.outcomes.last, epoch=epoch, lr=self.lr)
 
     def _save(self, update: Update, ending: bool, best: bool) -> None:
         """Save at the end, and where it is due.
@@ -259,14 +276,14 @@ class _Trainer:
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
+        self._tell_of_checkpoints()
 
-    def _plot_at_the_end(self) -> None:
-        # The others wait: the launcher stops all processes when the first has left.
-        self.run.call_on_main(lambda: self.metrics.plot(always=True))
+    def _tell_of_checkpoints(self) -> None:
+        for path in self.saver.take_complete():
+            self.tell("on_checkpoint_saved", path)
 
     def _fail_without_directory(self) -> NoReturn:
-        self.metrics.rows.flush()
-        self._plot_at_the_end()
+        self.end()
         self.run.fail(
             f"run_dir: {self.run.directory} was renamed or removed during the run. All of the training is in "
             f"{checkpoint_path(self.run, self.progress.step)}, in a new directory of that name; the same command "

@@ -1,41 +1,108 @@
 """loss.png: the curves of a run, from its metrics.jsonl."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.rows import read_rows
 
+_AT_MOST_EVERY_SECONDS = 20.0  # training waits for it, on a slow machine for a second
 
-def draw_losses(metrics: Path, unit: str) -> None:
-    """Draw the losses, and the accuracy if there is one, over the updates into loss.png beside `metrics`.
 
-    `unit` is what a loss is the mean over, as in "token". Raises OSError where the file cannot be written.
+class Plot(Callback):
+    """Draws a picture of the run after evaluations, and at the end of the run.
+
+    Args:
+        name: of the picture.
+        draw: writes it.
+    """
+
+    def __init__(self, name: str, draw: Callable[[Training], None]) -> None:
+        self.name, self.draw = name, draw
+
+    def on_run_begin(self, training: Training) -> None:
+        """Begin to wait."""
+        self._drawn = time.perf_counter()
+
+    def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
+        """Draw, unless that was a moment ago."""
+        if time.perf_counter() - self._drawn > _AT_MOST_EVERY_SECONDS:
+            self.on_run_end(training)
+
+    def on_run_end(self, training: Training) -> None:
+        """Draw."""
+        if not training.run.accelerator.is_main_process:
+            return
+        self._drawn = time.perf_counter()
+        try:
+            self.draw(training)
+        except Exception as error:  # no defect of a drawing is worth a run
+            training.run.say(f"{self.name} could not be written, training continues: {error}")
+
+
+def column(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return the updates and values of a column, where it has one."""
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return a running mean of a curve, which weighs a value less by the factor e for each 2 % of all that are later.
+
+    As in Adam it is a mean of the values so far, not one that begins at 0.
+    """
+    decay = max(0.0, 1 - 50 / max(1, len(points)))
+    total = weight = 0.0
+    found = []
+    for step, value in points:
+        total, weight = decay * total + value, decay * weight + 1
+        found.append((step, total / weight))
+    return found
+
+
+def draw_losses(metrics: Path, unit: str, units_per_update: float) -> None:
+    """Draw loss, accuracy if there is one, learning rate and gradient norm over the updates into loss.png.
+
+    Raises OSError where the file cannot be written.
+
+    Args:
+        metrics: a metrics.jsonl, beside which the picture is put.
+        unit: what a loss is the mean over, in the plural, as in "tokens".
+        units_per_update: how many of them an update has, for the axis above.
     """
     from matplotlib.figure import Figure  # the main process alone draws
 
     rows = read_rows(metrics)
-    accuracy = [(row["step"], 100 * row["eval_top1"]) for row in rows if row.get("eval_top1") is not None]
-    figure = Figure(figsize=(8, 7.5 if accuracy else 4.5), layout="constrained")
-    panels = figure.subplots(2 if accuracy else 1, sharex=True, squeeze=False)[:, 0]
-    axes = panels[0]
-    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    train, held_out = column(rows, "loss"), column(rows, "eval_loss")
+    accuracy = [(step, 100 * share) for step, share in column(rows, "eval_top1")]
+    heights = [3.0, *([2.0] if accuracy else []), 1.0, 1.0]
+    figure = Figure(figsize=(8, 1.3 + 1.25 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+    losses, (lr, norm) = panels[0], panels[-2:]
     if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training loss")
+        losses.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.8, alpha=0.35)
+        losses.plot(*zip(*smoothed(train), strict=True), color="tab:blue", linewidth=1.6, label="training, smoothed")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
-        _annotate_last(axes, held_out, "{:.3f}")
-    axes.set(ylabel=f"cross-entropy, nats per {unit}", title=metrics.parent.name)
-    if accuracy:
-        panels[1].plot(*zip(*accuracy, strict=True), color="tab:orange", marker="o")
-        _annotate_last(panels[1], accuracy, "{:.2f} %")
-        panels[1].set(ylabel="held-out top-1 accuracy, %")
-    panels[-1].set(xlabel="update")
-    for panel in panels:
-        panel.margins(y=0.1)
-        panel.grid(alpha=0.3)
+        losses.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held-out")
+        _annotate_last(losses, held_out, "{:.3f}")
     if train or held_out:
-        axes.legend()
+        losses.legend()
+    losses.set(ylabel=f"cross-entropy, nats per {unit.removesuffix('s')}", title=metrics.parent.name)
+    above = losses.secondary_xaxis("top", functions=(lambda x: x * units_per_update, lambda x: x / units_per_update))
+    above.set(xlabel=unit)
+    if accuracy:
+        panels[1].plot(*zip(*accuracy, strict=True), color="tab:orange", marker="o", markersize=4)
+        _annotate_last(panels[1], accuracy, "{:.2f} %")
+        panels[1].set(ylabel="held-out top-1\naccuracy, %")
+    for axes, name, label in ((lr, "lr", "learning\nrate"), (norm, "grad_norm", "gradient\nnorm")):
+        if points := column(rows, name):
+            axes.plot(*zip(*points, strict=True), color="tab:gray", linewidth=1)
+        axes.set(ylabel=label)
+    norm.set(yscale="log", xlabel="update")
+    for axes in panels:
+        axes.margins(y=0.1)
+        axes.grid(alpha=0.3)
     figure.savefig(metrics.with_name("loss.png"), dpi=120)
 
 

@@ -1,5 +1,6 @@
 """The outcomes of updates, which stay on the device until they are read: the host waits for it as it reads them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Outcomes:
     def __init__(self, progress: Progress, limit: int) -> None:
         self._progress, self._limit = progress, limit
         self._unread: list[Tensor] = []
-        self.last = Outcome(0.0, 0.0, 0.0)
-        """The last one that was read."""
+        self.last = Outcome(math.nan, math.nan, 0.0)
+        """The last one that was read; not a number before the first."""
         self.skipped_in_a_row = 0
         self.too_many = ""
         """Which updates were skipped in a row, for people, where they are more than the limit."""

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from stacey_dist.cores import available_cores
+from stacey_dist.data.parts import SPLITS
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import help_of
@@ -29,13 +30,16 @@ def prepare(arguments: list[str]) -> int:
         return 0
     own, others = own_options().parse_known_args(arguments)
     config = LLM.parse(others, "stacey-dist prepare")
-    from stacey_dist.training.llm import tokenize  # after the settings were checked: it takes seconds
+    from stacey_dist.training.text_data import tokenize  # after the settings were checked: it takes seconds
 
-    directory, tokenizer = tokenize(config, verify=True, workers=own.workers, shard=_shard(own.shard))
-    train, validation = (
-        TokenStream(directory, split, config.data.sequence_length).total_labels for split in ("train", "validation")
-    )
-    print(f"{directory}: {train:,} training and {validation:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
+    directories, tokenizer = tokenize(config, verify=True, workers=own.workers, shard=_shard(own.shard))
+    for directory in directories:
+        train, validation = (
+            TokenStream(directory, split, config.data.sequence_length).total_labels for split in SPLITS
+        )
+        print(
+            f"{directory}: {train:,} training and {validation:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}"
+        )
     return 0
 
 

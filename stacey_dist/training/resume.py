@@ -155,9 +155,9 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return
     allowed = run.config.checkpoint.allow_changes
-    now, saved = flatten(to_dict(run.config)), flatten(extra["config"])
     # A version that did not have a setting did what its default does.
-    saved = flatten(to_dict(type(run.config)())) | saved
+    saved = flatten(flatten(to_dict(type(run.config)())) | flatten(extra["config"]), items=True)
+    now = flatten(to_dict(run.config), items=True)
     changed = {
         name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())

@@ -71,6 +71,7 @@ class Saver:
         self._background = BackgroundSaver()
         self._since = time.monotonic()
         self._has_saved = False
+        self._complete: list[Path] = []
 
     def __enter__(self) -> "Saver":
         return self
@@ -130,6 +131,11 @@ class Saver:
             return "there is no checkpoint with finite weights and states to resume from"
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
+    def take_complete(self) -> list[Path]:
+        """Return the checkpoints that were completed since the last call; none but on the main process."""
+        complete, self._complete = self._complete, []
+        return complete
+
     def report(self) -> None:
         """Print why the last save failed, if it did and this was not printed yet."""
         if (error := self._background.failure()) is not None:
@@ -158,6 +164,7 @@ class Saver:
             if self.run.accelerator.is_main_process:
                 _warn_unless_finite(path)
                 self._retain(path, best, progress, delete_older)
+                self._complete.append(path)
 
         self._background.save(path, self.engine.model, self.engine.optimizer, extra, then)
         return path

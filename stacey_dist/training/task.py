@@ -1,9 +1,17 @@
-"""The interface of a task, which the loop trains on and a program of your own implements."""
+"""What the loop trains on: the interface of a task, and one for a data set of samples."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from stacey_dist.data.sampler import GlobalSampler
+from stacey_dist.training.ahead import Ahead
+from stacey_dist.training.run import Run
 
 
 class Task(Protocol):
@@ -11,13 +19,17 @@ class Task(Protocol):
 
     The data of an update are a function of its position, which counts the samples of all updates before it. So a run
     resumes from one number, on any number of processes.
+
+    A task whose data have parts with epochs of their own can have a method ``epochs(position)``, too. It returns the
+    passes over each part up to there, as in ``{"epoch_of.web": 0.4}``, which are reported.
     """
 
-    unit: str
+    unit: str = "samples"
     """What the data is counted in, in the plural, as in "tokens"."""
 
-    flops_per_unit: float
-    """Floating-point operations of forward and backward on one unit, for the share of the device's peak speed."""
+    flops_per_unit: float = 0.0
+    """Floating-point operations of forward and backward on one unit, for the share of the device's peak speed; 0 where
+    that is not to be reported."""
 
     data_identity: str
     """Differs where the data do: a run does not resume on other data."""
@@ -37,7 +49,7 @@ class Task(Protocol):
 
     def units(self, position: int) -> int:
         """Return how many units all processes together train on in the update at this position."""
-        ...
+        return self.batch_size
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the micro-batch's share of the update's loss, a scalar.
@@ -57,8 +69,91 @@ class Task(Protocol):
 
     def score(self, figures: dict[str, float]) -> float:
         """Return how good the figures of an evaluation are: higher is better."""
-        ...
+        return -figures["eval_loss"]
 
     def close(self) -> None:
         """End what the task has started, as processes that read data. Called after the last update."""
-        ...
+
+
+def epochs_of_parts(task: Task, position: int) -> dict[str, float]:
+    """Return the passes over each part of the data up to a position; empty for data without parts."""
+    epochs: Callable[[int], dict[str, float]] | None = getattr(task, "epochs", None)
+    return {} if epochs is None else epochs(position)
+
+
+class DatasetTask(Task):
+    """Training on a data set of samples; a subclass says what their `losses` are.
+
+    Each epoch has its own order, a function of the seed. A thread reads the next update's samples while the device
+    works on this one.
+
+    Args:
+        run: the run.
+        data: the training samples and the held-out samples, both with `len` and numbered from 0; a sample is a tensor,
+            a number, or a tuple or dictionary of them.
+        model: the model.
+    """
+
+    def __init__(self, run: Run[Any], data: tuple[Sequence[Any], Sequence[Any]], model: nn.Module) -> None:
+        self.run, (self.train_set, self.held_out_set) = run, data
+        self.batch_size = run.config.train.global_batch_size
+        self.samples_per_epoch = len(self.train_set)
+        self.data_identity = f"{len(self.train_set)} training and {len(self.held_out_set)} held-out samples"
+        self._sampler = GlobalSampler(len(self.train_set), run.config.seed)
+        self._ahead = Ahead(self._read_share, self.batch_size)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of each sample of a batch, of shape (samples,). A subclass says what it is.
+
+        Args:
+            model: the model.
+            batch: samples as `torch.utils.data.default_collate` joins them, on the model's device.
+        """
+        raise NotImplementedError
+
+    def micro_batches(self, position: int) -> Iterator[Any]:
+        """Yield this process's share of the update's samples, in order."""
+        for batch in self._ahead.take(position):
+            yield self._on_device(batch)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the micro-batch's summed losses over the number of samples in the whole update."""
+        losses = self.losses(model, batch)
+        if losses.shape != (self.run.micro_batch_size,):
+            raise ValueError(
+                f"{type(self).__name__}.losses returned a tensor of shape {tuple(losses.shape)}; it must be "
+                f"({self.run.micro_batch_size},), a loss for each sample"
+            )
+        return losses.sum() / self.batch_size
+
+    def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the mean loss of the held-out samples, each counted once."""
+        accelerator, count, size = self.run.accelerator, len(self.held_out_set), self.run.micro_batch_size
+        mine = range(accelerator.process_index, count, accelerator.num_processes)
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        # As many forward passes on every process: sharded engines gather weights in each of them.
+        for start in range(0, math.ceil(count / accelerator.num_processes), size):
+            samples = mine[start : start + size]
+            losses = self.losses(model, self._on_device(self._read(self.held_out_set, samples or [0])))
+            total += losses.sum() if samples else 0.0
+            if stopping():
+                return None
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        return {"eval_loss": float(total) / count}
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._ahead.close()
+
+    def _read_share(self, position: int) -> list[Any]:
+        """Return the micro-batches of this process in the update at `position`, in host memory."""
+        share, size = self.run.process_batch_size, self.run.micro_batch_size
+        mine = self._sampler.samples(position + self.run.accelerator.process_index * share, share).tolist()
+        return [self._read(self.train_set, mine[start : start + size]) for start in range(0, share, size)]
+
+    def _read(self, samples: Sequence[Any], numbers: Iterable[int]) -> Any:
+        return default_collate([samples[number] for number in numbers])
+
+    def _on_device(self, batch: Any) -> Any:
+        return send_to_device(batch, self.run.accelerator.device, non_blocking=True)

@@ -31,6 +31,12 @@ def start_trackers(run: Run[Any]) -> None:
         run.tracker_ids = {"wandb": accelerator.get_tracker("wandb", unwrap=True).id}
 
 
+def log(run: Run[Any], row: dict[str, Any]) -> None:
+    """Log a row to the trackers, if there are any. All processes call it together."""
+    if run.accelerator.trackers:
+        run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
 def _logged_in_to_wandb() -> bool:
     import wandb
 

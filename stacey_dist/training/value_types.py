@@ -57,7 +57,7 @@ def check_values(section: Any, prefix: str = "") -> None:
     """Raise SettingsError for a value that its setting cannot have, whatever the other settings are.
 
     Args:
-        section: a dataclass whose fields are settings, or sections of settings.
+        section: a dataclass whose fields are settings, sections of settings, or lists of sections.
         prefix: what the names of its settings begin with.
     """
     kinds = get_type_hints(type(section), include_extras=True)
@@ -65,6 +65,9 @@ def check_values(section: Any, prefix: str = "") -> None:
         name, value = f"{prefix}{setting.name}", getattr(section, setting.name)
         if dataclasses.is_dataclass(value):
             check_values(value, f"{name}.")
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            for i, item in enumerate(value):
+                check_values(item, f"{name}[{i}].")
         elif wrong := _wrong(kinds[setting.name], value):
             shown = list(value) if isinstance(value, tuple) else value
             check(False, name, shown if str(shown).isprintable() else repr(shown), wrong)

@@ -421,7 +421,8 @@ def test_extra_memory_of_a_step_does_not_grow_with_the_parameter(variant, fused)
         optimizer.step()  # makes the state
         return peak_memory(optimizer.step)
 
-    small, large = peak(2 << 19), peak(16 << 19)
+    # The profiler of torch 2.6 takes 40 kB for each operation: more chunks would take gigabytes.
+    small, large = peak(1 << 18), peak(3 << 18)
     assert fused or small > 0
     assert large <= small * 1.01
 

@@ -38,8 +38,8 @@ def test_the_warm_up_fits_the_run_unless_it_is_given():
     assert LLM.parse(["--train.max_steps", "5"]).schedule.warmup_steps is None
 
 
-def make_config(name="cosine", steps=200, **schedule):
-    optimizer = OptimizerConfig(lr=0.0012)
+def make_config(name="cosine", steps=200, optimizer="stacey", **schedule):
+    optimizer = OptimizerConfig(optimizer, lr=0.0012)
     return LLMConfig(
         optimizer=optimizer,
         schedule=ScheduleConfig(name, warmup_steps=20, **schedule),
@@ -79,6 +79,7 @@ def longer(config, directory):
         ("wsd", {}),  # without a checkpoint from before the decay
         ("cosine", {"final_p": math.inf}),
         ("cosine", {"final_p": 3.0, "tau": "lr"}),
+        ("linear", {"optimizer": "muon"}),
     ],
 )
 def test_the_command_that_is_printed_continues_with_the_last_settings(name, schedule, tmp_path):

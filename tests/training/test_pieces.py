@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import devices, signals
@@ -52,6 +53,10 @@ class FakeStream:
         return np.full(4, i), labels
 
 
+def corpus():
+    return SimpleNamespace(name="", share=1, train=FakeStream(), validation=FakeStream())
+
+
 def make_task(processes, index, micro=2, batch=8):
     config = LLMConfig()
     config.train.global_batch_size = batch
@@ -63,8 +68,8 @@ def make_task(processes, index, micro=2, batch=8):
         accelerator=SimpleNamespace(process_index=index, num_processes=processes, device=torch.device("cpu")),
     )
     task = LanguageModeling.__new__(LanguageModeling)
-    task.run, task.data, task.batch_size = run, SimpleNamespace(train=FakeStream(), verification=None), batch
-    task.sampler, task._transfer = GlobalSampler(37, seed=3), Transfer(torch.device("cpu"))
+    task.run, task.batch_size, task.data = run, batch, SimpleNamespace(corpora=[corpus()], verification=None)
+    task.sampler, task._transfer = MixedSampler([37], [1], seed=3), Transfer(torch.device("cpu"))
     task._ahead = Ahead(task._share, batch)
     return task
 
@@ -79,7 +84,7 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
             for batch in make_task(processes, index).micro_batches(position)
             for row in batch.inputs
         ]
-        assert share == make_task(1, 0).sampler.samples(position, 8).tolist()
+        assert share == GlobalSampler(37, seed=3).samples(position, 8).tolist()
         seen += share
     for epoch in range(3):
         assert sorted(seen[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
@@ -87,16 +92,14 @@ def test_every_epoch_is_a_permutation_for_any_number_of_processes(processes):
 
 
 def test_losses_of_an_update_are_divided_by_all_its_labels():
-    task = make_task(2, 1)
-    position = next(
-        8 * s for s in range(20) if 36 in task.sampler.samples(8 * s, 8)
-    )  # the update with the partial window
+    task, samples = make_task(2, 1), GlobalSampler(37, seed=3).samples
+    position = next(8 * s for s in range(20) if 36 in samples(8 * s, 8))  # the update with the partial window
     assert task.units(position) == 7 * 4 + 1
     assert all(batch.update_labels == 29 for batch in task.micro_batches(position))
     for other in range(0, 400, 8):  # an update of 2 epochs, and of 11, in which it comes as often
-        assert task.units(other) == sum(task.data.train.label_count(i) for i in task.sampler.samples(other, 8))
+        assert task.units(other) == sum(FakeStream().label_count(i) for i in samples(other, 8))
     long = make_task(1, 0, batch=400)
-    assert long.units(400) == sum(long.data.train.label_count(i) for i in long.sampler.samples(400, 400))
+    assert long.units(400) == sum(FakeStream().label_count(i) for i in samples(400, 400))
     counted = sum(int((b.labels != -100).sum()) for i in range(2) for b in make_task(2, i).micro_batches(position))
     assert counted == 29
 
@@ -255,9 +258,7 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(
-        run, SimpleNamespace(train=FakeStream(), validation=FakeStream(), verification=None, identity="windows"), model
-    )
+    task = LanguageModeling(run, SimpleNamespace(corpora=[corpus()], verification=None, identity="windows"), model)
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from stacey_dist.cli import main
 from stacey_dist.data import encoding
-from stacey_dist.training import llm
+from stacey_dist.training import text_data
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
 from tests.data.helpers import tree
@@ -22,24 +22,24 @@ def test_a_run_finds_what_was_prepared(tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path)
     assert main(["prepare", "--config", str(config)]) == 0
     directory, *_ = capsys.readouterr().out.splitlines()[-1].partition(": ")
-    monkeypatch.setattr(llm, "train_sentencepiece", None)  # nothing is made again
+    monkeypatch.setattr(text_data, "train_sentencepiece", None)  # nothing is made again
     monkeypatch.setattr(sys.modules["stacey_dist.data.cache"], "Preparation", None)
-    found, _ = llm.tokenize(parse(LLMConfig, ["--config", str(config)]))
+    (found,), _ = text_data.tokenize(parse(LLMConfig, ["--config", str(config)]))
     assert str(found) == directory
 
 
 def test_runs_that_start_together_train_one_tokenizer(tmp_path, monkeypatch):
     config = parse(LLMConfig, ["--config", str(write_config(tmp_path))])
-    train, trained = llm.train_sentencepiece, []
+    train, trained = text_data.train_sentencepiece, []
 
     def slowly(*arguments):
         trained.append(arguments)
         time.sleep(0.3)
         return train(*arguments)
 
-    monkeypatch.setattr(llm, "train_sentencepiece", slowly)
+    monkeypatch.setattr(text_data, "train_sentencepiece", slowly)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(llm.tokenize, [config] * 3))
+        found = list(pool.map(text_data.tokenize, [config] * 3))
     assert len(trained) == 1
     assert len({tokenizer.fingerprint for _, tokenizer in found}) == 1
 

@@ -13,7 +13,7 @@ from stacey_dist import Stacey
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.llm_config import LLMConfig, SourceConfig
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
@@ -191,6 +191,21 @@ def test_other_changes_are_said(directory, capsys):
     out = capsys.readouterr().out
     assert "changed since the checkpoint: optimizer.lr: 0.0012 there, 1.0 now" in out
     assert "keep_last" not in out
+
+
+def test_changes_of_a_mixture_are_named(tmp_path, capsys):
+    sources = [SourceConfig(files=["a.txt"], weight=3.0), SourceConfig(files=["b.txt"])]
+    directory = Directory(tmp_path / "run", data__sources=sources)
+    directory.start(data__sources=sources)
+    assert "data.sources" not in capsys.readouterr().out
+    others = [SourceConfig(files=["a.txt"], weight=2.0), SourceConfig(files=["b.txt"])]
+    with pytest.raises(SettingsError, match="is of another run") as refused:
+        directory.start("other data", data__sources=others)
+    lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
+    assert lines[0].startswith("data: the training or held-out data are not those")
+    assert lines[1:] == ["data.sources[0].weight: 3.0 there, 2.0 now"]
+    directory.start("other data", data__sources=others, checkpoint__allow_changes=["data"])
+    assert f"changed since the checkpoint: {lines[1]}" in capsys.readouterr().out
 
 
 def test_never_refuses_a_directory_that_has_one(directory):

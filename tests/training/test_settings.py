@@ -100,7 +100,9 @@ def test_a_file_takes_a_text_where_an_option_does(tmp_path):
 
 
 def test_the_resolved_config_comes_back_the_same(tmp_path):
-    config = parse(LLMConfig, ["--optimizer.p", "inf", "--data.files", "x.txt", "--optimizer.betas", "0.8,0.9"])
+    sources = "[{files: [x.txt], weight: 0.1}, {dataset: a/b-c, name: d}]"
+    config = parse(LLMConfig, ["--optimizer.p", "inf", "--data.sources", sources, "--optimizer.betas", "0.8,0.9"])
+    assert [(source.label, source.weight) for source in config.data.sources] == [("x", 0.1), ("d", 1.0)]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert parse(LLMConfig, ["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -146,6 +148,10 @@ MISTYPED = [
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
     (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
+    (["--data.sources", "[{weight: x}]"], "error: data.sources[0].weight: x is not allowed; it must be a number"),
+    (["--data.sources", "[{}, {wieght: 1}]"], "data.sources[1]: unknown setting wieght; did you mean weight?"),
+    (["--data.sources", "[{files: a.txt}]"], "data.sources[0].files: a.txt is not allowed; it must be a list"),
+    (["--data.sources", "a.txt"], "data.sources[0]: a.txt is not allowed; it must be settings: files, validation"),
 ]
 
 
@@ -175,6 +181,8 @@ FILES = [
     ),
     ("model: {depth: 18}", "unknown setting model.depth; it is one of train_imagenet.py"),
     ("", "must hold settings"),
+    ("data: {sources: 3}", "data.sources: 3 is not allowed; it must be a list, each settings: files, "),
+    ("data: {sources: [{weight: null}]}", "data.sources[0].weight: null is not allowed; it must be a number"),
 ]
 
 
@@ -230,6 +238,14 @@ OUT_OF_RANGE = [
     ("--data.sequence_length 0", "data.sequence_length: 0"),
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
     ("--data.validation_files a.txt", "data.validation_files"),
+    ("--data.sources [{files:[a.txt]}] --data.files=b", "data.files: ['b'] is not allowed; with data.sources, each"),
+    ("--data.sources [{files:[a.txt]},{weight:2}]", "data.sources[1].files: [] is not allowed; give it, or data.sour"),
+    ("--data.sources [{files:[a.txt],weight:0}]", "data.sources[0].weight: 0.0 is not allowed; it must be finite and"),
+    ("--data.sources [{files:[a]},{files:[b],weight:1e-7}]", "data.sources[1].weight: 1e-07 is not allowed; it must"),
+    ("--data.sources [{files:[x/a.txt]},{files:[a.gz]}]", "data.sources[1].name: a is not allowed; data.sources[0] h"),
+    ("--data.sources [{files:[a],name:é}]", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits"),
+    ("--data.sources [{dataset:c4,validation_files:[b]}]", "data.sources[0].validation_files: ['b'] is not allowed"),
+    ("--data.sources [{files:[a.txt],max_tokens:0}]", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),

@@ -1,0 +1,216 @@
+"""Causal language models of `transformers`: read what others have published, and see what follows from the modules."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stacey_dist.errors import InputError
+from stacey_dist.files import check_regular, read_json
+from stacey_dist.models.untrusted_config import first_line, without_code, without_network
+
+CAUSAL = "causal_sdpa"
+"""transformers' "sdpa" without its mask, which `stacey_dist.training.llm_model` registers."""
+
+_INDEX = "model.safetensors.index.json"
+# What a model's directory on the hub has that is read here: no pickle, and no code.
+_FILES = ("config.json", "*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+# Settings that have a token attend to others than all those before it. `max_window_layers` is no such length.
+_OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|alibi|bidirectional")
+_SOFT_CAP = re.compile(r"attn.*softcap")
+
+
+def model_directory(name: str) -> Path:
+    """Return the directory of a published model: a local one, or that of the hub's model of this name, downloaded.
+
+    Raises InputError about `pretrained`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub's client has many kinds
+        raise InputError(
+            f"pretrained: {name} is neither a directory nor a model of the hub: {first_line(error)}"
+        ) from error
+
+
+def read_description(name: str) -> dict[str, Any]:
+    """Return the configuration of a model, as in transformers' `config.json`, without names of code.
+
+    Args:
+        name: the file, a directory that has it, or a name on the Hugging Face hub.
+
+    Raises:
+        InputError: about `config`: it cannot be had, or is not a configuration.
+    """
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not path.exists() and not name.endswith(".json"):
+        import huggingface_hub
+
+        try:
+            path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        except Exception as error:  # the hub's client has many kinds
+            raise InputError(
+                f"config: {name} is neither a file, a directory nor a model of the hub: {first_line(error)}"
+            ) from error
+    try:
+        described = without_code(read_json(path))
+        causal_config(described)
+    except (OSError, ValueError) as error:
+        raise InputError(f"config: {path}: {first_line(error)}") from error
+    return dict(described)
+
+
+def causal_config(described: Any) -> Any:
+    """Return the `transformers` configuration of a decoder of text.
+
+    Raises ValueError, in one line, if it describes anything else.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if not isinstance(described, dict):
+        raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
+    kind = described.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type {kind!a} is not one of transformers {transformers.__version__}, and code that comes with a "
+            "model is not run"
+        )
+    try:
+        with without_network():
+            config = transformers.CONFIG_MAPPING[kind].from_dict(without_code(described))
+    except Exception as error:  # of many kinds, as configurations can hold anything
+        raise ValueError(first_line(error)) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_type {kind} is an encoder-decoder; it must be a decoder alone")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model_type {kind} is not a causal language model")
+    if config.get_text_config() is not config:
+        raise ValueError(f"model_type {kind} takes more than text; give the configuration that is its text_config")
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    return config
+
+
+def new_model(config: Any, attention: str | None = None) -> Any:
+    """Return the causal language model of a configuration, with initial weights.
+
+    Args:
+        config: as `causal_config` returns it.
+        attention: transformers' name of an implementation; None leaves the choice to transformers.
+
+    Raises:
+        ValueError: the configuration does not fit together. The message is one line.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config._attn_implementation = attention
+    try:
+        with without_network():
+            # The class itself: `from_config` would partition the model among the processes of a ZeRO-3 run.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, ZeroDivisionError) as error:
+        raise ValueError(first_line(error)) from error
+
+
+def attention_of(config: Any, length: int) -> str | None:
+    """Return the attention with which a model is right on sequences of `length` tokens, and fastest.
+
+    `CAUSAL` where a token attends to all before it and to nothing else, which needs no mask; else None, transformers'
+    own choice with its masks; or "eager", where scores are capped, which torch's function cannot do.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    active = {name: value for name, value in config.to_dict().items() if value}
+    if any(_SOFT_CAP.search(name) for name in active):
+        return "eager"
+    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
+    plain = all(type(value) is int and value >= length for value in limits)
+    return CAUSAL if plain and made._supports_sdpa and made._supports_attention_backend else None
+
+
+def longest_sequence(config: Any) -> int | None:
+    """Return the tokens of the longest sequence that a model is declared for; None if it says none."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return a model's files of weights.
+
+    Raises InputError, about `pretrained`, unless they are safetensors in this directory.
+    """
+    try:
+        if (directory / _INDEX).exists():
+            named = read_json(directory / _INDEX)["weight_map"].values()
+            found = sorted({directory / Path(name).name for name in named})
+        else:
+            found = [directory / "model.safetensors"]
+        for file in found:
+            check_regular(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"pretrained: {directory} has no safetensors, and other formats of weights are not read: "
+            f"{first_line(error)}"
+        ) from error
+    return found
+
+
+def experts(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters in which a mixture of experts has one expert's weights after the other."""
+    for module in model.modules():
+        count = getattr(module, "num_experts", None)
+        own = [p for p in module.parameters(recurse=False) if p.shape[:1] == (count,)]
+        if any(p.dim() == 3 for p in own):  # a router has a row for each expert
+            yield from own
+
+
+def active_share(config: Any, model: nn.Module) -> float:
+    """Return which share of its experts a token passes through; 1 in a model without any, or that does not say."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    counts = [p.shape[0] for p in experts(model)]
+    return min(1.0, chosen / max(counts)) if counts and isinstance(chosen, int) else 1.0
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return the number of parameters, and of those that a token passes through: fewer in a mixture of experts."""
+    total = sum(p.numel() for p in model.parameters())
+    of_experts = sum(p.numel() for p in experts(model))
+    return total, total - round(of_experts * (1 - active_share(model.config, model)))
+
+
+def multiplied_parameters(model: Any) -> int:
+    """Return the number of parameters that a token is multiplied with: without embeddings that are only looked up."""
+    _, active = count_parameters(model)
+    output = model.get_output_embeddings()
+    tied = None if output is None else output.weight
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied}
+    return active - sum(table.numel() for table in tables)
+
+
+def attended(config: Any, context: int) -> int:
+    """Return the sum over layers of the heads' width times the tokens that one attends to, in `context` tokens."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0  # as in a state-space model
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if hasattr(config, "qk_nope_head_dim"):  # latent attention: keys and values have widths of their own
+        size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
+    seen = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+        "linear_attention": 0,
+        "full_attention": context,
+    }
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        kinds = ["sliding_attention"] * config.num_hidden_layers
+    spans = [seen.get(kind, context) for kind in kinds]
+    return heads * size * sum(context if span is None else min(span, context) for span in spans)

@@ -1,0 +1,25 @@
+"""The callbacks with which the settings have a run looked at."""
+
+from stacey_dist.training.callbacks import Callback, Training
+from stacey_dist.training.config import RunConfig
+from stacey_dist.training.loss_plot import Plot, draw_losses
+from stacey_dist.training.norms import Norms, draw_norms
+from stacey_dist.training.profiler import Profiler
+
+
+def callbacks_of(config: RunConfig) -> list[Callback]:
+    """Return what draws, measures and profiles a run of these settings."""
+    found: list[Callback] = [Plot("loss.png", _losses)]
+    if config.tracking.histogram_every is not None:
+        found += [Norms(config.tracking.histogram_every), Plot("norms.png", _norms)]
+    if config.train.profile is not None:
+        found.append(Profiler(*config.train.profile))
+    return found
+
+
+def _losses(training: Training) -> None:
+    draw_losses(training.run.directory / "metrics.jsonl", training.task.unit, training.task.units(0))
+
+
+def _norms(training: Training) -> None:
+    draw_norms(training.run.directory / "norms.jsonl")

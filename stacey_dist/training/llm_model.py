@@ -1,0 +1,236 @@
+"""The model of `train_llm.py`: a LLaMA of numbers, any causal language model of `transformers`, or one with weights."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece
+from stacey_dist.errors import InputError, SettingsError, settings_errors
+from stacey_dist.models.causal_lm import (
+    CAUSAL,
+    attention_of,
+    causal_config,
+    count_parameters,
+    longest_sequence,
+    model_directory,
+    new_model,
+    weight_files,
+)
+from stacey_dist.models.untrusted_config import first_line
+from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
+from stacey_dist.training.launch import loads_weights_from_rank0
+from stacey_dist.training.llm_config import LLMConfig, described_model
+from stacey_dist.training.run import Run
+
+if TYPE_CHECKING:
+    from stacey_dist.training.text_data import TextData
+
+# To find that windows need no mask, transformers' own waits for the device in each forward pass.
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+_SETTINGS = {"pretrained": "model.pretrained", "name_or_directory": "model.pretrained", "path": "model.pretrained"}
+
+
+def check_model(config: LLMConfig) -> None:
+    """Raise SettingsError if the configured architecture cannot be had, or takes no sequences of the data's length."""
+    if (described := described_model(config.model)) is None:
+        return
+    longest, length = longest_sequence(causal_config(described)), config.data.sequence_length
+    if longest is not None and length > longest:
+        name = config.model.config or config.model.pretrained
+        raise SettingsError(
+            f"data.sequence_length: {length} is not allowed; {name} has max_position_embeddings = {longest}"
+        )
+    if config.model.pretrained:
+        with settings_errors(_SETTINGS):
+            weight_files(model_directory(config.model.pretrained))
+
+
+def check_vocabulary(config: LLMConfig, tokenizer: Tokenizer) -> None:
+    """Raise SettingsError if the configured architecture has fewer tokens than the tokenizer.
+
+    Of given weights, the embeddings are made as large as the tokenizer asks for.
+    """
+    if config.model.config is None or (described := described_model(config.model)) is None:
+        return
+    rows = causal_config(described).vocab_size
+    if rows < tokenizer.vocab_size:
+        raise SettingsError(
+            f"model.config: {config.model.config} has a vocabulary of {rows} tokens, and the tokenizer one of "
+            f"{tokenizer.vocab_size}; make its vocab_size at least that, or take another tokenizer"
+        )
+
+
+def own_tokenizer(config: LLMConfig) -> Tokenizer | None:
+    """Return the tokenizer of the weights to continue from; None if another one is configured.
+
+    Raises SettingsError if there is none beside the weights.
+    """
+    model, tokenizer = config.model, config.tokenizer
+    if model.pretrained is None or model.embeddings is not None or tokenizer.name or tokenizer.file:
+        return None
+    with settings_errors(_SETTINGS):
+        directory = model_directory(model.pretrained)
+        if (directory / "sentencepiece.model").exists():  # of an export whose tokenizer transformers does not have
+            return load_sentencepiece(directory / "sentencepiece.model")
+        return load_pretrained(str(directory))
+
+
+def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
+    """Build the configured model, see `make_model`, or load its weights.
+
+    Raises SettingsError if a configuration does not fit together, or weights do not fit it.
+    """
+    settings, train = run.config.model, run.config.train
+    if settings.config or settings.pretrained:
+        described = run.call_on_main(lambda: described_model(settings)) or {}
+    else:
+        described = _llama(run.config, data)
+    described = dict(described, dtype=None, torch_dtype=None)  # of the weights in a file: here a setting says it
+    if settings.pretrained is None:
+        described |= _special_tokens(data)
+    attention = attention_of(causal_config(described), run.config.data.sequence_length)
+    try:
+        if settings.pretrained is not None:
+            model = _pretrained(run, data, described, attention)
+        else:
+            model = make_model(run, lambda: new_model(causal_config(described), attention))
+    except ValueError as error:
+        if isinstance(error, SettingsError) or not (settings.config or settings.pretrained):
+            raise
+        setting = "config" if settings.config else "pretrained"
+        raise SettingsError(f"model.{setting}: {getattr(settings, setting)}: {error}") from error
+    model = model.to(getattr(torch, settings.dtype))
+    model.tie_weights()  # a model that is built without memory is not tied yet
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if train.compile:
+        model.compile()
+    run.say(f"model: {describe(model, run.config)}; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
+    return model
+
+
+def describe(model: Any, config: LLMConfig) -> str:
+    """Return a model's architecture and numbers of parameters, for people."""
+    total, active = count_parameters(model)
+    of_numbers = config.model.config is None and config.model.pretrained is None
+    name = "LLaMA" if of_numbers else type(model).__name__
+    also = f" ({active:,} active)" if active < total else ""
+    begun = f", weights of {config.model.pretrained}" if config.model.pretrained else ""
+    return f"{name} with {total:,} parameters{also}{begun}"
+
+
+def _llama(config: LLMConfig, data: "TextData") -> dict[str, Any]:
+    """Return the LLaMA of the configured numbers, as in a `config.json`."""
+    model = config.model
+    return {
+        "model_type": "llama",
+        "vocab_size": data.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings or config.data.sequence_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
+def _special_tokens(data: "TextData") -> dict[str, Any]:
+    """Return the special tokens of a model that learns another tokenizer than that of its configuration."""
+    return {"bos_token_id": data.end_token_id, "eos_token_id": data.end_token_id, "pad_token_id": None}
+
+
+def _pretrained(run: Run[LLMConfig], data: "TextData", described: dict[str, Any], attention: str | None) -> Any:
+    """Return the model with the weights of `model.pretrained`, and the embeddings that its tokenizer asks for.
+
+    The first process alone has them, if the engine sends the others their shares.
+    """
+    settings, seed = run.config.model, run.config.seed
+    assert settings.pretrained is not None
+    rows = causal_config(described).vocab_size
+    first_new = 0 if settings.embeddings == "new" else rows
+    resized = dict(described)
+    if settings.embeddings == "new" or data.vocab_size > rows:
+        resized["vocab_size"] = data.vocab_size
+    if settings.embeddings is not None:
+        resized |= _special_tokens(data)
+
+    def build() -> Any:
+        return new_model(causal_config(resized), attention)
+
+    with torch.device("meta"):
+        shell = build()
+    if loads_weights_from_rank0(run.accelerator, shell) and not run.accelerator.is_main_process:
+        with no_init_weights():
+            return build()
+    with _as_one_process(), settings_errors(_SETTINGS):
+        model = _load(settings.pretrained, causal_config(described), attention)
+        if first_new < resized["vocab_size"]:
+            torch.manual_seed(seed)
+            _renew_rows(model, first_new, resized["vocab_size"], initial_weights(seed, build))
+            run.say(f"embeddings: {resized['vocab_size'] - first_new:,} rows are new, of {resized['vocab_size']:,}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(shell.config, name))
+    return model
+
+
+def _load(name: str, config: Any, attention: str | None) -> Any:
+    """Return the model of a configuration with the weights that were published under a name.
+
+    Raises InputError, about `pretrained`, if there are no weights for some of its parameters.
+    """
+    directory = model_directory(name)
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in weight_files(directory):
+            weights |= load_file(file)  # mapped: they are read as they are copied
+        config._attn_implementation = attention
+        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"pretrained: {directory}: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"pretrained: {directory} has no weights for {missing[0]}, and {len(missing) - 1} others")
+    return model
+
+
+def _renew_rows(model: Any, first: int, size: int, initial: InitialWeights | None) -> None:
+    """Give the embeddings `size` rows; those from `first` on are as in a model that begins from nothing."""
+    model.resize_token_embeddings(size, mean_resizing=False)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    renewed = {id(p) for module in embeddings if module is not None for p in module.parameters()}
+    for name, param in model.named_parameters():
+        if initial is not None and id(param) in renewed:
+            start = first * param[0].numel()
+            with torch.no_grad():
+                param.view(-1)[start:] = initial.values(name, start, param.numel())
+
+
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    """Have transformers load weights into a whole model: it would have its own way under ZeRO-3 and FSDP."""
+    from transformers.integrations import deepspeed
+
+    asked, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.get("ACCELERATE_USE_FSDP")
+    deepspeed.unset_hf_deepspeed_config()
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = asked
+        del os.environ["ACCELERATE_USE_FSDP"]
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp

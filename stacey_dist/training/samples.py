@@ -1,0 +1,77 @@
+"""What a language model writes: how it continues a held-out text."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stacey_dist.training.callbacks import Callback, Training
+from stacey_dist.training.engine import Engine
+from stacey_dist.training.run import Run
+from stacey_dist.training.trackers import log
+
+if TYPE_CHECKING:
+    from stacey_dist.training.text_data import TextData
+
+
+class Samples(Callback):
+    """Prints a text that the model continues after each evaluation, and logs it to the trackers.
+
+    Args:
+        data: the run's data.
+        tokens: how many it adds.
+    """
+
+    def __init__(self, data: "TextData", tokens: int) -> None:
+        self.data, self.tokens = data, tokens
+
+    def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
+        """Continue the same beginning with the same random numbers as after other updates."""
+        run = training.run
+        text = sample(run, training.engine, self.data, self.tokens)
+        training.engine.model.train()
+        line = "".join(character if character.isprintable() else " " for character in text)
+        run.say(f"step {training.step}/{run.config.train.max_steps}  sample: {line}")
+        log(run, {"step": training.step, "sample": text})
+
+
+def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
+    """Return how the model continues a quarter of a held-out window; empty except on the main process.
+
+    All processes call it together: sharded weights are gathered by all. The random numbers are the same each time, and
+    those of training stay as they are.
+
+    Args:
+        run: the run.
+        engine: its model, which is left in evaluation mode.
+        data: its data.
+        tokens: the tokens of the continuation, at most.
+    """
+    device = run.accelerator.device
+    prompt_length = max(1, run.config.data.sequence_length // 4)
+    inputs, _ = data.corpora[0].validation.window(0)
+    prompt = torch.from_numpy(inputs[:prompt_length])[None].to(device)
+    model: Any = engine.module
+    model.eval()
+    # Generation has other shapes with each token, for each of which it would be compiled again.
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(run.config.seed)
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=min(tokens, max(1, run.config.data.sequence_length - prompt_length)),
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+                pad_token_id=data.end_token_id,
+                use_cache=True,
+                synced_gpus=run.accelerator.num_processes > 1,
+            )[0]
+    finally:
+        model._compiled_call_impl = compiled
+    output = output[output < data.vocab_size].tolist()  # a model may have more rows than there are tokens
+    if data.tokenizer is None:
+        return ""
+    beginning, continuation = output[:prompt_length], output[prompt_length:]
+    return f"{data.tokenizer.decode(beginning)} ⟶ {data.tokenizer.decode(continuation)}"

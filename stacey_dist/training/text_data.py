@@ -1,0 +1,216 @@
+"""The text of a run of `train_llm.py`: its sources, their tokens and the tokenizer."""
+
+import hashlib
+import itertools
+import json
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stacey_dist.data.cache import prepare, skipped_records
+from stacey_dist.data.lock import locked_directory
+from stacey_dist.data.mixture import shares_of
+from stacey_dist.data.parts import SPLITS
+from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
+from stacey_dist.data.tokenizer import (
+    TRAINING_TEXT,
+    Tokenizer,
+    first_characters,
+    load_pretrained,
+    load_sentencepiece,
+    train_sentencepiece,
+)
+from stacey_dist.data.tokens import TokenStream
+from stacey_dist.data.verify import Verification
+from stacey_dist.errors import SettingsError, settings_errors
+from stacey_dist.training.llm_config import CorpusConfig, LLMConfig
+from stacey_dist.training.llm_model import check_model, check_vocabulary, own_tokenizer
+from stacey_dist.training.run import Run
+
+# The settings that give the arguments of data functions, of a source and of all.
+_OF_A_SOURCE = {
+    "files": "files",
+    "validation_files": "validation_files",
+    "dataset": "dataset",
+    "validation_split": "dataset_validation_split",
+    "on_bad_record": "on_bad_record",
+    "max_tokens": "max_tokens",
+    "validation_every": "validation_every",
+}
+_SETTINGS = {
+    "cache_dir": "data.cache_dir",
+    "vocab_size": "tokenizer.vocab_size",
+    "path": "tokenizer.file",
+    "name_or_directory": "tokenizer.name",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of a source."""
+
+    name: str
+    """Of a source of a mixture; empty where there is one source."""
+    share: int
+    """So many of a number of training windows are of this source; the number is the sum over the sources."""
+    train: TokenStream
+    validation: TokenStream
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A run's tokenized data, the same on every process, and on the main process its tokenizer."""
+
+    corpora: list[Corpus]
+    """The sources, at least one."""
+    identity: str
+    """Differs where the tokens, the tokenizer or the mixture differ, wherever the files lie."""
+    tokenizer: Tokenizer | None
+    verification: Verification | None = None
+    """On one process of each host: it compares the tokens with what was written, beside training."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self.corpora[0].train.vocab_size
+
+    @property
+    def end_token_id(self) -> int:
+        """The id that ends a document."""
+        return self.corpora[0].train.end_token_id
+
+
+def prepare_data(run: Run[LLMConfig]) -> TextData:
+    """Tokenize the configured text, or find it in the cache, and open it.
+
+    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
+    """
+    data = run.config.data
+    tokenizers: list[Tokenizer] = []
+
+    def work() -> tuple[list[Corpus], str]:
+        directories, tokenizer = tokenize(run.config)
+        tokenizers.append(tokenizer)
+        names, shares = [source.label for source in data.sources], shares_of([each.weight for each in data.sources])
+        corpora = [
+            Corpus(name, share, *(TokenStream(directory, split, data.sequence_length) for split in SPLITS))
+            for name, share, directory in zip(names or [""], shares or [1], directories, strict=True)
+        ]
+        for directory, corpus in zip(directories, corpora, strict=True):
+            if corpus.train.vocab_size != tokenizer.vocab_size:
+                raise SettingsError(
+                    f"{directory} has tokens of a vocabulary of {corpus.train.vocab_size}, and the tokenizer one of "
+                    f"{tokenizer.vocab_size}; delete the directory"
+                )
+        return corpora, _identity(corpora)
+
+    # The other processes get what they need, and open no file before they read from it.
+    corpora, identity = run.call_on_main(work)
+    verification = None
+    if run.accelerator.is_local_main_process:
+        verification = Verification(*dict.fromkeys(corpus.train.directory for corpus in corpora))
+    text = TextData(corpora, identity, tokenizers[0] if tokenizers else None, verification)
+    run.say(_described(text))
+    return text
+
+
+def tokenize(
+    config: LLMConfig, *, verify: bool = False, workers: int = 1, shard: tuple[int, int] = (0, 1)
+) -> tuple[list[Path], Tokenizer]:
+    """Return the directory of each source's tokens, prepared if it is not there yet, and their tokenizer.
+
+    With `verify`, all tokens that are there are read, and damaged parts prepared again. `workers` and `shard` are those
+    of `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
+    """
+    cache = Path(config.data.cache_dir or Path(config.run_dir) / "data")
+    check_model(config)
+    corpora = config.data.corpora()
+    sources = []
+    for prefix, corpus in corpora.items():
+        with _settings_errors(prefix):
+            sources.append(_source(corpus))
+    with settings_errors(_SETTINGS):
+        tokenizer = own_tokenizer(config) or _tokenizer(config, sources, cache)
+        check_vocabulary(config, tokenizer)
+    directories = []
+    for (prefix, corpus), source in zip(corpora.items(), sources, strict=True):
+        with _settings_errors(prefix):
+            directory = prepare(
+                source,
+                tokenizer,
+                cache,
+                max_tokens=corpus.max_tokens,
+                validation_every=corpus.validation_every,
+                verify=verify,
+                workers=workers,
+                shard=shard,
+            )
+        if skipped := skipped_records(directory):
+            print(f"{prefix}on_bad_record skip: {skipped}", file=sys.stderr, flush=True)
+        directories.append(directory)
+    return directories, tokenizer
+
+
+def _settings_errors(prefix: str) -> AbstractContextManager[None]:
+    """Name the settings of the source, which begin with a prefix, in errors."""
+    return settings_errors(_SETTINGS | {argument: prefix + setting for argument, setting in _OF_A_SOURCE.items()})
+
+
+def _source(corpus: CorpusConfig) -> Source:
+    if corpus.files:
+        return files_source(corpus.files, corpus.validation_files, corpus.text_column, corpus.on_bad_record)
+    if corpus.dataset:
+        return hub_source(
+            corpus.dataset,
+            corpus.dataset_config,
+            corpus.dataset_split,
+            corpus.dataset_validation_split,
+            corpus.text_column,
+            corpus.streaming,
+            corpus.on_bad_record,
+        )
+    return embedded_source()
+
+
+def _tokenizer(config: LLMConfig, sources: list[Source], cache: Path) -> Tokenizer:
+    if config.tokenizer.name:
+        return load_pretrained(config.tokenizer.name)
+    if config.tokenizer.file:
+        return load_sentencepiece(config.tokenizer.file)
+    # Trained once for these data and size, then found again. It does not depend on the weights, so that these can be
+    # changed without another vocabulary.
+    identities = [source.identity for source in sources]
+    identity = json.dumps([*identities, config.tokenizer.vocab_size], sort_keys=True)
+    directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    with locked_directory(directory, "cache_dir", "make room", announce=True):
+        if (directory / "tokenizer.model").exists():
+            return load_sentencepiece(directory / "tokenizer.model")
+        print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
+        of_each = -(-TRAINING_TEXT // len(sources))
+        documents = ((document.text for document in source.documents()) for source in sources)
+        texts = itertools.chain.from_iterable(first_characters(each, of_each) for each in documents)
+        return train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
+
+
+def _identity(corpora: list[Corpus]) -> str:
+    shares = [corpus.share for corpus in corpora] if len(corpora) > 1 else []
+    text = "".join(corpus.train.identity + corpus.validation.identity for corpus in corpora)
+    return hashlib.sha256((text + json.dumps(shares) * bool(shares)).encode()).hexdigest()
+
+
+def _described(data: TextData) -> str:
+    corpora, parts = data.corpora, sum(corpus.share for corpus in data.corpora)
+    counts = [(corpus.train.total_labels, corpus.validation.total_labels) for corpus in corpora]
+    train, validation = map(sum, zip(*counts, strict=True))
+    return "\n".join(
+        [
+            f"data: {train:,} training and {validation:,} held-out tokens, vocabulary {data.vocab_size:,}",
+            *(
+                f"  {corpus.name}: {corpus.share:,} of {parts:,} sequences ({corpus.share / parts:.2%}), "
+                f"{train:,} training and {validation:,} held-out tokens"
+                for corpus, (train, validation) in zip(corpora, counts, strict=True)
+                if corpus.name
+            ),
+        ]
+    )
