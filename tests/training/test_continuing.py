@@ -112,7 +112,9 @@ def test_wsd_continues_from_before_its_decay_as_if_it_had_been_longer_at_once(tm
         "step_00000016",
     ]
     (line,) = [line for line in output.splitlines() if line.startswith("to continue, from before the decay: ")]
-    output = launch(*shlex.split(line.rsplit(": ", 1)[1])[3:], "--train.eval_every_steps", 100)
+    words = shlex.split(line.rsplit(": ", 1)[1])
+    assert words[:2] == ["python", "train_llm.py"]  # which is how it was started
+    output = launch(*words[2:], "--train.eval_every_steps", 100)
     assert "lr 0.0012 at" not in output  # as it would have been
     launch("--config", config, "--run_dir", tmp_path / "whole", "--train.max_steps", 32)
     assert_equal_checkpoints(tmp_path / "run-longer", tmp_path / "whole", 32)
