@@ -9,9 +9,6 @@ from torch.optim import AdamW, Optimizer
 
 from stacey_dist.errors import SettingsError
 
-ENGINES = ("single", "ddp")
-"""The engines on which every process has whole matrices."""
-
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Return the trainable parameters that are matrices, without those of embeddings and of the output head.
@@ -23,17 +20,6 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
     excluded = {param for module in ends for param in module.parameters()}
     return {param for param in model.parameters() if param.requires_grad and param.dim() == 2} - excluded
-
-
-def check_muon(engine: str) -> None:
-    """Raise SettingsError where the engine splits matrices, or torch has no Muon."""
-    if not hasattr(torch.optim, "Muon"):
-        raise SettingsError(f"optimizer.name: muon needs torch >= 2.9, and this is {torch.__version__}")
-    if engine not in ENGINES:
-        raise SettingsError(
-            f"optimizer.name: muon is not allowed with {engine}, where no process has whole matrices or all of them; "
-            "it goes with one process and with DDP"
-        )
 
 
 class MuonWithAdamW(Optimizer):
