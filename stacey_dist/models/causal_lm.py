@@ -18,8 +18,8 @@ _INDEX = "model.safetensors.index.json"
 # What a model's directory on the hub has that is read here: no pickle, and no code.
 _FILES = ("config.json", "*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 # Settings that have a token attend to others than all those before it. `max_window_layers` is no such length.
-_OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|alibi|bidirectional")
-_SOFT_CAP = re.compile(r"attn.*softcap")
+_OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|bidirectional")
+_EAGER_ALONE = re.compile(r"attn.*softcap|alibi")
 
 
 def model_directory(name: str) -> Path:
@@ -48,8 +48,9 @@ def read_description(name: str) -> dict[str, Any]:
     Raises:
         InputError: about `config`: it cannot be had, or is not a configuration.
     """
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    if not path.exists() and not name.endswith(".json"):
+    is_directory = Path(name).is_dir()
+    path = Path(name) / "config.json" if is_directory else Path(name)
+    if not (is_directory or path.exists() or name.endswith(".json")):
         import huggingface_hub
 
         try:
@@ -123,13 +124,13 @@ def attention_of(config: Any, length: int) -> str | None:
     """Return the attention with which a model is right on sequences of `length` tokens, and fastest.
 
     `CAUSAL` where a token attends to all before it and to nothing else, which needs no mask; else None, transformers'
-    own choice with its masks; or "eager", where scores are capped, which torch's function cannot do.
+    own choice with its masks; or "eager", where scores are capped or biased: its other attentions leave that out.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     active = {name: value for name, value in config.to_dict().items() if value}
-    if any(_SOFT_CAP.search(name) for name in active):
+    if any(_EAGER_ALONE.search(name) for name in active):
         return "eager"
     limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
     plain = all(type(value) is int and value >= length for value in limits)
@@ -231,3 +232,9 @@ def attended(config: Any, context: int) -> int:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     spans = [seen.get(kind, context) for kind in kinds]
     return heads * size * sum(context if span is None else min(span, context) for span in spans)
+
+
+def layer_classes(model: Any) -> tuple[type, ...]:
+    """Return the classes of the model's layers, as transformers names them: what FSDP gathers at a time."""
+    named = set(model._no_split_modules or ())
+    return tuple({type(module) for module in model.modules() if type(module).__name__ in named})

@@ -24,6 +24,8 @@ from stacey_dist.training.value_types import (
     check_values,
 )
 
+Recomputed = bool | Literal["selective"]
+"""Which activations are computed again."""
 # A number that is the chosen optimizer's own, unless it is given.
 _OWN: Any = None
 
@@ -32,7 +34,7 @@ _OWN: Any = None
 class OptimizerConfig:
     """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
 
-    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon"] = "stacey"
+    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
     """The optimizer, with default numbers of its own. muon: for the matrices of hidden layers, AdamW for the rest."""
     lr: NonNegativeFloat = _OWN
     """The peak learning rate (eta in the paper)."""
@@ -45,13 +47,15 @@ class OptimizerConfig:
     p: NormOrder = _OWN
     """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
     alpha: NonNegativeFloat = _OWN
-    """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
+    """stacey: the dual step size, which like tau belongs to p. ademamix: the slow average's weight at the end."""
     tau: Share = _OWN
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = _OWN
-    """stacey, adamw, adam, lion, muon: interpolation or first-moment decay, and momentum or second-moment decay."""
+    """Interpolation or first-moment decay, and momentum or second-moment decay; not of sgd and lp_descent."""
+    beta3: ShareBelowOne | None = None
+    """ademamix: the decay of the slow average at the end of the run; it grows from the first of betas."""
     eps: NonNegativeFloat = 1e-8
-    """stacey, lp_descent, adamw, adam, muon: added to the denominator."""
+    """stacey, lp_descent, adamw, adam, muon, ademamix: added to the denominator."""
     momentum: ShareBelowOne = _OWN
     """sgd, muon: the momentum, which is Nesterov's; 0 is plain SGD."""
     adamw_lr: NonNegativeFloat | None = None
@@ -147,12 +151,13 @@ class TrainConfig:
     """Updates between evaluations; there is always one at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward; fp16 with loss scaling. None: as `accelerate launch` was told."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    gradient_checkpointing: Recomputed = False
+    """Compute activations again in the backward pass instead of keeping them; selective keeps the results of matrix
+    products and attention, which cost most of the time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
-    """Threads of a process that trains on the CPU. None: the machine's cores, shared by the processes on it."""
+    """Threads of a process on the CPU. None: OMP_NUM_THREADS, else the machine's cores, shared by its processes."""
     max_skipped_steps: PositiveInt = 20
     """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
     heartbeat_timeout_seconds: PositiveFloat | None = 120.0
@@ -293,6 +298,10 @@ def check_schedule(config: RunConfig) -> None:
 
 def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
     check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
+    if optimizer.name == "ademamix":
+        missing = f"pytorch_optimizer is not installed; {install_line('pytorch_optimizer')}"
+        check(is_installed("pytorch_optimizer"), "optimizer.name", "ademamix", missing)
+        check(optimizer.betas[0] > 0, "optimizer.betas", list(optimizer.betas), "ademamix needs the first > 0")
     if optimizer.name != "stacey" or optimizer.variant == "p2":
         return
     for_variant = f"for optimizer.variant = {optimizer.variant}"

@@ -27,6 +27,7 @@ from stacey_dist.training.attention import implementation
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
 from stacey_dist.training.launch import loads_weights_from_rank0
 from stacey_dist.training.llm_config import LLMConfig, described_model
+from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.run import Run
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
         raise SettingsError(f"model.{setting}: {getattr(settings, setting)}: {error}") from error
     model = model.to(getattr(torch, settings.dtype))
     model.tie_weights()  # a model that is built without memory is not tied yet
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compute_again(model, train.gradient_checkpointing)
     if train.compile:
         model.compile()
     run.say(f"model: {describe(model, run.config)}; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")

@@ -138,7 +138,8 @@ class Run(Generic[C]):
 
     def report(self, exported: str) -> None:
         """Print where everything is, with the line `exported`, and the command that trains longer."""
-        config, launch = self.config, "accelerate launch"
+        config = self.config
+        launch = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
         before_decay = config.train.max_steps - config.schedule.decay_updates(config.train.max_steps)
         kept = self.directory / "checkpoints" / directory_name(before_decay)
         if self.accelerator.num_processes > 1:

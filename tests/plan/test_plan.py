@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ import pytest
 import torch
 
 from stacey_dist.cli import main
+from stacey_dist.models.causal_lm import causal_config, new_model
 from stacey_dist.plan import Job, checkpoint_bytes, llama, make_plan, memory
 from stacey_dist.plan.hardware import GPUS, find_gpu
-from stacey_dist.plan.memory import ENGINES
+from stacey_dist.plan.memory import ENGINES, most_loaded_rank
 from stacey_dist.plan.model import VOCABULARIES
+from stacey_dist.plan.modules import modules
 from stacey_dist.plan.plans import largest_micro_batch, peak_bytes
+from stacey_dist.plan.speed import transfers
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm import LanguageModeling, build_model
+from stacey_dist.training.llm import LanguageModeling
+from stacey_dist.training.llm_model import build_model
+from tests.models.architectures import ARCHITECTURES, described
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 SIZES = {  # as the papers and model cards have them; 100M and 1B as GaLore
@@ -63,6 +69,59 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     data = SimpleNamespace(corpora=[corpus], identity="stream", end_token_id=0)
     flops = LanguageModeling(run, data, built).flops_per_unit
     assert planned.flops_per_token(config.data.sequence_length) == flops
+
+
+def test_a_model_of_modules_is_planned_as_one_of_numbers():
+    config = config_of("1b")
+    config.train.global_batch_size, config.data.sequence_length = 64, 256
+    planned = llama(config)
+    described = {
+        "model_type": "llama", "vocab_size": planned.vocabulary, "hidden_size": planned.hidden,
+        "intermediate_size": planned.intermediate, "num_hidden_layers": planned.layers,
+        "num_attention_heads": planned.heads, "num_key_value_heads": planned.key_value_heads,
+        "tie_word_embeddings": planned.tied, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    found = modules(described)
+    assert found.parameters == planned.parameters
+    assert [sorted(p.name for p in unit) for unit in found.units] == [
+        sorted(p.name for p in unit) for unit in planned.units
+    ]
+    assert found.flops_per_token(256) == planned.flops_per_token(256)
+    assert (found.head, found.active, found.in_experts) == (planned.head, planned.elements, 0)
+    for engine in ENGINES:
+        nodes, gpus = (1, 1) if engine == "single" else (2, 8)
+        ours, theirs = (Job(config, model, engine, nodes, gpus) for model in (found, planned))
+        assert most_loaded_rank(ours) == most_loaded_rank(theirs)
+        assert transfers(ours, find_gpu("h100-80gb")) == transfers(theirs, find_gpu("h100-80gb"))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_any_architecture_is_planned_by_its_own_modules(kind):
+    found, model = modules(described(kind)), new_model(causal_config(described(kind)))
+    assert [(p.name, p.shape) for p in found.parameters] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    inside = [p for unit in found.units for p in unit]
+    assert sorted(p.name for p in inside) == sorted(p.name for p in found.parameters)
+    assert len(found.units) == 2 + (2 if found.head and not model.config.tie_word_embeddings else 1)
+
+
+def test_a_mixture_of_experts(capsys):
+    mixtral = str(CONFIGS / "models/mixtral_8x7b.json")
+    options = ["--model.config", mixtral, "--nodes", "4", "--global-batch-size", "256", "--micro-batch-size", "1"]
+    main(["plan", *options])
+    text = capsys.readouterr().out
+    # as published: 46.7 B parameters, of which a token uses 12.9 B
+    assert "MixtralForCausalLM of 46.7 B parameters (12.9 B active; 45.1 B, 97%, in experts) on 32 x h100-80gb" in text
+    assert "gradient checkpointing off" in text
+    peaks = []
+    for kind in ("false", "selective", "true"):
+        main(["plan", *options, "--train.gradient_checkpointing", kind, "--json"])
+        (stacey, _) = json.loads(capsys.readouterr().out)["plans"]
+        assert (stacey["parameters"], stacey["expert_parameters"]) == (46_702_792_704, 32 * 8 * 3 * 4096 * 14336)
+        assert stacey["active_parameters"] == 46_702_792_704 - stacey["expert_parameters"] * 6 // 8
+        peaks.append((stacey["peak_bytes"], stacey["seconds"]["arithmetic"]))
+    (off, time), (selective, same), (on, longer) = peaks
+    assert off > selective > on
+    assert time == same < longer
 
 
 class Stream:
@@ -185,6 +244,7 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
         (["--engine", "zero2", "--offload"], "--offload: it goes with --engine zero3, not zero2"),
         (["--nodes", "3"], "train.global_batch_size: 16 is not a multiple of the 24 GPUs"),
         (["--micro-batch-size", "16"], "train.micro_batch_size: 16 does not divide train.global_batch_size / GPUs = 2"),
+        (["--optimizer", "muon"], "optimizer.name: muon is not planned yet"),
         (["--nodes", "0"], "--nodes: 0 is not allowed; it must be >= 1"),
         (["--nodes", "two"], "argument --nodes: invalid int value: 'two'"),
         (["--efficiency", "0.6"], "--efficiency: 0.6 is not allowed; it must be LOW,HIGH"),
@@ -236,7 +296,28 @@ def test_several_configurations_are_merged_as_the_launchers_do(capsys, tmp_path)
     over = tmp_path / "over.yaml"
     over.write_text("model: {num_hidden_layers: 2}\n")
     shallow = plan(capsys, "7b", *ON_64, "--model.num_hidden_layers", "2")
-    assert plan(capsys, "7b", "--config", str(over), *ON_64) == shallow != plan(capsys, "7b", *ON_64)
+    merged, deep = plan(capsys, "7b", "--config", str(over), *ON_64), plan(capsys, "7b", *ON_64)
+    planned = [text.partition("to start it:")[0] for text in (merged, shallow, deep)]
+    assert planned[0] == planned[1] != planned[2]
+
+
+def test_the_command_that_is_printed_starts_what_was_planned(capsys, tmp_path):
+    file = tmp_path / "a file.yaml"
+    file.write_text("train: {global_batch_size: 24}\n")
+    options = ["--config", str(file), "--gpus-per-node", "3", "--optimizer", "lion", "--optimizer.lr=0.5"]
+    text = plan(capsys, "100m_c4", *options, "--micro-batch-size", "4")
+    command = text.partition("to start it:\n")[2].partition("\n\n")[0]
+    words = shlex.split(command.replace("\\\n", ""))
+    start = words.index("train_llm.py")
+    file = "configs/accelerate/fsdp2.yaml"
+    assert words[:start] == ["accelerate", "launch", "--config_file", file, "--num_processes", "3"]
+    config = LLM.parse(words[start + 1 :])
+    assert (config.train.global_batch_size, config.train.micro_batch_size) == (24, 4)
+    assert (config.optimizer.name, config.optimizer.lr) == ("lion", 0.5)
+    assert "configs/accelerate/gpu.yaml train_llm.py" in plan(capsys, "100m_c4", "--gpus-per-node", "1")
+    searched = plan(capsys, "1b", "--nodes", "2", "--search")
+    nodes = "--num_processes 16 --num_machines 2 --machine_rank RANK --main_process_ip HOST"
+    assert nodes in searched.replace(" \\\n ", "")
 
 
 def test_a_search_chooses_the_engine_and_the_micro_batch_itself(capsys):

@@ -16,8 +16,8 @@ import yaml
 from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
+from stacey_dist.training import devices, signals
 from stacey_dist.training import engine as engine_module
-from stacey_dist.training import signals
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -172,6 +172,21 @@ def test_norms_and_biases_are_not_decayed_unless_asked():
     assert len(kept["params"]) == 3  # the norm's two and one bias: the other is frozen
     (everything,) = parameter_groups(model, OptimizerConfig(decay_norms_and_biases=True))
     assert len(everything["params"]) == 5
+
+
+def test_omp_num_threads_is_honoured(monkeypatch):
+    monkeypatch.setattr(devices, "available_cores", lambda: 8)
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    # what OMP_NUM_THREADS is, threads when started as `python`, and by `accelerate launch` as one of two processes
+    for asked, alone, launched in ((None, 8, 4), ("3", 3, 3), ("1", 1, 4), ("16", 16, 4), ("0", 8, 4), ("many", 8, 4)):
+        with monkeypatch.context() as patch:
+            if asked is not None:
+                patch.setenv("OMP_NUM_THREADS", asked)
+            assert devices.cpu_threads() == alone
+            patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            assert devices.cpu_threads() == launched
 
 
 def test_peak_flops_and_durations():
