@@ -64,14 +64,14 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     assert [(p.name, p.shape) for p in planned.parameters] == [(n, tuple(p.shape)) for n, p in built.named_parameters()]
     assert {p.name for unit in planned.units for p in unit} == {p.name for p in planned.parameters}
     run.process_batch_size = run.micro_batch_size = 1
-    data = SimpleNamespace(train=Stream(), validation=Stream(), identity="stream")
+    corpus = SimpleNamespace(train=Stream(), validation=Stream(), share=1, name="")
+    data = SimpleNamespace(corpora=[corpus], identity="stream")
     flops = LanguageModeling(run, data, built).flops_per_unit
     assert planned.flops_per_token(config.data.sequence_length) == flops
 
 
 def test_a_model_of_modules_is_planned_as_one_of_numbers():
-    config = config_of("1b")
-    config.train.global_batch_size, config.data.sequence_length = 64, 256
+    config = config_of("1b", "--train.global_batch_size", "64", "--train.micro_batch_size", "2")
     planned = llama(config)
     described = {
         "model_type": "llama", "vocab_size": planned.vocabulary, "hidden_size": planned.hidden,
