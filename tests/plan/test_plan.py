@@ -103,7 +103,7 @@ def test_any_architecture_is_planned_by_its_own_modules(kind):
 
 
 def test_a_mixture_of_experts(capsys):
-    mixtral = str(CONFIGS / "models/mixtral_8x7b.json")
+    mixtral = str(CONFIGS.parent / "models/mixtral_8x7b.json")
     options = ["--model.config", mixtral, "--nodes", "4", "--global-batch-size", "256", "--micro-batch-size", "1"]
     main(["plan", *options])
     text = capsys.readouterr().out
