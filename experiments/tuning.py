@@ -10,6 +10,7 @@ several workers it depends on who is faster.
 import itertools
 import math
 import os
+import shlex
 import threading
 import warnings
 from collections.abc import Callable
@@ -271,7 +272,6 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
         chosen = row["settings"].items()
         settings = "  ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in chosen)
         print(f"{row['state']:9} {sweep.metric} {value}  {settings}")
-    print(
-        f"the best: accelerate launch {sweep.program} --config {sweep.config} --config {directory / 'best.yaml'} "
-        f"--run_dir {directory / 'best'}"
-    )
+    command = ["accelerate", "launch", sweep.program, "--config", str(sweep.config)]
+    command += ["--config", str(directory / "best.yaml"), "--run_dir", str(directory / "best")]
+    print("the best:", shlex.join(command))

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -33,8 +35,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         added.set_defaults(command=command)
         return added
 
-    add("list", list_all, "list the checkpoints under DIR (a run or its checkpoints), newest first", dir=Path)
-    add("show", show, "print position, size, engine and settings of the checkpoint PATH", path=_checkpoint)
+    add("list", list_all, "list the checkpoints of each run in or below DIR, newest first", dir=Path)
+    text = "print position, size, engine and settings of the checkpoint PATH, or of the newest of the run PATH"
+    add("show", show, text, path=_checkpoint)
     add("verify", verify_files, "compare every file of PATH with its checksum; 1 if one is damaged", path=_checkpoint)
     add(
         "diff",
@@ -43,7 +46,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         a=_checkpoint,
         b=_checkpoint,
     )
-    text = "write the model of PATH to the directory OUT, as transformers loads it"
+    text = (
+        "write the model of PATH to the directory OUT, as transformers loads it, with what its run directory has of it"
+    )
     add("export", export, text, path=_checkpoint, out=Path)
     text = (
         "write what Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) saved in PATH, of a run that used "
@@ -68,8 +73,12 @@ def list_all(dir: Path) -> int:
     """Print a line for each checkpoint."""
     if not dir.is_dir():
         raise SettingsError(f"{dir} is no directory")
-    inside = dir / "checkpoints"
-    found = find_checkpoints(inside if inside.is_dir() else dir)
+    found = find_checkpoints(dir)
+    for below, folders, _ in [] if found else os.walk(dir, onerror=_refuse):
+        runs = Path(below, "checkpoints")
+        inside = find_checkpoints(runs) if runs.name in folders else []
+        found += inside
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or (inside and name == runs.name)))
     for path in found:
         try:
             print(f"{path}  {_summary(read_manifest(path))}")
@@ -78,6 +87,10 @@ def list_all(dir: Path) -> int:
     if not found:
         print(f"no checkpoints under {dir}")
     return 0
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def show(path: Path) -> int:
@@ -112,11 +125,23 @@ def diff(a: Path, b: Path) -> int:
 
 def export(path: Path, out: Path) -> int:
     """Write the model as a directory that `transformers` loads."""
-    verify(path)  # a damaged checkpoint is named where transformers is not installed, too
-    from stacey_dist.models.export import export_model
+    manifest = verify(path)  # a damaged checkpoint is named where transformers is not installed, too
+    from stacey_dist.models.export import describe_export, export_model
+    from stacey_dist.models.export_directory import copy_others
+    from stacey_dist.training.card import PROCESSOR, run_directory, write_card
 
-    export_model(path, out)
-    print(f"model for transformers: {out}")
+    run = run_directory(path)
+
+    def beside(new: Path) -> None:
+        if run is not None:
+            copy_others(run / PROCESSOR, new)
+        write_card(new, manifest, run)
+
+    export_model(path, out, beside=beside)
+    print(describe_export(manifest["extra"]["model"]["class"], out))
+    if run is None or not (run / PROCESSOR).is_dir():
+        place = "the checkpoint is not in a run directory" if run is None else f"{run / PROCESSOR} is not there"
+        print(f"without a tokenizer or settings of images, which a checkpoint does not hold: {place}")
     return 0
 
 
@@ -152,7 +177,8 @@ def import_foreign(
     import_checkpoint(path, out, parameters=parameters, groups=group, extra=extra)
     manifest = verify(out)
     print(f"{out}: {_summary(manifest)}, from {manifest['extra']['imported_from']}")
-    print(f"to resume, with the data from sample {position:,}: --checkpoint.resume_from {out}")
+    resume = shlex.join(["--checkpoint.resume_from", str(out)])
+    print(f"to resume, with the data from sample {position:,}: {resume}")
     return 0
 
 
@@ -162,14 +188,16 @@ def describe_damage(error: DamagedCheckpointError) -> str:
 
 
 def _checkpoint(text: str) -> Path:
-    """Return the path of one checkpoint, from the command line."""
+    """Return the path of one checkpoint, from the command line: for a run, of its newest."""
     path = Path(text)
-    holds = False
+    found: list[Path] = []
     with suppress(OSError):  # the command says what is wrong with it
-        holds = bool(find_checkpoints(path)) or (path / "checkpoints").is_dir()
-    if holds:
-        raise argparse.ArgumentTypeError(f"{path} holds checkpoints; name one that `list {path}` shows")
-    return path
+        found = find_checkpoints(path) or find_checkpoints(path / "checkpoints")
+        if not found and (path / "checkpoints").is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a run without checkpoints")
+    if found:
+        print(f"the newest of {path}: {found[0]}", file=sys.stderr)
+    return found[0] if found else path
 
 
 def _build_shell(path: Path) -> Any:

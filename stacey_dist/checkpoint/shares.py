@@ -31,6 +31,7 @@ from stacey_dist.checkpoint.collectives import (
     send_bytes,
     world_size,
 )
+from stacey_dist.checkpoint.manifest import TensorEntries
 from stacey_dist.checkpoint.model_tensors import Contents
 from stacey_dist.checkpoint.shard import shard_name
 from stacey_dist.checkpoint.snapshot import Snapshot
@@ -131,6 +132,13 @@ class Ledger:
         self.contents: dict[str, tuple[tuple[int, ...], str]] = {}
         self.finite: bool | None = None
         self._known: dict[bytes, Described] = {}
+        self._entries: TensorEntries | None = None
+
+    def entries(self) -> TensorEntries:
+        """Return the tensors as the manifest has them. Raises ValueError if they could not be read again."""
+        if self._entries is None:
+            self._entries = TensorEntries.of(self.contents)
+        return self._entries
 
     def collect(self, mine: Share, copies: Snapshot, group: Any = None) -> None:
         """Take the shares of all ranks, which call it together with what they have written.
@@ -156,7 +164,7 @@ class Ledger:
     def combine(self, records: list[bytes], tensors: dict[int, bytes]) -> bool:
         """Take the records of all ranks, and those descriptions that are new; return whether they are complete."""
         new = {digest: Described.of(text) for text in tensors.values() if (digest := _digest(text)) != _NOTHING}
-        seen, self._known, self.files = self._known | new, {}, {}
+        before, seen, self._known, self.files = self._known, self._known | new, {}, {}
         edges, begun, known_finite = 0, 0, []
         for writer, record in enumerate(records):
             size, sha256, finite, sum_of_ranges, digest, length = _RECORD.unpack(record)
@@ -169,7 +177,9 @@ class Ledger:
                 known_finite.append(bool(finite))
             edges += sum_of_ranges
         self.finite = all(known_finite) if known_finite else None
-        self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
+        if self._known.keys() != before.keys():
+            self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
+            self._entries = None
         edges -= sum(one.edges for one in self._known.values())
         return edges % _MODULUS == 0 and begun == len(self.contents)  # each begun once, too
 

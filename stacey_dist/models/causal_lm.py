@@ -12,7 +12,7 @@ from stacey_dist.files import check_regular, read_json
 from stacey_dist.models.untrusted_config import first_line, without_code, without_network
 
 CAUSAL = "causal_sdpa"
-"""transformers' "sdpa" without its mask, which `stacey_dist.training.llm_model` registers."""
+"""transformers' "sdpa" without its mask, which `stacey_dist.training.attention` registers."""
 
 _INDEX = "model.safetensors.index.json"
 # What a model's directory on the hub has that is read here: no pickle, and no code.
@@ -135,6 +135,23 @@ def attention_of(config: Any, length: int) -> str | None:
     limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
     plain = all(type(value) is int and value >= length for value in limits)
     return CAUSAL if plain and made._supports_sdpa and made._supports_attention_backend else None
+
+
+def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
+    """Return how many tokens a token attends to at most, itself and those before it, in each kind of a model's layers.
+
+    None stands for all in `length` tokens. The whole is None where tokens attend in another way.
+    """
+    active = {name: value for name, value in config.to_dict().items() if value}
+    window = active.pop("sliding_window", None)
+    active.pop("use_sliding_window", None)
+    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
+    kinds = set(active.get("layer_types") or ["sliding_attention" if window else "full_attention"])
+    plain = all(type(value) is int and value >= length for value in limits)
+    if not plain or any("alibi" in name for name in active) or not kinds <= {"full_attention", "sliding_attention"}:
+        return None
+    spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
+    return {kind: spans[kind] for kind in sorted(kinds)}
 
 
 def longest_sequence(config: Any) -> int | None:

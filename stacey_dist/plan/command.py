@@ -4,6 +4,8 @@ import argparse
 import difflib
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -25,6 +27,7 @@ SHORT = {
     "--sequence-length": "data.sequence_length",
     "--optimizer": "optimizer.name",
 }
+_COLUMNS = 100
 # What a GPU's figures can be told by: the field of `Gpu`, in units of 10^9.
 FIGURES = {"--memory-gb": "memory", "--intra-gbs": "intra", "--inter-gbs": "inter", "--host-gbs": "host"}
 
@@ -47,6 +50,8 @@ def plan(arguments: list[str]) -> str:
     _check(options)
     gpu = _gpu(options)
     room = gpu.memory * (1 - options.margin)
+    if config.optimizer.name == "muon":
+        raise SettingsError("optimizer.name: muon is not planned yet; adamw needs somewhat more memory")
     if options.search:  # it is what is searched
         config.train.micro_batch_size = None
     model = planned_model(config, options.vocab_size)
@@ -59,7 +64,8 @@ def plan(arguments: list[str]) -> str:
     if options.json:
         kind = "proposals" if options.search else "plans"
         return json.dumps({kind: [as_dict(p, gpu, room) for p in plans], "not_measured": NOT_MEASURED}, indent=1)
-    return proposals(plans, gpu, room, job) if options.search else table(plans, gpu, room)
+    command = _command(options, others, plans[0].job if plans else job)
+    return proposals(plans, gpu, room, job, command) if options.search else table(plans, gpu, room, command)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,7 +126,32 @@ def _check_names(parser: argparse.ArgumentParser, others: list[str]) -> None:
             raise SettingsError(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
 
 
+def _command(options: argparse.Namespace, others: list[str], job: Job) -> str:
+    """Return the command that starts the run of a job, to be pasted on a machine with a checkout."""
+    engine = "gpu" if job.engine == "single" else job.engine
+    launch = ["accelerate", "launch", "--config_file", f"configs/accelerate/{engine}.yaml"]
+    if job.ranks != (1 if job.engine == "single" else 8):  # what the files say
+        launch += ["--num_processes", str(job.ranks)]
+    if job.nodes > 1:
+        launch += ["--num_machines", str(job.nodes), "--machine_rank", "RANK", "--main_process_ip", "HOST"]
+    settings = _arguments(options)
+    if options.search:
+        checkpointing = str(job.config.train.gradient_checkpointing).lower()
+        settings += ["--train.micro_batch_size", str(job.micro_batch), "--train.gradient_checkpointing", checkpointing]
+    lines = [""]
+    for part in re.split(r" (?=--|train_llm\.py)", shlex.join([*launch, "train_llm.py", *settings, *others])):
+        if len(lines[-1]) + len(part) > _COLUMNS:
+            lines.append("")
+        lines[-1] += f" {part}"
+    return " \\\n ".join(lines)[1:]
+
+
 def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
+    return LLM.parse(_arguments(options) + others, "stacey-dist plan")
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """Return the options of the launcher that the plan's own stand for."""
     arguments = [word for file in options.config for word in ("--config", file)]
     for option, setting in SHORT.items():
         value = _value(options, option)
@@ -128,7 +159,7 @@ def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
             arguments += [f"--{setting}", value]
     if options.gradient_checkpointing is not None:
         arguments += ["--train.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
-    return LLM.parse(arguments + others, "stacey-dist plan")
+    return arguments
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Plans as a table for a terminal, and as a dictionary for programs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stacey_dist.plan.hardware import GB, Gpu
@@ -10,6 +10,7 @@ from stacey_dist.plan.plans import Plan, largest_micro_batch
 from stacey_dist.plan.speed import checkpoint_bytes
 
 GIB = 2**30
+MIB = 2**20
 NOT_MEASURED = (
     "Weights, gradients and states at rest equal live tensors (CPUs); peaks and times were not measured on a GPU."
 )
@@ -57,21 +58,34 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
     }
 
 
-def table(plans: list[Plan], gpu: Gpu, room: float) -> str:
-    """Return plans for people: a column for each, which differ in the optimizer alone."""
+@dataclass(frozen=True)
+class _Unit:
+    """What a table's sizes are in."""
+
+    name: str
+    bytes: int
+
+    def __call__(self, size: float) -> str:
+        return _number(size / self.bytes)
+
+
+def table(plans: list[Plan], gpu: Gpu, room: float, command: str) -> str:
+    """Return plans for people: a column for each, which differ in the optimizer alone; and the command of the run."""
+    unit = _Unit("GiB", GIB) if plans[0].peak >= GIB else _Unit("MiB", MIB)
     blocks = [
         _heading(plans[0].job, gpu),
-        _memory(plans, gpu, room),
-        _communication(plans[0], gpu),
+        _memory(plans, gpu, room, unit),
+        _communication(plans[0], gpu, unit),
         _time(plans, gpu),
-        _checkpoint(plans, gpu),
+        _checkpoint(plans, gpu, unit),
+        f"to start it:\n{command}",
         NOT_MEASURED + "\ndocs/how-to/plan.md has the formulas and what is assumed.",
     ]
     return "\n\n".join(blocks)
 
 
-def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job) -> str:
-    """Return the table of the plans that a search for `job` proposes."""
+def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job, command: str) -> str:
+    """Return the table of the plans that a search for `job` proposes, and the command of the first."""
     if not plans:
         return (
             f"nothing fits into {_gib(room)} GiB of a {gpu.name}: more GPUs, a shorter data.sequence_length or "
@@ -91,16 +105,7 @@ def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job) -> str:
             f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}"
             f"{_gib(sum(plan.memory.host.values()) * plan.job.gpus_per_node):>10}{_rate(plan):>26}{_mfu(plan):>13}"
         )
-    best = plans[0].job
-    lines += [
-        "",
-        f"the first one: accelerate launch --config_file configs/accelerate/"
-        f"{'gpu' if best.engine == 'single' else best.engine}.yaml … train_llm.py --config … \\",
-        f"  --train.global_batch_size {train.global_batch_size} --train.micro_batch_size {best.micro_batch} "
-        f"--train.gradient_checkpointing {str(best.config.train.gradient_checkpointing).lower()}",
-        "",
-        NOT_MEASURED,
-    ]
+    lines += ["", f"to start the first one:\n{command}", "", NOT_MEASURED]
     return "\n".join(lines)
 
 
@@ -114,39 +119,40 @@ def _heading(job: Job, gpu: Gpu) -> str:
     )
 
 
-def _memory(plans: list[Plan], gpu: Gpu, room: float) -> str:
+def _memory(plans: list[Plan], gpu: Gpu, room: float, unit: _Unit) -> str:
     first = plans[0]
     rows = {
-        **_parts([plan.memory.device for plan in plans]),
-        **_parts([plan.memory.buffers for plan in plans], " (while a batch is computed)"),
-        "activations, kept for the backward pass": [_gib(plan.activations.saved) for plan in plans],
-        "activations, for a moment": [_gib(plan.activations.peak - plan.activations.saved) for plan in plans],
-        "peak": [_gib(plan.peak) for plan in plans],
+        **_parts([plan.memory.device for plan in plans], unit),
+        **_parts([plan.memory.buffers for plan in plans], unit, " (while a batch is computed)"),
+        "activations, kept for the backward pass": [unit(plan.activations.saved) for plan in plans],
+        "activations, for a moment": [unit(plan.activations.peak - plan.activations.saved) for plan in plans],
+        "peak": [unit(plan.peak) for plan in plans],
         f"… of {_gib(gpu.memory)} GiB": [f"{plan.peak / gpu.memory:.0%}" for plan in plans],
     }
     if any(sum(plan.memory.buffers.values()) + plan.activations.peak < plan.memory.update for plan in plans):
-        rows["… which is in the update"] = [_gib(plan.memory.update) for plan in plans]
+        rows["… which is in the update"] = [unit(plan.memory.update) for plan in plans]
     rows[f"largest micro-batch, in {_gib(room)} GiB"] = [str(largest_micro_batch(plan.job, room)) for plan in plans]
-    blocks = [_block(f"memory of the fullest GPU (rank {first.rank}), GiB", _optimizers(plans), rows)]
+    blocks = [_block(f"memory of the fullest GPU (rank {first.rank}), {unit.name}", _optimizers(plans), rows)]
     if first.peak > room:
         blocks.append("  DOES NOT FIT; --search looks for what does")
     if first.memory.host:
-        host = _parts([plan.memory.host for plan in plans])
-        blocks.append(_block("host memory of a GPU's process, GiB", [], host))
+        host = _parts([plan.memory.host for plan in plans], unit)
+        blocks.append(_block(f"host memory of a GPU's process, {unit.name}", [], host))
     return "\n".join(blocks)
 
 
-def _communication(plan: Plan, gpu: Gpu) -> str:
+def _communication(plan: Plan, gpu: Gpu, unit: _Unit) -> str:
     if not plan.speed.transfers:
         return "communication of an update: none"
     links = f"{gpu.intra / GB:,.0f} GB/s in a node"
     if plan.job.nodes > 1:
         links += f", {gpu.inter / GB * plan.job.gpus_per_node:,.0f} between nodes"
-    lines = [f"{f'communication of an update ({links})':<60}{'tensors GiB':>13}{'sent GiB':>11}{'seconds':>10}"]
+    title, tensors, sent = f"communication of an update ({links})", f"tensors {unit.name}", f"sent {unit.name}"
+    lines = [f"{title:<60}{tensors:>13}{sent:>11}{'seconds':>10}"]
     for transfer in plan.speed.transfers:
         lines.append(
-            f"  {f'{transfer.collective} of {transfer.what}':<58}{_gib(transfer.tensor_bytes):>13}"
-            f"{_gib(transfer.sent_bytes):>11}{_number(transfer.seconds):>10}"
+            f"  {f'{transfer.collective} of {transfer.what}':<58}{unit(transfer.tensor_bytes):>13}"
+            f"{unit(transfer.sent_bytes):>11}{_number(transfer.seconds):>10}"
         )
     return "\n".join(lines)
 
@@ -165,11 +171,11 @@ def _time(plans: list[Plan], gpu: Gpu) -> str:
     return _block("time of an update, seconds (assumed: see docs)", _optimizers(plans), rows)
 
 
-def _checkpoint(plans: list[Plan], gpu: Gpu) -> str:
+def _checkpoint(plans: list[Plan], gpu: Gpu, unit: _Unit) -> str:
     sizes = [checkpoint_bytes(plan.job) for plan in plans]
     rows = {
-        "size, GiB": [_gib(whole) for whole, _ in sizes],
-        "copied by a rank, GiB": [_gib(share) for _, share in sizes],
+        f"size, {unit.name}": [unit(whole) for whole, _ in sizes],
+        f"copied by a rank, {unit.name}": [unit(share) for _, share in sizes],
         f"training stands still, seconds (at {gpu.host / GB:.0f} GB/s)": [_number(s / gpu.host) for _, s in sizes],
     }
     return _block("checkpoint", _optimizers(plans), rows)
@@ -177,12 +183,15 @@ def _checkpoint(plans: list[Plan], gpu: Gpu) -> str:
 
 def _block(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
     lines = [(title, columns), *((f"  {name}", values) for name, values in rows.items())]
-    return "\n".join(f"{name:<56}" + "".join(f"{value:>20}" for value in values) for name, values in lines)
+    width = max((len(value) + 1 for _, values in lines for value in values), default=0)
+    return "\n".join(
+        f"{name:<56}" + "".join(f"{value:>{max(20, width)}}" for value in values) for name, values in lines
+    )
 
 
-def _parts(parts: list[dict[str, int]], note: str = "") -> dict[str, list[str]]:
+def _parts(parts: list[dict[str, int]], unit: _Unit, note: str = "") -> dict[str, list[str]]:
     names = dict.fromkeys(name for part in parts for name in part if any(p.get(name) for p in parts))
-    return {f"{name}{note}": [_gib(part.get(name, 0)) for part in parts] for name in names}
+    return {f"{name}{note}": [unit(part.get(name, 0)) for part in parts] for name in names}
 
 
 def _optimizers(plans: list[Plan]) -> list[str]:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import shlex
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ def parse(
     """
     parser = _parser(config_class, program)  # type: ignore[arg-type]
     try:
-        options = list(_options(sys.argv[1:] if arguments is None else arguments))
+        options = list(_options(sys.argv[1:] if arguments is None else arguments, parser.kinds))
         if any(name in ("help", "h") for name, _ in options):
             parser.parse_args(["--help"])
         settings = parser.get_defaults()
@@ -91,6 +92,22 @@ def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False)
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def help_of(config_class: type, program: str, about: str, sections: Sequence[str]) -> str:
+    """Return the help of a program that reads some sections of a configuration alone.
+
+    Args:
+        config_class: as for `parse`.
+        program: the program's name.
+        about: what it does.
+        sections: what the names of its settings begin with.
+    """
+    parser = _parser.__wrapped__(config_class, program)  # one of its own, not the one that parses
+    parser.usage, parser.description = f"{program} [--section.name value ...]", about
+    for group in parser._action_groups:
+        group._group_actions = [a for a in group._group_actions if a.dest.partition(".")[0] in sections]
+    return str(parser.format_help())
 
 
 @functools.cache
@@ -176,27 +193,42 @@ def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", kind
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield every option's name and value."""
-    rest = iter(arguments)
-    for argument in rest:
+def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every option's name and value; for a list, all the words that follow, as an unquoted pattern gives them."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help"):
             yield name.removeprefix("-"), ""
-        elif not argument.startswith("--"):
+            continue
+        if not argument.startswith("--"):
             raise SettingsError(f"{argument}: an option, as in --section.name value, must come before it")
-        else:
-            value = value if equals else next(rest, "--")
-            if value.startswith("--") and not equals:
-                raise SettingsError(f"--{name}: a value is missing")
-            yield name, value
+        words = [value] if equals else []
+        while rest and not rest[0].startswith("--") and not (equals or rest[0] == "-h"):
+            words.append(rest.pop(0))
+        if not words:
+            raise SettingsError(f"--{name}: a value is missing")
+        if len(words) > 1 and name in ("config", *kinds) and not _is_sequence(kinds.get(name)):
+            raise SettingsError(
+                f"--{name}: it takes one value, and got {shlex.join(words[:3])}{' …' if words[3:] else ''}; put quotes "
+                "around a pattern or a text with spaces"
+            )
+        yield name, words if len(words) > 1 else words[0]
 
 
-def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
+def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
     """Return an option's value, as a person types it, for a setting of its type."""
     if name not in kinds:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
+    if isinstance(value, list):
+        return value if get_origin(kind) is list else _from_text(f"--{name}", ",".join(value), kind)
+    return _from_text(f"--{name}", value, kind)
+
+
+def _from_text(where: str, value: str, kind: Any) -> Any:
+    """Return the value that a text stands for, as a person types it, for a setting of this type."""
     if value != "null":
         kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
@@ -205,8 +237,7 @@ def _option(name: str, value: str, kinds: Mapping[str, Any]) -> Any:
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
-    loaded = yaml_files.load(".inf" if value == "inf" else value, f"--{name}")
-    return _value(name if _of_sections(kind) else f"--{name}", loaded, kind)
+    return _value(where, yaml_files.load(".inf" if value == "inf" else value, where), kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -229,8 +260,15 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
             raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
         if name in checked:
             raise SettingsError(f"--config {path}: {name} is given twice, once with a dot in its name")
-        checked[name] = _value(f"--config {path}: {name}", value, kinds[name])
+        where = f"--config {path}: {name}"
+        kind = kinds[name]
+        stands_for_another = isinstance(value, str) and (get_origin(kind) in (list, tuple) or not _is_text(kind))
+        checked[name] = (_from_text if stands_for_another else _value)(where, value, kind)
     return checked
+
+
+def _is_sequence(kind: Any) -> bool:
+    return any(get_origin(one) in (list, tuple) for one in (kind, *get_args(kind)))
 
 
 def _is_text(kind: Any) -> bool:
@@ -246,9 +284,7 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if _of_sections(kind):
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
-        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
-    if value == "inf" and float in kinds:
-        raise SettingsError(f"{where}: YAML writes infinity as .inf")
+        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if isinstance(value, bool) and bool not in kinds:
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
@@ -276,9 +312,25 @@ def _item(where: str, value: Any, kind: Any) -> Any:
     return kind(**parser.values(kind, given, parser.get_defaults()))
 
 
+# What other programs call a setting.
+_ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler_type": "schedule.name",
+    "num_train_epochs": "train.epochs",
+    "steps": "train.max_steps",
+    "batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "grad_clip": "train.max_grad_norm",
+    "output_dir": "run_dir",
+    "resume": "checkpoint.resume_from",
+}
+
+
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     # A right name in the wrong section, or without one, is nearer than one that is spelled alike.
     same_end = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
-    best = (same_end or close)[:1]
+    elsewhere = _ELSEWHERE.get(name.split(".")[-1].replace("-", "_"))
+    best = (same_end or ([elsewhere] if elsewhere in known else close))[:1]
     return f"; did you mean {prefix}{best[0]}?" if best else ""

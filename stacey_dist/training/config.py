@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
 from stacey_dist.training import optimizer_defaults
 from stacey_dist.training.value_types import (
@@ -33,7 +34,7 @@ _OWN: Any = None
 class OptimizerConfig:
     """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
 
-    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon"] = "stacey"
+    name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
     """The optimizer, with default numbers of its own. muon: for the matrices of hidden layers, AdamW for the rest."""
     lr: NonNegativeFloat = _OWN
     """The peak learning rate (eta in the paper)."""
@@ -46,13 +47,15 @@ class OptimizerConfig:
     p: NormOrder = _OWN
     """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
     alpha: NonNegativeFloat = _OWN
-    """stacey: the dual step size. alpha and tau belong to p: those for p = 30 are wrong near 3."""
+    """stacey: the dual step size, which like tau belongs to p. ademamix: the slow average's weight at the end."""
     tau: Share = _OWN
     """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = _OWN
-    """stacey, adamw, adam, lion, muon: interpolation or first-moment decay, and momentum or second-moment decay."""
+    """Interpolation or first-moment decay, and momentum or second-moment decay; not of sgd and lp_descent."""
+    beta3: ShareBelowOne | None = None
+    """ademamix: the decay of the slow average at the end of the run; it grows from the first of betas."""
     eps: NonNegativeFloat = 1e-8
-    """stacey, lp_descent, adamw, adam, muon: added to the denominator."""
+    """stacey, lp_descent, adamw, adam, muon, ademamix: added to the denominator."""
     momentum: ShareBelowOne = _OWN
     """sgd, muon: the momentum, which is Nesterov's; 0 is plain SGD."""
     adamw_lr: NonNegativeFloat | None = None
@@ -154,7 +157,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
-    """Threads of a process that trains on the CPU. None: the machine's cores, shared by the processes on it."""
+    """Threads of a process on the CPU. None: OMP_NUM_THREADS, else the machine's cores, shared by its processes."""
     max_skipped_steps: PositiveInt = 20
     """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
     heartbeat_timeout_seconds: PositiveFloat | None = 120.0
@@ -204,6 +207,16 @@ class TrackingConfig:
 
 
 @dataclass
+class HubConfig:
+    """Upload of the exported model to the Hugging Face hub."""
+
+    push_to: str | None = None
+    """The model repository to upload to when the run is complete, as in name/model; made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+
+
+@dataclass
 class RunConfig:
     """The settings of a run of either launcher; a subclass adds those of its model and its data."""
 
@@ -216,6 +229,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     samples: ClassVar[str] = "samples"
     """What samples are called, as in "sequences"."""
@@ -232,6 +246,7 @@ class RunConfig:
         """Raise SettingsError for values that do not go together. A subclass adds its own rules."""
         _check_optimizer(self.optimizer, self.schedule.final_p)
         _check_checkpoint(self.checkpoint, self.changes_to_allow)
+        _check_hub(self.hub)
         for tracker in self.tracking.trackers:
             missing = f"{tracker} is not installed; {install_line(tracker)}"
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
@@ -283,12 +298,30 @@ def check_schedule(config: RunConfig) -> None:
 
 def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
     check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
+    if optimizer.name == "ademamix":
+        missing = f"pytorch_optimizer is not installed; {install_line('pytorch_optimizer')}"
+        check(is_installed("pytorch_optimizer"), "optimizer.name", "ademamix", missing)
+        check(optimizer.betas[0] > 0, "optimizer.betas", list(optimizer.betas), "ademamix needs the first > 0")
     if optimizer.name != "stacey" or optimizer.variant == "p2":
         return
     for_variant = f"for optimizer.variant = {optimizer.variant}"
     for setting, p in (("optimizer.p", optimizer.p), ("schedule.final_p", final_p or 2.0)):
         check(p < math.inf, setting, p, f"it must be finite {for_variant}")
         check(p <= 1000, setting, p, f"it must be at most 1000 {for_variant}")
+
+
+def _check_hub(hub: HubConfig) -> None:
+    if hub.push_to is None:
+        return
+    missing = f"huggingface_hub is not installed; {install_line('transformers')}"
+    check(is_installed("huggingface_hub"), "hub.push_to", hub.push_to, missing)
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(hub.push_to)
+    except HFValidationError as error:
+        allowed = "it must be the name of a model repository, as in name/model"
+        raise SettingsError(f"hub.push_to: {hub.push_to} is not allowed; {allowed}") from error
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig, changes_to_allow: tuple[str, ...]) -> None:

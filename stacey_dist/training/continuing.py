@@ -60,7 +60,8 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options |= {"run_dir": longer}
     else:
         at_the_end = scheduled(config, train.max_steps)
-        numbers = {name: f"{at_the_end[name]:.6g}" for name in ("lr", "alpha", "tau", "p") if name in at_the_end}
+        names = ("lr", "adamw_lr", "alpha", "tau", "p")
+        numbers = {name: f"{at_the_end[name]:.6g}" for name in names if name in at_the_end}
         about = f"at the last lr, {numbers['lr']}"
         options |= {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
         if "p" in numbers:

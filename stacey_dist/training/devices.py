@@ -14,6 +14,19 @@ def cores_per_process() -> int:
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def cpu_threads() -> int:
+    """Return the threads of a process that trains on the CPU: OMP_NUM_THREADS, or its share of the cores.
+
+    Launchers set OMP_NUM_THREADS too: to 1, which would leave the other cores idle, or to all of a machine's cores,
+    of which this process may have a part.
+    """
+    asked, share = os.environ.get("OMP_NUM_THREADS", ""), cores_per_process()
+    by_launcher = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
+    if not asked.isdecimal() or int(asked) < (2 if by_launcher else 1):
+        return share
+    return min(int(asked), share) if by_launcher else int(asked)
+
+
 def device_name(device: torch.device) -> str:
     """Return the device as a person knows it: a GPU's model, or the CPU with its threads."""
     if device.type == "cuda":

@@ -129,7 +129,13 @@ class ImageConfig(RunConfig):
 
     def check_rules(self) -> None:
         """Raise SettingsError for values that do not go together."""
-        check(self.optimizer.name != "muon", "optimizer.name", "muon", "a ResNet has no matrices in hidden layers")
+        name = self.optimizer.name
+        check(
+            name in self.optimizer.defaults or name == "stacey",
+            "optimizer.name",
+            name,
+            "it is for language models here",
+        )
         super().check_rules()
         data = self.data
         check(

@@ -139,12 +139,10 @@ class Launcher(Generic[C]):
         """
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
-        from stacey_dist.training.muon import check_muon
-        from stacey_dist.training.optimizers import build_optimizer
+        from stacey_dist.training.optimizers import build_optimizer, check_engine
         from stacey_dist.training.start import start
 
-        if config.optimizer.name == "muon":
-            check_muon(requested_engine())
+        check_engine(config.optimizer.name, requested_engine())
         parts = self.load_parts()
         run = start(config)
         data = parts.prepare_data(run)

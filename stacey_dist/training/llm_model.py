@@ -9,15 +9,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece
 from stacey_dist.errors import InputError, SettingsError, settings_errors
 from stacey_dist.models.causal_lm import (
-    CAUSAL,
-    attention_of,
     causal_config,
     count_parameters,
     longest_sequence,
@@ -26,6 +23,7 @@ from stacey_dist.models.causal_lm import (
     weight_files,
 )
 from stacey_dist.models.untrusted_config import first_line
+from stacey_dist.training.attention import implementation
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
 from stacey_dist.training.launch import loads_weights_from_rank0
 from stacey_dist.training.llm_config import LLMConfig, described_model
@@ -34,9 +32,6 @@ from stacey_dist.training.run import Run
 
 if TYPE_CHECKING:
     from stacey_dist.training.text_data import TextData
-
-# To find that windows need no mask, transformers' own waits for the device in each forward pass.
-AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 _SETTINGS = {"pretrained": "model.pretrained", "name_or_directory": "model.pretrained", "path": "model.pretrained"}
 
@@ -99,7 +94,7 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
     described = dict(described, dtype=None, torch_dtype=None)  # of the weights in a file: here a setting says it
     if settings.pretrained is None:
         described |= _special_tokens(data)
-    attention = attention_of(causal_config(described), run.config.data.sequence_length)
+    attention = implementation(run.config, causal_config(described))
     try:
         if settings.pretrained is not None:
             model = _pretrained(run, data, described, attention)

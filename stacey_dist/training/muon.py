@@ -9,9 +9,6 @@ from torch.optim import AdamW, Optimizer
 
 from stacey_dist.errors import SettingsError
 
-ENGINES = ("single", "ddp")
-"""The engines on which every process has whole matrices."""
-
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Return the trainable parameters that are matrices, without those of embeddings and of the output head.
@@ -25,19 +22,10 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     return {param for param in model.parameters() if param.requires_grad and param.dim() == 2} - excluded
 
 
-def check_muon(engine: str) -> None:
-    """Raise SettingsError where the engine splits matrices, or torch has no Muon."""
-    if not hasattr(torch.optim, "Muon"):
-        raise SettingsError(f"optimizer.name: muon needs torch >= 2.9, and this is {torch.__version__}")
-    if engine not in ENGINES:
-        raise SettingsError(
-            f"optimizer.name: muon is not allowed with {engine}, where no process has whole matrices or all of them; "
-            "it goes with one process and with DDP"
-        )
-
-
 class MuonWithAdamW(Optimizer):
     """Update matrices by `torch.optim.Muon` and all other parameters by fused `torch.optim.AdamW`.
+
+    Experts that a model keeps in one tensor of three dimensions are no matrices: AdamW updates them.
 
     A step of Muon has the size of AdamW's (`adjust_lr_fn="match_rms_adamw"`, https://arxiv.org/abs/2502.16982, 2.2).
     `param_groups` and `state` are those of both. A group that has `ns_steps` is Muon's.
@@ -61,11 +49,16 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        groups = [dict(group) for group in params]
-        matrices = [group for group in groups if group.pop("muon")]
-        others = [group for group in groups if group not in matrices]
+        matrices: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        for group in params:
+            settings = {name: value for name, value in group.items() if name != "muon"}
+            (matrices if group["muon"] else others).append(settings)
+        if not matrices:
+            raise SettingsError("optimizer.name: muon needs hidden matrices, and the model has none; take adamw")
         self._muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(others, lr=adamw_lr, betas=betas, eps=eps, fused=True)
+        # A model may have nothing but matrices; torch refuses an optimizer without groups.
+        self._adamw = AdamW(others or [{"params": []}], lr=adamw_lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
         for group in self.param_groups:
             group["adamw_lr"] = adamw_lr

@@ -18,6 +18,7 @@ TEXT: Defaults = {
     "adam": dict(lr=0.0016, weight_decay=0.00015, betas=(0.8, 0.95)),
     "lion": dict(lr=0.0012, weight_decay=0.1, betas=(0.5, 0.7)),
     "sgd": dict(lr=0.37, weight_decay=0.0, momentum=0.8),
+    "ademamix": dict(lr=0.003, weight_decay=0.1, alpha=2.0, betas=(0.8, 0.95), beta3=0.99),
     "muon": dict(lr=0.003, adamw_lr=0.003, weight_decay=0.1, momentum=0.95, betas=(0.8, 0.95)),
 }
 """LLaMA, 1.3 M parameters, 600 updates: the quickstart of `train_llm.py`."""
@@ -35,7 +36,7 @@ IMAGES: Defaults = {
 """ResNet-18 of width 16, 400 updates on CIFAR-10; `train_imagenet.py` has that network as its quickstart. A ResNet has
 no hidden matrices for muon."""
 
-_UNREAD: Mapping[str, Any] = {"momentum": 0.9, "adamw_lr": None}
+_UNREAD: Mapping[str, Any] = {"momentum": 0.9, "adamw_lr": None, "beta3": None}
 NAMES = tuple(dict.fromkeys(name for numbers in TEXT.values() for name in numbers))
 """The settings that some optimizer has a number of its own for."""
 

@@ -7,9 +7,27 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.optim import LpDescent, Stacey
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 from stacey_dist.training.muon import MuonWithAdamW, hidden_matrices
+
+# What an engine must leave as it is, and the engines that do. FSDP2's DTensors gather what Muon needs.
+_ENGINES = {
+    "muon": ("whole matrices", ("single", "ddp", "fsdp2")),
+    "ademamix": ("one count of updates for all parameters", ("single", "ddp")),
+}
+
+
+def check_engine(name: str, engine: str) -> None:
+    """Raise SettingsError where an optimizer does not go with an engine, or is not there."""
+    needs, engines = _ENGINES.get(name, ("", (engine,)))
+    if engine not in engines:
+        raise SettingsError(
+            f"optimizer.name: {name} is not allowed with {engine}; it needs {needs}, as {', '.join(engines)} have them"
+        )
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise SettingsError(f"optimizer.name: muon needs torch >= 2.9, and this is {torch.__version__}")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -60,6 +78,11 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
         case "muon":
             settings |= dict(adamw_lr=config.adamw_lr, momentum=config.momentum)
             return MuonWithAdamW, dict(settings, betas=config.betas, eps=config.eps)
+        case "ademamix":
+            from pytorch_optimizer import AdEMAMix
+
+            settings |= dict(betas=(*config.betas, config.beta3), alpha=config.alpha, eps=config.eps)
+            return AdEMAMix, dict(settings, weight_decouple=True, step=0)
         case "sgd":
             return torch.optim.SGD, dict(settings, momentum=config.momentum, nesterov=config.momentum > 0)
         case "lion":
@@ -81,6 +104,8 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     settings: dict[str, Any] = {"lr": optimizer.lr * share}
     if optimizer.name == "muon" and optimizer.adamw_lr is not None:
         settings["adamw_lr"] = optimizer.adamw_lr * share
+    if optimizer.name == "ademamix":  # alpha and beta3 grow over the run; the count of updates is the group's
+        settings |= {"step": step - skipped, "t_alpha_beta3": max_steps}
     if optimizer.name == "stacey":
         if schedule.alpha == "lr":
             settings["alpha"] = optimizer.alpha * share
@@ -102,6 +127,8 @@ def depends_on_skipped(config: RunConfig, applied: int) -> bool:
     Bias correction has ended once beta2^t is nothing beside 1.
     """
     optimizer = config.optimizer
+    if optimizer.name == "ademamix":
+        return True
     return optimizer.name == "stacey" and optimizer.bias_correction and 1.0 - optimizer.betas[1] ** applied < 1.0
 
 

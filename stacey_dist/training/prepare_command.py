@@ -7,7 +7,14 @@ from stacey_dist.cores import available_cores
 from stacey_dist.data.parts import SPLITS
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.command_line import help_of
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.llm_config import LLMConfig
+
+_ABOUT = (
+    "Tokenize the text that train_llm.py with the same settings trains on, before the run. Its other settings may be "
+    "given, and change nothing here."
+)
 
 
 def prepare(arguments: list[str]) -> int:
@@ -18,11 +25,9 @@ def prepare(arguments: list[str]) -> int:
     bad settings or text, OSError for a full disk.
     """
     if {"--help", "-h"} & set(arguments):
-        print(
-            "--workers N   processes that encode, each in one thread (default: as many as there are cores)\n"
-            "--shard I/N   where N hosts prepare one directory: this is number I, from 0 (default: Slurm's task)\n"
-            "and the options of train_llm.py:\n"
-        )
+        print(help_of(LLMConfig, "stacey-dist prepare", _ABOUT, ("config", "run_dir", "data", "tokenizer")))
+        print("\n".join(own_options().format_help().splitlines()[3:]))
+        return 0
     own, others = own_options().parse_known_args(arguments)
     config = LLM.parse(others, "stacey-dist prepare")
     from stacey_dist.training.text_data import tokenize  # after the settings were checked: it takes seconds

@@ -1,9 +1,11 @@
 """What a language model writes: how it continues a held-out text."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stacey_dist.training.attention import generating
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
@@ -25,9 +27,18 @@ class Samples(Callback):
         self.data, self.tokens = data, tokens
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
-        """Continue the same beginning with the same random numbers as after other updates."""
+        """Continue the same beginning with the same random numbers as after other updates.
+
+        A model whose loss is not finite is left alone: no probabilities come of its logits, which on a GPU is an error
+        that ends the process before a save.
+        """
         run = training.run
-        text = sample(run, training.engine, self.data, self.tokens)
+        if not math.isfinite(figures["eval_loss"]):
+            return
+        try:
+            text = sample(run, training.engine, self.data, self.tokens)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            text = f"none, for the model cannot generate: {' '.join(str(error).split())[:200]}"
         training.engine.model.train()
         line = "".join(character if character.isprintable() else " " for character in text)
         run.say(f"step {training.step}/{run.config.train.max_steps}  sample: {line}")
@@ -55,7 +66,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
     # Generation has other shapes with each token, for each of which it would be compiled again.
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), generating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.config.seed)
             output = model.generate(
                 input_ids=prompt,
@@ -64,6 +75,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
                 do_sample=True,
                 temperature=0.8,
                 top_k=50,
+                remove_invalid_values=True,
                 pad_token_id=data.end_token_id,
                 use_cache=True,
                 synced_gpus=run.accelerator.num_processes > 1,

@@ -75,9 +75,10 @@ class StopSignal:
         if self.received is None:
             self.received, self._received_at = number, now
             line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)\n"
-            with contextlib.suppress(OSError):
-                # Not print: it raises where the signal came in the middle of another one, as when a pipe is full.
-                os.write(1, line.encode())
+            if os.environ.get("RANK", "0") == "0":  # a launcher passes the signal on to all
+                with contextlib.suppress(OSError):
+                    # Not print: it raises where the signal came in the middle of another one, as when a pipe is full.
+                    os.write(1, line.encode())
         elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)

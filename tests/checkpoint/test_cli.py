@@ -76,13 +76,31 @@ def test_list_of_a_path_that_is_not_there(tmp_path, capsys):
 
 @pytest.mark.parametrize("below", ["", "checkpoints"])
 @pytest.mark.parametrize("command", ["show", "verify", "diff", "export"])
-def test_a_directory_of_checkpoints_is_none(run, tmp_path, capsys, command, below):
+def test_of_a_run_the_newest_is_taken(run, tmp_path, capsys, command, below):
     path = run[0] / below
-    rest = {"diff": [first(run)], "export": [tmp_path / "out"]}.get(command, [])
-    with pytest.raises(SystemExit) as stopped:
-        main(["checkpoint", command, *map(str, [path, *rest])])
-    assert stopped.value.code == 2
-    assert f"{path} holds checkpoints; name one that `list {path}` shows" in capsys.readouterr().err
+    rest = {"diff": [second(run)], "export": [tmp_path / "out"]}.get(command, [])
+    status, out, err = call(capsys, command, path, *rest)
+    assert status == 0
+    assert err.splitlines()[0] == f"the newest of {path}: {second(run)}"
+    expected = {"show": "after 2 updates", "verify": f"{second(run)}: ", "diff": "equal", "export": "for transformers"}
+    assert expected[command] in out
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "show", str(tmp_path)])
+    assert f"{tmp_path} is a run without checkpoints" in capsys.readouterr().err
+
+
+def test_list_finds_runs_below(run, tmp_path, capsys):
+    for name in ("b/c", "a", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        os.symlink(run[0] / "checkpoints", tmp_path / name / "checkpoints")
+    lines = call(capsys, "list", tmp_path)[1].splitlines()
+    shown = [line.split()[0].removeprefix(f"{tmp_path}/") for line in lines]
+    steps = [f"checkpoints/step_0000000{i}" for i in (2, 1)]
+    assert shown == [f"{name}/{step}" for name in ("a", "b/c") for step in steps]
 
 
 def test_a_path_that_cannot_be_looked_at_is_one_line(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,8 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     assert [(p.name, p.shape) for p in planned.parameters] == [(n, tuple(p.shape)) for n, p in built.named_parameters()]
     assert {p.name for unit in planned.units for p in unit} == {p.name for p in planned.parameters}
     run.process_batch_size = run.micro_batch_size = 1
-    corpus = SimpleNamespace(train=Stream(), validation=Stream(), share=1, name="")
-    data = SimpleNamespace(corpora=[corpus], identity="stream")
+    corpus = SimpleNamespace(name="", share=1, train=Stream(), validation=Stream())
+    data = SimpleNamespace(corpora=[corpus], identity="stream", end_token_id=0)
     flops = LanguageModeling(run, data, built).flops_per_unit
     assert planned.flops_per_token(config.data.sequence_length) == flops
 
@@ -242,6 +243,7 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
         (["--engine", "zero2", "--offload"], "--offload: it goes with --engine zero3, not zero2"),
         (["--nodes", "3"], "train.global_batch_size: 16 is not a multiple of the 24 GPUs"),
         (["--micro-batch-size", "16"], "train.micro_batch_size: 16 does not divide train.global_batch_size / GPUs = 2"),
+        (["--optimizer", "muon"], "optimizer.name: muon is not planned yet"),
         (["--nodes", "0"], "--nodes: 0 is not allowed; it must be >= 1"),
         (["--nodes", "two"], "argument --nodes: invalid int value: 'two'"),
         (["--efficiency", "0.6"], "--efficiency: 0.6 is not allowed; it must be LOW,HIGH"),
@@ -293,7 +295,28 @@ def test_several_configurations_are_merged_as_the_launchers_do(capsys, tmp_path)
     over = tmp_path / "over.yaml"
     over.write_text("model: {num_hidden_layers: 2}\n")
     shallow = plan(capsys, "7b", *ON_64, "--model.num_hidden_layers", "2")
-    assert plan(capsys, "7b", "--config", str(over), *ON_64) == shallow != plan(capsys, "7b", *ON_64)
+    merged, deep = plan(capsys, "7b", "--config", str(over), *ON_64), plan(capsys, "7b", *ON_64)
+    planned = [text.partition("to start it:")[0] for text in (merged, shallow, deep)]
+    assert planned[0] == planned[1] != planned[2]
+
+
+def test_the_command_that_is_printed_starts_what_was_planned(capsys, tmp_path):
+    file = tmp_path / "a file.yaml"
+    file.write_text("train: {global_batch_size: 24}\n")
+    options = ["--config", str(file), "--gpus-per-node", "3", "--optimizer", "lion", "--optimizer.lr=0.5"]
+    text = plan(capsys, "100m_c4", *options, "--micro-batch-size", "4")
+    command = text.partition("to start it:\n")[2].partition("\n\n")[0]
+    words = shlex.split(command.replace("\\\n", ""))
+    start = words.index("train_llm.py")
+    file = "configs/accelerate/fsdp2.yaml"
+    assert words[:start] == ["accelerate", "launch", "--config_file", file, "--num_processes", "3"]
+    config = LLM.parse(words[start + 1 :])
+    assert (config.train.global_batch_size, config.train.micro_batch_size) == (24, 4)
+    assert (config.optimizer.name, config.optimizer.lr) == ("lion", 0.5)
+    assert "configs/accelerate/gpu.yaml train_llm.py" in plan(capsys, "100m_c4", "--gpus-per-node", "1")
+    searched = plan(capsys, "1b", "--nodes", "2", "--search")
+    nodes = "--num_processes 16 --num_machines 2 --machine_rank RANK --main_process_ip HOST"
+    assert nodes in searched.replace(" \\\n ", "")
 
 
 def test_a_search_chooses_the_engine_and_the_micro_batch_itself(capsys):

@@ -38,8 +38,8 @@ def test_the_warm_up_fits_the_run_unless_it_is_given():
     assert LLM.parse(["--train.max_steps", "5"]).schedule.warmup_steps is None
 
 
-def make_config(name="cosine", steps=200, **schedule):
-    optimizer = OptimizerConfig(lr=0.0012)
+def make_config(name="cosine", steps=200, optimizer="stacey", **schedule):
+    optimizer = OptimizerConfig(optimizer, lr=0.0012)
     return LLMConfig(
         optimizer=optimizer,
         schedule=ScheduleConfig(name, warmup_steps=20, **schedule),
@@ -79,6 +79,7 @@ def longer(config, directory):
         ("wsd", {}),  # without a checkpoint from before the decay
         ("cosine", {"final_p": math.inf}),
         ("cosine", {"final_p": 3.0, "tau": "lr"}),
+        ("linear", {"optimizer": "muon"}),
     ],
 )
 def test_the_command_that_is_printed_continues_with_the_last_settings(name, schedule, tmp_path):
@@ -111,7 +112,9 @@ def test_wsd_continues_from_before_its_decay_as_if_it_had_been_longer_at_once(tm
         "step_00000016",
     ]
     (line,) = [line for line in output.splitlines() if line.startswith("to continue, from before the decay: ")]
-    output = launch(*shlex.split(line.rsplit(": ", 1)[1])[3:], "--train.eval_every_steps", 100)
+    words = shlex.split(line.rsplit(": ", 1)[1])
+    assert words[:2] == ["python", "train_llm.py"]  # which is how it was started
+    output = launch(*words[2:], "--train.eval_every_steps", 100)
     assert "lr 0.0012 at" not in output  # as it would have been
     launch("--config", config, "--run_dir", tmp_path / "whole", "--train.max_steps", 32)
     assert_equal_checkpoints(tmp_path / "run-longer", tmp_path / "whole", 32)

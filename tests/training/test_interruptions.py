@@ -123,7 +123,7 @@ def test_two_sigterms_and_a_ctrl_c_that_comes_twice_at_once(undisturbed, config,
         group.send(number)  # as Slurm's comes to every process, and once more from torchrun's agent
         output, status = group.wait()
         assert status == 128 + number, output
-        assert output.count(f"{number.name}: finishing this step, then saving") == 2  # by each process
+        assert output.count(f"{number.name}: finishing this step, then saving") == 1
         output, status = start(config, run).wait()
         assert status == 0, output
         assert differences(last(run), last(undisturbed / "cpu_ddp")) == []

@@ -3,11 +3,15 @@
 import math
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from stacey_dist.checkpoint import verify
+from tests.training.forked import ROOT, environment
 from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,
@@ -53,7 +57,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     states = checkpoint(run, 40)
     assert {t.dtype for n, t in states.items() if n.endswith(("/z", "/m"))} == {torch.bfloat16}
-    assert "to continue: accelerate launch train_llm.py" in output
+    assert f"at the last lr, 0.00012: accelerate launch train_llm.py --config {run}/config.yaml" in output
     assert "sample: " in output
 
 
@@ -90,6 +94,23 @@ def test_a_signal_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, numb
     assert list(evaluations) == list(range(1, 41))
     for row in rows(directory / "run"):
         assert "eval_loss" not in row or evaluations[row["step"]] == row["eval_loss"]
+
+
+def test_ctrl_c_of_one_python_program_is_one_line(uninterrupted, tmp_path):
+    _, config, _ = uninterrupted
+    program = [sys.executable, str(ROOT / "train_llm.py"), "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        program, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while process.poll() is None and not training_rows(tmp_path / "run"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert output.count("SIGINT") == 1
+    assert "Traceback" not in output
+    assert "values were not passed" not in output  # Accelerate's
+    assert output.startswith("1 process on cpu")
 
 
 def test_starting_a_complete_run_again_says_so(uninterrupted):

@@ -1,5 +1,5 @@
 """Muon with AdamW as one optimizer: which parameter goes where, equal to torch's two by hand, and refused where it
-cannot be right."""
+cannot be right; and AdEMAMix, whose count of updates is not in its state."""
 
 import copy
 
@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.training import config as config_module
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from stacey_dist.training.launchers import IMAGES
-from stacey_dist.training.muon import check_muon, hidden_matrices
-from stacey_dist.training.optimizers import build_optimizer, scheduled
+from stacey_dist.training.launchers import IMAGES, LLM
+from stacey_dist.training.muon import hidden_matrices
+from stacey_dist.training.optimizers import build_optimizer, check_engine, scheduled
 from tests.training.helpers import (
     assert_equal_checkpoints,
     checkpoint,
@@ -94,47 +95,97 @@ def test_state_dicts_and_closures():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def build(model):
+    numbers = dict(lr=0.02, adamw_lr=0.005, weight_decay=0.2, momentum=0.9, betas=(0.7, 0.9))
+    return build_optimizer(model, OptimizerConfig("muon", **numbers), seed=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_models_with_as_many_matrices_as_other_parameters_and_with_matrices_alone(bias):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=bias), torch.nn.Linear(4, 4, bias=bias))
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = build(model)
+    assert [len(group["params"]) for group in optimizer.param_groups if "ns_steps" in group] == [2]
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert all((param != old).any() for param, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_model_without_matrices_is_refused():
+    with pytest.raises(SettingsError, match=r"optimizer.name: muon needs hidden matrices, and the model has none"):
+        build(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+
+
 @pytest.mark.parametrize("engine", ["zero_redundancy", "deepspeed", "fsdp2"])
-def test_engines_that_split_matrices_are_refused(engine):
-    with pytest.raises(SettingsError, match=f"optimizer.name: muon is not allowed with {engine}.* one process and"):
-        check_muon(engine)
+@pytest.mark.parametrize("name", ["muon", "ademamix"])
+def test_engines_that_it_cannot_be_right_on_are_refused(name, engine):
+    if (name, engine) == ("muon", "fsdp2"):
+        return check_engine(name, engine)
+    with pytest.raises(SettingsError, match=f"optimizer.name: {name} is not allowed with {engine}; it needs .* single"):
+        check_engine(name, engine)
 
 
-def test_without_torchs_muon_and_for_images_it_is_refused(monkeypatch):
-    check_muon("ddp")
+def test_without_its_package_and_for_images_it_is_refused(monkeypatch):
+    check_engine("muon", "ddp")
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(SettingsError, match=r"optimizer.name: muon needs torch >= 2.9"):
-        check_muon("ddp")
-    with pytest.raises(SettingsError, match=r"optimizer.name: muon is not allowed; a ResNet has no matrices"):
-        IMAGES.parse(MUON)
+        check_engine("muon", "ddp")
+    for name in ("muon", "ademamix"):
+        with pytest.raises(SettingsError, match=f"optimizer.name: {name} is not allowed; "):
+            IMAGES.parse(["--optimizer.name", name])
+    LLM.parse(["--optimizer.name", "ademamix"])
+    monkeypatch.setattr(config_module, "is_installed", lambda module: module != "pytorch_optimizer")
+    with pytest.raises(SettingsError, match="ademamix is not allowed; pytorch_optimizer is not installed; pip install"):
+        LLM.parse(["--optimizer.name", "ademamix"])
+
+
+def test_ademamix_counts_updates_and_warms_up_over_the_run():
+    config = RunConfig(
+        optimizer=OptimizerConfig("ademamix", lr=1.0, alpha=3.0, beta3=0.99), train=TrainConfig(max_steps=50)
+    )
+    settings = scheduled(config, 9, skipped=2)
+    assert (settings["step"], settings["t_alpha_beta3"]) == (7, 50)
+    model = make_llama()
+    optimizer = build_optimizer(model, config.optimizer, seed=0)
+    for group in optimizer.param_groups:
+        assert settings.keys() <= group.keys()  # the engine sets them
+        assert group["betas"] == (*config.optimizer.betas, 0.99)
+        assert group["weight_decouple"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("muon")
     config = write_config(directory, train={"max_steps": 20, "eval_every_steps": 20}, checkpoint={"every_steps": 10})
-    launch("--config", config, *MUON, "--run_dir", directory / "run")
+    for name in ("muon", "ademamix"):
+        launch("--config", config, "--optimizer.name", name, "--run_dir", directory / name)
     return directory, config
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("muon", "momentum_buffer exp_avg exp_avg_sq step"), ("ademamix", "exp_avg exp_avg_sq exp_avg_slow")],
+)
+def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path, name, kinds):
     directory, config = whole
-    states = checkpoint(directory / "run", 20)
-    kinds = {name.rsplit("/", 1)[1] for name in states if name.startswith("optimizer/")}
-    assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    source = directory / "run/checkpoints/step_00000010"
-    launch("--config", config, *MUON, "--run_dir", tmp_path / "run", "--checkpoint.resume_from", source)
-    assert_equal_checkpoints(tmp_path / "run", directory / "run", 20)
+    states = checkpoint(directory / name, 20)
+    assert {key.rsplit("/", 1)[1] for key in states if key.startswith("optimizer/")} == set(kinds.split())
+    source = directory / name / "checkpoints/step_00000010"
+    resumed = ("--optimizer.name", name, "--run_dir", tmp_path / "run", "--checkpoint.resume_from", source)
+    launch("--config", config, *resumed)
+    assert_equal_checkpoints(tmp_path / "run", directory / name, 20)
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(whole, tmp_path):
     directory, config = whole
-    launch("--config", config, *MUON, "--run_dir", tmp_path / "run", processes=2)
-    ours, reference = training_rows(tmp_path / "run"), training_rows(directory / "run")
-    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
-    for a, b in zip(ours, reference, strict=True):  # torch makes matrices orthogonal in bfloat16, 8 bits
-        assert a["loss"] == pytest.approx(b["loss"], rel=2**-8)
+    for engine, begun in (("cpu_ddp", 0), ("cpu_fsdp2", 10)):
+        source = ("--checkpoint.resume_from", directory / "muon/checkpoints/step_00000010") if begun else ()
+        launch("--config", config, *MUON, "--run_dir", tmp_path / engine, *source, processes=2, engine=engine)
+        ours, reference = training_rows(tmp_path / engine), training_rows(directory / "muon")
+        assert reference[-1]["loss"] < reference[0]["loss"] - 0.1
+        for a, b in zip(ours, reference[begun:], strict=True):  # torch makes matrices orthogonal in bfloat16, 8 bits
+            assert a["loss"] == pytest.approx(b["loss"], rel=2**-12)
     output = launch("--config", config, *MUON, "--run_dir", tmp_path / "b", processes=2, engine="cpu_zero2", expect=2)
     assert "optimizer.name: muon is not allowed with deepspeed" in output

@@ -98,7 +98,7 @@ def test_its_settings_are_checked_as_the_packages_own(tmp_path):
         assert f"own_program.py: error: model.features: {value} is not allowed; {message}" in output
 
 
-def test_the_example_trains_on_two_engines_and_in_a_notebook(tmp_path):
+def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
     options = ("--train.max_steps", "40", "--train.cpu_threads", "1")
     launch(*options, "--run_dir", tmp_path / "whole", program=EXAMPLE)
     run = ("--run_dir", tmp_path / "run")
@@ -106,7 +106,8 @@ def test_the_example_trains_on_two_engines_and_in_a_notebook(tmp_path):
     output = launch(*options, *run, program=EXAMPLE, processes=2, engine="cpu_fsdp2")
     assert "after 20 updates" in output
     ends = [rows(tmp_path / name)[-1]["eval_loss"] for name in ("whole", "run")]
-    assert ends == pytest.approx([0.0] * 2, abs=9)
+    assert ends[0] < 0.02  # 0.14 at first
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)  # z and m are rounded by other random bits
     for name in ("own_task.py", "notebook.py"):
         code = (ROOT / "docs/examples" / name).read_text()
         (tmp_path / name).write_text(code.replace('"40"]', f'"40", {options[2:]}]'.replace("(", "*(")))
@@ -116,4 +117,3 @@ def test_the_example_trains_on_two_engines_and_in_a_notebook(tmp_path):
     assert script.returncode == 0, script.stderr[-3000:]
     assert "resumed from runs/notebook/checkpoints/step_00000020 after 20 updates" in script.stdout
     assert_equal_checkpoints(tmp_path / "runs/notebook", tmp_path / "whole", 40)
-    print(ends, rows(tmp_path / "whole"), script.stdout)

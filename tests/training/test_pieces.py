@@ -16,8 +16,8 @@ import yaml
 from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
+from stacey_dist.training import devices, signals
 from stacey_dist.training import engine as engine_module
-from stacey_dist.training import signals
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -71,6 +71,7 @@ def make_task(processes, index, micro=2, batch=8):
     task.run, task.batch_size, task.data = run, batch, SimpleNamespace(corpora=[corpus()], verification=None)
     task.sampler, task._transfer = MixedSampler([37], [1], seed=3), Transfer(torch.device("cpu"))
     task._ahead = Ahead(task._share, batch)
+    task._attention = SimpleNamespace(numbers=lambda inputs: (), arguments=lambda numbers: {})
     return task
 
 
@@ -173,6 +174,21 @@ def test_norms_and_biases_are_not_decayed_unless_asked():
     assert len(everything["params"]) == 5
 
 
+def test_omp_num_threads_is_honoured(monkeypatch):
+    monkeypatch.setattr(devices, "available_cores", lambda: 8)
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    # what OMP_NUM_THREADS is, threads when started as `python`, and by `accelerate launch` as one of two processes
+    for asked, alone, launched in ((None, 8, 4), ("3", 3, 3), ("1", 1, 4), ("16", 16, 4), ("0", 8, 4), ("many", 8, 4)):
+        with monkeypatch.context() as patch:
+            if asked is not None:
+                patch.setenv("OMP_NUM_THREADS", asked)
+            assert devices.cpu_threads() == alone
+            patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            assert devices.cpu_threads() == launched
+
+
 def test_peak_flops_and_durations():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
@@ -243,7 +259,7 @@ def test_flops_per_token_of_the_papers_model():
     count = sum(p.numel() for p in model.parameters())
     layer = 4 * 640**2 + 3 * 640 * 1708 + 2 * 640
     assert count == 2 * 32100 * 640 + 12 * layer + 640 == 100_117_120
-    task = LanguageModeling(run, SimpleNamespace(corpora=[corpus()], verification=None, identity="windows"), model)
+    task = LanguageModeling(run, SimpleNamespace(corpora=[corpus()], identity="windows", end_token_id=1), model)
     assert task.flops_per_unit == 6 * (count - 32100 * 640) + 12 * 12 * 640 * 1024
 
 

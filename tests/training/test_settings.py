@@ -82,6 +82,9 @@ def test_options_as_people_type_them():
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
     for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
         assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
+    # the shell has replaced a pattern
+    shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
+    assert (shell.data.files, shell.seed, shell.optimizer.betas) == (["a,1.txt", "b.txt"], 3, (0.8, 0.9))
 
 
 def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
@@ -93,6 +96,20 @@ def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
         from_file = parse(LLMConfig, ["--config", str(tmp_path / "a.yaml")]).train.gradient_checkpointing
         assert from_file == value
         assert type(from_file) is type(value)
+
+
+def test_a_file_takes_a_text_where_an_option_does(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "data: {files: 'a.txt,b.txt'}\noptimizer: {p: inf, betas: '0.9,0.95'}\ntracking: {trackers: wandb}\n"
+    )
+    options = [
+        "--data.files=a.txt,b.txt",
+        "--optimizer.p=inf",
+        "--optimizer.betas=0.9,0.95",
+        "--tracking.trackers=wandb",
+    ]
+    assert parse(LLMConfig, ["--config", str(path)]) == parse(LLMConfig, options)
 
 
 def test_the_resolved_config_comes_back_the_same(tmp_path):
@@ -124,6 +141,11 @@ MISTYPED = [
     (["--train.max_step", "3"], "did you mean --train.max_steps?"),
     (["--model.seed", "3"], "did you mean --seed?"),
     (["--rundir=x"], "did you mean --run_dir?"),
+    (["--optimizer.learning_rate", "3"], "did you mean --optimizer.lr?"),
+    (["--train.batch_size", "3"], "did you mean --train.global_batch_size?"),
+    (["--tokenizer.file", "a b.model", "c"], "--tokenizer.file: it takes one value, and got 'a b.model' c; put quotes"),
+    (["--seed", "--train.max_steps", "3"], "--seed: a value is missing"),
+    (["a.txt"], "a.txt: an option, as in --section.name value, must come before it"),
     (["--optimizer.lr", "fast"], "optimizer.lr: fast is not allowed; it must be a number"),
     (["--train.max_steps", "2.5"], "train.max_steps: 2.5 is not allowed; it must be a whole number"),
     (
@@ -165,7 +187,7 @@ FILES = [
     ("optimzer: {lr: 1}", "unknown setting optimzer.lr; did you mean optimizer.lr?"),
     ("train: {steps: 1}", "unknown setting train.steps"),
     ("train: 5", "train must hold settings, not 5"),
-    ("optimizer: {p: inf}", "optimizer.p: YAML writes infinity as .inf"),
+    ("optimizer: {betas: '0.9'}", "optimizer.betas: [0.9] is not allowed; it must be 2 values, each a number"),
     ("a: [1", "is not valid YAML"),
     ("- 1", "must hold settings"),
     ("checkpoint: {keep_last: }", "checkpoint.keep_last: null is not allowed; it must be a whole number"),
@@ -211,6 +233,12 @@ OUT_OF_RANGE = [
     ("--optimizer.momentum 1", "optimizer.momentum: 1.0"),
     ("--optimizer.eps=-1e-8", "optimizer.eps: -1e-08"),
     ("--optimizer.name adamw --model.dtype bfloat16", "model.dtype: bfloat16"),
+    ("--schedule.warmup_steps 1.5", "schedule.warmup_steps: 1.5 is not allowed; it must be a whole number of"),
+    ("--schedule.warmup_steps -1", "schedule.warmup_steps: -1 is not allowed; it must be a whole number of updates"),
+    ("--schedule.name wsd --schedule.decay_steps 590", "schedule.decay_steps: 590 is not allowed; it must be at most"),
+    ("--schedule.name wsd --schedule.decay_steps=-.1", "schedule.decay_steps: -0.1"),
+    ("--optimizer.name muon --optimizer.adamw_lr -1", "optimizer.adamw_lr: -1.0 is not allowed; it must be a finite"),
+    ("--optimizer.name muon --model.dtype bfloat16", "optimizer.name = muon rounds bfloat16 weights to nearest"),
     ("--schedule.warmup_steps 700", "schedule.warmup_steps: 700 is not allowed; it must be at most train.max_steps"),
     ("--schedule.min_lr_ratio 1.5", "schedule.min_lr_ratio: 1.5"),
     ("--train.max_steps 0", "train.max_steps: 0 is not allowed; it must be > 0"),

@@ -86,12 +86,12 @@ def _by_our_names(
     weights = _canonical(source, found.weights, first_names)
     for name in dict.fromkeys(first_names.values()):
         if name not in weights:
-            raise ForeignCheckpointError(f"{source}: {name} is a parameter of the model, but not in the files")
+            raise ForeignCheckpointError(f"{source}: {name} is a parameter of --model, but not in the files")
     if found.groups is None:
         return weights, _canonical(source, found.states, first_names)
     if parameters is None:
         raise ForeignCheckpointError(
-            f"{source}: its optimizer's state has no names; say which model it is of, for the order of its parameters"
+            f"{source}: its optimizer's state has no names; give --model, which has the order of its parameters"
         )
     names = [names[0] for names in parameters]
     return weights, _states_by_name(source, found.groups, _members(source, names, found.groups, groups), weights)
@@ -109,7 +109,8 @@ def _members(
     sizes = [len(group) for group in states]
     if sum(sizes) != len(names):
         raise ForeignCheckpointError(
-            f"{source}: its optimizer is of {sum(sizes)} parameters, but the model has {len(names)} trainable ones"
+            f"{source}: its optimizer is of {sum(sizes)} parameters, but the model has {len(names)} trainable ones "
+            "(--model, --frozen)"
         )
     if groups is None and len(sizes) == 1:
         return [names]
@@ -117,13 +118,13 @@ def _members(
         given = "none" if groups is None else len(groups)
         raise ForeignCheckpointError(
             f"{source}: its optimizer has {len(sizes)} groups, of {', '.join(map(str, sizes))} parameters; name the "
-            f"parameters of each, in this order, with patterns ({given} given)"
+            f"parameters of each, in this order, with patterns (--group, {given} given)"
         )
     members: list[list[str]] = [[] for _ in groups]
     for name in names:
         number = next((i for i, patterns in enumerate(groups) if any(fnmatch(name, p) for p in patterns)), None)
         if number is None:
-            raise ForeignCheckpointError(f"{source}: {name} is in none of the groups that were named")
+            raise ForeignCheckpointError(f"{source}: {name} is in none of the groups that were named (--group)")
         members[number].append(name)
     return members
 
