@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
 from stacey_dist.training import prepare_command
+from stacey_dist.training.config import RunConfig
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.llm_config import LLMConfig
 
@@ -57,7 +58,7 @@ def settings() -> str:
                 lines += own_numbers(config.optimizer.defaults)
     for program, config in (("train_llm.py", llm), ("train_imagenet.py", images)):
         lines += ["", f"## {program} alone"]
-        shared = {row[0] for name in SHARED for row in rows(getattr(llm, name), name)}
+        shared = {row[0] for name in SHARED for row in rows(getattr(RunConfig(), name), name)}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from stacey_dist import bench, checkpoint_commands, info
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
@@ -39,6 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_command(commands.add_parser("bench", help="measure what a step of the optimizers costs here"))
     about = commands.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest")
     about.set_defaults(command=info.print_info)
+    compared = commands.add_parser("report", help="compare runs on one HTML page: results, settings, curves")
+    compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's directory, its run_dir")
+    compared.add_argument(
+        "--output", metavar="FILE.html", type=Path, default=Path("report.html"), help="the page (report.html)"
+    )
+    compared.set_defaults(command=_report)
     commands.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
     commands.add_parser("prepare", help="tokenize the text of a configuration of train_llm.py before the run")
     return parser
@@ -83,6 +90,12 @@ def _plan(arguments: list[str]) -> int:
     from stacey_dist.plan.command import main
 
     return main(arguments)
+
+
+def _report(runs: list[Path], output: Path) -> int:
+    from stacey_dist.training.report import report
+
+    return report(runs, output)
 
 
 def _prepare(arguments: list[str]) -> int:

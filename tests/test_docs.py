@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import Stacey
 from stacey_dist.sharding import base_optimizer, fragments
+from stacey_dist.training import Callback
 from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.llm_config import LLMConfig
 from tests.sharding.processes import spawn
@@ -144,6 +146,14 @@ def test_library_example(tmp_path):
     names = run("library", model=model, optimizer=optimizer, directory=tmp_path)
     assert names["manifest"]["extra"] == {"position": 100}
     assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
+
+
+def test_callback_example(capsys):
+    callback = run("callback")["BestLoss"]()
+    assert isinstance(callback, Callback)
+    for step, loss in enumerate((3.0, 2.0, 2.5)):
+        callback.on_evaluation_end(SimpleNamespace(step=step, run=SimpleNamespace(say=print)), {"eval_loss": loss})
+    assert capsys.readouterr().out.splitlines()[-1] == "best held-out loss so far: 2.0000, update 2"
 
 
 def test_grad_scale_example():

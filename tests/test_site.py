@@ -1,7 +1,4 @@
-"""The documentation site in a browser, from disk, as wide as a laptop and as a telephone.
-
-The browser is Playwright's (`playwright install chromium`), or the Chromium whose path is in CHROMIUM.
-"""
+"""The documentation site in a browser, from disk, as wide as a laptop and as a telephone."""
 
 import os
 import subprocess
@@ -9,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.browser import tab  # noqa: F401
 
 pytestmark = pytest.mark.exhaustive
 ROOT = Path(__file__).parents[1]
@@ -30,30 +29,8 @@ def site(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def tab():
-    """A page of a browser, and what goes wrong on it: errors, and requests that leave the disk."""
-    from playwright.sync_api import sync_playwright
-
-    def look(request):
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            wrong.append(request.url)
-
-    own = os.environ.get("CHROMIUM")
-    wrong = []
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--no-zygote", "--single-process"] if own else []
-        browser = playwright.chromium.launch(executable_path=own, args=arguments)
-        page = browser.new_page()
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", look)
-        yield page, wrong
-        browser.close()
-
-
 @pytest.fixture
-def page(tab):
+def page(tab):  # noqa: F811
     tab[1].clear()
     return tab
 

@@ -19,11 +19,12 @@ import os
 import re
 import reprlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.checkpoint.schema import check_manifest
+from stacey_dist.checkpoint.schema import check_manifest, check_tensors
 from stacey_dist.files import open_regular, parse_json, read_json
 from stacey_dist.version import __version__
 
@@ -71,21 +72,46 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with its checksum and wait until it is on the disk.
+@dataclass(frozen=True)
+class TensorEntries:
+    """The tensors of a manifest as they are written. All saves of a run have the same: they are made and checked once.
+
+    Attributes:
+        text: JSON.
+        size: the bytes of the tensors.
+    """
+
+    text: str
+    size: int
+
+    @classmethod
+    def of(cls, contents: Mapping[str, tuple[tuple[int, ...], str]]) -> "TensorEntries":
+        """Return the entries of tensors by name. Raises ValueError if they could not be read again."""
+        text = json.dumps(contents, sort_keys=True)
+        return cls(text, check_tensors(parse_json(text)))
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any], tensors: TensorEntries) -> None:
+    """Write a manifest, but for its tensors, with these and its checksum; wait until it is on the disk.
 
     Raises ValueError if it could not be read again, because of what a program has added.
     """
     as_read = parse_json(json.dumps(manifest))
-    check_manifest(as_read)
+    check_manifest(as_read, tensors.size)
+    entries = {key: json.dumps(value, sort_keys=True) for key, value in as_read.items()}
     with (directory / MANIFEST).open("w") as opened:
-        opened.write(_with_checksum(as_read))
+        opened.write(_with_checksum(entries | {"tensors": tensors.text}))
         opened.flush()
         os.fsync(opened.fileno())
 
 
-def _with_checksum(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest | {"sha256": digest(manifest)}, sort_keys=True)
+def _with_checksum(entries: dict[str, str]) -> str:
+    """Return what `json.dumps` with `sort_keys` makes of a manifest with its `digest`, from the JSON of its entries."""
+
+    def joined(entries: dict[str, str]) -> str:
+        return "{" + ", ".join(f"{json.dumps(key)}: {entries[key]}" for key in sorted(entries)) + "}"
+
+    return joined(entries | {"sha256": json.dumps(hashlib.sha256(joined(entries).encode()).hexdigest())})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

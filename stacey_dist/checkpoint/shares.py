@@ -31,8 +31,9 @@ from stacey_dist.checkpoint.collectives import (
     send_bytes,
     world_size,
 )
+from stacey_dist.checkpoint.manifest import TensorEntries
 from stacey_dist.checkpoint.model_tensors import Contents
-from stacey_dist.checkpoint.shard import Range, shard_name
+from stacey_dist.checkpoint.shard import shard_name
 from stacey_dist.checkpoint.snapshot import Snapshot
 
 # Bytes and SHA-256 of the file, finite (-1: not known), the sum; digest and length of the tensors' description.
@@ -87,14 +88,16 @@ class Described:
 
 def share(copies: Snapshot, file: Mapping[str, Any] | None, finite: bool | None) -> Share:
     """Return the share of a rank that has written a snapshot to a file of this size and SHA-256."""
-    begun = {name: kind for name, kind in copies.contents.items() if _begins(copies.ranges.get(name))}
+    begun = _begun(copies)
     tensors = json.dumps(begun, separators=(",", ":")).encode() if begun else b""
     edges = sum(edges_by_name(copies).values()) % _MODULUS
     return Share(file["bytes"] if file else 0, file["sha256"] if file else "00" * 32, finite, edges, tensors)
 
 
-def _begins(part: Range | None) -> bool:
-    return part is None or part.start == 0  # without a range: it has no elements
+def _begun(copies: Snapshot) -> Contents:
+    """Return the tensors whose beginning a rank has written."""
+    ranges = copies.ranges  # without a range: it has no elements
+    return {name: kind for name, kind in copies.contents.items() if name not in ranges or ranges[name].start == 0}
 
 
 def edges_by_name(copies: Snapshot) -> dict[str, int]:
@@ -129,6 +132,13 @@ class Ledger:
         self.contents: dict[str, tuple[tuple[int, ...], str]] = {}
         self.finite: bool | None = None
         self._known: dict[bytes, Described] = {}
+        self._entries: TensorEntries | None = None
+
+    def entries(self) -> TensorEntries:
+        """Return the tensors as the manifest has them. Raises ValueError if they could not be read again."""
+        if self._entries is None:
+            self._entries = TensorEntries.of(self.contents)
+        return self._entries
 
     def collect(self, mine: Share, copies: Snapshot, group: Any = None) -> None:
         """Take the shares of all ranks, which call it together with what they have written.
@@ -154,7 +164,7 @@ class Ledger:
     def combine(self, records: list[bytes], tensors: dict[int, bytes]) -> bool:
         """Take the records of all ranks, and those descriptions that are new; return whether they are complete."""
         new = {digest: Described.of(text) for text in tensors.values() if (digest := _digest(text)) != _NOTHING}
-        seen, self._known, self.files = self._known | new, {}, {}
+        before, seen, self._known, self.files = self._known, self._known | new, {}, {}
         edges, begun, known_finite = 0, 0, []
         for writer, record in enumerate(records):
             size, sha256, finite, sum_of_ranges, digest, length = _RECORD.unpack(record)
@@ -167,7 +177,9 @@ class Ledger:
                 known_finite.append(bool(finite))
             edges += sum_of_ranges
         self.finite = all(known_finite) if known_finite else None
-        self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
+        if self._known.keys() != before.keys():
+            self.contents = {name: kind for one in self._known.values() for name, kind in one.contents.items()}
+            self._entries = None
         edges -= sum(one.edges for one in self._known.values())
         return edges % _MODULUS == 0 and begun == len(self.contents)  # each begun once, too
 
@@ -178,12 +190,15 @@ class Ledger:
         headless = first_result(lambda: next((name for name in mine if name not in wholes), None), group)
         if headless is not None:
             return f"{headless}: its first elements were written by no rank"
-        difference = torch.tensor([_signed(mine.get(name, 0)) for name in wholes])
+        begun = _begun(copies)
+        sums = torch.tensor([(_signed(mine.get(name, 0)), int(name in begun)) for name in wholes])
         if world_size() > 1:
-            dist.all_reduce(difference, group=cpu_group(group))
-        difference -= torch.tensor([_signed(whole) for whole in wholes.values()])
-        names = [name for name, left in zip(wholes, difference.tolist(), strict=True) if left]
-        return f"{names[0]}: some of its elements were written by no rank, or by two"
+            dist.all_reduce(sums, group=cpu_group(group))
+        sums -= torch.tensor([(_signed(whole), 1) for whole in wholes.values()])
+        name, (left, _) = next((name, each) for name, each in zip(wholes, sums.tolist(), strict=True) if any(each))
+        if left:
+            return f"{name}: some of its elements were written by no rank, or by two"
+        return f"{name}: it was begun by two ranks, of which one has none of its elements"
 
 
 def _whole(name: str, kind: tuple[tuple[int, ...], str]) -> int:

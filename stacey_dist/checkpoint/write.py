@@ -94,12 +94,12 @@ def _finish(path: Path, temporary: Path, ledger: Ledger, extra: dict[str, Any]) 
         "format": FORMAT,
         "versions": {"stacey_dist": __version__, "torch": torch.__version__},
         "processes": world_size(),
-        "tensors": ledger.contents,
         "extra": extra,
         "files": ledger.files,
     }
     try:
-        write_manifest(temporary, manifest | ({} if ledger.finite is None else {"finite": ledger.finite}))
+        finite = {} if ledger.finite is None else {"finite": ledger.finite}
+        write_manifest(temporary, manifest | finite, ledger.entries())
     except ValueError as error:
         raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
     sync_directory(temporary)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stacey_dist.training.engine import Engine
     from stacey_dist.training.launchers import IMAGES, LLM, BuiltRun, Launcher, Parts
     from stacey_dist.training.loop import train
+    from stacey_dist.training.rows import read_rows
     from stacey_dist.training.run import Run
     from stacey_dist.training.task import DatasetTask, Task
 
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "Task",
     "Training",
+    "read_rows",
     "train",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "engine": ("Engine",),
     "launchers": ("IMAGES", "LLM", "BuiltRun", "Launcher", "Parts"),
     "loop": ("train",),
+    "rows": ("read_rows",),
     "run": ("Run",),
     "task": ("DatasetTask", "Task"),
 }

@@ -60,12 +60,15 @@ class Training:
         engine: the model and its optimizer. `engine.module` is the model as it was built.
         progress: how far the run is.
         lr: the learning rate of the last update.
+        outcome: loss, gradient norm and whether it was skipped, of the last update, the same on every process. They are
+            read where a line of the log is due, and where a callback says that it needs them; elsewhere it is None.
         clock: the seconds of training.
     """
 
     def __init__(self, run: Run[Any], task: Task, engine: Engine, progress: Progress) -> None:
         self.run, self.task, self.engine, self.progress = run, task, engine, progress
         self.lr = 0.0
+        self.outcome: Outcome | None = None
         self.clock = Clock()
         self.outcomes = Outcomes(progress, run.config.train.max_skipped_steps)
 
@@ -73,14 +76,6 @@ class Training:
     def step(self) -> int:
         """How many updates the run has made."""
         return self.progress.step
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """Loss, gradient norm and whether it was skipped, of the last update; None where they were not read yet.
-
-        They are read where a line of the log is due, and where a callback says that it needs them.
-        """
-        return self.outcomes.last if self.outcomes.unread == 0 else None
 
     def wait_for_outcome(self) -> Outcome:
         """Wait for the device, and return the outcome of the last update."""

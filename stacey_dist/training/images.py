@@ -124,6 +124,7 @@ class ImageClassification:
     """Classification of images: the `Task` of `train_imagenet.py`."""
 
     unit = "images"
+    loss_label = "cross-entropy, nats per image"
 
     @settings_errors(SETTINGS)
     def __init__(self, run: Run[ImageConfig], data: ImageData, model: nn.Module) -> None:

@@ -18,7 +18,8 @@ def callbacks_of(config: RunConfig) -> list[Callback]:
 
 
 def _losses(training: Training) -> None:
-    draw_losses(training.run.directory / "metrics.jsonl", training.task.unit, training.task.units(0))
+    task, label = training.task, getattr(training.task, "loss_label", "loss")
+    draw_losses(training.run.directory / "metrics.jsonl", label, task.unit, task.units(0))
 
 
 def _norms(training: Training) -> None:

@@ -1,6 +1,5 @@
 """Language-model pretraining as a task of the training loop: data, model, loss, evaluation, export."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ class LanguageModeling:
     """Next-token prediction over packed windows: the `Task` of `train_llm.py`."""
 
     unit = "tokens"
+    loss_label = "cross-entropy, nats per token"
 
     def __init__(self, run: Run[LLMConfig], data: TextData, model: PreTrainedModel) -> None:
         self.run, self.data = run, data
@@ -84,12 +84,8 @@ class LanguageModeling:
         if self.data.verification is not None:
             self.data.verification.check()
         units = self.units(position)
-        rank = self.run.accelerator.process_index
-        for number, batch in enumerate(self._ahead.take(position)):
+        for batch in self._ahead.take(position):
             inputs, labels = self._transfer(*batch)
-            # Dropout is a function of the seed and the position, too, so that a resumed run has the same.
-            key = f"{self.run.config.seed} {position} {rank} {number}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
             yield TokenBatch(inputs, labels, units)
 
     def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """The training loop: from the first update to the last, through evaluations, checkpoints and interruptions."""
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,10 +45,13 @@ def train(
         The newest checkpoint.
 
     Raises:
+        ValueError: `until` is no update.
         SettingsError: the run's checkpoints do not fit the settings, or run_dir was renamed or removed.
         DivergedError: too many updates in a row were skipped, or weights or states are not finite in the end.
         SystemExit: with 128 + the signal's number, after SIGTERM or Ctrl-C and a checkpoint.
     """
+    if until is not None and until < 1:
+        raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
     run.resolve_max_steps(task.samples_per_epoch)
     progress = restore(run, engine, task.data_identity)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
@@ -116,9 +120,10 @@ class _Trainer(Training):
         engine.batch_norms.keep()
         count = self.run.process_batch_size // self.run.micro_batch_size
         loss = torch.zeros((), device=self.run.accelerator.device)
-        for number, batch in enumerate(self._micro_batches(), start=1):
+        for number, batch in enumerate(self._micro_batches()):
             signals.progress()
-            with engine.micro_batch(last=number == count):
+            self._seed(number)
+            with engine.micro_batch(last=number == count - 1):
                 share = self.task.loss(engine.model, batch)
                 engine.backward(share)
             loss += share.detach()
@@ -132,8 +137,9 @@ class _Trainer(Training):
         """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
         progress, requests = self.progress, update.requests
         self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(progress.step)
+        self.outcome = None
         if self._is_to_be_read(update):
-            self.outcomes.read()
+            self.outcome = self.wait_for_outcome()
             self._check_skipped()
         self.saver.report()
         self._tell_of_checkpoints()
@@ -232,6 +238,14 @@ class _Trainer(Training):
             self.outcomes.read()
             self._save_and_wait(delete_older=not self.outcomes.last.skipped)
             self.leave()
+
+    def _seed(self, number: int) -> None:
+        """Make the random numbers of a micro-batch, as dropout's, a function of the seed and the data's position.
+
+        A resumed run then has the same.
+        """
+        key = f"{self.config.seed} {self.progress.position} {self.run.accelerator.process_index} {number}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
 
     def _requests(self) -> Requests:
         return Requests(

@@ -61,14 +61,15 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return found
 
 
-def draw_losses(metrics: Path, unit: str, units_per_update: float) -> None:
+def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -> None:
     """Draw loss, accuracy if there is one, learning rate and gradient norm over the updates into loss.png.
 
     Raises OSError where the file cannot be written.
 
     Args:
         metrics: a metrics.jsonl, beside which the picture is put.
-        unit: what a loss is the mean over, in the plural, as in "tokens".
+        label: what the loss is.
+        unit: what the data is counted in, in the plural, as in "tokens".
         units_per_update: how many of them an update has, for the axis above.
     """
     from matplotlib.figure import Figure  # the main process alone draws
@@ -88,7 +89,7 @@ def draw_losses(metrics: Path, unit: str, units_per_update: float) -> None:
         _annotate_last(losses, held_out, "{:.3f}")
     if train or held_out:
         losses.legend()
-    losses.set(ylabel=f"cross-entropy, nats per {unit.removesuffix('s')}", title=metrics.parent.name)
+    losses.set(ylabel=label, title=metrics.parent.name)
     above = losses.secondary_xaxis("top", functions=(lambda x: x * units_per_update, lambda x: x / units_per_update))
     above.set(xlabel=unit)
     if accuracy:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from stacey_dist.errors import SettingsError
+
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Return the trainable parameters that are matrices, without those of embeddings and of the output head.
@@ -22,6 +24,8 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 class MuonWithAdamW(Optimizer):
     """Update matrices by `torch.optim.Muon` and all other parameters by fused `torch.optim.AdamW`.
+
+    Experts that a model keeps in one tensor of three dimensions are no matrices: AdamW updates them.
 
     A step of Muon has the size of AdamW's (`adjust_lr_fn="match_rms_adamw"`, https://arxiv.org/abs/2502.16982, 2.2).
     `param_groups` and `state` are those of both. A group that has `ns_steps` is Muon's.
@@ -45,11 +49,16 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        groups = [dict(group) for group in params]
-        matrices = [group for group in groups if group.pop("muon")]
-        others = [group for group in groups if group not in matrices]
+        matrices: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        for group in params:
+            settings = {name: value for name, value in group.items() if name != "muon"}
+            (matrices if group["muon"] else others).append(settings)
+        if not matrices:
+            raise SettingsError("optimizer.name: muon needs hidden matrices, and the model has none; take adamw")
         self._muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(others, lr=adamw_lr, betas=betas, eps=eps, fused=True)
+        # A model may have nothing but matrices; torch refuses an optimizer without groups.
+        self._adamw = AdamW(others or [{"params": []}], lr=adamw_lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
         for group in self.param_groups:
             group["adamw_lr"] = adamw_lr

@@ -171,5 +171,6 @@ def draw_norms(path: Path) -> None:
     panels[-1].set(xlabel="update")
     handles, names = panels[0].get_legend_handles_labels()
     chosen = sorted({round(i * (len(names) - 1) / 7) for i in range(8)})  # as many as there is room for
-    figure.legend([handles[i] for i in chosen], [names[i] for i in chosen], loc="outside right upper", fontsize="small")
+    shown = ([handles[i] for i in chosen], [names[i] for i in chosen])
+    figure.legend(*shown, loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path.with_name("norms.png"), dpi=120)

@@ -1,5 +1,6 @@
 """What a language model writes: how it continues a held-out text."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +26,18 @@ class Samples(Callback):
         self.data, self.tokens = data, tokens
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
-        """Continue the same beginning with the same random numbers as after other updates."""
+        """Continue the same beginning with the same random numbers as after other updates.
+
+        A model whose loss is not finite is left alone: no probabilities come of its logits, which on a GPU is an error
+        that ends the process before a save.
+        """
         run = training.run
-        text = sample(run, training.engine, self.data, self.tokens)
+        if not math.isfinite(figures["eval_loss"]):
+            return
+        try:
+            text = sample(run, training.engine, self.data, self.tokens)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            text = f"none, for the model cannot generate: {' '.join(str(error).split())[:200]}"
         training.engine.model.train()
         line = "".join(character if character.isprintable() else " " for character in text)
         run.say(f"step {training.step}/{run.config.train.max_steps}  sample: {line}")
@@ -64,6 +74,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
                 do_sample=True,
                 temperature=0.8,
                 top_k=50,
+                remove_invalid_values=True,
                 pad_token_id=data.end_token_id,
                 use_cache=True,
                 synced_gpus=run.accelerator.num_processes > 1,

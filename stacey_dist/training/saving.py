@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Saver:
         self._background = BackgroundSaver()
         self._since = time.monotonic()
         self._has_saved = False
-        self._complete: list[Path] = []
+        self._complete: deque[Path] = deque()
 
     def __enter__(self) -> "Saver":
         return self
@@ -131,10 +132,10 @@ class Saver:
             return "there is no checkpoint with finite weights and states to resume from"
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
-    def take_complete(self) -> list[Path]:
-        """Return the checkpoints that were completed since the last call; none but on the main process."""
-        complete, self._complete = self._complete, []
-        return complete
+    def take_complete(self) -> Iterator[Path]:
+        """Yield the checkpoints that were completed since the last call; none but on the main process."""
+        while self._complete:
+            yield self._complete.popleft()
 
     def report(self) -> None:
         """Print why the last save failed, if it did and this was not printed yet."""

@@ -27,6 +27,9 @@ class Task(Protocol):
     unit: str = "samples"
     """What the data is counted in, in the plural, as in "tokens"."""
 
+    loss_label: str = "loss"
+    """What the loss is, for plots."""
+
     flops_per_unit: float = 0.0
     """Floating-point operations of forward and backward on one unit, for the share of the device's peak speed; 0 where
     that is not to be reported."""
@@ -92,12 +95,18 @@ class DatasetTask(Task):
         data: the training samples and the held-out samples, both with `len` and numbered from 0; a sample is a tensor,
             a number, or a tuple or dictionary of them.
         model: the model.
+
+    Raises:
+        ValueError: one of the two sets is empty.
     """
 
     def __init__(self, run: Run[Any], data: tuple[Sequence[Any], Sequence[Any]], model: nn.Module) -> None:
         self.run, (self.train_set, self.held_out_set) = run, data
+        if not len(self.train_set) or not len(self.held_out_set):
+            raise ValueError(f"{type(self).__name__}: neither the training nor the held-out samples may be empty")
         self.batch_size = run.config.train.global_batch_size
         self.samples_per_epoch = len(self.train_set)
+        # Two sets of as many samples count as the same; a subclass that can tell them apart sets another.
         self.data_identity = f"{len(self.train_set)} training and {len(self.held_out_set)} held-out samples"
         self._sampler = GlobalSampler(len(self.train_set), run.config.seed)
         self._ahead = Ahead(self._read_share, self.batch_size)

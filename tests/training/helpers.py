@@ -1,6 +1,7 @@
 """Small launches of train_llm.py and train_imagenet.py, as a user makes them."""
 
 import json
+import math
 import random
 import subprocess
 import time
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from stacey_dist.checkpoint import read_tensors
+from stacey_dist.training.norms import layer_of
 from tests.training.forked import ACCELERATE, ROOT, Forked, command, environment
 
 TINY = {
@@ -194,6 +196,25 @@ def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):
     ours, reference = ([r for r in rows(d) if "eval_loss" in r] for d in (run, reference_run))
     for a, b in zip(ours, reference, strict=True):
         assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=2e-5)
+
+
+def assert_norms(run, reference, clipped):
+    """Hold the last row of a run's norms.jsonl against its checkpoint, and against that of a run on one process."""
+    ours, theirs = (json.loads((each / "norms.jsonl").read_text().splitlines()[-1]) for each in (run, reference))
+    # The gradients are sums in another order; and z, which is rounded to half as many digits, is in a difference.
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    gradient = math.hypot(*(value for name, value in ours.items() if name.startswith("gradient_norm/")))
+    assert gradient == pytest.approx(clipped, rel=1e-4)
+    saved, squares = checkpoint(run, ours["step"]), {}
+    for name, tensor in saved.items():
+        if name.startswith("model/"):
+            name = name.removeprefix("model/")
+            weight, m, z = tensor.double(), saved[f"optimizer/{name}/m"].double(), saved[f"optimizer/{name}/z"].double()
+            for kind, values in (("weight_norm", weight), ("momentum_norm", m), ("z_distance", z - weight)):
+                column = f"{kind}/{layer_of(name)}"
+                squares[column] = squares.get(column, 0.0) + float(values.square().sum())
+    # Sums of squares in float32.
+    assert {name: ours[name] for name in squares} == pytest.approx({n: v**0.5 for n, v in squares.items()}, rel=1e-5)
 
 
 def assert_equal_checkpoints(a, b, step):

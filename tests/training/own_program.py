@@ -1,5 +1,10 @@
-"""A program of a user's own: a linear regression, with a task, settings and a model that are no part of the package."""
+"""A program of a user's own: a linear regression, with a task, settings and a model that are no part of the package.
 
+EVENTS=FILE appends what its callback is told to FILE.RANK. FAIL=N has the callback fail after update N.
+"""
+
+import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.training import Launcher, Parts
-from stacey_dist.training.config import RunConfig
+from stacey_dist.training import Callback, Launcher, Parts, RunConfig
 from stacey_dist.training.value_types import PositiveInt, check
 
 
@@ -66,6 +70,42 @@ class Regression:
         print("closed", flush=True)
 
 
+class Recorder(Callback):
+    """Writes down what it is told, and what it is shown then."""
+
+    def note(self, event, training, *more):
+        if path := os.environ.get("EVENTS"):
+            outcome = training.outcome
+            seen = [event, training.step, None if outcome is None else list(outcome), training.lr, *more]
+            with open(f"{path}.{os.environ.get('RANK', '0')}", "a") as file:
+                file.write(json.dumps(seen) + "\n")
+
+    def on_run_begin(self, training):
+        self.note("run begins", training)
+
+    def on_update_begin(self, training):
+        self.note("update begins", training)
+
+    def needs_outcome(self, step):
+        return step == 7
+
+    def on_update_end(self, training):
+        self.note("update", training)
+        if training.step == 6:
+            training.wait_for_outcome()
+        if str(training.step) == os.environ.get("FAIL"):
+            raise RuntimeError("the callback's own")
+
+    def on_evaluation_end(self, training, figures):
+        self.note("evaluation", training, figures, training.engine.model.training)
+
+    def on_checkpoint_saved(self, training, path):
+        self.note("saved", training, path.name, (path / "manifest.json").exists())
+
+    def on_run_end(self, training):
+        self.note("run ends", training)
+
+
 def prepare_data(run):
     generator = torch.Generator().manual_seed(run.config.seed)
     points = torch.randn(100, run.config.model.features, generator=generator)
@@ -74,8 +114,10 @@ def prepare_data(run):
 
 def build_model(run, data):
     torch.manual_seed(run.config.seed)
-    return nn.Linear(run.config.model.features, 1)
+    # A resumed run has to have the same random numbers.
+    return nn.Sequential(nn.Dropout(0.02), nn.Linear(run.config.model.features, 1))
 
 
 if __name__ == "__main__":
-    Launcher("own_program.py", RegressionConfig, lambda: Parts(prepare_data, build_model, Regression)).main()
+    parts = Parts(prepare_data, build_model, Regression)
+    Launcher("own_program.py", RegressionConfig, lambda: parts, callbacks=[Recorder()]).main()

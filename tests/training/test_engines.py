@@ -15,6 +15,7 @@ from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,
     assert_nearly_equal_runs,
+    assert_norms,
     checkpoint,
     launch,
     launch_and_signal_everyone,
@@ -35,13 +36,14 @@ ENGINES = {
 
 # Every update's gradient is longer than this.
 CLIPPED = ("--train.max_grad_norm", "0.3")
+WATCHED = (*CLIPPED, "--tracking.histogram_every", "20")
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one_process")
     config = write_config(directory)
-    launch("--config", config, "--run_dir", directory / "run", *SMOOTH, *CLIPPED)
+    launch("--config", config, "--run_dir", directory / "run", *SMOOTH, *WATCHED)
     assert all(row["grad_norm"] > 0.3 for row in training_rows(directory / "run"))
     return directory, config
 
@@ -55,13 +57,15 @@ def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_pa
     directory, config = one_process
     # Two micro-batches a process: the accumulation is the engine's own.
     whole, part = tmp_path / "whole", tmp_path / "part"
-    accumulated = ("--train.micro_batch_size", 2, *CLIPPED)
+    accumulated = ("--train.micro_batch_size", 2, *WATCHED)
     output = on_engine(
         engine, "--config", config, "--run_dir", whole, *accumulated, through_accelerate=engine == "cpu_zero3"
     )  # fmt: skip
     assert f"2 processes on cpu (1 thread) with {ENGINES[engine]}, float32, 8 sequences an update" in output
     assert "is deprecated" not in output
+    assert output.count("  sample: ") == 2
     assert_nearly_equal_runs(whole, directory / "run")
+    assert_norms(whole, directory / "run", clipped=0.3)
     for name, tensor in checkpoint(directory / "run", 40).items():
         ours = checkpoint(whole, 40)[name]
         assert ours.dtype == tensor.dtype

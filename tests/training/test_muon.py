@@ -95,6 +95,27 @@ def test_state_dicts_and_closures():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def build(model):
+    numbers = dict(lr=0.02, adamw_lr=0.005, weight_decay=0.2, momentum=0.9, betas=(0.7, 0.9))
+    return build_optimizer(model, OptimizerConfig("muon", **numbers), seed=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_models_with_as_many_matrices_as_other_parameters_and_with_matrices_alone(bias):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=bias), torch.nn.Linear(4, 4, bias=bias))
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = build(model)
+    assert [len(group["params"]) for group in optimizer.param_groups if "ns_steps" in group] == [2]
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert all((param != old).any() for param, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_model_without_matrices_is_refused():
+    with pytest.raises(SettingsError, match=r"optimizer.name: muon needs hidden matrices, and the model has none"):
+        build(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+
+
 @pytest.mark.parametrize("engine", ["zero_redundancy", "deepspeed", "fsdp2"])
 @pytest.mark.parametrize("name", ["muon", "ademamix"])
 def test_engines_that_it_cannot_be_right_on_are_refused(name, engine):

@@ -1,36 +1,119 @@
-"""A task and a model of a user's own, trained by the package's loop."""
+"""Programs of a user's own on the package's loop: tasks, models, callbacks, and without `accelerate launch`."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from tests.training.helpers import checkpoint, launch, rows
+from tests.training.forked import ROOT, environment
+from tests.training.helpers import assert_equal_checkpoints, launch, rows, training_rows
 
+pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/own_program.py"
+EXAMPLE = "docs/examples/own_task.py"
 OPTIONS = (
     "--train.max_steps", "40", "--train.global_batch_size", "12", "--train.micro_batch_size", "3",
     "--train.eval_every_steps", "20", "--train.cpu_threads", "1", "--schedule.name", "constant",
     "--schedule.warmup_steps", "2", "--optimizer.p", "2.5", "--optimizer.lr", "0.3", "--checkpoint.every_steps", "20",
 )  # fmt: skip
+LINES = {1, 10, 20, 30, 40}  # updates whose line is due
 
 
-@pytest.mark.slow
-def test_a_users_own_task_trains_and_resumes(tmp_path):
-    output = launch(*OPTIONS, "--run_dir", tmp_path / "run", program=PROGRAM)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The program on one process, with a callback and a profile: (directory, output)."""
+    directory = tmp_path_factory.mktemp("own")
+    profiled = ("--train.profile", "5,6")
+    output = launch(
+        *OPTIONS, *profiled, "--run_dir", directory / "run", program=PROGRAM, EVENTS=directory / "events"
+    )  # fmt: skip
+    return directory, output
+
+
+def events(path, *wanted):
+    """Return what a callback was told, of these kinds."""
+    found = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [event for event in found if event[0] in wanted or not wanted]
+
+
+def test_a_users_own_task_trains(one, tmp_path):
+    directory, output = one
     assert "closed" in output
-    last = rows(tmp_path / "run")[-1]["eval_loss"]
+    last = rows(directory / "run")[-1]["eval_loss"]
     assert last < 0.06  # a hundredth of the targets' mean square: five normal numbers and 1
-    output = launch(*OPTIONS, "--run_dir", tmp_path / "two", program=PROGRAM, processes=2)
+    two = {"program": PROGRAM, "processes": 2, "EVENTS": tmp_path / "events"}
+    output = launch(*OPTIONS, "--run_dir", tmp_path / "two", **two)
     assert "2 processes" in output
     assert rows(tmp_path / "two")[-1]["eval_loss"] == pytest.approx(last, abs=0.06)
-    launch(*OPTIONS, "--run_dir", tmp_path / "halves", "--train.max_steps", "20", program=PROGRAM)
-    output = launch(*OPTIONS, "--run_dir", tmp_path / "halves", program=PROGRAM)
+    first, second = (events(tmp_path / f"events.{rank}") for rank in range(2))
+    assert second == [event for event in first if event[0] != "saved"]
+
+
+def test_what_a_callback_is_told(one):
+    told, run = one[0] / "events.0", one[0] / "run"
+    assert events(told)[0][:2] == ["run begins", 0]
+    assert events(told)[-1][:2] == ["run ends", 40]
+    assert [event[1] for event in events(told, "update begins")] == list(range(40))
+    updates = events(told, "update")
+    assert [event[1] for event in updates] == list(range(1, 41))
+    # Read where a line is due, and where it asked for that; the end of one that it waited for is not seen before.
+    assert {step for _, step, outcome, _ in updates if outcome} == LINES | {7}
+    logged = {row["step"]: row for row in training_rows(run)}
+    for _, step, outcome, lr in updates:
+        if step in LINES:
+            row = logged[step]
+            assert (outcome, lr) == ([row["loss"], row["grad_norm"], 0.0], row["lr"])
+    assert [event[-2:] for event in events(told, "evaluation")] == [
+        [{"eval_loss": row["eval_loss"]}, True] for row in rows(run) if "eval_loss" in row
+    ]
+    saved = events(told, "saved")
+    assert [event[-2:] for event in saved] == [["step_00000020", True], ["step_00000040", True]]
+    assert 20 <= saved[0][1] < 40
+
+
+def test_an_error_in_a_callback_ends_the_run_and_the_next_start_resumes(one, tmp_path):
+    run = tmp_path / "run"
+    output = launch(*OPTIONS, "--run_dir", run, program=PROGRAM, FAIL=30, expect=1)
+    assert "RuntimeError: the callback's own" in output
+    output = launch(*OPTIONS, "--run_dir", run, program=PROGRAM)
     assert "after 20 updates" in output
-    halves = checkpoint(tmp_path / "halves", 40)
-    assert all(torch.equal(tensor, halves[name]) for name, tensor in checkpoint(tmp_path / "run", 40).items())
+    assert_equal_checkpoints(run, one[0] / "run", 40)
 
 
-@pytest.mark.slow
+def test_the_profile_is_of_the_updates_that_were_asked_for(one):
+    directory, output = one
+    profile = directory / "run" / "profile"
+    assert f"profile of updates 5 to 6: {profile}" in output
+    trace = json.loads(gzip.decompress((profile / "updates-5-6.json.gz").read_bytes()))
+    steps = [event for event in trace["traceEvents"] if str(event.get("name", "")).startswith("Optimizer.step#")]
+    assert len(steps) == 2
+
+
 def test_its_settings_are_checked_as_the_packages_own(tmp_path):
     for value, message in (("0", "it must be > 0"), ("13", "it brings bad luck")):
         output = launch("--model.features", value, "--run_dir", tmp_path / "run", program=PROGRAM, expect=2)
         assert f"own_program.py: error: model.features: {value} is not allowed; {message}" in output
+
+
+def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
+    options = ("--train.max_steps", "40", "--train.cpu_threads", "1")
+    launch(*options, "--run_dir", tmp_path / "whole", program=EXAMPLE)
+    run = ("--run_dir", tmp_path / "run")
+    launch(*options, *run, "--train.max_steps", "20", program=EXAMPLE, processes=2, engine="cpu_zero2")
+    output = launch(*options, *run, program=EXAMPLE, processes=2, engine="cpu_fsdp2")
+    assert "after 20 updates" in output
+    ends = [rows(tmp_path / name)[-1]["eval_loss"] for name in ("whole", "run")]
+    assert ends[0] < 0.02  # 0.14 at first
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)  # z and m are rounded by other random bits
+    for name in ("own_task.py", "notebook.py"):
+        code = (ROOT / "docs/examples" / name).read_text()
+        (tmp_path / name).write_text(code.replace('"40"]', f'"40", {options[2:]}]'.replace("(", "*(")))
+    script = subprocess.run(
+        [sys.executable, "notebook.py"], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert script.returncode == 0, script.stderr[-3000:]
+    assert "resumed from runs/notebook/checkpoints/step_00000020 after 20 updates" in script.stdout
+    assert_equal_checkpoints(tmp_path / "runs/notebook", tmp_path / "whole", 40)

@@ -80,9 +80,12 @@ def test_options_as_people_type_them():
     assert config.tracking.trackers == ["wandb", "tensorboard"]
     assert config.train.micro_batch_size is None
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
+    for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
+        assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
     # the shell has replaced a pattern
     shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
     assert (shell.data.files, shell.seed, shell.optimizer.betas) == (["a,1.txt", "b.txt"], 3, (0.8, 0.9))
+    assert parse(LLMConfig, ["--train.profile", "3", "5"]).train.profile == (3, 5)
 
 
 def test_a_file_takes_a_text_where_an_option_does(tmp_path):
@@ -145,6 +148,7 @@ MISTYPED = [
         ["--optimizer.betas", "0.9"],
         "optimizer.betas: [0.9] is not allowed; it must be 2 values, each a number",
     ),
+    (["--train.profile", "9"], "train.profile: [9] is not allowed; it must be 2 values, each a whole number, or null"),
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
     (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
@@ -229,6 +233,10 @@ OUT_OF_RANGE = [
     ("--train.micro_batch_size 5", "train.micro_batch_size: 5 is not allowed; it must divide train.global_batch_size"),
     ("--train.max_grad_norm -1", "train.max_grad_norm: -1.0"),
     ("--train.eval_every_steps 0", "train.eval_every_steps: 0"),
+    ("--train.profile 9,8", "train.profile: [9, 8] is not allowed; its first update must not be after its last one"),
+    ("--train.profile 0,8", "train.profile: [0, 8] is not allowed; each must be > 0"),
+    ("--tracking.histogram_every 0", "tracking.histogram_every: 0 is not allowed; it must be > 0"),
+    ("--tracking.sample_tokens=-1", "tracking.sample_tokens: -1 is not allowed; it must be >= 0"),
     ("--checkpoint.keep_last 0", "checkpoint.keep_last: 0"),
     ("--model.num_attention_heads 3", "model.num_attention_heads: 3 is not allowed; it must divide model.hidden_size"),
     ("--model.hidden_size 12", "must be even, for rotary embeddings"),
@@ -238,14 +246,6 @@ OUT_OF_RANGE = [
     ("--data.sequence_length 0", "data.sequence_length: 0"),
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
     ("--data.validation_files a.txt", "data.validation_files"),
-    ("--data.sources [{files:[a.txt]}] --data.files=b", "data.files: ['b'] is not allowed; with data.sources, each"),
-    ("--data.sources [{files:[a.txt]},{weight:2}]", "data.sources[1].files: [] is not allowed; give it, or data.sour"),
-    ("--data.sources [{files:[a.txt],weight:0}]", "data.sources[0].weight: 0.0 is not allowed; it must be finite and"),
-    ("--data.sources [{files:[a]},{files:[b],weight:1e-7}]", "data.sources[1].weight: 1e-07 is not allowed; it must"),
-    ("--data.sources [{files:[x/a.txt]},{files:[a.gz]}]", "data.sources[1].name: a is not allowed; data.sources[0] h"),
-    ("--data.sources [{files:[a],name:é}]", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits"),
-    ("--data.sources [{dataset:c4,validation_files:[b]}]", "data.sources[0].validation_files: ['b'] is not allowed"),
-    ("--data.sources [{files:[a.txt],max_tokens:0}]", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
@@ -259,6 +259,31 @@ def test_values_out_of_range(options, message):
     with pytest.raises(SettingsError) as error:
         LLM.parse(options.split())
     assert message in str(error.value)
+
+
+BAD_SOURCES = [
+    ("{files: [a.txt]}, {weight: 2}", "data.sources[1].files: [] is not allowed; give it, or data.sources[1].dataset"),
+    ("{files: [a.txt], weight: 0}", "data.sources[0].weight: 0.0 is not allowed; it must be finite and > 0"),
+    ("{files: [a]}, {files: [b], weight: 1e-7}", "data.sources[1].weight: 1e-07 is not allowed; it must be at least"),
+    ("{files: [x/a.txt]}, {files: [a.gz]}", "data.sources[1].name: a is not allowed; data.sources[0] has that name"),
+    ("{files: [a], name: é}", "data.sources[0].name: 'é' is not allowed; it must be of letters, digits, _ and -"),
+    ("{dataset: c4, validation_files: [b]}", "data.sources[0].validation_files: ['b'] is not allowed; it goes with"),
+    ("{files: [a], dataset: c4}", "data.sources[0].dataset: c4 is not allowed; give either data.sources[0].files or"),
+    ("{files: [a.txt], max_tokens: 0}", "data.sources[0].max_tokens: 0 is not allowed; it must be > 0"),
+]
+
+
+@pytest.mark.parametrize(("sources", "message"), BAD_SOURCES)
+def test_bad_sources(sources, message):
+    with pytest.raises(SettingsError) as error:
+        LLM.parse(["--data.sources", f"[{sources}]"])
+    assert message in str(error.value)
+
+
+def test_settings_of_a_single_source_beside_several():
+    for option, value in (("files", "b"), ("max_tokens", "7"), ("text_column", "content")):
+        with pytest.raises(SettingsError, match=f"data.{option}: .* is not allowed; with data.sources, each source"):
+            LLM.parse(["--data.sources", "[{files: [a.txt]}]", f"--data.{option}", value])
 
 
 def make_bad_files(directory):

@@ -19,6 +19,7 @@ def config(tmp_path_factory):
         train={"max_steps": 10, "eval_every_steps": 10, "log_every_steps": 4, "max_grad_norm": 0.3},
         checkpoint={"every_steps": 9},
         data={"sequence_length": 16, "validation_every": 25},
+        tracking={"histogram_every": 4},
     )
 
 

@@ -4,6 +4,7 @@ A folder that had changed would have another time of change. Files that were ove
 knows nothing, are seen by those whose content is in the identity of the images.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -26,6 +27,9 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 _FORMAT_VERSION = 1
 _SETTLED_NS = 10 * 10**9
 """A folder that changed so shortly before it was listed may have changed again without another time."""
+
+_KEPT_SECONDS = 90 * 24 * 3600
+"""Rows are kept so long after the last start of a run that maps them: of a removed file, other hosts cannot read."""
 
 # Network file systems answer one question after another slowly and many at once well.
 _THREADS = 16
@@ -78,6 +82,7 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
             old, rows = {}, None
         if rows is not None and list(known["classes"]) == list(old) == list(classes):
+            os.utime(directory / known["file"])  # a run begins that maps it
             counts = [len(old[name][0]) for name in classes]
             return Listing(rows, counts, [old[name][1] for name in classes], directory / known["file"])
         found = _list(folder, classes, old)
@@ -89,7 +94,17 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
             for name, count, others in zip(classes, found.counts, found.others, strict=True)
         }
         write_json(remembered, {"format": _FORMAT_VERSION, "file": file.name, "classes": entries})
+        _remove_outdated(directory)
         return Listing(map_rows(file), found.counts, found.others, file)
+
+
+def _remove_outdated(directory: Path) -> None:
+    """Remove rows that no listing names any more, and no run has begun with for so long that one may still map them."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a listing that is damaged may name any
+        named = {read_json(listing)["file"] for listing in directory.glob("*.json")}
+        for file in directory.glob("*.rows"):
+            if file.name not in named and time.time() - file.stat().st_mtime > _KEPT_SECONDS:
+                file.unlink()
 
 
 def map_rows(file: Path) -> NDArray[np.void]:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,37 @@ def test_folders_are_listed_once(tmp_path: Path, listed: list[str], capsys: pyte
         for classes in ([], {"n01": [0, 1]}, {"n01": [0, 1, "2", []]}):
             file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": classes}))
             assert folder_images(root, cache)[0].identity == train.identity
+
+
+def test_rows_that_no_run_can_still_map_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, cache = image_tree(tmp_path / "data", per_class=5), tmp_path / "cache"
+    settle(root)
+
+    def rows() -> set[str]:
+        return {file.name for file in (cache / "listings").glob("*.rows")}
+
+    def change(name: str, days_ago: float) -> set[str]:
+        """Return which rows are there after a folder has changed, the present ones being of so long ago."""
+        for file in (cache / "listings").glob("*.rows"):
+            os.utime(file, (time.time() - days_ago * 86400,) * 2)
+        os.unlink(root / f"train/n01/n01_{name}.JPEG")
+        folder_images(root, cache)
+        return rows()
+
+    folder_images(root, cache)
+    first = rows()
+    second = change("1", days_ago=80)
+    assert second > first  # a run may have the first ones mapped
+    third = change("2", days_ago=100)
+    (held_out,) = first & third
+    (training,) = third - first - second
+    assert third == {held_out, training}
+    settle(root)
+    folder_images(root, cache)
+    for name in third:
+        os.utime(cache / "listings" / name, (10**9, 10**9))
+    folder_images(root, cache)  # lists nothing, and maps them
+    assert all(time.time() - (cache / "listings" / name).stat().st_mtime < 60 for name in third)
 
 
 @pytest.mark.parametrize("per_class", [2, 100])
