@@ -237,7 +237,8 @@ def _from_text(where: str, value: str, kind: Any) -> Any:
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
-    return _value(where, yaml_files.load(".inf" if value == "inf" else value, where), kind)
+    loaded = yaml_files.load(".inf" if value == "inf" else value, where)
+    return _value(where.removeprefix("--") if _of_sections(kind) else where, loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if _of_sections(kind):
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
-        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
+        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if isinstance(value, bool) and bool not in kinds:
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
