@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- made by `python .ci/pages.py` -->"
 PREPARE = "tokenize the text of a configuration of train_llm.py before the run"
-SHARED = ("optimizer", "schedule", "train", "checkpoint", "tracking")
+SHARED = ("optimizer", "schedule", "train", "checkpoint", "tracking", "hub")
 
 
 def pages() -> dict[Path, str]:

@@ -42,7 +42,6 @@ def _flash_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     *,
     cu_seq_lens: Tensor,
     **unused: Any,
@@ -56,6 +55,9 @@ def _flash_attention(
     """
     from flash_attn import flash_attn_varlen_func
 
+    for name in ("s_aux", "softcap", "position_bias"):
+        if unused.get(name) is not None:
+            raise NotImplementedError(f"{name} of {type(module).__name__}")
     windows, _, length, _ = query.shape
     kind = query.device.type
     # Rotations have made queries and keys float32 where autocast keeps the residual stream so.
@@ -70,7 +72,6 @@ def _flash_attention(
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-        softcap=softcap or 0.0,
     )
     return output.unflatten(0, (windows, length)), None
 
@@ -113,6 +114,9 @@ def implementation(config: LLMConfig, model_config: Any) -> str | None:
     if name == "eager":
         return "eager"
     able = own != "eager" and made._supports_attention_backend and getattr(made, _SUPPORT[name], False)
+    if name == "flash_attention_2":  # kernels of its own, as for sinks; values of another width than keys
+        able = able and not getattr(made, "_compatible_flash_implementations", None)
+        able = able and not getattr(model_config, "v_head_dim", None)
     check(able, "model.attention", name, f"transformers' {made.__name__} has none; use sdpa or eager")
     if name == "flash_attention_2":
         return _VARLEN if known else name

@@ -54,7 +54,7 @@ tags:
 
 # {title}
 
-A `{name}`, trained with [stacey_dist](https://pypi.org/project/stacey_dist/) {__version__}.
+A `{name}`, trained with stacey_dist {__version__}.
 
 | | |
 |---|---|

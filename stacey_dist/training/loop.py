@@ -60,6 +60,7 @@ def train(
         run.say(f"nothing to do: {run.directory} {complete} {progress.step} updates")
         return checkpoint_path(run, progress.step)
     run.write_config()
+    run.write_processor()
     trainer.tell("on_run_begin")
     with trainer.stop, trainer.saver:
         if trainer.evaluation_is_missing():

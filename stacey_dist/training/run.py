@@ -114,12 +114,14 @@ class Run(Generic[C]):
         schedule.warmup_steps = schedule.warmup_updates(train.max_steps)
 
     def write_config(self) -> None:
-        """Write config.yaml, and what `save_processor` writes. Called when the settings are known to be this run's."""
-        if not self.accelerator.is_main_process:
-            return
-        comments = {f"optimizer.{name}": text for name, text in self.config.optimizer.origins().items()}
-        replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config), comments).encode())
-        if self.save_processor is not None:
+        """Write config.yaml. Called when the settings are known to be this run's."""
+        if self.accelerator.is_main_process:
+            comments = {f"optimizer.{name}": text for name, text in self.config.optimizer.origins().items()}
+            replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config), comments).encode())
+
+    def write_processor(self) -> None:
+        """Write what `save_processor` writes into run_dir/processor, for exports of checkpoints."""
+        if self.accelerator.is_main_process and self.save_processor is not None:
             with output_directory(self.directory / PROCESSOR) as new:
                 self.save_processor(new)
 

@@ -77,9 +77,9 @@ def flash(monkeypatch):
     """The package flash-attn, which needs a GPU, in as much as is used: documents one after another."""
 
     def flash_attn_varlen_func(q, k, v, ends, ends_k, longest, longest_k, *, dropout_p, softmax_scale, causal,
-                               window_size, softcap):  # fmt: skip
+                               window_size):  # fmt: skip
         assert causal
-        assert dropout_p == softcap == 0.0
+        assert dropout_p == 0.0
         assert ends.dtype == torch.int32
         assert torch.equal(ends, ends_k)
         assert max(ends.diff().tolist()) <= longest == longest_k
@@ -258,6 +258,12 @@ def test_models_that_cannot_are_refused():
     for name in ("flex", "flash_attention_2"):
         with pytest.raises(SettingsError, match=f"{name} is not allowed; transformers' Gemma2ForCausalLM has none"):
             make(name, "Gemma2")
+    for kind in ("GptOss", "DeepseekV3"):  # sinks, latent attention
+        described = getattr(transformers, f"{kind}Config")()
+        config = LLMConfig()
+        config.model.attention = "flash_attention_2"
+        with pytest.raises(SettingsError, match=rf"transformers' {kind}ForCausalLM has none"):
+            implementation(config, described)
     chunks = transformers.Llama4TextConfig(**SHAPE, attention_chunk_size=40)
     for described, stateful in (
         (chunks, False),

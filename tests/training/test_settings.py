@@ -85,6 +85,7 @@ def test_options_as_people_type_them():
     # the shell has replaced a pattern
     shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
     assert (shell.data.files, shell.seed, shell.optimizer.betas) == (["a,1.txt", "b.txt"], 3, (0.8, 0.9))
+    assert parse(LLMConfig, ["--train.profile", "3", "5"]).train.profile == (3, 5)
 
 
 def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
@@ -160,6 +161,10 @@ MISTYPED = [
     ),
     (["--train.profile", "9"], "train.profile: [9] is not allowed; it must be 2 values, each a whole number, or null"),
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
+    (
+        ["--model.attention", "flash"],
+        "model.attention: flash is not allowed; it must be one of sdpa, flash_attention_2",
+    ),
     (
         ["--train.gradient_checkpointing", "some"],
         "train.gradient_checkpointing: some is not allowed; it must be true or false or selective",
@@ -269,6 +274,7 @@ OUT_OF_RANGE = [
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
     ("--data.validation_files a.txt", "data.validation_files"),
     ("--tokenizer.name t5-base --tokenizer.file a.model", "tokenizer.file"),
+    ("--hub.push_to a/b/c", "hub.push_to: a/b/c is not allowed; it must be the name of a model repository"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
     ("--run_dir=~/run", "run_dir: ~/run is not allowed; it must be a path written in full"),
@@ -334,6 +340,7 @@ BAD_FILES = [
     ("--data.files {d}/good.txt --tokenizer.name no/such-tokenizer", "tokenizer.name", "no/such-tokenizer"),
     ("--data.files {d}/good.txt --tokenizer.vocab_size 100000", "tokenizer.vocab_size", "100000"),
     ("--data.dataset no/such-dataset", "no/such-dataset", ""),
+    ("--data.files {d}/good.txt --model.attention flex", "model.attention: flex", "on GPUs only"),
     (
         "--data.files {d}/good.txt --tokenizer.vocab_size 400 --run_dir {d}/good.txt/run",
         "run_dir",
