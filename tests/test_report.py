@@ -49,7 +49,7 @@ def test_a_report_has_results_and_settings_that_differ(runs, tmp_path, capsys):
     assert f"report of 2 runs: {output}" in capsys.readouterr().out
     page = output.read_text()
     assert cells(page, " first")[1:3] == ["20", "2,000 tokens"]
-    assert cells(page, " first")[4:] == ["3.2000", "2.0000", "3.1000 after 10", "50 tokens/s", "0.01", "1"]
+    assert cells(page, " first")[4:] == ["3.2000", "2.0000", "3.1000 after 10", "50 tokens/s", "40s", "1"]
     assert cells(page, " &lt;second&gt;")[4] == "2.7000"
     assert cells(page, "optimizer.lr")[1:] == ["0.1", "0.2"]
     assert cells(page, "data.max_tokens")[1:] == ["not there", "7"]

@@ -16,6 +16,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 from stacey_dist.training.command_line import flatten
 from stacey_dist.training.loss_plot import column, smoothed
+from stacey_dist.training.progress_line import duration
 from stacey_dist.training.rows import read_rows
 
 _BEGINNING = "<!doctype html><!-- stacey-dist report -->"
@@ -23,9 +24,9 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5
 _POINTS = 600  # of a curve: more cannot be told apart
 _OWN = ("run_dir", "tracking.run_name")  # differ in any case
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222 }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: 0.5rem 0 }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } svg { width: 100%; height: auto }
 .curves > div { display: none } label { margin-right: 1.2rem }
 #x0:checked ~ .curves .x0, #x1:checked ~ .curves .x1, #x2:checked ~ .curves .x2 { display: block }
@@ -116,7 +117,7 @@ def page(records: Sequence[Record]) -> str:
 
 def _results(records: Sequence[Record]) -> str:
     figures = list(dict.fromkeys(name for record in records for row in record.rows for name in row if "eval_" in name))
-    head = ["run", "updates", "trained on", "training loss", *figures, "best eval_loss", "speed", "hours", "skipped"]
+    head = ["run", "updates", "trained on", "training loss", *figures, "best eval_loss", "speed", "time", "skipped"]
     return _table(head, [_result(record, color, figures) for record, color in zip(records, _colors(), strict=False)])
 
 
@@ -135,7 +136,7 @@ def _result(record: Record, color: str, figures: Sequence[str]) -> list[str]:
         *("".join(f"{value:.4f}" for _, value in points) for points in last),
         f"{best[1]:.4f} after {best[0]:,}" if best else "",
         f"{statistics.median(speeds):,.0f} {escape(unit)}/s" if speeds else "",
-        f"{hours[-1]:.2f}" if known else "",
+        duration(3600 * hours[-1]) if known else "",
         str(max((row.get("skipped_steps", 0) for row in record.rows), default=0)),
     ]
 
