@@ -58,15 +58,19 @@ def parse(
         typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
         given.update(typed)
         values = parser.values(config_class, typed, settings)
-        return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
+        own = config_class()
+        return config_class(**{name: _choose(value, getattr(own, name), name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
 
 
-def _choose(section: Any, name: str, given: set[str]) -> Any:
-    """Return a section with the numbers of what was chosen in it, where none were given."""
-    own = [each for each in getattr(section, "chosen", ()) if f"{name}.{each}" not in given]
-    return dataclasses.replace(section, **dict.fromkeys(own)) if own else section
+def _choose(section: Any, default: Any, name: str, given: set[str]) -> Any:
+    """Return a section with the numbers of what was chosen in it, if that is not the default, where none were given."""
+    if not hasattr(section, "chosen") or section.method == default.method:
+        return section
+    return dataclasses.replace(
+        section, **dict.fromkeys(each for each in section.chosen if f"{name}.{each}" not in given)
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
