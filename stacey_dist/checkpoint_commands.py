@@ -46,7 +46,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         a=_checkpoint,
         b=_checkpoint,
     )
-    text = "write the model of PATH to the directory OUT, as transformers loads it"
+    text = (
+        "write the model of PATH to the directory OUT, as transformers loads it, with what its run directory has of it"
+    )
     add("export", export, text, path=_checkpoint, out=Path)
     text = (
         "write what Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) saved in PATH, of a run that used "
@@ -123,11 +125,23 @@ def diff(a: Path, b: Path) -> int:
 
 def export(path: Path, out: Path) -> int:
     """Write the model as a directory that `transformers` loads."""
-    verify(path)  # a damaged checkpoint is named where transformers is not installed, too
-    from stacey_dist.models.export import export_model
+    manifest = verify(path)  # a damaged checkpoint is named where transformers is not installed, too
+    from stacey_dist.models.export import describe_export, export_model
+    from stacey_dist.models.export_directory import copy_others
+    from stacey_dist.training.card import PROCESSOR, run_directory, write_card
 
-    export_model(path, out)
-    print(f"model for transformers: {out}")
+    run = run_directory(path)
+
+    def beside(new: Path) -> None:
+        if run is not None:
+            copy_others(run / PROCESSOR, new)
+        write_card(new, manifest, run)
+
+    export_model(path, out, beside=beside)
+    print(describe_export(manifest["extra"]["model"]["class"], out))
+    if run is None or not (run / PROCESSOR).is_dir():
+        place = "the checkpoint is not in a run directory" if run is None else f"{run / PROCESSOR} is not there"
+        print(f"without a tokenizer or settings of images, which a checkpoint does not hold: {place}")
     return 0
 
 

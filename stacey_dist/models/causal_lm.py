@@ -12,14 +12,18 @@ from stacey_dist.files import check_regular, read_json
 from stacey_dist.models.untrusted_config import first_line, without_code, without_network
 
 CAUSAL = "causal_sdpa"
-"""transformers' "sdpa" without its mask, which `stacey_dist.training.llm_model` registers."""
+"""transformers' "sdpa" without its mask, which `stacey_dist.training.attention` registers."""
 
 _INDEX = "model.safetensors.index.json"
 # What a model's directory on the hub has that is read here: no pickle, and no code.
-_FILES = ("config.json", "*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+_FILES = (
+    *("config.json", "*.safetensors", _INDEX),
+    *("tokenizer*.json", "tokenizer.model", "sentencepiece.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt"),
+)
 # Settings that have a token attend to others than all those before it. `max_window_layers` is no such length.
-_OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|alibi|bidirectional")
-_SOFT_CAP = re.compile(r"attn.*softcap")
+_OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|bidirectional")
+_EAGER_ALONE = re.compile(r"attn.*softcap|alibi")
 
 
 def model_directory(name: str) -> Path:
@@ -48,8 +52,9 @@ def read_description(name: str) -> dict[str, Any]:
     Raises:
         InputError: about `config`: it cannot be had, or is not a configuration.
     """
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    if not path.exists() and not name.endswith(".json"):
+    is_directory = Path(name).is_dir()
+    path = Path(name) / "config.json" if is_directory else Path(name)
+    if not (is_directory or path.exists() or name.endswith(".json")):
         import huggingface_hub
 
         try:
@@ -93,6 +98,8 @@ def causal_config(described: Any) -> Any:
         raise ValueError(f"model_type {kind} is not a causal language model")
     if config.get_text_config() is not config:
         raise ValueError(f"model_type {kind} takes more than text; give the configuration that is its text_config")
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # some classes attend to all tokens otherwise
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return config
@@ -123,17 +130,46 @@ def attention_of(config: Any, length: int) -> str | None:
     """Return the attention with which a model is right on sequences of `length` tokens, and fastest.
 
     `CAUSAL` where a token attends to all before it and to nothing else, which needs no mask; else None, transformers'
-    own choice with its masks; or "eager", where scores are capped, which torch's function cannot do.
+    own choice with its masks; or "eager", where scores are capped or biased: its other attentions leave that out.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     active = {name: value for name, value in config.to_dict().items() if value}
-    if any(_SOFT_CAP.search(name) for name in active):
+    if any(_EAGER_ALONE.search(name) for name in active):
         return "eager"
     limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
     plain = all(type(value) is int and value >= length for value in limits)
-    return CAUSAL if plain and made._supports_sdpa and made._supports_attention_backend else None
+    return CAUSAL if plain and _takes_any_mask(made) else None
+
+
+def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
+    """Return how many tokens a token attends to at most, itself and those before it, in each kind of a model's layers.
+
+    None stands for all in `length` tokens. The whole is None where tokens attend in another way.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    active = {name: value for name, value in config.to_dict().items() if value}
+    window = active.pop("sliding_window", None)
+    active.pop("use_sliding_window", None)
+    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
+    kinds = set(active.get("layer_types") or ["sliding_attention" if window else "full_attention"])
+    plain = all(type(value) is int and value >= length for value in limits)
+    if not plain or any("alibi" in name for name in active) or not kinds <= {"full_attention", "sliding_attention"}:
+        return None
+    if not _takes_any_mask(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+        return None
+    spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
+    return {kind: spans[kind] for kind in sorted(kinds)}
+
+
+def _takes_any_mask(made: Any) -> bool:
+    """Return whether a model's attention is a function of queries, keys, values and a mask, which may be left out.
+
+    Models that add to the mask themselves, or read it, have no FlashAttention, which takes none.
+    """
+    return bool(made._supports_sdpa and made._supports_attention_backend and made._supports_flash_attn)
 
 
 def longest_sequence(config: Any) -> int | None:
@@ -214,3 +250,9 @@ def attended(config: Any, context: int) -> int:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     spans = [seen.get(kind, context) for kind in kinds]
     return heads * size * sum(context if span is None else min(span, context) for span in spans)
+
+
+def layer_classes(model: Any) -> tuple[type, ...]:
+    """Return the classes of the model's layers, as transformers names them: what FSDP gathers at a time."""
+    named = set(model._no_split_modules or ())
+    return tuple({type(module) for module in model.modules() if type(module).__name__ in named})

@@ -24,6 +24,30 @@ def describe_model(model: Any) -> dict[str, Any] | None:
     return None
 
 
+def loader(name: str) -> str:
+    """Return the class whose `from_pretrained` loads an exported model, with its package.
+
+    Args:
+        name: the model's class, as `describe_model` has it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    from stacey_dist import models
+
+    for kind in ("CAUSAL_LM", "IMAGE_CLASSIFICATION"):
+        if name in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values():
+            return f"transformers.AutoModelFor{'CausalLM' if kind == 'CAUSAL_LM' else 'ImageClassification'}"
+    return f"{'stacey_dist.models' if hasattr(models, name) else 'transformers'}.{name}"
+
+
+def describe_export(name: str, directory: Path) -> str:
+    """Return the line that says where an export is, and by which class it loads if by none of transformers."""
+    found = loader(name)
+    if found.startswith("transformers."):
+        return f"model for transformers: {directory}"
+    return f"model: {directory}; it loads with {found}.from_pretrained"
+
+
 def export_model(
     path: Path, directory: Path, *, beside: Callable[[Path], object] | None = None, unlisted: bool = False
 ) -> None:

@@ -84,7 +84,7 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
     try:
         yield temporary
         check_output(directory, unlisted=unlisted)
-        _keep(directory, temporary)
+        copy_others(directory, temporary)
         _list(temporary, [name for name, _ in _entries(temporary)])
         if inside:
             _move_in(temporary, directory)
@@ -97,10 +97,10 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
         raise
 
 
-def _keep(old: Path, new: Path) -> None:
-    """Copy the files of an older export that a new one does not write, except weights."""
-    for name, _ in _entries(old) if old.exists() else ():
-        if not _WEIGHTS.fullmatch(name) and not (new / name).exists():
+def copy_others(old: Path, new: Path) -> None:
+    """Copy the files of an older export that a new one does not write, except weights. Links are left out."""
+    for name, is_file in _entries(old) if old.is_dir() else ():
+        if is_file and not _WEIGHTS.fullmatch(name) and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(old / name, new / name, follow_symlinks=False)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stacey_dist.plan.model import Llama
+from stacey_dist.training.config import Recomputed
 
 FLOAT = 4
 INDEX = 8  # bytes of a token's number
@@ -45,7 +46,7 @@ class Activations:
 
 
 def activations(
-    model: Llama, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: bool
+    model: Llama, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: Recomputed
 ) -> Activations:
     """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens."""
     tokens, hidden = sequences * length, model.hidden
@@ -61,7 +62,10 @@ def activations(
     layer = tokens * (2 * norm + attention + feed_forward)
     # Rotations are computed once, for a batch of one.
     rotations = 2 * length * model.head_size * (2 if arithmetic == "low" else FLOAT)
-    layers = model.layers * (tokens * stream * hidden if checkpointing else layer)
+    # The results that selective checkpointing keeps of a layer: of its products, and of attention.
+    kept = size * (4 * hidden + 2 * keys + 2 * model.intermediate) + FLOAT * model.heads
+    kept = tokens * kept if checkpointing == "selective" else 0
+    layers = model.layers * (tokens * stream * hidden + kept if checkpointing else layer)
     softmax = tokens * model.vocabulary * FLOAT
     # Inputs and labels, the last norm and its output, the softmax, and the sum that divides the loss.
     rest = tokens * (2 * INDEX + norm + size * hidden) + softmax + FLOAT
@@ -83,9 +87,11 @@ def activations(
     in_layer += max(2 * wide, wide + gradient * model.intermediate * hidden) + (embedding if model.tied else 0)
     if checkpointing:  # what a layer begins with is kept already, unless the norm casts it
         in_layer += layer - (tokens * FLOAT * hidden if stream == FLOAT else 0) + (matrices - head) // model.layers
+        # What was kept of a layer becomes a part of it again, but for the result that is added to the stream.
+        in_layer -= kept - (tokens * size * hidden if kept else 0)
     # The forward pass ends with the logits; before, with the feed-forward block of a layer that keeps nothing.
     in_forward = before_loss + (matrices - head if checkpointing else 0)
-    in_forward += max(logits, 3 * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
+    in_forward += max(logits, (2 if kept else 3) * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
     return Activations(
         saved=saved,
         in_forward=in_forward,

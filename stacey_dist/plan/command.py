@@ -13,7 +13,7 @@ from stacey_dist.errors import SettingsError, unknown
 from stacey_dist.plan.hardware import GB, GPUS, Gpu, find_gpu
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES
-from stacey_dist.plan.model import llama
+from stacey_dist.plan.modules import planned_model
 from stacey_dist.plan.plans import make_plan, propose_plans
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.training.launchers import LLM
@@ -54,7 +54,8 @@ def plan(arguments: list[str]) -> str:
         raise SettingsError("optimizer.name: muon is not planned yet; adamw needs somewhat more memory")
     if options.search:  # it is what is searched
         config.train.micro_batch_size = None
-    job = Job(config, llama(config, options.vocab_size), _engine(options), options.nodes, options.gpus_per_node)
+    model = planned_model(config, options.vocab_size)
+    job = Job(config, model, _engine(options), options.nodes, options.gpus_per_node)
     if options.search:
         plans = propose_plans(job, gpu, room)
     else:

@@ -6,7 +6,8 @@ from typing import Literal
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.activations import Arithmetic
 from stacey_dist.plan.model import Llama, Parameter
-from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.plan.modules import Modules
+from stacey_dist.training.config import OptimizerConfig, Recomputed
 from stacey_dist.training.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -29,7 +30,7 @@ class Job:
     """
 
     config: LLMConfig
-    model: Llama
+    model: Llama | Modules
     engine: str
     nodes: int
     gpus_per_node: int
@@ -122,7 +123,7 @@ class Job:
         """The model's parameters in the optimizer's groups."""
         return self.model.groups(decay_norms=self.config.optimizer.decay_norms_and_biases)
 
-    def with_batch(self, micro: int, *, checkpointing: bool | None = None, batch: int | None = None) -> "Job":
+    def with_batch(self, micro: int, *, checkpointing: Recomputed | None = None, batch: int | None = None) -> "Job":
         """Return the same job with another micro-batch, and other gradient checkpointing or global batch if given."""
         train = self.config.train
         train = replace(

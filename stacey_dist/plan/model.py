@@ -24,6 +24,13 @@ class Parameter:
         return math.prod(self.shape)
 
 
+def grouped(parameters: list[Parameter], decay_norms: bool) -> list[list[Parameter]]:
+    """Return the optimizer's groups: with weight decay, and (norms and biases, unless they decay too) without."""
+    matrices = [p for p in parameters if len(p.shape) > 1 or decay_norms]
+    norms = [p for p in parameters if len(p.shape) == 1 and not decay_norms]
+    return [matrices, norms] if norms else [matrices]
+
+
 @dataclass(frozen=True)
 class Llama:
     """Shape of a `LlamaForCausalLM` as `stacey_dist.training.llm.build_model` makes it."""
@@ -84,10 +91,13 @@ class Llama:
         return [self.embedding, *layers, *last]
 
     def groups(self, *, decay_norms: bool) -> list[list[Parameter]]:
-        """Return the optimizer's groups: with weight decay, and (norms, unless they decay too) without."""
-        matrices = [p for p in self.parameters if len(p.shape) > 1 or decay_norms]
-        norms = [p for p in self.parameters if len(p.shape) == 1 and not decay_norms]
-        return [matrices, norms] if norms else [matrices]
+        """Return the optimizer's groups, see `grouped`."""
+        return grouped(self.parameters, decay_norms)
+
+    @property
+    def head(self) -> int:
+        """Elements of the output matrix."""
+        return self.vocabulary * self.hidden
 
     @property
     def elements(self) -> int:
@@ -107,23 +117,10 @@ class Llama:
 
 
 def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:
-    """Return the model of a configuration.
-
-    Raises SettingsError if the vocabulary's size stands neither there nor in `vocabulary` (tokens).
-    """
-    model, tokenizer = config.model, config.tokenizer
-    if vocabulary is None:
-        if tokenizer.name or tokenizer.file:
-            vocabulary = VOCABULARIES.get(tokenizer.name or "")
-            if vocabulary is None:
-                raise SettingsError(
-                    f"tokenizer: the vocabulary of {tokenizer.name or tokenizer.file} is not known without loading it; "
-                    "say its size with --vocab-size"
-                )
-        else:
-            vocabulary = tokenizer.vocab_size
+    """Return the LLaMA of a configuration. Raises SettingsError as `vocabulary_size` does."""
+    model = config.model
     return Llama(
-        vocabulary=vocabulary,
+        vocabulary=vocabulary_size(config, vocabulary),
         hidden=model.hidden_size,
         intermediate=model.intermediate_size,
         layers=model.num_hidden_layers,
@@ -131,3 +128,19 @@ def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:
         key_value_heads=model.num_key_value_heads or model.num_attention_heads,
         tied=model.tie_word_embeddings,
     )
+
+
+def vocabulary_size(config: LLMConfig, vocabulary: int | None = None) -> int:
+    """Return how many tokens the configured tokenizer has, `vocabulary` if that is given.
+
+    Raises SettingsError if that is not known without loading it.
+    """
+    tokenizer = config.tokenizer
+    if vocabulary is None and (tokenizer.name or tokenizer.file):
+        vocabulary = VOCABULARIES.get(tokenizer.name or "")
+        if vocabulary is None:
+            raise SettingsError(
+                f"tokenizer: the vocabulary of {tokenizer.name or tokenizer.file} is not known without loading it; "
+                "say its size with --vocab-size"
+            )
+    return tokenizer.vocab_size if vocabulary is None else vocabulary

@@ -7,7 +7,9 @@ from stacey_dist.plan.activations import Activations, activations
 from stacey_dist.plan.hardware import Gpu
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES, RankMemory, most_loaded_rank
+from stacey_dist.plan.model import Llama
 from stacey_dist.plan.speed import Speed, estimate_speed
+from stacey_dist.training.config import Recomputed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def make_plan(job: Job, gpu: Gpu) -> Plan:
 
 
 def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
-    """Return the fastest plan on each engine that fits into `room` bytes a GPU, with and without checkpointing.
+    """Return the fastest plan on each engine that fits into `room` bytes a GPU, for each kind of checkpointing.
 
     The micro-batch is the fastest of those that divide the global batch; of equally fast ones the largest. Fastest
     first, by the slow end of the range, which counts communication that is not hidden; then the least memory.
@@ -53,7 +55,8 @@ def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
             candidate = replace(job, engine=engine)
         except SettingsError:  # single on several GPUs, hsdp on one node, a dtype that DeepSpeed does not take
             continue
-        for checkpointing in (False, True):
+        kinds: tuple[Recomputed, ...] = (False, "selective", True)
+        for checkpointing in kinds:
             jobs = [candidate.with_batch(micro, checkpointing=checkpointing) for micro in divisors]
             fitting = [plan for plan in (make_plan(job, gpu) for job in jobs) if plan.peak <= room]
             if fitting:
@@ -82,8 +85,12 @@ def largest_micro_batch(job: Job, room: float) -> int:
 
 
 def _activations(job: Job) -> Activations:
-    train, length = job.config.train, job.config.data.sequence_length
-    return activations(job.model, job.micro_batch, length, job.arithmetic, checkpointing=train.gradient_checkpointing)
+    checkpointing, how = job.config.train.gradient_checkpointing, (job.config.data.sequence_length, job.arithmetic)
+    if isinstance(job.model, Llama):
+        return activations(job.model, job.micro_batch, *how, checkpointing=checkpointing)
+    from stacey_dist.plan.measured import measured
+
+    return measured(job.model.described, job.micro_batch, *how, checkpointing=checkpointing)
 
 
 def _peak(memory: RankMemory, acts: Activations) -> int:

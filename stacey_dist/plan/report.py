@@ -5,6 +5,7 @@ from typing import Any
 
 from stacey_dist.plan.hardware import GB, Gpu
 from stacey_dist.plan.job import Job
+from stacey_dist.plan.modules import Modules
 from stacey_dist.plan.plans import Plan, largest_micro_batch
 from stacey_dist.plan.speed import checkpoint_bytes
 
@@ -24,6 +25,8 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
         "optimizer": job.config.optimizer.name,
         "mixed_precision": job.precision,
         "parameters": job.model.elements,
+        "active_parameters": job.model.active if isinstance(job.model, Modules) else job.model.elements,
+        "expert_parameters": job.model.in_experts if isinstance(job.model, Modules) else 0,
         "gpu": gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_per_node,
@@ -196,12 +199,19 @@ def _optimizers(plans: list[Plan]) -> list[str]:
 
 
 def _on_or_off(job: Job) -> str:
-    return "on" if job.config.train.gradient_checkpointing else "off"
+    kind = job.config.train.gradient_checkpointing
+    return kind if isinstance(kind, str) else "on" if kind else "off"
 
 
 def _model(job: Job, gpu: Gpu) -> str:
     nodes = f" ({job.nodes} nodes of {job.gpus_per_node})" if job.nodes > 1 else ""
-    return f"LLaMA of {_count(job.model.elements)} parameters on {job.ranks} x {gpu.name}{nodes}"
+    model, name, also = job.model, "LLaMA", ""
+    if isinstance(model, Modules):
+        name = model.name
+        if model.in_experts:
+            share = model.in_experts / model.elements
+            also = f" ({_count(model.active)} active; {_count(model.in_experts)}, {share:.0%}, in experts)"
+    return f"{name} of {_count(model.elements)} parameters{also} on {job.ranks} x {gpu.name}{nodes}"
 
 
 def _precision(job: Job) -> str:

@@ -86,9 +86,9 @@ def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu) -> Speed:
     tokens = job.config.train.global_batch_size * length
     flops = job.model.flops_per_token(length) * tokens
     done = flops
-    if job.config.train.gradient_checkpointing:  # each layer's forward pass, a third of its arithmetic, once more
-        in_head = 6.0 * job.model.vocabulary * job.model.hidden * tokens
-        done += (flops - in_head) / 3
+    # Each layer's forward pass, a third of its arithmetic, once more; selectively nothing that is counted.
+    if job.config.train.gradient_checkpointing is True:
+        done += (flops - 6.0 * job.model.head * tokens) / 3
     peak = job.ranks * (gpu.float32_flops if job.arithmetic == "float32" else gpu.flops)
     low, high = gpu.efficiency
     return Speed(

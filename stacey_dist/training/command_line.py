@@ -13,8 +13,8 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
@@ -168,15 +168,16 @@ def _describe(kind: Any) -> str:
     """Return a type in a user's words."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if get_origin(kind) is list:
         return f"a list, each {_describe(arguments[0])}"
     if get_origin(kind) is tuple:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
     if dataclasses.is_dataclass(kind):
         return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
-    if type(None) in arguments:
-        return " or ".join(_describe(other) for other in arguments if other is not type(None)) + ", or null"
+    if get_origin(kind) in (Union, UnionType):
+        words = " or ".join(_describe(other) for other in arguments if other is not NoneType)
+        return words + (", or null" if NoneType in arguments else "")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, str(kind))
 

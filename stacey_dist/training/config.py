@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
 from stacey_dist.training import optimizer_defaults
 from stacey_dist.training.value_types import (
@@ -23,6 +24,8 @@ from stacey_dist.training.value_types import (
     check_values,
 )
 
+Recomputed = bool | Literal["selective"]
+"""Which activations are computed again."""
 # A number that is the chosen optimizer's own, unless it is given.
 _OWN: Any = None
 
@@ -148,8 +151,9 @@ class TrainConfig:
     """Updates between evaluations; there is always one at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward; fp16 with loss scaling. None: as `accelerate launch` was told."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    gradient_checkpointing: Recomputed = False
+    """Compute activations again in the backward pass instead of keeping them; selective keeps the results of matrix
+    products and attention, which cost most of the time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
@@ -203,6 +207,16 @@ class TrackingConfig:
 
 
 @dataclass
+class HubConfig:
+    """Upload of the exported model to the Hugging Face hub."""
+
+    push_to: str | None = None
+    """The model repository to upload to when the run is complete, as in name/model; made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+
+
+@dataclass
 class RunConfig:
     """The settings of a run of either launcher; a subclass adds those of its model and its data."""
 
@@ -215,6 +229,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     samples: ClassVar[str] = "samples"
     """What samples are called, as in "sequences"."""
@@ -231,6 +246,7 @@ class RunConfig:
         """Raise SettingsError for values that do not go together. A subclass adds its own rules."""
         _check_optimizer(self.optimizer, self.schedule.final_p)
         _check_checkpoint(self.checkpoint, self.changes_to_allow)
+        _check_hub(self.hub)
         for tracker in self.tracking.trackers:
             missing = f"{tracker} is not installed; {install_line(tracker)}"
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
@@ -292,6 +308,20 @@ def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
     for setting, p in (("optimizer.p", optimizer.p), ("schedule.final_p", final_p or 2.0)):
         check(p < math.inf, setting, p, f"it must be finite {for_variant}")
         check(p <= 1000, setting, p, f"it must be at most 1000 {for_variant}")
+
+
+def _check_hub(hub: HubConfig) -> None:
+    if hub.push_to is None:
+        return
+    missing = f"huggingface_hub is not installed; {install_line('transformers')}"
+    check(is_installed("huggingface_hub"), "hub.push_to", hub.push_to, missing)
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(hub.push_to)
+    except HFValidationError as error:
+        allowed = "it must be the name of a model repository, as in name/model"
+        raise SettingsError(f"hub.push_to: {hub.push_to} is not allowed; {allowed}") from error
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig, changes_to_allow: tuple[str, ...]) -> None:

@@ -160,7 +160,7 @@ class ImageConfig(RunConfig):
         check(
             not self.train.gradient_checkpointing,
             "train.gradient_checkpointing",
-            True,
+            self.train.gradient_checkpointing,
             "transformers' ResNet has none; a smaller train.micro_batch_size saves memory",
         )
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stacey_dist.data.images import (
 )
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.models import build_resnet
+from stacey_dist.models.export import describe_export, describe_model
 from stacey_dist.training.ahead import Transfer
 from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
@@ -92,6 +94,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
         return train, validation, f"{train.identity} {validation.identity}"
 
     train, validation, identity = run.call_on_main(work)
+    run.save_processor = partial(_save_processor, data)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
     return ImageData(train, validation, identity, transform)
@@ -258,7 +261,14 @@ def _workers(data: ImageDataConfig, device: torch.device) -> Workers:
 
 def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: Path) -> str:
     """Export the model and the settings of its images; returns the line that says where they are."""
-    settings = run.config.data
+    assert run.save_processor is not None  # `prepare_data` has set it
+    exported = export(run, checkpoint, run.save_processor)
+    name = describe_model(engine.module)["class"]  # type: ignore[index]
+    return describe_export(name, exported)
+
+
+def _save_processor(settings: ImageDataConfig, directory: Path) -> None:
+    """Write how images become inputs, as transformers' AutoImageProcessor reads it."""
     # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
     processor = {
         "image_processor_type": "ConvNextImageProcessor",
@@ -272,9 +282,7 @@ def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: P
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
-    text = json.dumps(processor, indent=2) + "\n"
-    exported = export(run, checkpoint, lambda directory: (directory / "preprocessor_config.json").write_text(text))
-    return f"model for transformers: {exported}"
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 PARTS = Parts(prepare_data, build_model, ImageClassification, finish)

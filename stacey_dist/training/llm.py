@@ -17,6 +17,7 @@ from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.models.causal_lm import attended, multiplied_parameters
 from stacey_dist.training.ahead import Ahead, Transfer
+from stacey_dist.training.attention import Attention
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.flops import flops_per_token
@@ -39,6 +40,8 @@ class TokenBatch:
     inputs: Tensor
     labels: Tensor
     update_labels: int
+    attention: dict[str, Any]
+    """What else the forward pass gets: see `Attention.arguments`."""
 
 
 class LanguageModeling:
@@ -54,6 +57,7 @@ class LanguageModeling:
         self.samples_per_epoch = sum(sizes)
         self.sampler = MixedSampler(sizes, shares, run.config.seed)
         self.data_identity = data.identity
+        self._attention = Attention(run.config, model, data.end_token_id)
         self._transfer = Transfer(run.accelerator.device)
         self._ahead = Ahead(self._share, self.batch_size)
         context = run.config.data.sequence_length
@@ -85,10 +89,9 @@ class LanguageModeling:
             self.data.verification.check()
         units = self.units(position)
         for batch in self._ahead.take(position):
-            inputs, labels = self._transfer(*batch)
-            yield TokenBatch(inputs, labels, units)
+            yield self._on_device(batch, units)
 
-    def _share(self, position: int) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, position: int) -> list[tuple[Tensor, ...]]:
         """Return the micro-batches of this process in the update at `position`, in host memory."""
         share, size = self.run.process_batch_size, self.run.micro_batch_size
         first = position + self.run.accelerator.process_index * share
@@ -122,8 +125,8 @@ class LanguageModeling:
             # As many forward passes on every process: sharded engines gather weights in each of them.
             longest = math.ceil(len(stream) / accelerator.num_processes)
             for start in range(0, longest, size):
-                inputs, labels = self._transfer(*self._read(mine[start : start + size] or [(stream, None)]))
-                total += self._summed_loss(model, TokenBatch(inputs, labels, 1))[0]
+                batch = self._on_device(self._read(mine[start : start + size] or [(stream, None)]), 1)
+                total += self._summed_loss(model, batch)[0]
                 if stopping():
                     return None
         if accelerator.num_processes > 1:
@@ -146,17 +149,25 @@ class LanguageModeling:
 
     def _summed_loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Any]:
         """Return the summed cross-entropy, and all that the model returned."""
-        output = model(input_ids=batch.inputs)
+        output = model(input_ids=batch.inputs, **batch.attention)
         logits = output.logits.flatten(0, 1).float()
         return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"), output
 
-    def _read(self, windows: Sequence[tuple[TokenStream, int | None]]) -> tuple[Tensor, Tensor]:
-        """Return the inputs and labels of streams' windows; None stands for a window without labels."""
+    def _read(self, windows: Sequence[tuple[TokenStream, int | None]]) -> tuple[Tensor, ...]:
+        """Return the inputs and labels of streams' windows, and the numbers of their attention; all in host memory.
+
+        None stands for a window without labels.
+        """
         length = self.run.config.data.sequence_length
         empty = (np.zeros(length, np.int64), np.full(length, IGNORED_LABEL, np.int64))
         pairs = [empty if i is None else stream.window(i) for stream, i in windows]
-        inputs, labels = (self._transfer.pinned(torch.from_numpy(np.stack(c))) for c in zip(*pairs, strict=True))
-        return inputs, labels
+        inputs, labels = (np.stack(column) for column in zip(*pairs, strict=True))
+        arrays = (inputs, labels, *self._attention.numbers(inputs))
+        return tuple(self._transfer.pinned(torch.from_numpy(array)) for array in arrays)
+
+    def _on_device(self, batch: tuple[Tensor, ...], update_labels: int) -> TokenBatch:
+        inputs, labels, *numbers = self._transfer(*batch)
+        return TokenBatch(inputs, labels, update_labels, self._attention.arguments(tuple(numbers)))
 
 
 def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path) -> str:

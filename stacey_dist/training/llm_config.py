@@ -43,6 +43,8 @@ class ModelConfig:
     """Share the input and output embeddings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights. bfloat16 has no float32 master: for stacey and lp_descent, which round stochastically."""
+    attention: Literal["sdpa", "flash_attention_2", "flex", "eager"] = "sdpa"
+    """How attention is computed: torch's function for it, the package flash-attn, FlexAttention, or matrix products."""
 
 
 @dataclass
@@ -99,6 +101,8 @@ class DataConfig(CorpusConfig):
     and its own of the settings above."""
     sequence_length: PositiveInt = 128
     """Tokens of one training sequence."""
+    document_mask: bool = False
+    """Tokens attend within their document alone, and positions restart at each document."""
     cache_dir: FilePath | None = None
     """Where tokenized data is kept, for all runs. None: run_dir/data."""
 
@@ -139,8 +143,9 @@ class LLMConfig(RunConfig):
     samples = "sequences"
     changes_to_allow = (
         *SHARED_CHANGES,
-        *(f"model.{f.name}" for f in fields(ModelConfig) if f.name != "max_position_embeddings"),
+        *(f"model.{f.name}" for f in fields(ModelConfig) if f.name not in ("max_position_embeddings", "attention")),
         "data.sequence_length",
+        "data.document_mask",
     )
 
     def check_rules(self) -> None:

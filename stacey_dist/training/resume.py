@@ -1,5 +1,6 @@
 """How a run resumes: choose a checkpoint, and refuse one of another run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from stacey_dist.checkpoint.manifest import UnknownFormatError, says_finite
 from stacey_dist.checkpoint.read import load_verified, verify_together
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
+from stacey_dist.models.export import describe_model
 from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.config import DATA_CHANGE
 from stacey_dist.training.continuing import lr_change
@@ -18,6 +20,7 @@ from stacey_dist.training.saving import Progress
 
 # The optimizer's state is of this rule, in this dtype.
 _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")
+_NOT_OF_THE_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
@@ -29,7 +32,7 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
             differences), or `checkpoint.resume` is never and there is one, or all there are are damaged.
     """
-    chosen = _choose(run, data_identity)
+    chosen = _choose(run, engine, data_identity)
     if chosen is None:
         return Progress()
     path, manifest = chosen
@@ -50,12 +53,12 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     return progress
 
 
-def _choose(run: Run, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
+def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint to resume from, and its manifest; name those that are skipped.
 
     All processes call it together.
     """
-    source = run.config.checkpoint.resume_from
+    source, module = run.config.checkpoint.resume_from, engine.module
     found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
     reasons = set()
     for path in found:
@@ -72,7 +75,7 @@ def _choose(run: Run, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
             reasons.add("not finite")
             continue
         extra = manifest["extra"]
-        run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, data_identity))  # type: ignore[misc]
+        run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, module, data_identity))  # type: ignore[misc]
         return path, manifest
     if found:
         # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
@@ -90,7 +93,7 @@ def _choose(run: Run, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
         run.fail(
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
-    run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], data_identity))
+    run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], module, data_identity))
     return Path(source), manifest
 
 
@@ -115,7 +118,7 @@ def _setting(run: Run, path: Path) -> str:
     return "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
 
 
-def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
+def _check_own(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
     """Refuse a checkpoint in the run's own directory that a run of these settings does not resume from."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
     if settings.resume == "never":
@@ -132,12 +135,12 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any], data_identity: str) 
                 f"checkpoint {path.name} did not come from there; give another run_dir, or delete the "
                 "checkpoints that are newer"
             )
-    _compare(run, path, extra, data_identity)
+    _compare(run, path, extra, module, data_identity)
 
 
-def _check_source(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
+def _check_source(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
     """Refuse a checkpoint that no run of these settings can branch off from."""
-    _compare(run, path, extra, data_identity)
+    _compare(run, path, extra, module, data_identity)
     step, last = extra["step"], run.config.train.max_steps
     if step >= last:
         raise SettingsError(
@@ -146,7 +149,7 @@ def _check_source(run: Run, path: Path, extra: dict[str, Any], data_identity: st
         )
 
 
-def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) -> None:
+def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
     setting = _setting(run, path)
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
@@ -168,6 +171,8 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         for name, text in changed.items()
         if name in _NEVER_CHANGED or (name in run.config.changes_to_allow and name not in allowed)
     ]
+    if {"model.config", "model.pretrained"}.isdisjoint(allowed):
+        refused += _changed_architecture(now, extra.get("model"), module)
     if data_identity != extra.get("data_identity") and DATA_CHANGE not in allowed:
         refused += [f"{DATA_CHANGE}: the training or held-out data are not those it was trained on"]
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
@@ -181,3 +186,17 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], data_identity: str) ->
         print(f"changed since the checkpoint: {text}", flush=True)
     if change := lr_change(run.config, extra["config"], extra["step"]):
         print(change, flush=True)
+
+
+def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> list[str]:
+    """Return what a file that `model.config` or `model.pretrained` names says differently by now."""
+    source = settings.get("model.config") or settings.get("model.pretrained")
+    described = describe_model(module) if source else None
+    if described is None or not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        return []
+    now, there = json.loads(json.dumps(described["config"], default=str)), saved["config"]
+    return [
+        f"model: {name} in {source}: {there[name]} there, {now[name]} now"
+        for name in sorted(now.keys() & there.keys())
+        if now[name] != there[name] and name not in _NOT_OF_THE_ARCHITECTURE and not name.startswith("_")
+    ]

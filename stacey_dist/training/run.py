@@ -15,7 +15,8 @@ from stacey_dist import yaml_files
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
-from stacey_dist.models.export_directory import check_output
+from stacey_dist.models.export_directory import check_output, output_directory
+from stacey_dist.training.card import PROCESSOR
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.config import RunConfig, check_schedule, split_batch
 from stacey_dist.training.continuing import command_to_continue
@@ -43,6 +44,8 @@ class Run(Generic[C]):
         self.directory = Path(config.run_dir)
         self.tracker_ids: dict[str, str] = {}
         """The run's names in the trackers, under which a resumed run continues there."""
+        self.save_processor: Callable[[Path], object] | None = None
+        """Writes what belongs to the run's models besides weights, as a tokenizer, into the directory that it gets."""
         self.process_batch_size, self.micro_batch_size = split_batch(config.train, accelerator.num_processes)
         self.call_on_main(self._prepare_directory)
 
@@ -87,6 +90,7 @@ class Run(Generic[C]):
         self._lock_directory()
         try:  # the export is written at the end of the run, too late to learn that it can't be
             check_output(self.directory / "model", unlisted=True)
+            check_output(self.directory / PROCESSOR)
         except SettingsError as error:
             raise SettingsError(f"run_dir: {error}") from error
         source = self.config.checkpoint.resume_from
@@ -110,10 +114,14 @@ class Run(Generic[C]):
         schedule.warmup_steps = schedule.warmup_updates(train.max_steps)
 
     def write_config(self) -> None:
-        """Write config.yaml. Called when the settings are known to be this run's."""
-        if self.accelerator.is_main_process:
-            comments = {f"optimizer.{name}": text for name, text in self.config.optimizer.origins().items()}
-            replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config), comments).encode())
+        """Write config.yaml, and what `save_processor` writes. Called when the settings are known to be this run's."""
+        if not self.accelerator.is_main_process:
+            return
+        comments = {f"optimizer.{name}": text for name, text in self.config.optimizer.origins().items()}
+        replace_file(self.directory / "config.yaml", yaml_files.dump(to_dict(self.config), comments).encode())
+        if self.save_processor is not None:
+            with output_directory(self.directory / PROCESSOR) as new:
+                self.save_processor(new)
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""

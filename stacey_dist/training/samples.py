@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stacey_dist.training.attention import generating
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.run import Run
@@ -65,7 +66,7 @@ def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
     # Generation has other shapes with each token, for each of which it would be compiled again.
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), generating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.config.seed)
             output = model.generate(
                 input_ids=prompt,

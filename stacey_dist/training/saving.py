@@ -13,8 +13,10 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_na
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.models.export import describe_model, export_model
 from stacey_dist.training import signals
+from stacey_dist.training.card import write_card
 from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.hub import push
 from stacey_dist.training.run import Run
 
 _GIVE_UP_AFTER = 2
@@ -183,7 +185,8 @@ class Saver:
 
 
 def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
-    """Write the model of a checkpoint as `transformers` loads it into run_dir/model, which is returned.
+    """Write the model of a checkpoint and its card as `transformers` loads it into run_dir/model, which is returned.
+    `hub.push_to` has it uploaded.
 
     The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
 
@@ -193,7 +196,13 @@ def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path
         beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
     """
     directory = run.directory / "model"
-    run.call_on_main(lambda: export_model(checkpoint, directory, beside=beside, unlisted=True))
+
+    def write_beside(new: Path) -> None:
+        beside(new)
+        write_card(new, read_manifest(checkpoint), run.directory)
+
+    run.call_on_main(lambda: export_model(checkpoint, directory, beside=write_beside, unlisted=True))
+    push(run, directory)
     return directory
 
 

@@ -12,6 +12,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, open_files
 from stacey_dist.training.config import RunConfig
 from stacey_dist.training.devices import cpu_threads, device_name
+from stacey_dist.training.hub import check_upload
 from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
 from stacey_dist.training.run import C, Run
 
@@ -30,6 +31,7 @@ def start(config: C) -> Run[C]:
         torch.set_num_threads(config.train.cpu_threads or cpu_threads())
     set_seed(config.seed)
     run = Run(config, accelerator)
+    run.call_on_main(lambda: check_upload(config.hub))
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)

@@ -24,6 +24,7 @@ from stacey_dist.data.tokenizer import (
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
+from stacey_dist.training.attention import check_attention
 from stacey_dist.training.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.llm_model import check_model, check_vocabulary, own_tokenizer
 from stacey_dist.training.run import Run
@@ -84,8 +85,10 @@ class TextData:
 def prepare_data(run: Run[LLMConfig]) -> TextData:
     """Tokenize the configured text, or find it in the cache, and open it.
 
-    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text.
+    Raises SettingsError for bad files, an unknown data set or tokenizer, too little text; for a `model.attention` that
+    cannot be had.
     """
+    check_attention(run)
     data = run.config.data
     tokenizers: list[Tokenizer] = []
 
@@ -111,6 +114,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     if run.accelerator.is_local_main_process:
         verification = Verification(*dict.fromkeys(corpus.train.directory for corpus in corpora))
     text = TextData(corpora, identity, tokenizers[0] if tokenizers else None, verification)
+    run.save_processor = None if text.tokenizer is None else text.tokenizer.save
     run.say(_described(text))
     return text
 

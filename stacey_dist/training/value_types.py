@@ -89,8 +89,8 @@ def _wrong(kind: Any, value: Any) -> str | None:
         found = [wrong for inner, item in zip(kinds, value, strict=True) if (wrong := _wrong(inner, item))]
         return found[0].replace("it must", "each must", 1) if found else None
     if get_origin(kind) in (Union, UnionType):
-        (kind,) = (one for one in arguments if one is not NoneType)
-        return _wrong(kind, value)
+        wrongs = [_wrong(one, value) for one in arguments if one is not NoneType]
+        return None if None in wrongs else wrongs[0]
     rules = [*_ALWAYS, *(arguments[1:] if get_origin(kind) is Annotated else ())]
     return next((f"it must be {rule.words}" for rule in rules if not rule.holds(value)), None)
 

@@ -1,15 +1,23 @@
 """What the plan says of activations is what autograd keeps, and what is there at once, in a real LLaMA on the CPU."""
 
 import itertools
+import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stacey_dist.models.causal_lm import attention_of, causal_config, new_model
 from stacey_dist.plan.activations import activations
+from stacey_dist.plan.measured import _measure, measured
 from stacey_dist.plan.model import Llama
+from stacey_dist.training.recomputation import KEPT, compute_again
+from tests.models.architectures import described
 
 # Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.
 SHAPES = {
@@ -18,8 +26,26 @@ SHAPES = {
     "tied": (1, 16, Llama(1013, 36, 53, 2, 6, 3, True)),
 }
 
+VOCABULARIES = {shape.vocabulary for _, _, shape in SHAPES.values()}
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+
+class Results(TorchDispatchMode):
+    """Keeps what selective checkpointing keeps, where autograd does not know of it: not in the head."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function._schema.name in KEPT:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1] not in VOCABULARIES:
+                    self.keep(tensor)
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
 @pytest.mark.parametrize(("name", "arithmetic"), list(itertools.product(SHAPES, ["float32", "low", "autocast"])))
 def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
     sequences, length, shape = SHAPES[name]
@@ -31,8 +57,7 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
         )
     ).to(torch.bfloat16 if arithmetic == "low" else torch.float32)  # fmt: skip
     assert model.config._attn_implementation == "sdpa"
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compute_again(model, checkpointing)
     model.train()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
@@ -53,7 +78,10 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
         logits = logits.float() if arithmetic == "autocast" else logits  # as Accelerate does
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        Results(keep) if checkpointing == "selective" else nullcontext(),
+    ):
         loss()
     planned = activations(shape, sequences, length, arithmetic, checkpointing=checkpointing)
     saved = sum(storage.nbytes() for storage in kept.values())
@@ -67,3 +95,26 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
         loss().backward()
     peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"] - 2 * sum(parameters.values())
     assert planned.peak == pytest.approx(peak, rel=0.02)
+    # Of any architecture they are counted without memory; positions are counted there, too.
+    counted = measured(json.dumps(model.config.to_dict()), sequences, length, arithmetic, checkpointing=checkpointing)
+    assert counted.saved == pytest.approx(saved, abs=100 * length)
+    assert counted.peak == pytest.approx(peak, rel=0.02)
+
+
+# The layers of gemma3_text differ in their attention; those of deepseek_v3 in their modules.
+@pytest.mark.parametrize("kind", ["gemma3_text", "mixtral", "deepseek_v3"])
+def test_more_layers_and_sequences_are_extrapolated(kind):
+    own = described(kind) | {"num_hidden_layers": 5, "output_router_logits": False}
+    if kind == "gemma3_text":
+        own["layer_types"] = ["sliding_attention"] * 4 + ["full_attention"]
+    for arithmetic, checkpointing in (("low", False), ("autocast", True), ("low", "selective")):
+        how = (16, arithmetic)
+        model = new_model(causal_config(own), attention_of(causal_config(own), 16)).train()
+        model.to(torch.bfloat16 if arithmetic == "low" else torch.float32)
+        compute_again(model, checkpointing)
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        saved, peak = _measure(model, 3, *how)  # for real: a router sends tokens where it will
+        counted = measured(json.dumps(own), 3, *how, checkpointing=checkpointing)
+        assert counted.saved == pytest.approx(saved, rel=0.02)
+        assert counted.peak == pytest.approx(peak, rel=0.05)

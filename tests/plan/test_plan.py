@@ -12,13 +12,18 @@ import pytest
 import torch
 
 from stacey_dist.cli import main
+from stacey_dist.models.causal_lm import causal_config, new_model
 from stacey_dist.plan import Job, checkpoint_bytes, llama, make_plan, memory
 from stacey_dist.plan.hardware import GPUS, find_gpu
-from stacey_dist.plan.memory import ENGINES
+from stacey_dist.plan.memory import ENGINES, most_loaded_rank
 from stacey_dist.plan.model import VOCABULARIES
+from stacey_dist.plan.modules import modules
 from stacey_dist.plan.plans import largest_micro_batch, peak_bytes
+from stacey_dist.plan.speed import transfers
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm import LanguageModeling, build_model
+from stacey_dist.training.llm import LanguageModeling
+from stacey_dist.training.llm_model import build_model
+from tests.models.architectures import ARCHITECTURES, described
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 SIZES = {  # as the papers and model cards have them; 100M and 1B as GaLore
@@ -60,9 +65,63 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
     assert [(p.name, p.shape) for p in planned.parameters] == [(n, tuple(p.shape)) for n, p in built.named_parameters()]
     assert {p.name for unit in planned.units for p in unit} == {p.name for p in planned.parameters}
     run.process_batch_size = run.micro_batch_size = 1
-    data = SimpleNamespace(train=Stream(), validation=Stream(), identity="stream")
+    corpus = SimpleNamespace(name="", share=1, train=Stream(), validation=Stream())
+    data = SimpleNamespace(corpora=[corpus], identity="stream", end_token_id=0)
     flops = LanguageModeling(run, data, built).flops_per_unit
     assert planned.flops_per_token(config.data.sequence_length) == flops
+
+
+def test_a_model_of_modules_is_planned_as_one_of_numbers():
+    config = config_of("1b")
+    config.train.global_batch_size, config.data.sequence_length = 64, 256
+    planned = llama(config)
+    described = {
+        "model_type": "llama", "vocab_size": planned.vocabulary, "hidden_size": planned.hidden,
+        "intermediate_size": planned.intermediate, "num_hidden_layers": planned.layers,
+        "num_attention_heads": planned.heads, "num_key_value_heads": planned.key_value_heads,
+        "tie_word_embeddings": planned.tied, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    found = modules(described)
+    assert found.parameters == planned.parameters
+    assert [sorted(p.name for p in unit) for unit in found.units] == [
+        sorted(p.name for p in unit) for unit in planned.units
+    ]
+    assert found.flops_per_token(256) == planned.flops_per_token(256)
+    assert (found.head, found.active, found.in_experts) == (planned.head, planned.elements, 0)
+    for engine in ENGINES:
+        nodes, gpus = (1, 1) if engine == "single" else (2, 8)
+        ours, theirs = (Job(config, model, engine, nodes, gpus) for model in (found, planned))
+        assert most_loaded_rank(ours) == most_loaded_rank(theirs)
+        assert transfers(ours, find_gpu("h100-80gb")) == transfers(theirs, find_gpu("h100-80gb"))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_any_architecture_is_planned_by_its_own_modules(kind):
+    found, model = modules(described(kind)), new_model(causal_config(described(kind)))
+    assert [(p.name, p.shape) for p in found.parameters] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    inside = [p for unit in found.units for p in unit]
+    assert sorted(p.name for p in inside) == sorted(p.name for p in found.parameters)
+    assert len(found.units) == 2 + (2 if found.head and not model.config.tie_word_embeddings else 1)
+
+
+def test_a_mixture_of_experts(capsys):
+    mixtral = str(CONFIGS / "models/mixtral_8x7b.json")
+    options = ["--model.config", mixtral, "--nodes", "4", "--global-batch-size", "256", "--micro-batch-size", "1"]
+    main(["plan", *options])
+    text = capsys.readouterr().out
+    # as published: 46.7 B parameters, of which a token uses 12.9 B
+    assert "MixtralForCausalLM of 46.7 B parameters (12.9 B active; 45.1 B, 97%, in experts) on 32 x h100-80gb" in text
+    assert "gradient checkpointing off" in text
+    peaks = []
+    for kind in ("false", "selective", "true"):
+        main(["plan", *options, "--train.gradient_checkpointing", kind, "--json"])
+        (stacey, _) = json.loads(capsys.readouterr().out)["plans"]
+        assert (stacey["parameters"], stacey["expert_parameters"]) == (46_702_792_704, 32 * 8 * 3 * 4096 * 14336)
+        assert stacey["active_parameters"] == 46_702_792_704 - stacey["expert_parameters"] * 6 // 8
+        peaks.append((stacey["peak_bytes"], stacey["seconds"]["arithmetic"]))
+    (off, time), (selective, same), (on, longer) = peaks
+    assert off > selective > on
+    assert time == same < longer
 
 
 class Stream:

@@ -88,6 +88,17 @@ def test_options_as_people_type_them():
     assert parse(LLMConfig, ["--train.profile", "3", "5"]).train.profile == (3, 5)
 
 
+def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
+    (tmp_path / "words.yaml").write_text("train: {gradient_checkpointing: selective}\n")
+    for text, value in (("true", True), ("no", False), ("selective", "selective")):
+        options = ["--train.gradient_checkpointing", text]
+        assert parse(LLMConfig, options).train.gradient_checkpointing is value or value == "selective"
+        (tmp_path / "a.yaml").write_text(f"train: {{gradient_checkpointing: {text}}}\n")
+        from_file = parse(LLMConfig, ["--config", str(tmp_path / "a.yaml")]).train.gradient_checkpointing
+        assert from_file == value
+        assert type(from_file) is type(value)
+
+
 def test_a_file_takes_a_text_where_an_option_does(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
@@ -150,6 +161,10 @@ MISTYPED = [
     ),
     (["--train.profile", "9"], "train.profile: [9] is not allowed; it must be 2 values, each a whole number, or null"),
     (["--tracking.trackers", "mlflow"], "it must be a list, each one of wandb, tensorboard"),
+    (
+        ["--train.gradient_checkpointing", "some"],
+        "train.gradient_checkpointing: some is not allowed; it must be true or false or selective",
+    ),
     (["--train.compile", "maybe"], "train.compile: maybe is not allowed; it must be true or false"),
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
     (["--data.sources", "[{weight: x}]"], "error: data.sources[0].weight: x is not allowed; it must be a number"),
@@ -242,6 +257,14 @@ OUT_OF_RANGE = [
     ("--model.hidden_size 12", "must be even, for rotary embeddings"),
     ("--model.num_key_value_heads 3", "model.num_key_value_heads: 3"),
     ("--model.max_position_embeddings 64", "model.max_position_embeddings: 64 is not allowed; it must be"),
+    ("--model.config a.json --model.hidden_size 64", "model.hidden_size: 64 is not allowed; model.config = a.json has"),
+    ("--model.pretrained a --model.max_position_embeddings 64", "max_position_embeddings: 64 is not allowed; model.pr"),
+    ("--model.config a --model.pretrained b", "model.config: a is not allowed; give it or model.pretrained, not both"),
+    ("--model.config a --model.embeddings new", "model.embeddings: new is not allowed; it goes with model.pretrained"),
+    ("--model.pretrained a --model.embeddings keep", "model.embeddings: keep is not allowed; it goes with tokenizer.n"),
+    ("--model.pretrained a --tokenizer.name b", "tokenizer.name: b is not allowed; say what becomes of the embeddings"),
+    ("--model.pretrained a --tokenizer.file b", "tokenizer.file: b is not allowed; say what becomes of the embeddings"),
+    ("--model.config=~/a.json", "model.config: ~/a.json is not allowed; it must be a path written in full"),
     ("--data.validation_every 1", "data.validation_every: 1"),
     ("--data.sequence_length 0", "data.sequence_length: 0"),
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),

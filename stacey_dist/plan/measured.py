@@ -1,0 +1,138 @@
+"""The activations of a model of any architecture: counted while it computes without memory, on torch's fake tensors.
+
+For a LLaMA they equal those of `stacey_dist.plan.activations`, within a thousandth (`tests/plan/test_activations.py`).
+"""
+
+import functools
+import json
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
+
+import stacey_dist.training.llm_model  # noqa: F401  # it registers the attention
+from stacey_dist.models.causal_lm import attention_of, causal_config, layer_classes, new_model
+from stacey_dist.plan.activations import Activations, Arithmetic
+from stacey_dist.training.config import Recomputed
+from stacey_dist.training.recomputation import compute_again
+
+# Bytes are linear in the sequences where one part of an update needs most: with few sequences, and with many.
+_FEW, _MANY = (1, 2), (64, 128)
+
+
+def measured(
+    described: str, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: Recomputed
+) -> Activations:
+    """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens, as `activations` does.
+
+    Args:
+        described: a configuration, as in a config.json.
+    """
+    found = [
+        _line(described, points, length, arithmetic, checkpointing)
+        for points in ((_FEW, _MANY) if sequences > _FEW[1] else (_FEW,))
+    ]
+    saved, peak = (max(round(a + b * sequences) for a, b in lines) for lines in zip(*found, strict=True))
+    return Activations(saved=saved, in_forward=peak, in_loss=0, in_head=0, in_layer=0, in_embedding=0)
+
+
+@functools.cache
+def _line(described: str, points: tuple[int, int], *how: Any) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return what is kept and the most there is, each as (a, b) of a + b x sequences."""
+    (first, second), (x, y) = (_bytes(described, sequences, *how) for sequences in points), points
+    slopes = [(q - p) / (y - x) for p, q in zip(first, second, strict=True)]
+    (saved, peak) = ((p - slope * x, slope) for p, slope in zip(first, slopes, strict=True))
+    return saved, peak
+
+
+def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, checkpointing: Recomputed) -> list[int]:
+    """Return what is kept and the most there is: of one layer of each kind, and each layer more."""
+    config = causal_config(json.loads(described))
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16 if arithmetic == "low" else torch.float32)
+        try:
+            with no_init_weights():
+                model = new_model(config, attention_of(config, length)).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.tie_weights()
+        compute_again(model, checkpointing)
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        measure = functools.partial(_measure, model, sequences, length, arithmetic)
+        layers = _layers(model)
+        if layers is None:
+            return measure()
+        kinds: dict[Any, list[tuple[nn.Module, Any]]] = {}
+        types = getattr(config, "layer_types", None) or [None] * len(layers)
+        for layer, attention in zip(layers, types, strict=True):
+            shapes = tuple(tuple(param.shape) for param in layer.parameters())
+            kinds.setdefault((type(layer), shapes, attention), []).append((layer, attention))
+
+        def with_layers(chosen: list[tuple[nn.Module, Any]]) -> list[int]:
+            layers._modules = {str(i): layer for i, (layer, _) in enumerate(chosen)}
+            config.num_hidden_layers = len(chosen)
+            if getattr(config, "layer_types", None):
+                config.layer_types = [attention for _, attention in chosen]
+            return measure()
+
+        one_of_each = [members[0] for members in kinds.values()]
+        found = base = with_layers(one_of_each)
+        for members in kinds.values():
+            if len(members) > 1:
+                more = with_layers([*one_of_each, members[1]])
+                found = [f + (len(members) - 1) * (m - b) for f, m, b in zip(found, more, base, strict=True)]
+        return found
+
+
+def _layers(model: Any) -> nn.ModuleList | None:
+    """Return the list of all layers, if there is one."""
+    classes = layer_classes(model)
+    count = sum(isinstance(module, classes) for module in model.modules())
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next((found for found in lists if all(isinstance(layer, classes) for layer in found)), None)
+
+
+def _measure(model: Any, sequences: int, length: int, arithmetic: Arithmetic) -> list[int]:
+    inputs, labels = (torch.zeros((sequences, length), dtype=torch.int64) for _ in range(2))
+    live = _Live([*model.parameters(), *model.buffers(), *(param.grad for param in model.parameters())])
+    with live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
+            logits = model(input_ids=inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        del logits
+        saved = live.now
+        loss.backward()
+    data = inputs.nbytes + labels.nbytes
+    return [saved + data, live.most + data]
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on, but for `known` ones."""
+
+    def __init__(self, known: list[Any]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    size = storage.nbytes()
+                    self._storages[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
+                    self.now += size
+                    self.most = max(self.most, self.now)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.now -= size

@@ -1,0 +1,145 @@
+"""The model card of an export, `README.md`: what a checkpoint and its run directory know of a model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from stacey_dist import yaml_files
+from stacey_dist.files import printable
+from stacey_dist.models.export import loader
+from stacey_dist.training.rows import read_rows
+from stacey_dist.version import __version__
+
+CARD = "README.md"
+PROCESSOR = "processor"
+"""Where a run directory keeps what belongs to its models besides weights: a tokenizer, or the settings of images."""
+
+_LEFT_OUT = ("run_dir", "checkpoint", "tracking", "hub", "cache_dir")
+_UNKNOWN = "not known"
+
+
+def run_directory(checkpoint: Path) -> Path | None:
+    """Return the directory of the run that a checkpoint lies in; None for one that was moved out of it."""
+    parent = checkpoint.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else None
+
+
+def write_card(directory: Path, manifest: dict[str, Any], run: Path | None) -> None:
+    """Write the card of a model that lies in `directory`.
+
+    Args:
+        directory: of the export; what it holds is what the card says how to load.
+        manifest: of the checkpoint that was exported.
+        run: the run directory; its evaluations are in the card.
+    """
+    extra = manifest["extra"]
+    settings = extra["config"] if isinstance(extra.get("config"), dict) else {}
+    task = "image-classification" if (directory / "preprocessor_config.json").exists() else "text-generation"
+    rows = {
+        "data": _data(settings),
+        "trained on": _amount(extra, settings),
+        "held out": _evaluation(extra.get("step"), run),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+    }
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+    name = extra["model"]["class"]
+    title = _cell(run.name if run is not None else name)
+    shown = yaml_files.dump(_shown(settings)) if settings else f"{_UNKNOWN}: the checkpoint has none\n"
+    text = f"""---
+library_name: transformers
+pipeline_tag: {task}
+tags:
+- stacey
+---
+
+# {title}
+
+A `{name}`, trained with [stacey_dist](https://pypi.org/project/stacey_dist/) {__version__}.
+
+| | |
+|---|---|
+{table}
+
+## Load it
+
+```python
+{_loading(directory, name, settings)}
+```
+
+## Settings
+
+```yaml
+{shown}```
+"""
+    (directory / CARD).write_text(text)
+
+
+def _loading(directory: Path, name: str, settings: dict[str, Any]) -> str:
+    package, _, model = loader(name).rpartition(".")
+    beside = None
+    if (directory / "tokenizer_config.json").exists():
+        beside = "AutoTokenizer"
+    elif (directory / "preprocessor_config.json").exists():
+        beside = "AutoImageProcessor"
+    if package == "transformers":
+        lines = [f"from transformers import {', '.join(sorted(filter(None, (model, beside))))}"]
+    else:
+        lines = [f"from {package} import {model}"] + ([f"from transformers import {beside}"] if beside else [])
+    hub = settings.get("hub")
+    place = hub.get("push_to") if isinstance(hub, dict) else None
+    lines += ["", f'directory = "{_cell(place or "path of this directory")}"']
+    lines.append(f"model = {model}.from_pretrained(directory)")
+    if beside:
+        variable = "tokenizer" if beside == "AutoTokenizer" else "processor"
+        lines.append(f"{variable} = {beside}.from_pretrained(directory)")
+    elif (directory / "sentencepiece.model").exists():
+        lines.append("# the tokenizer is sentencepiece.model; README.txt says why")
+    return "\n".join(lines)
+
+
+def _data(settings: dict[str, Any]) -> str:
+    data = settings.get("data")
+    if not isinstance(data, dict):
+        return _UNKNOWN
+    named = [_shown(data[key]) for key in ("files", "sources", "dataset", "path") if data.get(key)]
+    texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in named]
+    return "; ".join(texts) or "what the launcher brings with it"
+
+
+def _amount(extra: dict[str, Any], settings: dict[str, Any]) -> str:
+    if "step" not in extra:
+        return _UNKNOWN
+    data = settings.get("data")
+    length = data.get("sequence_length") if isinstance(data, dict) else None
+    what = f"sequences of {length} tokens" if length else "samples"
+    skipped = f", {extra['skipped_steps']} of them skipped" if extra.get("skipped_steps") else ""
+    return f"{extra.get('position', '?')} {what}, in {extra['step']} updates{skipped}"
+
+
+def _evaluation(step: Any, run: Path | None) -> str:
+    rows = read_rows(run / "metrics.jsonl") if run is not None else []
+    found = [row for row in rows if "eval_loss" in row and row["step"] == step]
+    if not found:
+        return f"{_UNKNOWN}: no evaluation of this update is in metrics.jsonl of the run directory"
+    return ", ".join(
+        f"{key} {value:.4g}" for key, value in found[-1].items() if key[:5] == "eval_" and _is_number(value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _shown(value: Any) -> Any:
+    """Return settings without those of the place where the run was; of a path, its last part alone."""
+    if isinstance(value, dict):
+        return {key: _shown(inner) for key, inner in value.items() if key not in _LEFT_OUT}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    is_path = isinstance(value, str) and (value.startswith((".", "~")) or os.path.isabs(value))
+    return Path(value).name if is_path else value
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a table, or a line."""
+    return printable(text).replace("|", "\\|").replace('"', "'")

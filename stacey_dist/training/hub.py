@@ -1,0 +1,54 @@
+"""Upload an exported model to the Hugging Face hub, where `hub.push_to` asks for it."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from stacey_dist.errors import SettingsError
+from stacey_dist.models.export_directory import MARKER
+from stacey_dist.training.config import HubConfig
+from stacey_dist.training.run import Run
+from stacey_dist.version import __version__
+
+
+def check_upload(hub: HubConfig) -> None:
+    """Raise SettingsError if a model is to be uploaded and that cannot be, as far as it is known without the hub."""
+    if hub.push_to is None:
+        return
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise SettingsError(f"hub.push_to: {hub.push_to} is not allowed with HF_HUB_OFFLINE, which keeps from the hub")
+    if huggingface_hub.get_token() is None:
+        raise SettingsError(
+            f"hub.push_to: {hub.push_to} needs a token of the hub; run `hf auth login`, or set HF_TOKEN"
+        )
+
+
+def push(run: Run[Any], directory: Path) -> None:
+    """Upload a directory to `hub.push_to`, from the main process, and print where it is then.
+
+    What goes wrong is printed, with the command that uploads it by hand. All processes call it together.
+    """
+    hub = run.config.hub
+    if hub.push_to is None:
+        return
+
+    def upload() -> str:
+        import huggingface_hub
+
+        try:
+            api = huggingface_hub.HfApi(library_name="stacey_dist", library_version=__version__)
+            place = api.create_repo(hub.push_to, private=hub.private or None, exist_ok=True)
+            message = f"Model after {run.config.train.max_steps} updates"
+            api.upload_folder(
+                repo_id=place.repo_id, folder_path=directory, ignore_patterns=[MARKER], commit_message=message
+            )
+            return f"uploaded to {place}"
+        except Exception as error:  # of many kinds: the network, the hub's answers, its client's checks
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            command = shlex.join(["hf", "upload", str(hub.push_to), str(directory), ".", "--exclude", MARKER])
+            return f"hub.push_to: not uploaded: {line}; the model is complete in {directory}; to upload it: {command}"
+
+    run.say(run.call_on_main(upload))

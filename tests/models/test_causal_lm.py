@@ -1,0 +1,150 @@
+"""Models of other architectures: their attention is right, and what is counted of them is what they compute."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import stacey_dist.training.llm_model  # noqa: F401  # it registers the attention
+from stacey_dist.errors import InputError
+from stacey_dist.models.causal_lm import (
+    CAUSAL,
+    attended,
+    attention_of,
+    causal_config,
+    count_parameters,
+    multiplied_parameters,
+    new_model,
+    read_description,
+)
+from stacey_dist.training.flops import flops_per_token
+from stacey_dist.training.recomputation import compute_again
+from tests.models.architectures import ARCHITECTURES, OTHERS, described
+
+LENGTH = 16
+TRIED = {"gemma2", "mistral", "falcon", "doge", "bert-generation"}
+
+
+def made(kind, attention, **changes):
+    """Return a model whose weights are so large that attention decides its logits."""
+    torch.manual_seed(0)
+    model = new_model(causal_config(described(kind) | changes), attention)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [
+    *ARCHITECTURES, *sorted(TRIED),
+    *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in sorted(OTHERS.keys() - TRIED)),
+])  # fmt: skip
+def test_the_attention_is_that_of_transformers_plainest(kind):
+    attention = attention_of(causal_config(described(kind)), LENGTH)
+    tokens = torch.randint(400, (3, LENGTH))
+    with torch.no_grad():
+        ours, plain = (made(kind, name)(input_ids=tokens).logits for name in (attention, "eager"))
+    # Sums of 16 float32 numbers in another order, through two layers.
+    assert (ours - plain).abs().max() < 1e-5 * plain.abs().max() + 1e-5
+    changed = tokens.clone()
+    changed[:, LENGTH // 2 :] = (tokens[:, LENGTH // 2 :] + 1) % 400
+    with torch.no_grad():
+        others = made(kind, attention)(input_ids=changed).logits
+    assert torch.allclose(ours[:, : LENGTH // 2], others[:, : LENGTH // 2], atol=1e-4)  # of sums in another order
+    assert (ours[:, LENGTH // 2 :] - others[:, LENGTH // 2 :]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "attention"),
+    [
+        ("llama", {}, CAUSAL),
+        ("mistral", {"sliding_window": LENGTH}, CAUSAL),
+        ("mistral", {"sliding_window": LENGTH - 1}, None),
+        ("gemma3_text", {"sliding_window": LENGTH}, CAUSAL),
+        ("gemma3_text", {"use_bidirectional_attention": True}, None),
+        ("qwen3", {"max_window_layers": 3}, CAUSAL),
+        ("llama4_text", {}, None),
+        ("gemma2", {}, "eager"),
+        ("gemma2", {"attn_logit_softcapping": None, "sliding_window": LENGTH}, None),
+        ("falcon", {}, "eager"),
+        ("falcon", {"alibi": False}, None),  # without the interface that takes ours
+    ],
+)
+def test_which_attention_a_configuration_gets(kind, changes, attention):
+    assert attention_of(causal_config(described(kind) | changes), LENGTH) == attention
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "qwen3_moe", "gpt2", "deepseek_v3"])
+def test_operations_are_those_that_torch_counts(kind):
+    own = described(kind) | ({"sliding_window": 64} if kind == "gemma3_text" else {})
+    model = new_model(causal_config(own), "eager")
+    model.set_experts_implementation("eager") if "moe" in kind or kind in ("mixtral", "deepseek_v3") else None
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(input_ids=torch.randint(400, (1, LENGTH)))
+    vectors = 6 * sum(p.numel() for p in model.parameters() if p.dim() == 1)  # norms and biases: no product
+    ours = flops_per_token(multiplied_parameters(model), attended(model.config, LENGTH)) - vectors
+    # torch counts rotations of positions too, once for all sequences
+    assert ours == pytest.approx(3 * counter.get_total_flops() / LENGTH, rel=0.01)
+
+
+def test_windows_bound_what_a_token_attends_to():
+    config = causal_config(described("gemma3_text"))
+    assert attended(config, 4) == 2 * 4 * 16 * 4
+    assert attended(config, 32) == 4 * 16 * (8 + 32)
+    assert attended(causal_config(described("mistral")), 32) == 2 * 32 * 8
+
+
+def test_experts_count_as_far_as_a_token_passes_through_them():
+    for kind, experts in (("mixtral", 2 * 8 * 3 * 32 * 48), ("qwen3_moe", 2 * 8 * 3 * 32 * 24)):
+        total, active = count_parameters(made(kind, CAUSAL))
+        assert total - active == experts * 6 // 8
+    total, active = count_parameters(made("llama", CAUSAL))
+    assert total == active
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("recomputed", [True, "selective"])
+def test_activations_that_are_computed_again_are_the_same(kind, recomputed):
+    gradients = []
+    for kept in (False, recomputed):
+        model = made(kind, attention_of(causal_config(described(kind)), LENGTH)).train()
+        compute_again(model, kept)
+        torch.manual_seed(1)  # of dropout
+        output = model(input_ids=torch.arange(48).reshape(3, LENGTH))
+        (output.logits.square().mean() + (getattr(output, "aux_loss", None) or 0)).backward()
+        gradients.append([param.grad for param in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_names_of_code_are_left_out(tmp_path):
+    ran = tmp_path / "ran"
+    (tmp_path / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = described("llama") | {"auto_map": {"AutoModelForCausalLM": "code.Model"}, "quantization_config": {"a": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_description(str(tmp_path))
+    assert found == described("llama")
+    new_model(causal_config(found))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config: "),
+        ("[]", "a configuration is a JSON object, not list"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000}', "num_hidden_layers: 1000000 is more than 100000"),
+        ('{"model_type": 7}', "model_type 7 is not one of transformers"),
+        ('{"model_type": "whisper"}', "is an encoder-decoder"),
+        ('{"model_type": "roberta", "is_decoder": true}', "model_type roberta is not a causal language model"),
+        ('{"model_type": "vit"}', "model_type vit is not a causal language model"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError) as error:
+        read_description(str(tmp_path / "config.json"))
+    assert message in str(error.value)
+    assert str(error.value).startswith("config: ")
+    assert len(str(error.value).splitlines()) == 1
