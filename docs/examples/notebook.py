@@ -1,6 +1,6 @@
 """Train in one process, as in a notebook: python notebook.py. Each part is a cell."""
 
-# %% Build a run: of a program of your own, or LLM or IMAGES of stacey_dist.training.
+# %% Build a run: of your own program, or LLM or IMAGES of stacey_dist.training.
 from own_task import launcher
 
 from stacey_dist.training import read_rows

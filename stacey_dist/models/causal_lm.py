@@ -16,7 +16,11 @@ CAUSAL = "causal_sdpa"
 
 _INDEX = "model.safetensors.index.json"
 # What a model's directory on the hub has that is read here: no pickle, and no code.
-_FILES = ("config.json", "*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+_FILES = (
+    *("config.json", "*.safetensors", _INDEX),
+    *("tokenizer*.json", "tokenizer.model", "sentencepiece.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt"),
+)
 # Settings that have a token attend to others than all those before it. `max_window_layers` is no such length.
 _OTHER_ATTENTION = re.compile(r"(window|window_size|chunk_size)$|bidirectional")
 _EAGER_ALONE = re.compile(r"attn.*softcap|alibi")
@@ -94,6 +98,8 @@ def causal_config(described: Any) -> Any:
         raise ValueError(f"model_type {kind} is not a causal language model")
     if config.get_text_config() is not config:
         raise ValueError(f"model_type {kind} takes more than text; give the configuration that is its text_config")
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # some classes attend to all tokens otherwise
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return config
@@ -134,7 +140,7 @@ def attention_of(config: Any, length: int) -> str | None:
         return "eager"
     limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
     plain = all(type(value) is int and value >= length for value in limits)
-    return CAUSAL if plain and made._supports_sdpa and made._supports_attention_backend else None
+    return CAUSAL if plain and _takes_any_mask(made) else None
 
 
 def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
@@ -142,6 +148,8 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
 
     None stands for all in `length` tokens. The whole is None where tokens attend in another way.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     active = {name: value for name, value in config.to_dict().items() if value}
     window = active.pop("sliding_window", None)
     active.pop("use_sliding_window", None)
@@ -150,8 +158,18 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
     plain = all(type(value) is int and value >= length for value in limits)
     if not plain or any("alibi" in name for name in active) or not kinds <= {"full_attention", "sliding_attention"}:
         return None
+    if not _takes_any_mask(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+        return None
     spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
     return {kind: spans[kind] for kind in sorted(kinds)}
+
+
+def _takes_any_mask(made: Any) -> bool:
+    """Return whether a model's attention is a function of queries, keys, values and a mask, which may be left out.
+
+    Models that add to the mask themselves, or read it, have no FlashAttention, which takes none.
+    """
+    return bool(made._supports_sdpa and made._supports_attention_backend and made._supports_flash_attn)
 
 
 def longest_sequence(config: Any) -> int | None:

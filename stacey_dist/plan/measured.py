@@ -34,25 +34,27 @@ def measured(
     Args:
         described: a configuration, as in a config.json.
     """
-    found = [
-        _line(described, points, length, arithmetic, checkpointing)
+    lines = [
+        _lines(described, points, length, arithmetic, checkpointing)
         for points in ((_FEW, _MANY) if sequences > _FEW[1] else (_FEW,))
     ]
-    saved, peak = (max(round(a + b * sequences) for a, b in lines) for lines in zip(*found, strict=True))
-    return Activations(saved=saved, in_forward=peak, in_loss=0, in_head=0, in_layer=0, in_embedding=0)
+    found = [max(round(a + b * sequences) for a, b in each) for each in zip(*lines, strict=True)]
+    saved, forward, head, layers, embedding = found
+    return Activations(
+        saved=saved, in_forward=forward, in_loss=head, in_head=head, in_layer=layers, in_embedding=embedding
+    )
 
 
 @functools.cache
-def _line(described: str, points: tuple[int, int], *how: Any) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return what is kept and the most there is, each as (a, b) of a + b x sequences."""
-    (first, second), (x, y) = (_bytes(described, sequences, *how) for sequences in points), points
-    slopes = [(q - p) / (y - x) for p, q in zip(first, second, strict=True)]
-    (saved, peak) = ((p - slope * x, slope) for p, slope in zip(first, slopes, strict=True))
-    return saved, peak
+def _lines(described: str, points: tuple[int, int], *how: Any) -> list[tuple[float, float]]:
+    """Return the bytes of each part of an update as (a, b) of a + b x sequences."""
+    first, second = (_bytes(described, sequences, *how) for sequences in points)
+    slopes = [(q - p) / (points[1] - points[0]) for p, q in zip(first, second, strict=True)]
+    return [(p - slope * points[0], slope) for p, slope in zip(first, slopes, strict=True)]
 
 
 def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, checkpointing: Recomputed) -> list[int]:
-    """Return what is kept and the most there is: of one layer of each kind, and each layer more."""
+    """Return what `_measure` does of all layers: of one of each kind, and of each further one what it adds."""
     config = causal_config(json.loads(described))
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16 if arithmetic == "low" else torch.float32)
@@ -66,8 +68,7 @@ def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, 
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         measure = functools.partial(_measure, model, sequences, length, arithmetic)
-        layers = _layers(model)
-        if layers is None:
+        if (layers := _layers(model)) is None:
             return measure()
         kinds: dict[Any, list[tuple[nn.Module, Any]]] = {}
         types = getattr(config, "layer_types", None) or [None] * len(layers)
@@ -100,26 +101,58 @@ def _layers(model: Any) -> nn.ModuleList | None:
 
 
 def _measure(model: Any, sequences: int, length: int, arithmetic: Arithmetic) -> list[int]:
+    """Return what is kept, and the most there is in each of `_Live.PARTS`: each is linear in layers and sequences."""
     inputs, labels = (torch.zeros((sequences, length), dtype=torch.int64) for _ in range(2))
     live = _Live([*model.parameters(), *model.buffers(), *(param.grad for param in model.parameters())])
+    layers: list[nn.Module] = list(_layers(model) or [])
+    hooks = [layer.register_forward_hook(live.enter_layers) for layer in layers[-1:]]
+    hooks += [layer.register_forward_pre_hook(live.leave_layers) for layer in layers[:1]]
     with live:
         with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
             logits = model(input_ids=inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
         del logits
         saved = live.now
+        live.enter("head")
         loss.backward()
-    data = inputs.nbytes + labels.nbytes
-    return [saved + data, live.most + data]
+    for hook in hooks:
+        hook.remove()
+    return [inputs.nbytes + labels.nbytes + size for size in (saved, *live.most.values())]
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, but for `known` ones."""
+    """Counts the bytes of the tensors that are made while it is on, but for `known` ones.
+
+    Attributes:
+        now: bytes that are there.
+        most: the most there was in each part of an update.
+    """
+
+    PARTS = ("forward", "head", "layers", "embedding")
 
     def __init__(self, known: list[Any]) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = 0
+        self.most = dict.fromkeys(self.PARTS, 0)
+        self.part = "forward"
         self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def enter(self, part: str) -> None:
+        self.part = part
+        self.most[part] = max(self.most[part], self.now)
+
+    def enter_layers(self, _: Any, arguments: Any, output: Any) -> None:
+        """Take note, in the last layer's forward pass, of the gradient with which its backward pass begins."""
+        self._enter_with_gradient(output, "layers")
+
+    def leave_layers(self, _: Any, arguments: Any) -> None:
+        """Take note of the gradient with which the first layer's backward pass ends."""
+        self._enter_with_gradient(arguments, "embedding")
+
+    def _enter_with_gradient(self, tensors: Any, part: str) -> None:
+        found = next((t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None)
+        if self.part == "forward" and found is not None:
+            found.register_hook(lambda gradient: self.enter(part))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -130,7 +163,7 @@ class _Live(TorchDispatchMode):
                     size = storage.nbytes()
                     self._storages[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
                     self.now += size
-                    self.most = max(self.most, self.now)
+                    self.most[self.part] = max(self.most[self.part], self.now)
         return result
 
     def _free(self, key: int, size: int) -> None:

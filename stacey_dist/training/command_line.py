@@ -58,15 +58,19 @@ def parse(
         typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
         given.update(typed)
         values = parser.values(config_class, typed, settings)
-        return config_class(**{name: _choose(value, name, given) for name, value in values.items()})
+        own = config_class()
+        return config_class(**{name: _choose(value, getattr(own, name), name, given) for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
 
 
-def _choose(section: Any, name: str, given: set[str]) -> Any:
-    """Return a section with the numbers of what was chosen in it, where none were given."""
-    own = [each for each in getattr(section, "chosen", ()) if f"{name}.{each}" not in given]
-    return dataclasses.replace(section, **dict.fromkeys(own)) if own else section
+def _choose(section: Any, default: Any, name: str, given: set[str]) -> Any:
+    """Return a section with the numbers of what was chosen in it, if that is not the default, where none were given."""
+    if not hasattr(section, "chosen") or section.method == default.method:
+        return section
+    return dataclasses.replace(
+        section, **dict.fromkeys(each for each in section.chosen if f"{name}.{each}" not in given)
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -237,7 +241,8 @@ def _from_text(where: str, value: str, kind: Any) -> Any:
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
-    return _value(where, yaml_files.load(".inf" if value == "inf" else value, where), kind)
+    loaded = yaml_files.load(".inf" if value == "inf" else value, where)
+    return _value(where.removeprefix("--") if _of_sections(kind) else where, loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -284,7 +289,7 @@ def _value(where: str, value: Any, kind: Any) -> Any:
     if _of_sections(kind):
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
-        return [_item(f"{where.removeprefix('--')}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
+        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
     if isinstance(value, bool) and bool not in kinds:
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,12 +106,25 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
             raise
         setting = "config" if settings.config else "pretrained"
         raise SettingsError(f"model.{setting}: {getattr(settings, setting)}: {error}") from error
-    model = model.to(getattr(torch, settings.dtype))
+    model = _cast(model, getattr(torch, settings.dtype))
     model.tie_weights()  # a model that is built without memory is not tied yet
     compute_again(model, train.gradient_checkpointing)
     if train.compile:
         model.compile()
     run.say(f"model: {describe(model, run.config)}; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
+    return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast a model's weights, and leave buffers that no file holds: rotary frequencies need their float32."""
+    exact = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set & module._buffers.keys()
+    ]
+    model = model.to(dtype)
+    for module, name, buffer in exact:
+        module._buffers[name] = buffer
     return model
 
 
@@ -162,16 +176,20 @@ def _pretrained(run: Run[LLMConfig], data: "TextData", described: dict[str, Any]
     if settings.embeddings is not None:
         resized |= _special_tokens(data)
 
-    def build() -> Any:
-        return new_model(causal_config(resized), attention)
+    def build(dtype: torch.dtype = torch.float32) -> Any:
+        torch.set_default_dtype(dtype)
+        try:
+            return new_model(causal_config(resized), attention)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     with torch.device("meta"):
         shell = build()
     if loads_weights_from_rank0(run.accelerator, shell) and not run.accelerator.is_main_process:
-        with no_init_weights():
-            return build()
+        with no_init_weights():  # nothing is written into its memory, which is none before
+            return build(getattr(torch, settings.dtype))
     with _as_one_process(), settings_errors(_SETTINGS):
-        model = _load(settings.pretrained, causal_config(described), attention)
+        model = _load(run, causal_config(described), attention)
         if first_new < resized["vocab_size"]:
             torch.manual_seed(seed)
             _renew_rows(model, first_new, resized["vocab_size"], initial_weights(seed, build))
@@ -181,25 +199,42 @@ def _pretrained(run: Run[LLMConfig], data: "TextData", described: dict[str, Any]
     return model
 
 
-def _load(name: str, config: Any, attention: str | None) -> Any:
-    """Return the model of a configuration with the weights that were published under a name.
+def _load(run: Run[LLMConfig], config: Any, attention: str | None) -> Any:
+    """Return the model of a configuration with the weights of `model.pretrained`, in `model.dtype`.
 
-    Raises InputError, about `pretrained`, if there are no weights for some of its parameters.
+    Raises InputError, about `pretrained`, if there are no weights for some of its parameters, or they are quantized.
     """
-    directory = model_directory(name)
+    settings = run.config.model
+    assert settings.pretrained is not None
+    directory = model_directory(settings.pretrained)
     weights: dict[str, Tensor] = {}
     try:
         for file in weight_files(directory):
             weights |= load_file(file)  # mapped: they are read as they are copied
+        _check_dtypes(directory, weights)
         config._attn_implementation = attention
         model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+            None, config=config, state_dict=weights, dtype=getattr(torch, settings.dtype), output_loading_info=True
         )
+    except InputError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"pretrained: {directory}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"pretrained: {directory} has no weights for {missing[0]}, and {len(missing) - 1} others")
+    if unused := sorted(found["unexpected_keys"]):
+        run.say(f"model.pretrained: {len(unused)} tensors are no weights of the model and are left out: {unused[0]}, …")
     return model
+
+
+def _check_dtypes(directory: Path, weights: dict[str, Tensor]) -> None:
+    """Raise InputError for weights that are codes of other numbers."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise InputError(
+                f"pretrained: {directory}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; quantized weights "
+                "are not read, convert them to bfloat16 first"
+            )
 
 
 def _renew_rows(model: Any, first: int, size: int, initial: InitialWeights | None) -> None:

@@ -32,6 +32,8 @@ OTHERS = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi3": {"pad_token_id": 0},
     "smollm3": {"pad_token_id": 0},
+    "doge": {"num_experts": 4},  # it makes a mask of its own from the one that it gets
+    "bert-generation": {},  # not causal by itself
     "cohere2": {"sliding_window": 8},
     "deepseek_v3": {
         **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},

@@ -114,7 +114,7 @@ def test_more_layers_and_sequences_are_extrapolated(kind):
         compute_again(model, checkpointing)
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
-        saved, peak = _measure(model, 3, *how)  # for real: a router sends tokens where it will
+        saved, *parts = _measure(model, 3, *how)  # for real: a router sends tokens where it will
         counted = measured(json.dumps(own), 3, *how, checkpointing=checkpointing)
         assert counted.saved == pytest.approx(saved, rel=0.02)
-        assert counted.peak == pytest.approx(peak, rel=0.05)
+        assert counted.peak == pytest.approx(max(parts), rel=0.05)

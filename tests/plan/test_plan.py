@@ -72,8 +72,7 @@ def test_the_model_that_is_planned_is_the_one_that_is_built(tied):
 
 
 def test_a_model_of_modules_is_planned_as_one_of_numbers():
-    config = config_of("1b")
-    config.train.global_batch_size, config.data.sequence_length = 64, 256
+    config = config_of("1b", "--train.global_batch_size", "64", "--train.micro_batch_size", "2")
     planned = llama(config)
     described = {
         "model_type": "llama", "vocab_size": planned.vocabulary, "hidden_size": planned.hidden,
@@ -105,7 +104,7 @@ def test_any_architecture_is_planned_by_its_own_modules(kind):
 
 
 def test_a_mixture_of_experts(capsys):
-    mixtral = str(CONFIGS / "models/mixtral_8x7b.json")
+    mixtral = str(CONFIGS.parent / "models/mixtral_8x7b.json")
     options = ["--model.config", mixtral, "--nodes", "4", "--global-batch-size", "256", "--micro-batch-size", "1"]
     main(["plan", *options])
     text = capsys.readouterr().out

@@ -24,11 +24,11 @@ PartialState.destroy_process_group = lambda self, group=None: None
 train = loop.train
 
 
-def record_and_train(run, task, engine):
+def record_and_train(run, task, engine, **options):
     weights = {f.name: (f.start, f.weight.float().clone()) for f in fragments(engine.model, engine.optimizer)}
     sharded = {type(m).__name__ for m in engine.module.modules() if isinstance(m, FSDPModule)}
     torch.save([weights, sorted(sharded)], f"{run.directory}.{run.accelerator.process_index}.pt")
-    return train(run, task, engine)
+    return train(run, task, engine, **options)
 
 
 loop.train = record_and_train

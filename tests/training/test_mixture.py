@@ -50,7 +50,7 @@ def write_mixture(directory, **changes):
 def opened(config):
     """Return a run's data, and what it says of them."""
     said = []
-    main_process = SimpleNamespace(is_local_main_process=False)
+    main_process = SimpleNamespace(is_local_main_process=False, device=torch.device("cpu"))
     run = SimpleNamespace(config=config, accelerator=main_process, say=said.append, call_on_main=lambda work: work())
     return text_data.prepare_data(run), "\n".join(said)
 

@@ -10,9 +10,9 @@ import torch
 
 from stacey_dist import yaml_files
 from stacey_dist.training import optimizers
-from stacey_dist.training.config import OptimizerConfig
+from stacey_dist.training.config import OptimizerConfig, RunConfig
 from stacey_dist.training.image_config import ImageOptimizerConfig
-from stacey_dist.training.launchers import IMAGES, LLM
+from stacey_dist.training.launchers import IMAGES, LLM, Launcher
 from stacey_dist.training.run import Run
 
 KINDS = {name: get_type_hints(OptimizerConfig)[name] for name in ("name", "variant")}
@@ -66,6 +66,20 @@ def test_a_name_alone_brings_its_numbers_and_a_given_one_wins(tmp_path):
     assert (pp.alpha, pp.tau) == tuple(OptimizerConfig.defaults["stacey pp"][key] for key in ("alpha", "tau"))
     images = IMAGES.parse(["--optimizer.name", "adamw"]).optimizer
     assert images.lr == ImageOptimizerConfig.defaults["adamw"]["lr"] != lr
+
+
+@dataclasses.dataclass
+class OwnConfig(RunConfig):
+    """A program's own settings."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(lr=0.5, p=3.0))
+
+
+def test_a_programs_own_numbers_are_those_of_its_optimizer():
+    launcher = Launcher("own.py", OwnConfig, lambda: None)
+    assert launcher.parse([]).optimizer == OptimizerConfig(lr=0.5, p=3.0)
+    assert launcher.parse(["--optimizer.p", "4"]).optimizer == OptimizerConfig(lr=0.5, p=4.0)
+    assert launcher.parse(["--optimizer.name", "lion"]).optimizer == OptimizerConfig("lion")
 
 
 def test_config_yaml_says_where_numbers_come_from_and_resumes_with_them(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.forked import ROOT, environment
-from tests.training.helpers import assert_equal_checkpoints, launch, rows, training_rows
+from tests.training.helpers import SMOOTH, assert_equal_checkpoints, launch, rows, training_rows
 
 pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/own_program.py"
@@ -99,7 +99,8 @@ def test_its_settings_are_checked_as_the_packages_own(tmp_path):
 
 
 def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
-    options = ("--train.max_steps", "40", "--train.cpu_threads", "1")
+    options = ("--train.max_steps", "40", "--train.cpu_threads", "1", *SMOOTH)
+    options += ("--schedule.name", "constant", "--schedule.warmup_steps", "0")
     launch(*options, "--run_dir", tmp_path / "whole", program=EXAMPLE)
     run = ("--run_dir", tmp_path / "run")
     launch(*options, *run, "--train.max_steps", "20", program=EXAMPLE, processes=2, engine="cpu_zero2")
@@ -107,7 +108,7 @@ def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
     assert "after 20 updates" in output
     ends = [rows(tmp_path / name)[-1]["eval_loss"] for name in ("whole", "run")]
     assert ends[0] < 0.02  # 0.14 at first
-    assert ends[1] == pytest.approx(ends[0], rel=0.05)  # z and m are rounded by other random bits
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3)  # float32 sums in other orders
     for name in ("own_task.py", "notebook.py"):
         code = (ROOT / "docs/examples" / name).read_text()
         (tmp_path / name).write_text(code.replace('"40"]', f'"40", {options[2:]}]'.replace("(", "*(")))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from stacey_dist.data.tokenizer import train_sentencepiece
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.causal_lm import causal_config, new_model
+from stacey_dist.training import llm_model
 from stacey_dist.training.initial_weights import initial_weights
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.text_data import tokenize
@@ -229,3 +230,23 @@ def test_a_name_that_is_nowhere_is_one_line(published):
         ) as error:
             tokenize(LLM.parse(["--config", str(config), f"--model.{setting}", "no/such-model"]))
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_in_bfloat16_rotate_by_exact_frequencies():
+    config = causal_config(described("llama") | {"rope_theta": 5e5})
+    exact, cast = new_model(config), llm_model._cast(new_model(config), torch.bfloat16)
+    assert {param.dtype for param in cast.parameters()} == {torch.bfloat16}
+    assert torch.equal(cast.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(published, tmp_path, dtype):
+    directory, config = published
+    shutil.copytree(directory / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = min(weights)
+    save_file({**weights, name: weights[name].to(dtype)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    options = ["--config", config, "--model.pretrained", tmp_path / "model", "--run_dir", tmp_path / "run"]
+    output = launch(*options, expect=2)
+    kind = str(dtype).removeprefix("torch.")
+    assert f"model.pretrained: {tmp_path / 'model'}: {name} is of {kind}; quantized weights are not read" in output

@@ -85,6 +85,7 @@ def test_options_as_people_type_them():
     # the shell has replaced a pattern
     shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
     assert (shell.data.files, shell.seed, shell.optimizer.betas) == (["a,1.txt", "b.txt"], 3, (0.8, 0.9))
+    assert parse(LLMConfig, ["--train.profile", "3", "5"]).train.profile == (3, 5)
 
 
 def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
