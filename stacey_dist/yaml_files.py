@@ -200,7 +200,7 @@ def dump(value: Any, comments: Mapping[str, str] = MappingProxyType({})) -> str:
     for line in str(yaml.dump(value, Dumper=_Dumper, sort_keys=False)).splitlines():
         key, _, _ = line.partition(":")
         section = section if line.startswith((" ", "-")) else key
-        comment = comments.get(f"{section}.{key.strip()}") if line.startswith("  ") else None
+        comment = comments.get(f"{section}.{key.strip()}")
         lines.append(f"{line}  # {comment}\n" if comment else f"{line}\n")
     return "".join(lines)
 

@@ -12,16 +12,16 @@ Defaults = Mapping[str, Mapping[str, Any]]
 TEXT: Defaults = {
     "stacey p2": dict(lr=0.0012, weight_decay=0.1, p=30.0, alpha=1.0, tau=0.004, betas=(0.5, 0.7)),
     "stacey pp": dict(lr=0.0012, weight_decay=0.1, p=30.0, alpha=0.00123, tau=5.5e-5, betas=(0.5, 0.7)),
-    "stacey 2p": dict(lr=1.14, weight_decay=0.0, p=10.0, alpha=0.00123, tau=0.000109, betas=(0.8, 0.9)),
+    "stacey 2p": dict(lr=0.4, weight_decay=0.0, p=10.0, alpha=0.00123, tau=1e-5, betas=(0.8, 0.9)),
     "lp_descent": dict(lr=0.0012, weight_decay=0.1, p=30.0),
     "adamw": dict(lr=0.003, weight_decay=0.1, betas=(0.8, 0.95)),
     "adam": dict(lr=0.0016, weight_decay=0.00015, betas=(0.8, 0.95)),
     "lion": dict(lr=0.0012, weight_decay=0.1, betas=(0.5, 0.7)),
     "sgd": dict(lr=0.37, weight_decay=0.0, momentum=0.8),
-    "ademamix": dict(lr=0.003, weight_decay=0.1, alpha=2.0, betas=(0.8, 0.95), beta3=0.99),
+    "ademamix": dict(lr=0.0015, weight_decay=0.1, alpha=2.0, betas=(0.8, 0.95), beta3=0.99),
     "muon": dict(lr=0.003, adamw_lr=0.003, weight_decay=0.1, momentum=0.95, betas=(0.8, 0.95)),
 }
-"""LLaMA, 1.3 M parameters, 600 updates: the quickstart of `train_llm.py`."""
+"""LLaMA, 1.3 M parameters: the quickstart of `train_llm.py`."""
 
 IMAGES: Defaults = {
     "stacey p2": dict(lr=0.0133, weight_decay=0.001, p=6.0, alpha=0.85, tau=0.038, betas=(0.9, 0.99)),

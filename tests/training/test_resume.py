@@ -48,7 +48,7 @@ class Directory:
         model = torch.nn.Linear(2, 3)
         torch.nn.init.zeros_(model.weight)
         config = changed(self.config, **changes)
-        engine = SimpleNamespace(model=model, optimizer=Stacey(model.parameters()))
+        engine = SimpleNamespace(model=model, module=model, optimizer=Stacey(model.parameters()))
         run = Run(config, SimpleNamespace(num_processes=1, is_main_process=True))
         progress = restore(run, engine, data)
         return progress, model.weight.unique().tolist(), run
