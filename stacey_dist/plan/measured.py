@@ -7,6 +7,7 @@ import functools
 import json
 import weakref
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 
 import stacey_dist.training.llm_model  # noqa: F401  # it registers the attention
 from stacey_dist.models.causal_lm import attention_of, causal_config, layer_classes, new_model
@@ -107,7 +109,9 @@ def _measure(model: Any, sequences: int, length: int, arithmetic: Arithmetic) ->
     layers: list[nn.Module] = list(_layers(model) or [])
     hooks = [layer.register_forward_hook(live.enter_layers) for layer in layers[-1:]]
     hooks += [layer.register_forward_pre_hook(live.leave_layers) for layer in layers[:1]]
-    with live:
+    # torch's grouped product has no shapes in float32 without memory; transformers' own keeps the same.
+    grouped = patch.object(moe, "_can_use_grouped_mm", lambda _, weight, *rest: weight.dtype == torch.bfloat16)
+    with live, grouped:
         with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
             logits = model(input_ids=inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
