@@ -214,7 +214,12 @@ def _load(run: Run[LLMConfig], config: Any, attention: str | None) -> Any:
         _check_dtypes(directory, weights)
         config._attn_implementation = attention
         model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=weights, dtype=getattr(torch, settings.dtype), output_loading_info=True
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=getattr(torch, settings.dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except InputError:
         raise

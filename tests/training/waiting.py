@@ -18,7 +18,7 @@ import torch
 
 from stacey_dist.checkpoint import background
 from stacey_dist.data import lock
-from stacey_dist.training import engine, llm, loop, signals
+from stacey_dist.training import engine, llm, llm_model, loop, signals, text_data
 from stacey_dist.training.launchers import LLM
 
 
@@ -82,8 +82,8 @@ KINDS = {
     "collective": in_a_collective,
 }
 PLACES = {
-    "data preparation": (llm, "tokenize"),
-    "model": (llm, "LlamaForCausalLM"),
+    "data preparation": (text_data, "tokenize"),
+    "model": (llm_model, "new_model"),
     "engine": (engine, "build_engine"),
     "update": (llm.LanguageModeling, "loss"),
     "evaluation": (loop, "_evaluate"),
