@@ -61,6 +61,15 @@ def test_a_report_has_results_and_settings_that_differ(runs, tmp_path, capsys):
     assert "<p>None.</p>" in output.read_text()
 
 
+def test_a_number_of_others_is_no_html(runs, tmp_path):
+    with open(f"{runs[0]}/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 10**6, "loss": 1.0, "skipped_steps": "<img src=x>", "lr": "<b>"}) + "\n")
+    page = tmp_path / "page.html"
+    assert main(["report", runs[0], "--output", str(page)]) == 0
+    assert "<img" not in page.read_text()
+    assert "<b>" not in page.read_text()
+
+
 def test_what_is_no_run_and_what_is_no_report_are_refused(runs, tmp_path, capsys):
     assert main(["report", runs[0], str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none'} is no run's directory: it has no metrics.jsonl with rows" in capsys.readouterr().err

@@ -112,6 +112,8 @@ class Job:
                 return {"z": size, "m": size}
             case "adamw" | "adam":
                 return {"exp_avg": 4, "exp_avg_sq": 4}
+            case "ademamix":
+                return {"exp_avg": 4, "exp_avg_sq": 4, "exp_avg_slow": 4}
             case "lion":
                 return {"exp_avg": 4}
             case "sgd" if optimizer.momentum:

@@ -29,6 +29,7 @@ _VARLEN = "causal_varlen"
 _FLEX = "flex_attention"
 # What a class of transformers has where it can attend so.
 _SUPPORT = {"flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+_FOR_LAYERS = "attention_mask_of_layers"
 _SMALLEST_FLEX_HEAD = 16
 """Numbers in a head, of which FlexAttention's kernels need this many."""
 
@@ -80,6 +81,14 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 AttentionInterface.register(_VARLEN, _flash_attention)
 
 
+def _take_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a decoder the mask of its layers, as a forward pre-hook."""
+    if _FOR_LAYERS in kwargs:
+        mask = kwargs.pop(_FOR_LAYERS)
+        kwargs = {**kwargs, "attention_mask": mask}
+    return args, kwargs
+
+
 def check_attention(run: Run[LLMConfig]) -> None:
     """Raise SettingsError where `model.attention` cannot be had on the run's device, or in its precision."""
     name, device = run.config.model.attention, run.accelerator.device.type
@@ -120,6 +129,8 @@ def implementation(config: LLMConfig, model_config: Any) -> str | None:
     check(able, "model.attention", name, f"transformers' {made.__name__} has none; use sdpa or eager")
     if name == "flash_attention_2":
         return _VARLEN if known else name
+    dropout = [getattr(model_config, each, 0.0) or 0.0 for each in ("attention_dropout", "attn_pdrop")]
+    check(not any(dropout), "model.attention", name, "transformers' FlexAttention has no dropout, and the model has")
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     allowed = f"an attention head has {size} numbers, and FlexAttention needs at least {_SMALLEST_FLEX_HEAD}"
     check(size >= _SMALLEST_FLEX_HEAD, "model.attention", name, allowed)
@@ -157,6 +168,11 @@ class Attention:
         plain = not config.data.document_mask and not any(spans.values())
         # Causal attention over whole windows is what torch's function does by itself.
         self._is_given = bool(spans) and not (self._how == CAUSAL and plain)
+        self._name = "attention_mask"
+        if self._is_given and getattr(model.config, "output_router_logits", False):
+            # The loss of a router takes an `attention_mask` for one of padding: the layers get theirs past it.
+            self._name = _FOR_LAYERS
+            model.base_model.register_forward_pre_hook(_take_mask, with_kwargs=True)
 
     def numbers(self, inputs: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """Return what `arguments` needs to know of windows, on the host.
@@ -183,13 +199,13 @@ class Attention:
         if not numbers:
             return {}
         places, *others = numbers
-        given: dict[str, Any] = {} if self._end_token_id is None else {"position_ids": places}
+        given: dict[str, Any] = {"position_ids": places}  # a model that is not given them may count a mask's rows
         if self._how == _VARLEN:
             return {**given, "cu_seq_lens": others[0]}
         count = len(others) // len(self._spans)
         masks = [self._mask(*others[start : start + count]) for start in range(0, len(others), count)]
         mask = masks[0] if len(masks) == 1 else dict(zip(self._spans, masks, strict=True))
-        return {**given, "attention_mask": mask}
+        return {**given, self._name: mask}
 
     def _mask(self, first: Tensor, *blocks: Tensor) -> Any:
         """Return a mask of windows: of shape (windows, 1, length, length), or in blocks."""

@@ -71,7 +71,7 @@ A `{name}`, trained with stacey_dist {__version__}.
 ```yaml
 {shown}```
 """
-    (directory / CARD).write_text(text)
+    (directory / CARD).write_text(text, encoding="utf-8")
 
 
 def _loading(directory: Path, name: str, settings: dict[str, Any]) -> str:

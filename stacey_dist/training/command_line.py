@@ -213,7 +213,11 @@ def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tup
             words.append(rest.pop(0))
         if not words:
             raise SettingsError(f"--{name}: a value is missing")
-        if len(words) > 1 and name in ("config", *kinds) and not _is_sequence(kinds.get(name)):
+        if (
+            len(words) > 1
+            and name in ("config", *kinds)
+            and (not _is_sequence(kinds.get(name)) or _of_sections(kinds[name]))
+        ):
             raise SettingsError(
                 f"--{name}: it takes one value, and got {shlex.join(words[:3])}{' …' if words[3:] else ''}; put quotes "
                 "around a pattern or a text with spaces"

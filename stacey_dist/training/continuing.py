@@ -57,7 +57,7 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         about = "at the same lr"
     elif share == 0.0:
         about = "from the beginning, for the lr has come down to 0"
-        options |= {"run_dir": longer}
+        options |= {"run_dir": longer, "checkpoint.resume_from": "null"}
     else:
         at_the_end = scheduled(config, train.max_steps)
         names = ("lr", "adamw_lr", "alpha", "tau", "p")
@@ -67,5 +67,5 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         if "p" in numbers:
             options["schedule.final_p"] = "null"
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [Path(sys.argv[0]).name, "--config", f"{config.run_dir}/config.yaml", *given]
+    command = [sys.argv[0], "--config", f"{config.run_dir}/config.yaml", *given]
     return f"to continue, {about}: {launch} {shlex.join(command)}"

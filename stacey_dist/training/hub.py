@@ -41,9 +41,15 @@ def push(run: Run[Any], directory: Path) -> None:
         try:
             api = huggingface_hub.HfApi(library_name="stacey_dist", library_version=__version__)
             place = api.create_repo(hub.push_to, private=hub.private or None, exist_ok=True)
+            if hub.private and not api.model_info(place.repo_id).private:
+                raise PermissionError(f"{place} is public, and hub.private is true")
             message = f"Model after {run.config.train.max_steps} updates"
             api.upload_folder(
-                repo_id=place.repo_id, folder_path=directory, ignore_patterns=[MARKER], commit_message=message
+                repo_id=place.repo_id,
+                folder_path=directory,
+                ignore_patterns=[MARKER],
+                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # of a model before it
+                commit_message=message,
             )
             return f"uploaded to {place}"
         except Exception as error:  # of many kinds: the network, the hub's answers, its client's checks

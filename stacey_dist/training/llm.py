@@ -25,7 +25,7 @@ from stacey_dist.training.launchers import Parts
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.llm_model import build_model
 from stacey_dist.training.run import Run
-from stacey_dist.training.samples import Samples, sample
+from stacey_dist.training.samples import Samples, try_sample
 from stacey_dist.training.saving import export
 from stacey_dist.training.text_data import TextData, prepare_data
 
@@ -186,7 +186,8 @@ def finish(run: Run[LLMConfig], data: TextData, engine: Engine, checkpoint: Path
 
     run.call_on_main(check_tokens)
     exported = export(run, checkpoint, save_tokenizer)
-    run.say(f"\nsample: {sample(run, engine, data, max(1, run.config.data.sequence_length // 2))}\n")
+    if run.config.tracking.sample_tokens:
+        run.say(f"\nsample: {try_sample(run, engine, data, max(1, run.config.data.sequence_length // 2))}\n")
     return f"model and tokenizer for transformers: {exported}"
 
 

@@ -137,7 +137,7 @@ def _result(record: Record, color: str, figures: Sequence[str]) -> list[str]:
         f"{best[1]:.4f} after {best[0]:,}" if best else "",
         f"{statistics.median(speeds):,.0f} {escape(unit)}/s" if speeds else "",
         duration(3600 * hours[-1]) if known else "",
-        str(max((row.get("skipped_steps", 0) for row in record.rows), default=0)),
+        f"{max((count for _, count in column(record.rows, 'skipped_steps')), default=0):,}",
     ]
 
 

@@ -35,14 +35,19 @@ class Samples(Callback):
         run = training.run
         if not math.isfinite(figures["eval_loss"]):
             return
-        try:
-            text = sample(run, training.engine, self.data, self.tokens)
-        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-            text = f"none, for the model cannot generate: {' '.join(str(error).split())[:200]}"
+        text = try_sample(run, training.engine, self.data, self.tokens)
         training.engine.model.train()
         line = "".join(character if character.isprintable() else " " for character in text)
         run.say(f"step {training.step}/{run.config.train.max_steps}  sample: {line}")
         log(run, {"step": training.step, "sample": text})
+
+
+def try_sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
+    """Return what `sample` returns, or why the model cannot generate."""
+    try:
+        return sample(run, engine, data, tokens)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        return f"none, for the model cannot generate: {' '.join(str(error).split())[:200]}"
 
 
 def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:

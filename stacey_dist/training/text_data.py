@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from stacey_dist.data.cache import prepare, skipped_records
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.mixture import shares_of
 from stacey_dist.data.parts import SPLITS
-from stacey_dist.data.source import Source, embedded_source, files_source, hub_source
+from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
 from stacey_dist.data.tokenizer import (
     TRAINING_TEXT,
     Tokenizer,
@@ -134,6 +135,7 @@ def tokenize(
     for prefix, corpus in corpora.items():
         with _settings_errors(prefix):
             sources.append(_source(corpus))
+    _check_apart(corpora, sources)
     with settings_errors(_SETTINGS):
         tokenizer = own_tokenizer(config) or _tokenizer(config, sources, cache)
         check_vocabulary(config, tokenizer)
@@ -154,6 +156,30 @@ def tokenize(
             print(f"{prefix}on_bad_record skip: {skipped}", file=sys.stderr, flush=True)
         directories.append(directory)
     return directories, tokenizer
+
+
+def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source]) -> None:
+    """Raise SettingsError where a source trains on what another one holds out."""
+    named = list(zip(corpora, sources, strict=True))
+    for (one, holding), (other, training) in itertools.permutations(named, 2):
+        alike = corpora[one].validation_every == corpora[other].validation_every
+        if alike and holding.identity == training.identity:  # they hold the same documents out
+            continue
+        trained = set(_files(training.inputs))
+        if both := trained.intersection(_files(holding.validation_inputs or ())):
+            raise SettingsError(f"{one}validation_files: {min(both)} is one of {other}files: it would be trained on")
+        if holding.validation_inputs is None and (both := trained.intersection(_files(holding.inputs))):
+            raise SettingsError(
+                f"{one}files: {min(both)} is one of {other}files too, which would train on the documents that are held "
+                "out of it; give both sources validation_files"
+            )
+
+
+def _files(inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield the real paths of those inputs that are files."""
+    return (
+        each.identity["file"]["path"] for each in inputs if isinstance(each.identity, dict) and "file" in each.identity
+    )
 
 
 def _settings_errors(prefix: str) -> AbstractContextManager[None]:
@@ -192,9 +218,17 @@ def _tokenizer(config: LLMConfig, sources: list[Source], cache: Path) -> Tokeniz
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
         of_each = -(-TRAINING_TEXT // len(sources))
-        documents = ((document.text for document in source.documents()) for source in sources)
-        texts = itertools.chain.from_iterable(first_characters(each, of_each) for each in documents)
+        texts = itertools.chain.from_iterable(
+            first_characters(_texts(prefix, source), of_each)
+            for prefix, source in zip(config.data.corpora(), sources, strict=True)
+        )
         return train_sentencepiece(texts, config.tokenizer.vocab_size, directory)
+
+
+def _texts(prefix: str, source: Source) -> Iterator[str]:
+    with _settings_errors(prefix):
+        for document in source.documents():
+            yield document.text
 
 
 def _identity(corpora: list[Corpus]) -> str:

@@ -171,6 +171,28 @@ def test_sliding_windows_are_kept_without_documents(name, kind):
     torch.testing.assert_close(found, model(input_ids=torch.from_numpy(inputs)).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flex"])
+def test_the_loss_of_a_router_takes_no_mask_of_layers(name):
+    inputs = make_windows()
+    (model, own), (plain, without) = (
+        make(name, "Mixtral", num_local_experts=4, output_router_logits=router) for router in (True, False)
+    )
+    given = own.arguments(tuple(map(torch.from_numpy, own.numbers(inputs))))
+    with torch.no_grad():
+        output = model(input_ids=torch.from_numpy(inputs), **given)
+        assert torch.equal(output.logits, logits(plain, without, inputs))
+    assert output.aux_loss > 0
+
+
+def test_a_model_that_counts_a_mask_gets_positions():
+    """OPT takes its positions from the mask, unless it is given them."""
+    inputs = make_windows()
+    sizes = dict(ffn_dim=48, word_embed_proj_dim=64)
+    (eager, own), (plain, without) = (make(name, "OPT", masked=False, **sizes) for name in ("eager", "sdpa"))
+    # sums in another order, through two layers
+    assert (logits(eager, own, inputs) - logits(plain, without, inputs)).abs().max() < 1e-4
+
+
 def test_positions_and_what_is_attended_to():
     inputs = np.array([[5, END, 7, 8, END, END, 9], [END, 3, 4, 5, 6, 7, 8]])
     places = documents.positions(inputs, END)

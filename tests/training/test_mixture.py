@@ -5,6 +5,7 @@ import json
 import math
 import random
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from stacey_dist.cli import main
 from stacey_dist.data import MixedSampler
+from stacey_dist.data.source import files_source
+from stacey_dist.errors import SettingsError
 from stacey_dist.training import text_data
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig, SourceConfig
@@ -210,6 +213,26 @@ def test_a_source_that_was_prepared_for_one_mixture_is_found_in_another(mixture,
     assert main([*arguments, "--data.sources", json.dumps([*others, {"files": ["none.txt"]}])]) == 2
     error = "stacey-dist prepare: error: data.sources[2].files: 'none.txt' matches no file\n"
     assert capsys.readouterr().err == error
+
+
+def test_no_source_trains_on_what_another_holds_out(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt")]
+    for path in paths:
+        Path(path).write_text("text")
+    a, b, c = paths
+
+    def check(*sources):
+        made = [files_source(files, held_out, "text") for files, held_out in sources]
+        corpora = {f"data.sources[{i}].": SourceConfig(validation_every=10 + i % 3) for i in range(len(made))}
+        text_data._check_apart(corpora, made)
+
+    check(([a], [b]), ([c], []))
+    check(([a], [b]), ([a], [b]))
+    check(([a], []), ([c], []), ([b], []), ([a], []))  # the same documents are held out of both
+    with pytest.raises(SettingsError, match=rf"data.sources\[0\].validation_files: {b} is one of data.sources\[1\].f"):
+        check(([a], [b]), ([b, c], []))
+    with pytest.raises(SettingsError, match=rf"data.sources\[1\].files: {a} is one of data.sources\[0\].files too"):
+        check(([a], [b]), ([a], []))
 
 
 def test_damage_is_found_in_every_source(tmp_path):
