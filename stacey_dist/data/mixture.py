@@ -96,8 +96,9 @@ class MixedSampler:
         """Return how often a sample of a source stands at the positions [position, position + count)."""
         sampler = self.samplers[source]
         first, stop = self.counts(position)[source], self.counts(position + count)[source]
-        epochs = range(first // sampler.size, -(-stop // sampler.size))
-        return sum(first <= sampler.position(sample, epoch) < stop for epoch in epochs)
+        begun, ended = first // sampler.size, stop // sampler.size
+        # It stands once in each epoch; in the first and the last one perhaps before or behind the positions.
+        return ended - begun - (sampler.position(sample, begun) < first) + (sampler.position(sample, ended) < stop)
 
 
 def _layout(shares: Sequence[int]) -> NDArray[np.int64]:

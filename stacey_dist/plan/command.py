@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import math
-import re
 import shlex
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -52,6 +51,12 @@ def plan(arguments: list[str]) -> str:
     room = gpu.memory * (1 - options.margin)
     if config.optimizer.name == "muon":
         raise SettingsError("optimizer.name: muon is not planned yet; adamw needs somewhat more memory")
+    if config.model.attention == "eager" or config.data.document_mask:
+        setting, value = ("data.document_mask", "true") if config.data.document_mask else ("model.attention", "eager")
+        raise SettingsError(
+            f"{setting}: {value} is not planned: in each layer it keeps masks or scores of length^2 numbers for each "
+            "window, which have no formula here; leave it out of the plan"
+        )
     if options.search:  # it is what is searched
         config.train.micro_batch_size = None
     model = planned_model(config, options.vocab_size)
@@ -139,7 +144,13 @@ def _command(options: argparse.Namespace, others: list[str], job: Job) -> str:
         checkpointing = str(job.config.train.gradient_checkpointing).lower()
         settings += ["--train.micro_batch_size", str(job.micro_batch), "--train.gradient_checkpointing", checkpointing]
     lines = [""]
-    for part in re.split(r" (?=--|train_llm\.py)", shlex.join([*launch, "train_llm.py", *settings, *others])):
+    parts: list[str] = []  # an option with its value, which no line break parts
+    for word in [*launch, "train_llm.py", *settings, *others]:
+        if not parts or word.startswith("--") or word == "train_llm.py":
+            parts.append(shlex.quote(word))
+        else:
+            parts[-1] += f" {shlex.quote(word)}"
+    for part in parts:
         if len(lines[-1]) + len(part) > _COLUMNS:
             lines.append("")
         lines[-1] += f" {part}"

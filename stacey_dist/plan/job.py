@@ -9,6 +9,7 @@ from stacey_dist.plan.model import Llama, Parameter
 from stacey_dist.plan.modules import Modules
 from stacey_dist.training.config import OptimizerConfig, Recomputed
 from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.optimizers import check_engine
 
 Precision = Literal["no", "bf16", "fp16"]
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
@@ -36,6 +37,7 @@ class Job:
     gpus_per_node: int
 
     def __post_init__(self) -> None:
+        check_engine(self.config.optimizer.name, "deepspeed" if self.engine in DEEPSPEED else self.engine)
         if self.engine == "single" and self.ranks > 1:
             raise SettingsError(f"--engine: single is one process, and there are {self.ranks}; take another engine")
         if self.engine == "hsdp" and self.nodes < 2:
