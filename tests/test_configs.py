@@ -118,7 +118,7 @@ def test_deepspeed_configurations_run_as_they_are():
 @pytest.mark.parametrize(
     ("name", "processes", "options", "described"),
     [
-        ("zero3_offload", 2, (), "DeepSpeed ZeRO-3"),
+        pytest.param("zero3_offload", 2, (), "DeepSpeed ZeRO-3", marks=pytest.mark.exhaustive),
         ("hsdp", 4, ("--num_machines", 1, "--parallelism_config_dp_shard_size", 2), "HSDP"),
     ],
 )

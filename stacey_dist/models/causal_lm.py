@@ -158,7 +158,7 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
     plain = all(type(value) is int and value >= length for value in limits)
     if not plain or any("alibi" in name for name in active) or not kinds <= {"full_attention", "sliding_attention"}:
         return None
-    if not _takes_any_mask(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flash_attn:  # see `_takes_any_mask`
         return None
     spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
     return {kind: spans[kind] for kind in sorted(kinds)}

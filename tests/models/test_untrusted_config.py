@@ -136,7 +136,7 @@ def test_an_import_names_the_parameters_of_such_a_model(tmp_path, capsys):
     model = write_model(tmp_path / "model", auto_map=CODE)
     command_line = ["checkpoint", "import", str(tmp_path / "saved"), str(tmp_path / "out"), "--model", str(model)]
     assert main(command_line) == 1
-    assert "is a parameter of the model, but not in the files" in capsys.readouterr().err
+    assert "is a parameter of --model, but not in the files" in capsys.readouterr().err
     assert not (model / "ran").exists()
 
 

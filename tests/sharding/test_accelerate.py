@@ -68,7 +68,7 @@ def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, n
     command_line = ["checkpoint", "import", str(directory / "saved"), str(out), "--position", "24"]
     if name == "ddp":
         assert main(command_line) == 1
-        assert "state has no names; say which model it is of" in capsys.readouterr().err
+        assert "state has no names; give --model, which has the order of its parameters" in capsys.readouterr().err
         assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
         assert "its optimizer is of 19 parameters, but the model has 20 trainable ones" in capsys.readouterr().err
         command_line += ["--model", str(tmp_path / "model"), "--frozen", "*.1.self_attn.k_proj.weight"]
@@ -175,7 +175,7 @@ def test_a_model_that_it_is_not_of_is_refused(saved, tmp_path, capsys, name):
     config.save_pretrained(tmp_path / "model")
     command_line = ["checkpoint", "import", str(saved(name)[0] / "saved"), str(tmp_path / "out")]
     assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
-    assert "is a parameter of the model, but not in the files" in capsys.readouterr().err
+    assert "is a parameter of --model, but not in the files" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -228,7 +228,7 @@ def test_states_without_names_find_their_parameters_by_groups_and_order(tmp_path
     assert two([["*.weight"], ["*"]]) == {"a.weight": 0, "a.bias": 2, "b.weight": 1, "b.bias": 3}
     for patterns, message in [
         (None, "its optimizer has 2 groups, of 2, 2 parameters; name the parameters of each, in this order"),
-        ([["*"]], r"with patterns \(1 given\)"),
+        ([["*"]], r"with patterns \(--group, 1 given\)"),
         (
             [["*.bias"], ["*.weight"]],
             r"a.bias has the shape \(3,\), but the state in its place in group 1 has \(2, 3\)",

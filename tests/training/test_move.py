@@ -18,7 +18,6 @@ AFTER = dict(zip(ENGINES, (1, 4, 2, 3, 4, 3, 2), strict=True))
 RING = list(zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True))
 IN_CI = [
     *(("train_llm", *pair) for pair in RING if pair[0] == "cpu_zero2"),
-    ("train_imagenet", "cpu_zero3", "cpu_fsdp2"),
 ]
 CASES = [
     pytest.param(launcher, *pair, marks=() if (launcher, *pair) in IN_CI else pytest.mark.exhaustive)
