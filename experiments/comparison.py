@@ -123,13 +123,13 @@ def training(reproduction: Reproduction, program: str, config: Path, settings: d
 
 
 def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
-    result = trial.run(stop=reproduction.stop, advance=_in_runs(advance))
+    result = trial.run(stop=reproduction.stop, advance=in_runs(advance))
     if result is None:
         raise Interrupted
     return asdict(result)
 
 
-def _in_runs(advance: Advance) -> Callable[[float], None]:
+def in_runs(advance: Advance) -> Callable[[float], None]:
     """Return a function that tells the progress bar, which counts in whole numbers, of shares of a run."""
     done = 0.0
 
@@ -150,7 +150,7 @@ def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, ov
             overrides={"seed": 0, **overrides},
             threads=threads_each(reproduction.workers),
             stop=reproduction.stop,
-            advance=_in_runs(advance),
+            advance=in_runs(advance),
         )
         return tuner.run()
 

@@ -23,6 +23,7 @@ LABELS = {
     "stacey_pp": "STACEY(p,p)",
     "stacey_2p": "STACEY(2,p)",
     "stacey_p2_tau": "STACEY(p,2), τ with lr",
+    "stacey_uncoupled": "STACEY, τ = 0",
 }
 # Colours that the colour-blind tell apart, most of them Okabe and Ito's; STACEY's lines are whole.
 STYLES: dict[str, dict[str, Any]] = {
@@ -34,6 +35,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "stacey_pp": dict(color="#009E73", linestyle="-"),
     "stacey_2p": dict(color="#CC79A7", linestyle="-"),
     "stacey_p2_tau": dict(color="#000000", linestyle="-"),
+    "stacey_uncoupled": dict(color="#000000", linestyle=":"),
 }
 REFERENCE = "adamw"
 LOWER_IS_BETTER = ("eval_loss",)

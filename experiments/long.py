@@ -1,0 +1,106 @@
+"""Does the coupling pay in long runs? Equal budgets, 10 000 updates; docs/results/long-runs.md has the protocol."""
+
+from typing import Any
+
+from experiments.comparison import RUN, Task, in_runs, training
+from experiments.comparison_report import curves, final, report
+from experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.sweep import Sweep, read_sweep
+from experiments.trial import data_settings, threads_each
+from experiments.tuning import Tuner
+
+TASK = Task("train_llm.py", "eval_loss")
+_SWEEPS = "sweeps/long"
+_OPTIMIZERS = ("adamw", "stacey_pp", "stacey_p2", "lion", "stacey_uncoupled")
+_HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau")}  # tau of (p,p) is a learning rate, too
+_AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
+
+
+def run(reproduction: Reproduction) -> Outcome:
+    """Tune every optimizer with short runs, choose between two long ones, and run the choice with new seeds."""
+    size = reproduction.scale.settings
+    given = data_settings(TASK.program, reproduction.directory, reproduction.data, size["without_data"])
+    overrides = {**size["overrides"], **given}
+    sweeps = {name: read_sweep(configs() / _SWEEPS / f"{name}.yaml") for name in _OPTIMIZERS}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    searched: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(_OPTIMIZERS), _AT_A_TIME):
+        names = _OPTIMIZERS[start : start + _AT_A_TIME]
+        tuning = {name: _tuning(reproduction, name, sweeps[name], overrides) for name in names}
+        proxies = reproduction.compute(list(tuning.values()), in_runs=True)
+        searched |= {name: proxies[part.name] for name, part in tuning.items()}
+        candidates = {name: _candidates(name, sweeps[name], searched[name][0]["settings"]) for name in names}
+        long = {
+            (name, label): _long(reproduction, sweeps[name], {**settings, **overrides}, 0, f"{name}-{label}")
+            for name in names
+            for label, settings in candidates[name].items()
+        }
+        results = reproduction.compute(list(long.values()), in_runs=True)
+        for name in names:
+            best = min(candidates[name], key=lambda label: _loss(results[long[name, label].name]))
+            chosen[name] = candidates[name][best]
+        runs = {
+            (name, seed): _long(reproduction, sweeps[name], {**chosen[name], **overrides}, seed, name)
+            for seed in range(1, reproduction.seeds + 1)
+            for name in names
+        }
+        results = reproduction.compute(list(runs.values()), in_runs=True)
+        found |= {key: results[part.name] for key, part in runs.items()}
+    results = report(found, TASK.metric, chosen, searched, {})
+    return Outcome(results.values, results.table, {"curves": curves(found, TASK.metric)})
+
+
+def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, overrides: dict[str, Any]) -> Part:
+    size = reproduction.scale.settings
+
+    def compute(advance: Advance) -> list[dict[str, Any]]:
+        tuner = Tuner(
+            sweep,
+            reproduction.directory / "tuning" / name,
+            trials=size["proxies"],
+            overrides={"seed": 0, **overrides, **size["proxy"]},
+            threads=threads_each(reproduction.workers),
+            stop=reproduction.stop,
+            advance=in_runs(advance),
+        )
+        return tuner.run()
+
+    return Part(f"tune-{name}", RUN * size["proxies"], compute)
+
+
+def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of the long runs: those of the best short run, and with half of its learning rate."""
+    settings = {**sweep.fixed, **best}
+    halved = {setting: settings[setting] / 2 for setting in _HALVED.get(name, ("optimizer.lr",))}
+    return {"as-found": settings, "halved": {**settings, **halved}}
+
+
+def _long(reproduction: Reproduction, sweep: Sweep, settings: dict[str, Any], seed: int, name: str) -> Part:
+    return training(reproduction, TASK.program, sweep.config, {**settings, "seed": seed}, f"{name}-seed{seed}")
+
+
+def _loss(result: dict[str, Any]) -> float:
+    value = final(result, TASK.metric)
+    return float("inf") if value is None else value
+
+
+EXPERIMENT = Experiment(
+    "long",
+    "not in the paper: does the coupling pay in long runs? LLaMA, 20 M tokens",
+    {
+        "cpu": Scale(
+            "0.9 M parameters, 10 000 updates, 6 short and 2 long runs to tune each; a day on two cores",
+            3,
+            {
+                "overrides": {},
+                "without_data": {},
+                "proxies": 6,
+                "proxy": {"train.max_steps": 1500, "train.eval_every_steps": 250},
+            },
+        ),
+    },
+    run,
+    trains=True,
+    files=(f"{_SWEEPS}/*.yaml",),
+)
