@@ -24,6 +24,8 @@ LABELS = {
     "stacey_2p": "STACEY(2,p)",
     "stacey_p2_tau": "STACEY(p,2), τ with lr",
     "stacey_uncoupled": "STACEY, τ = 0",
+    "muon": "Muon",
+    "ademamix": "AdEMAMix",
 }
 # Colours that the colour-blind tell apart, most of them Okabe and Ito's; STACEY's lines are whole.
 STYLES: dict[str, dict[str, Any]] = {
@@ -36,6 +38,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "stacey_2p": dict(color="#CC79A7", linestyle="-"),
     "stacey_p2_tau": dict(color="#000000", linestyle="-"),
     "stacey_uncoupled": dict(color="#000000", linestyle=":"),
+    "muon": dict(color="#8B4513", linestyle="--"),
+    "ademamix": dict(color="#F0E442", linestyle="--"),
 }
 REFERENCE = "adamw"
 LOWER_IS_BETTER = ("eval_loss",)

@@ -11,8 +11,9 @@ from experiments.tuning import Tuner
 
 TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
-_OPTIMIZERS = ("adamw", "stacey_pp", "stacey_p2", "lion", "stacey_uncoupled")
-_HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau")}  # tau of (p,p) is a learning rate, too
+_OPTIMIZERS = ("adamw", "stacey_pp", "stacey_p2", "muon", "ademamix", "lion", "stacey_uncoupled")
+# Each learning rate of an optimizer that has two; tau of (p,p) is one.
+_HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau"), "muon": ("optimizer.lr", "optimizer.adamw_lr")}
 _AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
 
 
