@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from experiments.comparison import RUN, Task, in_runs, training
+from experiments.comparison import Task, in_runs, training
 from experiments.comparison_report import curves, final, report
-from experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.framework import RUN, Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.sweep import Sweep, read_sweep
 from experiments.trial import data_settings, threads_each
 from experiments.tuning import Tuner
@@ -48,8 +48,8 @@ def run(reproduction: Reproduction) -> Outcome:
         }
         results = reproduction.compute(list(runs.values()), in_runs=True)
         found |= {key: results[part.name] for key, part in runs.items()}
-    results = report(found, TASK.metric, chosen, searched, {})
-    return Outcome(results.values, results.table, {"curves": curves(found, TASK.metric)})
+    told = report(found, TASK.metric, chosen, searched, {})
+    return Outcome(told.values, told.table, {"curves": curves(found, TASK.metric)})
 
 
 def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, overrides: dict[str, Any]) -> Part:

@@ -32,7 +32,13 @@ def test_the_corners_of_every_range_are_valid_settings(file, tmp_path):
             section, setting = name.split(".")
             there = getattr(getattr(parsed, section), setting)
             assert list(there) == value if isinstance(value, list) else there == value, name
-    variant = {"stacey_p2": "p2", "stacey_pp": "pp", "stacey_2p": "2p", "stacey_p2_tau": "p2"}.get(file.stem)
+    variant = {
+        "stacey_p2": "p2",
+        "stacey_pp": "pp",
+        "stacey_2p": "2p",
+        "stacey_p2_tau": "p2",
+        "stacey_uncoupled": "p2",
+    }.get(file.stem)
     assert sweep.fixed["optimizer.name"] == ("stacey" if variant else file.stem)
     assert sweep.fixed.get("optimizer.variant") == variant
     assert "lr" in {name.split(".")[1] for name in sweep.space}
