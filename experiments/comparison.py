@@ -110,7 +110,7 @@ def _settings(
     for name, sweep in sweeps.items():
         if (sweep.program, sweep.metric) != (task.program, task.metric):
             raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
-    parts = [_tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
+    parts = [tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
     searched = dict(zip(sweeps, reproduction.compute(parts, in_runs=True).values(), strict=True))
     best = {name: rows[0]["settings"] for name, rows in searched.items() if rows[0]["state"] == "complete"}
     return {name: (sweeps[name].config, {**sweeps[name].fixed, **own}) for name, own in best.items()}, searched
@@ -123,13 +123,13 @@ def training(reproduction: Reproduction, program: str, config: Path, settings: d
 
 
 def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
-    result = trial.run(stop=reproduction.stop, advance=in_runs(advance))
+    result = trial.run(stop=reproduction.stop, advance=_in_runs(advance))
     if result is None:
         raise Interrupted
     return asdict(result)
 
 
-def in_runs(advance: Advance) -> Callable[[float], None]:
+def _in_runs(advance: Advance) -> Callable[[float], None]:
     """Return a function that tells the progress bar, which counts in whole numbers, of shares of a run."""
     done = 0.0
 
@@ -141,7 +141,9 @@ def in_runs(advance: Advance) -> Callable[[float], None]:
     return tell
 
 
-def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, overrides: dict[str, Any]) -> Part:
+def tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, overrides: dict[str, Any]) -> Part:
+    """Return the search of an optimizer's settings, with seed 0, as a part; its value is what `Tuner.run` returns."""
+
     def compute(advance: Advance) -> list[dict[str, Any]]:
         tuner = Tuner(
             sweep,
@@ -150,7 +152,7 @@ def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, ov
             overrides={"seed": 0, **overrides},
             threads=threads_each(reproduction.workers),
             stop=reproduction.stop,
-            advance=in_runs(advance),
+            advance=_in_runs(advance),
         )
         return tuner.run()
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from experiments.comparison import Task, in_runs, training
-from experiments.comparison_report import curves, final, report
-from experiments.framework import RUN, Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.comparison import Task, training, tuning
+from experiments.comparison_report import curves, report
+from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.result import Result
 from experiments.sweep import Sweep, read_sweep
-from experiments.trial import data_settings, threads_each
-from experiments.tuning import Tuner
+from experiments.trial import data_settings
 
 TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
@@ -28,9 +28,10 @@ def run(reproduction: Reproduction) -> Outcome:
     chosen: dict[str, dict[str, Any]] = {}
     for start in range(0, len(_OPTIMIZERS), _AT_A_TIME):
         names = _OPTIMIZERS[start : start + _AT_A_TIME]
-        tuning = {name: _tuning(reproduction, name, sweeps[name], overrides) for name in names}
-        proxies = reproduction.compute(list(tuning.values()), in_runs=True)
-        searched |= {name: proxies[part.name] for name, part in tuning.items()}
+        short = {**overrides, **size["proxy"]}
+        parts = {name: tuning(reproduction, name, sweeps[name], size["proxies"], short) for name in names}
+        proxies = reproduction.compute(list(parts.values()), in_runs=True)
+        searched |= {name: proxies[part.name] for name, part in parts.items()}
         candidates = {name: _candidates(name, sweeps[name], searched[name][0]["settings"]) for name in names}
         long = {
             (name, label): _long(reproduction, sweeps[name], {**settings, **overrides}, 0, f"{name}-{label}")
@@ -39,8 +40,8 @@ def run(reproduction: Reproduction) -> Outcome:
         }
         results = reproduction.compute(list(long.values()), in_runs=True)
         for name in names:
-            best = min(candidates[name], key=lambda label: _loss(results[long[name, label].name]))
-            chosen[name] = candidates[name][best]
+            losses = {label: Result(**results[long[name, label].name]).final(TASK.metric) for label in candidates[name]}
+            chosen[name] = candidates[name][min(losses, key=losses.__getitem__)]
         runs = {
             (name, seed): _long(reproduction, sweeps[name], {**chosen[name], **overrides}, seed, name)
             for seed in range(1, reproduction.seeds + 1)
@@ -52,24 +53,6 @@ def run(reproduction: Reproduction) -> Outcome:
     return Outcome(told.values, told.table, {"curves": curves(found, TASK.metric)})
 
 
-def _tuning(reproduction: Reproduction, name: str, sweep: Sweep, overrides: dict[str, Any]) -> Part:
-    size = reproduction.scale.settings
-
-    def compute(advance: Advance) -> list[dict[str, Any]]:
-        tuner = Tuner(
-            sweep,
-            reproduction.directory / "tuning" / name,
-            trials=size["proxies"],
-            overrides={"seed": 0, **overrides, **size["proxy"]},
-            threads=threads_each(reproduction.workers),
-            stop=reproduction.stop,
-            advance=in_runs(advance),
-        )
-        return tuner.run()
-
-    return Part(f"tune-{name}", RUN * size["proxies"], compute)
-
-
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the settings of the long runs: those of the best short run, and with half of its learning rate."""
     settings = {**sweep.fixed, **best}
@@ -79,11 +62,6 @@ def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict
 
 def _long(reproduction: Reproduction, sweep: Sweep, settings: dict[str, Any], seed: int, name: str) -> Part:
     return training(reproduction, TASK.program, sweep.config, {**settings, "seed": seed}, f"{name}-seed{seed}")
-
-
-def _loss(result: dict[str, Any]) -> float:
-    value = final(result, TASK.metric)
-    return float("inf") if value is None else value
 
 
 EXPERIMENT = Experiment(

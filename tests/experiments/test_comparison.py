@@ -143,7 +143,7 @@ def test_an_optimizer_without_a_completed_run_does_not_hold_up_the_others(config
         "stacey_p2": [{"state": "complete", "value": 1.0, "settings": {"optimizer.lr": 0.1}}],
     }
     monkeypatch.setattr(
-        comparison, "_tuning", lambda reproduction, name, *_: Part(f"tune-{name}", 1, lambda advance: rows[name])
+        comparison, "tuning", lambda reproduction, name, *_: Part(f"tune-{name}", 1, lambda advance: rows[name])
     )
     reproduction = Reproduction(TOYS["llm"], 2, tmp_path)
     chosen, searched = comparison._settings(llm.TASK, TUNED, reproduction, {})
