@@ -11,7 +11,6 @@ from experiments.trial import data_settings
 
 TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
-_OPTIMIZERS = ("adamw", "stacey_pp", "stacey_p2", "muon", "ademamix", "lion", "stacey_uncoupled")
 # Each learning rate of an optimizer that has two; tau of (p,p) is one.
 _HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau"), "muon": ("optimizer.lr", "optimizer.adamw_lr")}
 _AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
@@ -20,14 +19,13 @@ _AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
 def run(reproduction: Reproduction) -> Outcome:
     """Tune every optimizer with short runs, choose between two long ones, and run the choice with new seeds."""
     size = reproduction.scale.settings
-    given = data_settings(TASK.program, reproduction.directory, reproduction.data, size["without_data"])
-    overrides = {**size["overrides"], **given}
-    sweeps = {name: read_sweep(configs() / _SWEEPS / f"{name}.yaml") for name in _OPTIMIZERS}
+    overrides = data_settings(TASK.program, reproduction.directory, reproduction.data, {})
+    sweeps = {name: read_sweep(configs() / _SWEEPS / f"{name}.yaml") for name in size["optimizers"]}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     searched: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(_OPTIMIZERS), _AT_A_TIME):
-        names = _OPTIMIZERS[start : start + _AT_A_TIME]
+    for start in range(0, len(sweeps), _AT_A_TIME):
+        names = list(sweeps)[start : start + _AT_A_TIME]
         short = {**overrides, **size["proxy"]}
         parts = {name: tuning(reproduction, name, sweeps[name], size["proxies"], short) for name in names}
         proxies = reproduction.compute(list(parts.values()), in_runs=True)
@@ -72,8 +70,7 @@ EXPERIMENT = Experiment(
             "0.9 M parameters, 10 000 updates, 6 short and 2 long runs to tune each; a day on two cores",
             3,
             {
-                "overrides": {},
-                "without_data": {},
+                "optimizers": ("adamw", "stacey_pp", "stacey_p2", "muon", "ademamix", "lion", "stacey_uncoupled"),
                 "proxies": 6,
                 "proxy": {"train.max_steps": 1500, "train.eval_every_steps": 250},
             },

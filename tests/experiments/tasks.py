@@ -18,7 +18,7 @@ def write_sweeps(directory):
         (directory / name).mkdir()
     llm = write_config(directory / "llm", train=SHORT, checkpoint={})
     images = write_image_config(directory / "images", train=SHORT, checkpoint={})
-    for task, config in (("llm", llm), ("cifar", images)):
+    for task, config in (("llm", llm), ("long", llm), ("cifar", images)):
         target = directory / "configs" / "sweeps" / task
         shutil.copytree(ROOT / "configs" / "sweeps" / task, target)
         settings = yaml.safe_load(config.read_text())

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from experiments import ablation, comparison, llm, registry
+from experiments import ablation, comparison, llm, long, registry
 from experiments.__main__ import main
 from experiments.comparison_report import (
     LABELS,
@@ -198,6 +198,27 @@ FIGURES = {
     "imagenet": {"curves"},
     "ablation": {"ablation"},
 }
+
+
+@pytest.mark.exhaustive
+def test_long_runs_have_the_better_of_two_settings(configs, tmp_path, monkeypatch):
+    size = {"optimizers": ("adamw", "stacey_pp", "lion"), "proxies": 2, "proxy": {"train.max_steps": 4}}
+    monkeypatch.setattr(long, "configs", lambda: configs)
+    monkeypatch.setitem(registry.EXPERIMENTS["long"].scales, "toy", Scale("a toy", 2, size))
+    found = reproduce("long", tmp_path)["optimizers"]
+    assert found.keys() == {"adamw", "stacey_pp", "lion"}
+    for name, rates in (("adamw", ["lr"]), ("lion", ["lr"]), ("stacey_pp", ["lr", "tau"])):
+        runs = {label: tmp_path / "runs" / f"{name}-{label}-seed0" for label in ("as-found", "halved")}
+        losses = {label: rows(run)[-1]["eval_loss"] for label, run in runs.items()}
+        used = {label: yaml.safe_load((run / "config.yaml").read_text()) for label, run in runs.items()}
+        best = used[min(losses, key=losses.get)]["optimizer"]
+        for rate in rates:
+            assert used["halved"]["optimizer"][rate] == used["as-found"]["optimizer"][rate] / 2
+            assert found[name]["settings"][f"optimizer.{rate}"] == best[rate]
+        assert found[name]["settings"].items() >= {"optimizer.name": best["name"]}.items()
+        assert rows(tmp_path / "tuning" / name / "trial-000")[-1]["step"] == 4
+        for seed, final in zip((1, 2), found[name]["finals"], strict=True):
+            assert rows(tmp_path / "runs" / f"{name}-seed{seed}")[-1]["eval_loss"] == final
 
 
 @pytest.mark.slow
