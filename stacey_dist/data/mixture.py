@@ -88,14 +88,16 @@ class MixedSampler:
 
     def counts(self, position: int) -> list[int]:
         """Return how many samples of each source stand before a position."""
+        return [self._count(source, position) for source in range(len(self.samplers))]
+
+    def _count(self, source: int, position: int) -> int:
         rounds, place = divmod(position, len(self._source))
-        before = [int(np.searchsorted(places, place)) for places in self._places]
-        return [rounds * int(share) + within for share, within in zip(self._shares, before, strict=True)]
+        return rounds * int(self._shares[source]) + int(np.searchsorted(self._places[source], place))
 
     def times(self, source: int, sample: int, position: int, count: int) -> int:
         """Return how often a sample of a source stands at the positions [position, position + count)."""
         sampler = self.samplers[source]
-        first, stop = self.counts(position)[source], self.counts(position + count)[source]
+        first, stop = self._count(source, position), self._count(source, position + count)
         begun, ended = first // sampler.size, stop // sampler.size
         # It stands once in each epoch; in the first and the last one perhaps before or behind the positions.
         return ended - begun - (sampler.position(sample, begun) < first) + (sampler.position(sample, ended) < stop)
