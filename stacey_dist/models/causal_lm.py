@@ -1,5 +1,6 @@
 """Causal language models of `transformers`: read what others have published, and see what follows from the modules."""
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,14 +34,22 @@ def model_directory(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        return _download(name)
     except Exception as error:  # the hub's client has many kinds
         raise InputError(
             f"pretrained: {name} is neither a directory nor a model of the hub: {first_line(error)}"
         ) from error
+
+
+@functools.cache
+def _download(name: str, file: str | None = None) -> Path:
+    """Return where a file of the hub's model is, or the directory of all `_FILES`: the hub is asked once in a run."""
+    import huggingface_hub
+
+    if file is not None:
+        return Path(huggingface_hub.hf_hub_download(name, file))
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
 
 
 def read_description(name: str) -> dict[str, Any]:
@@ -55,10 +64,8 @@ def read_description(name: str) -> dict[str, Any]:
     is_directory = Path(name).is_dir()
     path = Path(name) / "config.json" if is_directory else Path(name)
     if not (is_directory or path.exists() or name.endswith(".json")):
-        import huggingface_hub
-
         try:
-            path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+            path = _download(name, "config.json")
         except Exception as error:  # the hub's client has many kinds
             raise InputError(
                 f"config: {name} is neither a file, a directory nor a model of the hub: {first_line(error)}"
@@ -138,9 +145,7 @@ def attention_of(config: Any, length: int) -> str | None:
     active = {name: value for name, value in config.to_dict().items() if value}
     if any(_EAGER_ALONE.search(name) for name in active):
         return "eager"
-    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
-    plain = all(type(value) is int and value >= length for value in limits)
-    return CAUSAL if plain and _takes_any_mask(made) else None
+    return CAUSAL if _attends_to_all_before(active, length) and takes_any_mask(made) else None
 
 
 def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
@@ -153,18 +158,23 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
     active = {name: value for name, value in config.to_dict().items() if value}
     window = active.pop("sliding_window", None)
     active.pop("use_sliding_window", None)
-    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
     kinds = set(active.get("layer_types") or ["sliding_attention" if window else "full_attention"])
-    plain = all(type(value) is int and value >= length for value in limits)
-    if not plain or any("alibi" in name for name in active) or not kinds <= {"full_attention", "sliding_attention"}:
+    plain = _attends_to_all_before(active, length) and not any("alibi" in name for name in active)
+    if not plain or not kinds <= {"full_attention", "sliding_attention"}:
         return None
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flash_attn:  # see `_takes_any_mask`
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flash_attn:  # see `takes_any_mask`
         return None
     spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
     return {kind: spans[kind] for kind in sorted(kinds)}
 
 
-def _takes_any_mask(made: Any) -> bool:
+def _attends_to_all_before(active: dict[str, Any], length: int) -> bool:
+    """Return whether no setting among `active` keeps a token from others before it, or shows it later ones."""
+    limits = [value for name, value in active.items() if _OTHER_ATTENTION.search(name)]
+    return all(type(value) is int and value >= length for value in limits)
+
+
+def takes_any_mask(made: Any) -> bool:
     """Return whether a model's attention is a function of queries, keys, values and a mask, which may be left out.
 
     Models that add to the mask themselves, or read it, have no FlashAttention, which takes none.

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data import documents
 from stacey_dist.errors import SettingsError
-from stacey_dist.models.causal_lm import CAUSAL, attention_of, attention_spans
+from stacey_dist.models.causal_lm import CAUSAL, attention_of, attention_spans, takes_any_mask
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.run import Run
 from stacey_dist.training.value_types import check
@@ -118,8 +118,7 @@ def implementation(config: LLMConfig, model_config: Any) -> str | None:
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     own, known = attention_of(model_config, length), attention_spans(model_config, length) is not None
     if name == "sdpa":
-        masked = own is None and known and made._supports_sdpa and made._supports_attention_backend
-        return CAUSAL if masked else own
+        return CAUSAL if own is None and known and takes_any_mask(made) else own
     if name == "eager":
         return "eager"
     able = own != "eager" and made._supports_attention_backend and getattr(made, _SUPPORT[name], False)
@@ -138,7 +137,7 @@ def implementation(config: LLMConfig, model_config: Any) -> str | None:
 
 
 class Attention:
-    """What a language model's forward pass gets besides tokens.
+    """Make the arguments of a language model's forward pass besides the tokens: positions and masks.
 
     Args:
         config: of the run.
