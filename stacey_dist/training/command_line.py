@@ -213,11 +213,7 @@ def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tup
             words.append(rest.pop(0))
         if not words:
             raise SettingsError(f"--{name}: a value is missing")
-        if (
-            len(words) > 1
-            and name in ("config", *kinds)
-            and (not _is_sequence(kinds.get(name)) or _of_sections(kinds[name]))
-        ):
+        if len(words) > 1 and name in ("config", *kinds) and not _takes_several_words(kinds.get(name)):
             raise SettingsError(
                 f"--{name}: it takes one value, and got {shlex.join(words[:3])}{' …' if words[3:] else ''}; put quotes "
                 "around a pattern or a text with spaces"
@@ -276,8 +272,9 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
     return checked
 
 
-def _is_sequence(kind: Any) -> bool:
-    return any(get_origin(one) in (list, tuple) for one in (kind, *get_args(kind)))
+def _takes_several_words(kind: Any) -> bool:
+    """Return whether each of several words on the command line is an item of the value. A list of sections is YAML."""
+    return any(get_origin(one) in (list, tuple) and not _of_sections(one) for one in (kind, *get_args(kind)))
 
 
 def _is_text(kind: Any) -> bool:
