@@ -33,7 +33,11 @@ def grouped(parameters: list[Parameter], decay_norms: bool) -> list[list[Paramet
 
 @dataclass(frozen=True)
 class Llama:
-    """Shape of a `LlamaForCausalLM` as `stacey_dist.training.llm.build_model` makes it."""
+    """Shape of a `LlamaForCausalLM` as `stacey_dist.training.llm_model.build_model` makes it."""
+
+    name = "LLaMA"
+    in_experts = 0
+    """Parameters that are an expert's."""
 
     vocabulary: int
     hidden: int
@@ -79,7 +83,7 @@ class Llama:
 
     @property
     def units(self) -> list[list[Parameter]]:
-        """What Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the tail."""
+        """Parameters that Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the tail."""
         first = [] if self.tied else [[self.embedding]]
         return [*first, *(self.layer(index) for index in range(self.layers)), self.tail]
 
@@ -103,6 +107,11 @@ class Llama:
     def elements(self) -> int:
         """The number of parameters."""
         return sum(p.elements for p in self.parameters)
+
+    @property
+    def active(self) -> int:
+        """Those that a token passes through: all."""
+        return self.elements
 
     @property
     def matrix_elements(self) -> int:

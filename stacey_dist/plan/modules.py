@@ -46,7 +46,7 @@ class Modules:
 
     @property
     def units(self) -> list[list[Parameter]]:
-        """What Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the rest."""
+        """Parameters that Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the rest."""
         return [*self.embedding, *self.layers, self.tail]
 
     def layer(self) -> list[Parameter]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from stacey_dist.plan.hardware import GB, Gpu
 from stacey_dist.plan.job import Job
-from stacey_dist.plan.modules import Modules
 from stacey_dist.plan.plans import Plan, largest_micro_batch
 from stacey_dist.plan.speed import checkpoint_bytes
 
@@ -25,8 +24,8 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
         "optimizer": job.config.optimizer.name,
         "mixed_precision": job.precision,
         "parameters": job.model.elements,
-        "active_parameters": job.model.active if isinstance(job.model, Modules) else job.model.elements,
-        "expert_parameters": job.model.in_experts if isinstance(job.model, Modules) else 0,
+        "active_parameters": job.model.active,
+        "expert_parameters": job.model.in_experts,
         "gpu": gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_per_node,
@@ -60,7 +59,7 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What a table's sizes are in."""
+    """The unit of a table's sizes."""
 
     name: str
     bytes: int
@@ -205,13 +204,11 @@ def _on_or_off(job: Job) -> str:
 
 def _model(job: Job, gpu: Gpu) -> str:
     nodes = f" ({job.nodes} nodes of {job.gpus_per_node})" if job.nodes > 1 else ""
-    model, name, also = job.model, "LLaMA", ""
-    if isinstance(model, Modules):
-        name = model.name
-        if model.in_experts:
-            share = model.in_experts / model.elements
-            also = f" ({_count(model.active)} active; {_count(model.in_experts)}, {share:.0%}, in experts)"
-    return f"{name} of {_count(model.elements)} parameters{also} on {job.ranks} x {gpu.name}{nodes}"
+    model, also = job.model, ""
+    if model.in_experts:
+        share = model.in_experts / model.elements
+        also = f" ({_count(model.active)} active; {_count(model.in_experts)}, {share:.0%}, in experts)"
+    return f"{model.name} of {_count(model.elements)} parameters{also} on {job.ranks} x {gpu.name}{nodes}"
 
 
 def _precision(job: Job) -> str:
