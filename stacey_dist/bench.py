@@ -39,8 +39,8 @@ VARIANTS = (("p2", 2.8), ("p2", 3.0), ("pp", 2.8), ("2p", 2.8), ("p2", 30.0), ("
 
 
 PRELOADED = [__name__, "torch._dynamo"]
-"""What the processes have imported: no memory of an optimizer and no thread is in it. torch imports the second as an
-optimizer is made."""
+"""The modules that the processes have imported: no memory of an optimizer and no thread is in them. torch imports the
+second as an optimizer is made."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the ranks tell rank 0 about what they have written: a few bytes each, however many tensors there are.
+"""Messages of the ranks to rank 0 about the files they have written: a few bytes each for any number of tensors.
 
 Each rank sends a record of one length: size and checksum of its file. A tensor's shape and dtype are sent by the rank
 that has written its beginning, and only if rank 0 has not seen them before. Ranges are not sent at all. Whether they

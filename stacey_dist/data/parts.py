@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 PROGRESS = "progress.json"
 ASIDE = ".damaged"
-"""What is put behind the name of a damaged part."""
+"""The suffix of the name of a damaged part."""
 SPLITS = ("train", "validation")
 
 PART_TOKENS = 2**29

@@ -1,4 +1,4 @@
-"""What a run will take before it is started: `stacey-dist plan`. See docs/how-to/plan.md."""
+"""Memory, communication and time of a run before it is started: `stacey-dist plan`. See docs/how-to/plan.md."""
 
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.model import Llama, llama

@@ -1,4 +1,4 @@
-"""What the forward pass of `LlamaForCausalLM` keeps for the backward pass, and what both need for a moment, in bytes.
+"""Bytes that the forward pass of `LlamaForCausalLM` keeps for the backward pass, and that both need for a moment.
 
 The formulas follow transformers' modeling_llama line by line, with torch's `scaled_dot_product_attention` (which
 keeps queries, keys, values, output and a logarithm a head, and no matrix of scores). They equal to the byte what

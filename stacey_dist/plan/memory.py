@@ -1,4 +1,4 @@
-"""What each engine keeps on a rank, in bytes: padding, dtypes and buffers as torch 2.13 and DeepSpeed 0.19 make them.
+"""Bytes that each engine keeps on a rank: padding, dtypes and buffers as torch 2.13 and DeepSpeed 0.19 make them.
 
 Every number here is compared with the live tensors of a run (`tests/plan/test_ranks.py`).
 """

@@ -1,4 +1,4 @@
-"""What keeps data from being waited for: the next update's are prepared by a thread, and copied beside the work."""
+"""Prepare the next update's data in a thread, and copy them to the device while it works."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """What a function makes for each update, made in a thread while the update before runs.
+    """Call a function for each update ahead of time: in a thread, while the update before runs.
 
     Args:
         make: makes it for the update at a position.

@@ -1,4 +1,4 @@
-"""What looks on while a run trains: `Callback`, and `Training`, which it is shown."""
+"""Callbacks, which are called while a run trains, and `Training`, the view of the run that they get."""
 
 import time
 from collections.abc import Iterable, Iterator

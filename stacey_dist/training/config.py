@@ -232,7 +232,7 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     samples: ClassVar[str] = "samples"
-    """What samples are called, as in "sequences"."""
+    """The name of samples, as in "sequences"."""
     changes_to_allow: ClassVar[tuple[str, ...]] = ()
     """Settings whose change makes it another run: resuming refuses it unless `checkpoint.allow_changes` names it. The
     data themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""

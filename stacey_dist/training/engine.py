@@ -39,7 +39,7 @@ class Update:
     """On the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm, and 1 where one of
     them is not finite, else 0. With 1 the update is skipped: weights and states are as they were."""
     requests: Requests
-    """What any process asked for."""
+    """The requests of all processes together."""
 
 
 class Engine:

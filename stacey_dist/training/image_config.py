@@ -42,7 +42,7 @@ class ImageModelConfig:
 
 @dataclass
 class ImageDataConfig:
-    """What to train on. Without path or dataset: drawn digits, 5 000 to train on and 1 000 held out."""
+    """The training data. Without path or dataset: drawn digits, 5 000 to train on and 1 000 held out."""
 
     path: str | None = None
     """An ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), parquet files as the hub has them, or CIFAR's own files."""

@@ -30,7 +30,7 @@ _CHUNK_ELSEWHERE = 1 << 22
 
 @dataclass(frozen=True)
 class Write:
-    """What is written into elements [start, stop) of a parameter: `values`, or `offset` + `scale` x random numbers."""
+    """A write into elements [start, stop) of a parameter: `values`, or `offset` + `scale` x random numbers."""
 
     start: int
     stop: int
@@ -42,7 +42,7 @@ class Write:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a model's parameters begin with.
+    """The initial values of a model's parameters.
 
     Attributes:
         seed: of the run.

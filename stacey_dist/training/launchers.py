@@ -28,7 +28,7 @@ C = TypeVar("C", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run of a launcher is built of.
+    """The parts that a run of a launcher is built of.
 
     Args:
         prepare_data: Find or prepare the run's data. Called by all processes together, as are the others; returns

@@ -41,7 +41,7 @@ class TokenBatch:
     labels: Tensor
     update_labels: int
     attention: dict[str, Any]
-    """What else the forward pass gets: see `Attention.arguments`."""
+    """Further arguments of the forward pass: see `Attention.arguments`."""
 
 
 class LanguageModeling:

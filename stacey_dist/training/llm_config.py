@@ -68,7 +68,7 @@ class CorpusConfig:
     text_column: str = "text"
     """The column or key that holds a document's text."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What a line or row without a valid text does: end the preparation, or be left out, counted and named."""
+    """A line or row without a valid text ends the preparation, or is skipped, counted and named."""
     max_tokens: PositiveInt | None = None
     """Training tokens to prepare at most. None: all."""
     validation_every: AtLeastTwo = 50
@@ -82,7 +82,7 @@ class SourceConfig(CorpusConfig):
     weight: PositiveFloat = 1.0
     """Its share of the training sequences, relative to the other sources' weights."""
     name: str | None = None
-    """What reports call it: letters, digits, _ and -. None: as its first file, or its dataset, is called."""
+    """The name in reports: letters, digits, _ and -. None: that of its first file, or of its dataset."""
 
     @property
     def label(self) -> str:
@@ -94,7 +94,7 @@ class SourceConfig(CorpusConfig):
 
 @dataclass
 class DataConfig(CorpusConfig):
-    """What to train on. Without files, dataset or sources: the documentation of Python's standard library."""
+    """The training data. Without files, dataset or sources: the documentation of Python's standard library."""
 
     sources: list[SourceConfig] = field(default_factory=list)
     """A mixture, as in '[{files: [a.jsonl], weight: 0.7}, {files: [b.txt], weight: 0.3}]'. A source has weight, name,

@@ -1,4 +1,4 @@
-"""What a run reports: the progress line, metrics.jsonl, the trackers."""
+"""Reports of a run: the progress line, metrics.jsonl, the trackers."""
 
 import time
 from typing import Any

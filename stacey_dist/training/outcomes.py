@@ -10,7 +10,7 @@ from stacey_dist.training.saving import Progress
 
 
 class Outcome(NamedTuple):
-    """What came of an update."""
+    """The outcome of an update."""
 
     loss: float
     grad_norm: float

@@ -1,4 +1,4 @@
-"""What torch's profiler sees of some updates, and which memory they take on a GPU."""
+"""Profile some updates with torch's profiler; on a GPU, their memory too."""
 
 import torch
 from torch.profiler import profile

@@ -35,7 +35,7 @@ th:first-child, td:first-child { text-align: left } svg { width: 100%; height: a
 
 @dataclass(frozen=True)
 class Record:
-    """What a run has left: its name on the page, its settings by their full names, its rows."""
+    """A run: its name on the page, its settings by their full names, its rows."""
 
     name: str
     settings: dict[str, Any]
@@ -48,7 +48,7 @@ class Record:
 
     @property
     def unit(self) -> str:
-        """What the run counts, as in "tokens"."""
+        """The unit of the run's data, as in "tokens"."""
         names = (name for row in self.training for name in row if name.endswith("_per_second"))
         return next(names, "units_per_second").removesuffix("_per_second")
 

@@ -1,4 +1,4 @@
-"""What processes ask of each other during a run, agreed on between their hosts: no device is waited for."""
+"""Requests of processes to each other during a run. Hosts agree on them, and wait for no device."""
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Requests:
-    """What one process asks of all; of an update: what any of them asked for, the same on each."""
+    """The requests of one process to all; of an update: those of any process, the same on each."""
 
     stop: bool = False
     """It was told to stop by a signal."""

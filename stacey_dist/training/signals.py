@@ -85,7 +85,7 @@ class StopSignal:
 
 
 class _State:
-    """What the listening thread knows of the main thread."""
+    """The listening thread's knowledge of the main thread."""
 
     def __init__(self) -> None:
         self.listening = False

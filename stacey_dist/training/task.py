@@ -1,4 +1,4 @@
-"""What the loop trains on: the interface of a task, and one for a data set of samples."""
+"""Tasks, on which the loop trains: the interface, and a task for a data set of samples."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +25,10 @@ class Task(Protocol):
     """
 
     unit: str = "samples"
-    """What the data is counted in, in the plural, as in "tokens"."""
+    """The unit in which data is counted, in the plural, as in "tokens"."""
 
     loss_label: str = "loss"
-    """What the loss is, for plots."""
+    """The name of the loss in plots."""
 
     flops_per_unit: float = 0.0
     """Floating-point operations of forward and backward on one unit, for the share of the device's peak speed; 0 where

@@ -17,7 +17,7 @@ from stacey_dist.errors import SettingsError
 
 @dataclass(frozen=True, repr=False)
 class Allowed:
-    """What a value has to be, besides being of its type.
+    """A condition on a value, besides its type.
 
     Args:
         words: completes "it must be".

@@ -16,7 +16,7 @@ from PIL import Image
 from stacey_dist.data.text import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is decoded, by content, whatever a file's name says. Pillow knows many more: for EPS it starts Ghostscript."""
+"""The formats that are decoded, told by content. Pillow knows many more: for EPS it starts Ghostscript."""
 
 MOST_PIXELS = 178_956_970
 """Of an image: Pillow's limit, twice the number from which on it warns of files made to fill the memory."""

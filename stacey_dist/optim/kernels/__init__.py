@@ -21,7 +21,7 @@ _DTYPES_OF_ROWS = frozenset(itertools.product(DTYPES, repeat=3))
 
 
 class Row(NamedTuple):
-    """What a kernel updates in place: one parameter's tensors, all of one shape, and its count of updates (int64)."""
+    """One parameter's tensors, all of one shape, which a kernel updates in place, and its count of updates (int64)."""
 
     weight: Tensor
     gradient: Tensor
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the rows of one launch have in common."""
+    """The settings that all rows of one launch share."""
 
     settings: StaceySettings
     stochastic: bool
