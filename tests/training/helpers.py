@@ -57,6 +57,15 @@ def write_config(directory, **changes):
     return path
 
 
+def write_config_of_others(directory, **changes):
+    """tiny.yaml without the numbers of a LLaMA, with little data and no warm-up: for models of other architectures."""
+    changes = {"data": {"sequence_length": 16, "max_tokens": 4000}, "schedule": {"warmup_steps": 0}} | changes
+    changes["train"] = {"heartbeat_timeout_seconds": None, **changes["train"]}
+    path = write_config(directory, **changes)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"model": {}}))
+    return path
+
+
 TINY_IMAGES = {
     "data": {"image_size": 12, "crop": "random_resized", "min_scale": 0.5, "eval_resize": 14, "mean": [0.5] * 3},
     "model": {"depth": 18, "width": 4},
@@ -183,6 +192,19 @@ def checkpoint(run_dir, step):
 # Where the sums of a batch are split differently, gradients differ in their last bits, and the bits that round z and
 # m with them; a p near 2 does not magnify that, and float32 states do not round.
 SMOOTH = ("--optimizer.p", "2.2", "--optimizer.lr", "0.05", "--optimizer.state_dtype", "float32")
+
+
+def samples(directory, processes):
+    """Return checksums of each update's samples, in the order of the processes that had them, by position.
+
+    tests/training/instrumented.py has written them.
+    """
+    found = {}
+    for rank in range(processes):
+        for line in (directory / f"samples.{rank}").read_text().splitlines():
+            position, ids = json.loads(line)
+            found.setdefault(position, []).extend(ids)
+    return found
 
 
 def assert_nearly_equal_runs(run, reference_run, final_evaluation=True):

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from stacey_dist.models.causal_lm import causal_config, new_model
 from stacey_dist.training.initial_weights import initial_weights
 from tests.models.architectures import ARCHITECTURES, described
 from tests.training.forked import Forked
-from tests.training.helpers import SMOOTH, assert_equal_checkpoints, checkpoint, training_rows, write_config
+from tests.training.helpers import SMOOTH, assert_equal_checkpoints, checkpoint, training_rows, write_config_of_others
 
 pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/in_turn.py"
@@ -23,14 +22,8 @@ RECOMPUTED = {"qwen3": "true", "llama": "selective", "gpt_neox": "selective", "m
 def prepared(tmp_path_factory):
     """A directory with the data, a configuration, and a config.json of each architecture."""
     directory = tmp_path_factory.mktemp("architectures")
-    config = write_config(
-        directory,
-        data={"sequence_length": 16, "max_tokens": 4000},
-        train={"max_steps": 4, "eval_every_steps": 4, "micro_batch_size": 4, "heartbeat_timeout_seconds": None},
-        schedule={"warmup_steps": 0},
-        checkpoint={"every_steps": 2},
-    )
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": {}}))
+    train = {"max_steps": 4, "eval_every_steps": 4, "micro_batch_size": 4}
+    config = write_config_of_others(directory, train=train, checkpoint={"every_steps": 2})
     for kind in ARCHITECTURES:
         (directory / f"{kind}.json").write_text(json.dumps(described(kind)))
     return directory, config

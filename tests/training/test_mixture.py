@@ -22,7 +22,7 @@ from stacey_dist.training import text_data
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig, SourceConfig
 from tests.training.forked import Forked
-from tests.training.helpers import SMOOTH, TINY, rows, training_rows, write_text
+from tests.training.helpers import SMOOTH, TINY, rows, samples, training_rows, write_text
 
 LENGTH, BATCH, END, HALF = 32, 8, 8, 4
 WEIGHTS = {"web": 0.75, "sums": 0.25}
@@ -79,16 +79,6 @@ def whole(mixture, tmp_path_factory):
     """Return the directory of a run that stayed on one process, and its output."""
     directory = tmp_path_factory.mktemp("whole")
     return directory, run(directory, mixture[1])
-
-
-def samples(directory, processes):
-    """Return the checksums of each update's samples, in the order of the processes that had them."""
-    found = {}
-    for rank in range(processes):
-        for line in (directory / f"samples.{rank}").read_text().splitlines():
-            position, ids = json.loads(line)
-            found.setdefault(position, []).extend(ids)
-    return found
 
 
 def tokens(config, name, split):

@@ -2,13 +2,12 @@
 
 import functools
 import itertools
-import json
 import shutil
 
 import pytest
 
 from tests.training.forked import Forked
-from tests.training.helpers import SMOOTH, training_rows, write_config, write_image_config
+from tests.training.helpers import SMOOTH, samples, training_rows, write_config, write_image_config
 
 pytestmark = pytest.mark.slow
 ENGINES = ["cpu", "cpu_ddp", "cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"]
@@ -16,9 +15,7 @@ HALF, END, BATCH = 10, 20, 24  # 1 to 4 processes have an even share: batch norm
 BEFORE = dict(zip(ENGINES, (1, 2, 3, 4, 3, 2, 4), strict=True))
 AFTER = dict(zip(ENGINES, (1, 4, 2, 3, 4, 3, 2), strict=True))
 RING = list(zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True))
-IN_CI = [
-    *(("train_llm", *pair) for pair in RING if pair[0] == "cpu_zero2"),
-]
+IN_CI = [("train_llm", *pair) for pair in RING if pair[0] == "cpu_zero2"]
 CASES = [
     pytest.param(launcher, *pair, marks=() if (launcher, *pair) in IN_CI else pytest.mark.exhaustive)
     for launcher in ("train_llm", "train_imagenet")
@@ -44,16 +41,6 @@ def run(configs, launcher, directory, engine, processes):
     ).wait()  # fmt: skip
     assert status == 0, output
     return output
-
-
-def samples(directory, processes):
-    """Return checksums of each update's samples, in the order of the processes that had them, by position."""
-    found = {}
-    for rank in range(processes):
-        for line in (directory / f"samples.{rank}").read_text().splitlines():
-            position, ids = json.loads(line)
-            found.setdefault(position, []).extend(ids)
-    return found
 
 
 @pytest.fixture(scope="module")

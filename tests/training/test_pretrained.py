@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +17,7 @@ from stacey_dist.training.initial_weights import initial_weights
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.text_data import tokenize
 from tests.models.architectures import described
-from tests.training.helpers import checkpoint, launch, rows, write_config
+from tests.training.helpers import checkpoint, launch, rows, write_config_of_others
 
 KIND = "mixtral"  # published with an expert in each tensor, where the model has all of them in one
 
@@ -27,14 +26,8 @@ KIND = "mixtral"  # published with an expert in each tensor, where the model has
 def published(tmp_path_factory):
     """A configuration, and directories of models with their tokenizers, as others publish them."""
     directory = tmp_path_factory.mktemp("published")
-    config = write_config(
-        directory,
-        data={"sequence_length": 16, "max_tokens": 4000},
-        train={"max_steps": 1, "eval_every_steps": 1, "heartbeat_timeout_seconds": None},
-        schedule={"warmup_steps": 0},
-        optimizer={"lr": 0.0, "tau": 0.0},
-    )
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": {}}))
+    train = {"max_steps": 1, "eval_every_steps": 1}
+    config = write_config_of_others(directory, train=train, optimizer={"lr": 0.0, "tau": 0.0})
     text = (directory / "text.txt").read_text().split("\n\n")
     for name, vocabulary in (("model", 390), ("extended", 405)):
         torch.manual_seed(1)
