@@ -38,12 +38,26 @@ def stand_in():
                 for line in lines:
                     if line["key"] == "file":
                         files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        del files[line["value"]["path"]]
                 self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"{address}/{name}/commit/0"})
             else:
                 self.answer(404, {"error": self.path})
 
         def do_GET(self):
-            self.answer(404, {"error": self.path})
+            name, _, rest = self.path.removeprefix("/api/models/").partition("/tree/")
+            if name not in repositories:
+                self.answer(404, {"error": self.path})
+                return
+            private, files = repositories[name]
+            if rest:
+                entries = [
+                    {"type": "file", "path": path, "size": len(content), "oid": ""} for path, content in files.items()
+                ]
+                self.answer(200, entries)
+            else:
+                siblings = [{"rfilename": path} for path in files]
+                self.answer(200, {"id": name, "private": private, "sha": "0" * 40, "siblings": siblings})
 
         def answer(self, status, content):
             text = json.dumps(content).encode()

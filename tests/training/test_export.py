@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_export, loader
 from stacey_dist.models.export_directory import MARKER
 from stacey_dist.training.config import HubConfig
-from stacey_dist.training.hub import check_upload
+from stacey_dist.training.hub import check_upload, push
 from stacey_dist.training.launchers import LLM
 from tests.training.helpers import launch, rows, write_config
 from tests.training.hub import TOKEN, stand_in
@@ -135,6 +136,34 @@ def test_an_upload_that_fails_costs_a_line(run):
     assert line.startswith("hub.push_to: not uploaded: ")
     assert line.endswith(f"; the model is complete in {directory / 'model'}; to upload it: {by_hand}")
     assert "model and tokenizer for transformers: " in output
+
+
+def upload(directory, **settings):
+    """Return what an upload of a directory to someone/tiny prints."""
+    printed = []
+    config = SimpleNamespace(hub=HubConfig(push_to="someone/tiny", **settings), train=SimpleNamespace(max_steps=1))
+    push(SimpleNamespace(config=config, say=printed.append, call_on_main=lambda function: function()), directory)
+    return "\n".join(printed)
+
+
+def test_a_later_upload_replaces_the_weights_and_a_private_model_stays_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (tmp_path / "model.safetensors").write_bytes(b"whole")
+    (tmp_path / "README.md").write_text("A model.")
+    with stand_in() as (address, repositories):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        assert upload(tmp_path) == f"uploaded to {address}/someone/tiny"
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+        assert upload(tmp_path) == f"uploaded to {address}/someone/tiny"
+        private, files = repositories["someone/tiny"]
+        assert not private
+        assert files == {"model-00001-of-00001.safetensors": b"whole", "README.md": b"A model."}
+        # The model is public now: what is to be private is not added to it.
+        (tmp_path / "README.md").write_text("A secret.")
+        output = upload(tmp_path, private=True)
+        assert output.startswith(f"hub.push_to: not uploaded: {address}/someone/tiny is public, and hub.private is true")
+        assert files["README.md"] == b"A model."
 
 
 def test_what_can_be_checked_is_checked_at_the_start(monkeypatch):
