@@ -16,6 +16,7 @@ import pytest
 
 from stacey_dist import extras
 from stacey_dist.cli import main
+from tests.shared import made_once
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -44,27 +45,24 @@ def copy_the_tests(*names, to):
         copy(ROOT / name, to / name)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Return (sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
-    out = tmp_path_factory.mktemp("built")
+def build(out):
     run(sys.executable, "-m", "build", "--installer", "uv", "--outdir", out, ROOT, env=without_the_source_tree())
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory):
+def built():
+    """Return (sdist, wheel): the wheel is built from the sdist, in an environment of its own."""
+    return made_once(build)
+
+
+def install(directory, *requirements):
     """Make a virtual environment with packages in the versions of constraints.txt; return its bin directory."""
-
-    def make(*requirements):
-        directory = tmp_path_factory.mktemp("environment")
-        run("uv", "venv", "--clear", "--python", sys.executable, directory)
-        install = ["uv", "pip", "install", "--python", directory, "-c", ROOT / "constraints.txt"]
-        run(*install, *requirements, env=without_the_source_tree())
-        run("uv", "pip", "check", "--python", directory)
-        return directory / "bin"
-
-    return make
+    run("uv", "venv", "--clear", "--python", sys.executable, directory)
+    constrained = ["uv", "pip", "install", "--python", directory, "-c", ROOT / "constraints.txt"]
+    run(*constrained, *requirements, env=without_the_source_tree())
+    run("uv", "pip", "check", "--python", directory)
+    return directory / "bin"
 
 
 @pytest.mark.slow
@@ -99,9 +97,9 @@ def test_the_sdist_has_what_builds_and_tests_it_and_nothing_else(built):
 
 
 @pytest.fixture(scope="module")
-def library_alone(built, bare):
+def library_alone(built):
     """Return the bin directory of an environment with the wheel, what it needs, and what its tests need."""
-    return bare(built[1], *TEST_TOOLS)
+    return made_once(install, str(built[1]), *TEST_TOOLS)
 
 
 CORE_TESTS = ("tests/optim", "tests/sharding", "tests/checkpoint")
@@ -148,8 +146,8 @@ def test_the_librarys_tests_pass_there(library_alone, tmp_path, tests):
         ("train,deepspeed", ["tests/training/test_engines.py", "-k", "trains_as_one_process"]),
     ],
 )
-def test_an_extra_runs_its_launchers(built, bare, tmp_path, extra, tests):
-    programs = bare(f"{built[1]}[{extra}]", *TEST_TOOLS)
+def test_an_extra_runs_its_launchers(built, tmp_path, extra, tests):
+    programs = install(tmp_path / "environment", f"{built[1]}[{extra}]", *TEST_TOOLS)
     copy_the_tests("tests", "configs", "train_llm.py", "train_imagenet.py", "pyproject.toml", to=tmp_path)
     run(programs / "pytest", "-n", "0", *tests, cwd=tmp_path, env=without_the_source_tree())
 

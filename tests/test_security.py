@@ -14,6 +14,7 @@ from stacey_dist.data import hub_source
 from stacey_dist.data.parts import INDEX, read_index
 from stacey_dist.data.tokenizer import load_pretrained
 from stacey_dist.errors import InputError, SettingsError
+from tests.shared import made_once
 from tests.training.helpers import launch, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -132,10 +133,7 @@ def test_an_index_of_tokens_names_no_code(tmp_path, trap):
     assert not marker.exists()
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return a run under a narrow umask, with secrets in its environment: (directory, what it printed)."""
-    directory = tmp_path_factory.mktemp("security")
+def train_with_secrets(directory):
     config = write_config(directory)
     secrets = {"WANDB_API_KEY": "0123456789" * 4, "HF_TOKEN": "hf_secretsecretsecret", "WANDB_MODE": "offline"}
     output = launch(
@@ -143,6 +141,12 @@ def run(tmp_path_factory):
         "--tracking.trackers", "wandb,tensorboard", program="tests/training/with_umask.py", **secrets,
     )  # fmt: skip
     return directory / "run", output, [secrets["WANDB_API_KEY"], secrets["HF_TOKEN"]]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Return a run under a narrow umask, with secrets in its environment: (directory, what it printed, the secrets)."""
+    return made_once(train_with_secrets)
 
 
 @pytest.mark.slow

@@ -86,10 +86,13 @@ def _plain(value: Any) -> Any:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
-    """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too."""
+    """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too.
+
+    An empty section has no settings; an empty mapping in a section is a setting's value.
+    """
     flat: dict[str, Any] = {}
     for name, value in nested.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (value or not prefix):
             flat.update(flatten(value, f"{prefix}{name}.", items=items))
         elif items and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             flat.update(flatten({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix, items=True))

@@ -1,6 +1,5 @@
 """From every engine to every engine, from N processes to M: weights, z, m and steps to the bit, and the way onward."""
 
-import functools
 import itertools
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from stacey_dist.sharding import fragments
 from tests.sharding.engines import Trainer, assert_equal, gather, that_run
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 CASE = "p2-stochastic"
@@ -89,18 +89,15 @@ def move_all(rank, world_size, in_ci, directory):
     return {pair: outcome(move, pair, directory) for pair in chosen}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("saved"))
+def save_everywhere(directory):
     for world_size in WORLD_SIZES:
-        failures = spawn(save_all, world_size, world_size, directory)
+        failures = spawn(save_all, world_size, world_size, str(directory))
         assert not any(failures.values()), failures
-    return directory
+    return str(directory)
 
 
-@pytest.fixture(scope="module")
-def outcomes(saved):
-    return functools.cache(lambda world_size, in_ci: spawn(move_all, world_size, world_size, in_ci, saved))
+def move_everything(_, world_size, in_ci):
+    return spawn(move_all, world_size, world_size, in_ci, made_once(save_everywhere))
 
 
 @pytest.mark.parametrize(
@@ -108,8 +105,8 @@ def outcomes(saved):
     [pytest.param(pair, marks=() if pair in IN_CI else pytest.mark.exhaustive) for pair in PAIRS],
     ids=" to ".join,
 )
-def test_a_checkpoint_goes_on_elsewhere(outcomes, pair):
-    failure = outcomes(world_sizes(pair)[1], pair in IN_CI)[pair]
+def test_a_checkpoint_goes_on_elsewhere(pair):
+    failure = made_once(move_everything, world_sizes(pair)[1], pair in IN_CI)[pair]
     assert failure is None, failure
 
 

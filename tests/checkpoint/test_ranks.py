@@ -28,6 +28,7 @@ from tests.checkpoint import messages
 from tests.sharding.engines import Trainer, assert_equal, gather, that_run
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings, one_process
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 CASE = "p2-stochastic"
@@ -239,13 +240,12 @@ def all_checks(rank, directory):
     return {name: outcome(check, Path(directory) / name) for name, check in CHECKS.items()}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return functools.cache(lambda world_size: spawn(all_checks, world_size, str(tmp_path_factory.mktemp("saved"))))
+def check_all(directory, world_size):
+    return spawn(all_checks, world_size, str(directory))
 
 
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_checkpoints_of_ranks(outcomes, world_size, name):
-    failure = outcomes(world_size)[name]
+def test_checkpoints_of_ranks(world_size, name):
+    failure = made_once(check_all, world_size)[name]
     assert failure is None, failure

@@ -1,6 +1,5 @@
 """Programs under `accelerate launch`: save_state, load_state, importing it, and engines that do not come up."""
 
-import functools
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
 from stacey_dist.training import launch
 from stacey_dist.training.llm_config import LLMConfig
+from tests.shared import made_once
 from tests.test_docs import tiny_llama
 from tests.training.forked import Forked
 
@@ -34,34 +34,27 @@ LAUNCHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Return a directory in which a launch of the program has saved, and what it printed."""
-
-    @functools.cache
-    def run(name):
-        engine, variables = LAUNCHES[name]
-        directory = tmp_path_factory.mktemp("saved")
-        program = "tests/sharding/accelerate_program.py"
-        output, status = Forked(directory, program=program, processes=2, engine=engine, **variables).wait()
-        assert status == 0, output[-5000:]
-        return directory, output
-
-    return run
+def save(directory, name):
+    """Launch the program, which saves in the directory; return the directory and what was printed."""
+    engine, variables = LAUNCHES[name]
+    program = "tests/sharding/accelerate_program.py"
+    output, status = Forked(directory, program=program, processes=2, engine=engine, **variables).wait()
+    assert status == 0, output[-5000:]
+    return directory, output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_save_state_and_load_state(saved, name):
-    _, output = saved(name)
+def test_save_state_and_load_state(name):
+    _, output = made_once(save, name)
     assert "rank 0 is as expected" in output
     assert "rank 1 is as expected" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_what_accelerate_saved_is_imported_to_the_bit(saved, tmp_path, capsys, name):
-    directory, _ = saved(name)
+def test_what_accelerate_saved_is_imported_to_the_bit(tmp_path, capsys, name):
+    directory, _ = made_once(save, name)
     config = tiny_llama(tie_word_embeddings=True).config
     config.save_pretrained(tmp_path / "model")
     out = tmp_path / "step_00000003"
@@ -98,8 +91,8 @@ class Bomb:
         ("fsdp2", "optimizer_0/.metadata", "builtins.print has no place in it"),
     ],
 )
-def test_an_importer_runs_nothing_that_is_in_a_file(saved, tmp_path, capsys, name, file, message):
-    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+def test_an_importer_runs_nothing_that_is_in_a_file(tmp_path, capsys, name, file, message):
+    shutil.copytree(made_once(save, name)[0] / "saved", tmp_path / "saved")
     target = tmp_path / "saved" / file
     if name == "fsdp2":
         target.write_bytes(pickle.dumps(Bomb()))
@@ -125,8 +118,8 @@ def test_an_importer_runs_nothing_that_is_in_a_file(saved, tmp_path, capsys, nam
     ],
 )
 @pytest.mark.parametrize("cut", [False, True])
-def test_an_importer_says_what_is_missing_or_cut_short(saved, tmp_path, capsys, name, file, cut):
-    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+def test_an_importer_says_what_is_missing_or_cut_short(tmp_path, capsys, name, file, cut):
+    shutil.copytree(made_once(save, name)[0] / "saved", tmp_path / "saved")
     target = tmp_path / "saved" / file
     content = target.read_bytes()
     target.unlink()
@@ -151,8 +144,8 @@ def test_an_importer_says_what_is_missing_or_cut_short(saved, tmp_path, capsys, 
         ("zero3", "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt", {"param_shapes": [{"a": (10**6,)}]}),
     ],
 )
-def test_an_importer_names_what_does_not_fit_together(saved, tmp_path, capsys, name, file, content):
-    shutil.copytree(saved(name)[0] / "saved", tmp_path / "saved")
+def test_an_importer_names_what_does_not_fit_together(tmp_path, capsys, name, file, content):
+    shutil.copytree(made_once(save, name)[0] / "saved", tmp_path / "saved")
     target = tmp_path / "saved" / file
     if isinstance(content, bytes):
         target.write_bytes(content)
@@ -169,11 +162,11 @@ def test_an_importer_names_what_does_not_fit_together(saved, tmp_path, capsys, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero3", "fsdp2"])
-def test_a_model_that_it_is_not_of_is_refused(saved, tmp_path, capsys, name):
+def test_a_model_that_it_is_not_of_is_refused(tmp_path, capsys, name):
     config = tiny_llama().config
     config.num_hidden_layers = 5
     config.save_pretrained(tmp_path / "model")
-    command_line = ["checkpoint", "import", str(saved(name)[0] / "saved"), str(tmp_path / "out")]
+    command_line = ["checkpoint", "import", str(made_once(save, name)[0] / "saved"), str(tmp_path / "out")]
     assert main([*command_line, "--model", str(tmp_path / "model")]) == 1
     assert "is a parameter of --model, but not in the files" in capsys.readouterr().err
 

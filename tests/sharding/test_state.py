@@ -22,6 +22,7 @@ from stacey_dist.sharding import fragments, state_bytes
 from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, LR, Awkward, gradients, group_settings, one_process, schedule
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 HALF, END = 6, 12
@@ -188,14 +189,13 @@ def all_checks(rank, directory):
     return {(engine, name): outcome(CHECKS[name], engine, directory) for engine in ENGINES for name in CHECKS}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return functools.cache(lambda world_size: spawn(all_checks, world_size, str(tmp_path_factory.mktemp("saved"))))
+def check_all(directory, world_size):
+    return spawn(all_checks, world_size, str(directory))
 
 
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_state(outcomes, world_size, engine, name):
-    failure = outcomes(world_size)[engine, name]
+def test_state(world_size, engine, name):
+    failure = made_once(check_all, world_size)[engine, name]
     assert failure is None, failure

@@ -19,6 +19,7 @@ from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkp
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments, refresh_weights
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 RANKS = 3
 
@@ -144,15 +145,15 @@ def all_checks(rank, directory):
     return results
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return spawn(all_checks, RANKS, str(tmp_path_factory.mktemp("unsupported")))
+def check_all(directory):
+    return spawn(all_checks, RANKS, str(directory))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_ranks(outcomes, name):
-    assert outcomes[name] is None, outcomes[name]
+def test_ranks(name):
+    failure = made_once(check_all)[name]
+    assert failure is None, failure
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`accelerate launch` in little time: processes forked from a server that has the imports done."""
 
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -14,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.shared import made_once
 from tests.training.hidden import HIDDEN, OFFLINE
 
 ROOT = Path(__file__).parents[2]
@@ -82,16 +82,16 @@ class Forked:
             return file.read(), (own or [code for code in codes if code] or [0])[0]
 
 
+def _save_environment(directory, engine):
+    launch = command(directory / "saved", processes=2, engine=engine, program="tests/training/save_environment.py")
+    subprocess.run(launch, env=environment(), check=True, capture_output=True)
+    return json.loads((directory / "saved.0").read_text())
+
+
 @functools.cache
 def _launched_environment(engine):
-    """Return what `accelerate launch` sets for a process; asked once for all of pytest's processes."""
-    saved = Path(os.environ["SHARED_BY_WORKERS"]) / engine
-    with open(f"{saved}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not Path(f"{saved}.0").exists():
-            launch = command(saved, processes=2, engine=engine, program="tests/training/save_environment.py")
-            subprocess.run(launch, env=environment(), check=True, capture_output=True)
-        launched = json.loads(Path(f"{saved}.0").read_text())
+    """Return what `accelerate launch` sets for a process."""
+    launched = made_once(_save_environment, engine)
     changed = {name: value for name, value in launched.items() if os.environ.get(name) != value}
     return {name: value for name, value in changed.items() if not name.startswith(("TORCHELASTIC_", "PYTEST_"))}
 

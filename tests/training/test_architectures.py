@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from stacey_dist.models.causal_lm import causal_config, new_model
 from stacey_dist.training.initial_weights import initial_weights
 from tests.models.architectures import ARCHITECTURES, described
+from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import SMOOTH, assert_equal_checkpoints, checkpoint, training_rows, write_config_of_others
 
@@ -18,10 +19,7 @@ PROGRAM = "tests/training/in_turn.py"
 RECOMPUTED = {"qwen3": "true", "llama": "selective", "gpt_neox": "selective", "mixtral": "selective"}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A directory with the data, a configuration, and a config.json of each architecture."""
-    directory = tmp_path_factory.mktemp("architectures")
+def prepare(directory):
     train = {"max_steps": 4, "eval_every_steps": 4, "micro_batch_size": 4}
     config = write_config_of_others(directory, train=train, checkpoint={"every_steps": 2})
     for kind in ARCHITECTURES:
@@ -29,11 +27,15 @@ def prepared(tmp_path_factory):
     return directory, config
 
 
-def run_all(prepared, engine, processes):
+@pytest.fixture(scope="module")
+def prepared():
+    """A directory with the data, a configuration, and a config.json of each architecture."""
+    return made_once(prepare)
+
+
+def run_all(place, prepared, engine, processes):
     """Train each architecture, and once more from the checkpoint in the middle; return where, and what was printed."""
     directory, config = prepared
-    place = directory / str(engine)
-    place.mkdir()
     runs = []
     for kind in ARCHITECTURES:
         own = ["--config", config, "--model.config", directory / f"{kind}.json", *SMOOTH]
@@ -53,7 +55,7 @@ def run_all(prepared, engine, processes):
 
 @pytest.fixture(scope="module")
 def one_process(prepared):
-    return run_all(prepared, None, 1)
+    return made_once(run_all, prepared, None, 1)
 
 
 def test_one_process_says_what_it_trains(one_process):
@@ -88,8 +90,8 @@ def test_one_process_begins_with_the_weights_of_the_seed_and_learns(one_process,
     "cpu_zero2", "cpu_fsdp2",
     *(pytest.param(engine, marks=pytest.mark.exhaustive) for engine in ("cpu_ddp", "cpu_zero_redundancy", "cpu_zero3")),
 ])  # fmt: skip
-def test_engines_train_as_one_process(prepared, one_process, engine):
-    place, _ = run_all(prepared, engine, 2)
+def test_engines_train_as_one_process(prepared, one_process, tmp_path, engine):
+    place, _ = run_all(tmp_path, prepared, engine, 2)
     for kind in ARCHITECTURES:
         whole, _ = torch.load(f"{one_process[0] / kind}.0.pt")
         made = 0

@@ -11,6 +11,7 @@ from stacey_dist.checkpoint import verify
 from stacey_dist.errors import SettingsError
 from stacey_dist.training import deepspeed_config
 from stacey_dist.training.llm_config import LLMConfig
+from tests.shared import made_once
 from tests.training.helpers import (
     SMOOTH,
     assert_equal_checkpoints,
@@ -39,13 +40,16 @@ CLIPPED = ("--train.max_grad_norm", "0.3")
 WATCHED = (*CLIPPED, "--tracking.histogram_every", "20")
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("one_process")
+def train_on_one(directory):
     config = write_config(directory)
     launch("--config", config, "--run_dir", directory / "run", *SMOOTH, *WATCHED)
     assert all(row["grad_norm"] > 0.3 for row in training_rows(directory / "run"))
     return directory, config
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return made_once(train_on_one)
 
 
 def on_engine(engine, *arguments, **options):

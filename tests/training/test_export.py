@@ -17,6 +17,7 @@ from stacey_dist.models.export_directory import MARKER
 from stacey_dist.training.config import HubConfig
 from stacey_dist.training.hub import check_upload, push
 from stacey_dist.training.launchers import LLM
+from tests.shared import made_once
 from tests.training.helpers import launch, rows, write_config
 from tests.training.hub import TOKEN, stand_in
 
@@ -24,10 +25,7 @@ PROGRAM = "tests/training/uploading.py"
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run whose documents are masked, uploaded: (directory, what it printed, what the hub has, the command)."""
-    directory = tmp_path_factory.mktemp("export")
+def train_and_upload(directory):
     config = write_config(
         directory,
         train={"max_steps": STEPS, "eval_every_steps": STEPS // 2},
@@ -40,6 +38,12 @@ def run(tmp_path_factory):
         output = launch(*command, program=PROGRAM, HF_ENDPOINT=address, HF_TOKEN=TOKEN)
         assert f"uploaded to {address}/someone/tiny" in output, output
     return directory / "run", output, repositories, command
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run whose documents are masked, uploaded: (directory, what it printed, what the hub has, the command)."""
+    return made_once(train_and_upload)
 
 
 def evaluations(directory):
@@ -128,9 +132,9 @@ def test_a_checkpoint_is_exported_with_what_its_run_has(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_upload_that_fails_costs_a_line(run):
-    directory, _, _, command = run
-    output = launch(*command, program=PROGRAM, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=TOKEN)
+def test_an_upload_that_fails_costs_a_line(run, tmp_path):
+    directory = shutil.copytree(run[0], tmp_path / "run")
+    output = launch(*run[3], "--run_dir", directory, program=PROGRAM, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=TOKEN)
     line = next(line for line in output.splitlines() if line.startswith("hub.push_to: "))
     by_hand = f"hf upload someone/tiny {directory / 'model'} . --exclude {MARKER}"
     assert line.startswith("hub.push_to: not uploaded: ")
@@ -162,7 +166,8 @@ def test_a_later_upload_replaces_the_weights_and_a_private_model_stays_so(tmp_pa
         # The model is public now: what is to be private is not added to it.
         (tmp_path / "README.md").write_text("A secret.")
         output = upload(tmp_path, private=True)
-        assert output.startswith(f"hub.push_to: not uploaded: {address}/someone/tiny is public, and hub.private is true")
+        reason = f"{address}/someone/tiny is public, and hub.private is true"
+        assert output.startswith(f"hub.push_to: not uploaded: {reason}; the model is complete in {tmp_path}")
         assert files["README.md"] == b"A model."
 
 

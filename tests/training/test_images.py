@@ -1,6 +1,5 @@
 """train_imagenet.py: exact evaluation, every engine, precisions, the best checkpoint, signals, what it exports."""
 
-import functools
 import io
 import json
 import shutil
@@ -19,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from stacey_dist.models import CifarResNet
 from stacey_dist.models.export import export_model
 from tests.ended import still_running
+from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import (
     CLASSES,
@@ -39,29 +39,27 @@ HELD_OUT = 11 + 12 + 13  # write_images' validation images, by class; no number 
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return write_image_config(tmp_path_factory.mktemp("images"))
+def config():
+    return made_once(write_image_config)
 
 
 def evaluations(run):
     return [row for row in rows(run) if "eval_top1" in row]
 
 
+def run_on(directory, config, engine, processes, *arguments):
+    """Make 20 updates on an engine; return the run directory and what was printed."""
+    output = launch(
+        "--config", config, "--run_dir", directory / "run", *SMOOTH, "--checkpoint.every_steps", 5,
+        "--checkpoint.keep_last", 9, *arguments, program=PROGRAM, processes=processes,
+        engine=None if processes == 1 else engine,
+    )  # fmt: skip
+    return directory / "run", output
+
+
 @pytest.fixture(scope="module")
-def on(config, tmp_path_factory):
-    """Return the run directory of 20 updates on an engine."""
-
-    @functools.cache
-    def run(engine, processes, *arguments):
-        directory = tmp_path_factory.mktemp(engine) / "run"
-        how = dict(processes=processes, engine=None if processes == 1 else engine)
-        output = launch(
-            "--config", config, "--run_dir", directory, *SMOOTH, "--checkpoint.every_steps", 5,
-            "--checkpoint.keep_last", 9, *arguments, program=PROGRAM, **how,
-        )  # fmt: skip
-        return directory, output
-
-    return run
+def on(config):
+    return lambda engine, processes, *arguments: made_once(run_on, config, engine, processes, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +98,7 @@ def test_an_engine_trains_as_one_process(on, engine):
 @pytest.mark.parametrize("engine", ["cpu_zero3", "cpu_fsdp2"])
 def test_a_resumed_run_has_the_same_weights_and_statistics(config, on, tmp_path, engine):
     whole, _ = on(engine, 2)
-    (tmp_path / "checkpoints").mkdir()
-    (whole / "checkpoints" / "step_00000010").rename(tmp_path / "checkpoints" / "step_00000010")
+    shutil.copytree(whole / "checkpoints" / "step_00000010", tmp_path / "checkpoints" / "step_00000010")
     output = launch(
         "--config", config, "--run_dir", tmp_path, *SMOOTH, "--data.workers", 2, program=PROGRAM, processes=2,
         engine=engine,
@@ -319,7 +316,7 @@ def test_bad_settings_are_one_line(config, tmp_path, arguments, message):
 
 
 def test_other_images_are_another_run(config, on, tmp_path):
-    run, _ = on("cpu", 1)
+    run = shutil.copytree(on("cpu", 1)[0], tmp_path / "run")
     changed = write_image_config(tmp_path, train={"max_steps": 30})
     write_images(tmp_path / "fewer", training=49)
     output = launch(

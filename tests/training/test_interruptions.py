@@ -11,6 +11,7 @@ import pytest
 from stacey_dist.checkpoint import find_checkpoints, verify
 from stacey_dist.checkpoint.compare import differences
 from stacey_dist.checkpoint.manifest import step_of
+from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import rows, training_rows, write_config
 
@@ -19,13 +20,17 @@ PROGRAM = "tests/training/instrumented.py"
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def prepare(directory):
     return write_config(
-        tmp_path_factory.mktemp("interruptions"),
+        directory,
         train={"max_steps": STEPS, "eval_every_steps": STEPS, "micro_batch_size": 2},
         checkpoint={"every_steps": 2},
     )
+
+
+@pytest.fixture(scope="module")
+def config():
+    return made_once(prepare)
 
 
 def start(config, run_dir, *arguments, engine="cpu_ddp", **variables):
@@ -33,13 +38,16 @@ def start(config, run_dir, *arguments, engine="cpu_ddp", **variables):
     return Forked(*arguments, program=PROGRAM, processes=2, engine=engine, **variables)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(config, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed")
+def train_undisturbed(directory, config):
     for engine in ("cpu_ddp", "cpu_zero2"):
         output, status = start(config, directory / engine, engine=engine).wait()
         assert status == 0, output
     return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config):
+    return made_once(train_undisturbed, config)
 
 
 def last(run_dir):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stacey_dist.checkpoint import verify
+from tests.shared import made_once
 from tests.training.forked import ROOT, environment
 from tests.training.helpers import (
     SMOOTH,
@@ -28,13 +29,16 @@ from tests.training.helpers import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Make 40 updates in one go; return (directory, its config)."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
+def train_in_one_go(directory):
     config = write_config(directory)
     output = launch("--config", config, "--run_dir", directory / "run", through_accelerate=True)
     return directory, config, output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Make 40 updates in one go; return (directory, its config, what it printed)."""
+    return made_once(train_in_one_go)
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
@@ -114,17 +118,18 @@ def test_ctrl_c_of_one_python_program_is_one_line(uninterrupted, tmp_path):
     assert output.startswith("1 process on cpu")
 
 
-def test_starting_a_complete_run_again_says_so(uninterrupted):
+def test_starting_a_complete_run_again_says_so(uninterrupted, tmp_path):
     directory, config, _ = uninterrupted
-    before = (directory / "run" / "metrics.jsonl").read_text()
-    output = launch("--config", config, "--run_dir", directory / "run")
+    run = shutil.copytree(directory / "run", tmp_path / "run")
+    before = (run / "metrics.jsonl").read_text()
+    output = launch("--config", config, "--run_dir", run)
     assert "is complete with 40 updates" in output
-    assert (directory / "run" / "metrics.jsonl").read_text() == before
+    assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_another_run_in_the_same_directory_is_refused(uninterrupted):
+def test_another_run_in_the_same_directory_is_refused(uninterrupted, tmp_path):
     directory, config, _ = uninterrupted
-    run = directory / "run"
+    run = shutil.copytree(directory / "run", tmp_path / "run")
     before = (run / "config.yaml").read_text()
     output = launch("--config", config, "--run_dir", run, "--seed", 1, "--model.num_hidden_layers", 3, expect=2)
     assert "is of another run" in output
@@ -162,30 +167,27 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     assert_equal_checkpoints(tmp_path / "run", directory / "run", 40)
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("one_process")
+def train_on_one(directory):
     config = write_config(directory)
     launch("--config", config, "--run_dir", directory / "run", *SMOOTH)
     return directory, config
 
 
 @pytest.fixture(scope="module")
-def two_processes(one_process, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("two_processes")
-    tracked = ("--tracking.trackers", "tensorboard")
-    launch(
-        "--config",
-        one_process[1],
-        "--run_dir",
-        directory / "run",
-        *SMOOTH,
-        *tracked,
-        processes=2,
-        through_accelerate=True,
-    )
-    assert (directory / "run" / "model" / "model.safetensors").exists()
-    return directory, one_process[1]
+def one_process():
+    return made_once(train_on_one)
+
+
+def train_on_two(directory, config):
+    run, tracked = directory / "run", ("--tracking.trackers", "tensorboard")
+    launch("--config", config, "--run_dir", run, *SMOOTH, *tracked, processes=2, through_accelerate=True)
+    assert (run / "model" / "model.safetensors").exists()
+    return directory, config
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process):
+    return made_once(train_on_two, one_process[1])
 
 
 def test_processes_change_only_the_order_of_sums(one_process, two_processes):

@@ -21,6 +21,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training import text_data
 from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig, SourceConfig
+from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import SMOOTH, TINY, rows, samples, training_rows, write_text
 
@@ -58,10 +59,13 @@ def opened(config):
     return text_data.prepare_data(run), "\n".join(said)
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("mixture")
+def prepare(directory):
     return directory, write_mixture(directory)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return made_once(prepare)
 
 
 def run(directory, config, *arguments, processes=1):
@@ -74,11 +78,14 @@ def run(directory, config, *arguments, processes=1):
     return output
 
 
+def train_on_one(directory, config):
+    return directory, run(directory, config)
+
+
 @pytest.fixture(scope="module")
-def whole(mixture, tmp_path_factory):
+def whole(mixture):
     """Return the directory of a run that stayed on one process, and its output."""
-    directory = tmp_path_factory.mktemp("whole")
-    return directory, run(directory, mixture[1])
+    return made_once(train_on_one, mixture[1])
 
 
 def tokens(config, name, split):

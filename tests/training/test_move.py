@@ -1,11 +1,11 @@
 """Both launchers go on from any engine on any other: the same samples, and the losses of the run that stayed."""
 
-import functools
 import itertools
 import shutil
 
 import pytest
 
+from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import SMOOTH, samples, training_rows, write_config, write_image_config
 
@@ -23,14 +23,20 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory):
+def prepare(directory):
     settings = dict(
         train={"max_steps": END, "global_batch_size": BATCH, "micro_batch_size": 2, "eval_every_steps": END},
         checkpoint={"every_steps": HALF},
     )
+    for launcher in ("train_llm", "train_imagenet"):
+        (directory / launcher).mkdir()
     write = {"train_llm": write_config, "train_imagenet": write_image_config}
-    return {launcher: write[launcher](tmp_path_factory.mktemp("move"), **settings) for launcher in write}
+    return {launcher: write[launcher](directory / launcher, **settings) for launcher in write}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    return made_once(prepare)
 
 
 def run(configs, launcher, directory, engine, processes):
@@ -43,17 +49,15 @@ def run(configs, launcher, directory, engine, processes):
     return output
 
 
+def train_on(directory, configs, launcher, engine):
+    """Make 20 updates on one engine; return the directory."""
+    run(configs, launcher, directory / "run", engine, BEFORE[engine])
+    return directory
+
+
 @pytest.fixture(scope="module")
-def stayed(configs, tmp_path_factory):
-    """Return the directory of a run of 20 updates on one engine."""
-
-    @functools.cache
-    def run_on(launcher, engine):
-        directory = tmp_path_factory.mktemp(engine)
-        run(configs, launcher, directory / "run", engine, BEFORE[engine])
-        return directory
-
-    return run_on
+def stayed(configs):
+    return lambda launcher, engine: made_once(train_on, configs, launcher, engine)
 
 
 @pytest.mark.parametrize(("launcher", "before", "after"), CASES)

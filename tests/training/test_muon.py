@@ -13,6 +13,7 @@ from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConf
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.muon import hidden_matrices
 from stacey_dist.training.optimizers import build_optimizer, check_engine, scheduled
+from tests.shared import made_once
 from tests.training.helpers import (
     assert_equal_checkpoints,
     checkpoint,
@@ -153,13 +154,16 @@ def test_ademamix_counts_updates_and_warms_up_over_the_run():
         assert group["weight_decouple"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("muon")
+def train_without_a_stop(directory):
     config = write_config(directory, train={"max_steps": 20, "eval_every_steps": 20}, checkpoint={"every_steps": 10})
     for name in ("muon", "ademamix"):
         launch("--config", config, "--optimizer.name", name, "--run_dir", directory / name)
     return directory, config
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return made_once(train_without_a_stop)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared import made_once
 from tests.training.forked import ROOT, environment
 from tests.training.helpers import SMOOTH, assert_equal_checkpoints, launch, rows, training_rows
 
@@ -22,15 +23,18 @@ OPTIONS = (
 LINES = {1, 10, 20, 30, 40}  # updates whose line is due
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The program on one process, with a callback and a profile: (directory, output)."""
-    directory = tmp_path_factory.mktemp("own")
+def train_on_one(directory):
     profiled = ("--train.profile", "5,6")
     output = launch(
         *OPTIONS, *profiled, "--run_dir", directory / "run", program=PROGRAM, EVENTS=directory / "events"
     )  # fmt: skip
     return directory, output
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The program on one process, with a callback and a profile: (directory, output)."""
+    return made_once(train_on_one)
 
 
 def events(path, *wanted):

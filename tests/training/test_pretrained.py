@@ -17,15 +17,13 @@ from stacey_dist.training.initial_weights import initial_weights
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.text_data import tokenize
 from tests.models.architectures import described
+from tests.shared import made_once
 from tests.training.helpers import checkpoint, launch, rows, write_config_of_others
 
 KIND = "mixtral"  # published with an expert in each tensor, where the model has all of them in one
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A configuration, and directories of models with their tokenizers, as others publish them."""
-    directory = tmp_path_factory.mktemp("published")
+def publish(directory):
     train = {"max_steps": 1, "eval_every_steps": 1}
     config = write_config_of_others(directory, train=train, optimizer={"lr": 0.0, "tau": 0.0})
     text = (directory / "text.txt").read_text().split("\n\n")
@@ -35,6 +33,12 @@ def published(tmp_path_factory):
         train_sentencepiece(text, vocabulary, directory / f"{name}-tokenizer").save(directory / name)
         (directory / name / "pytorch_model.bin").write_bytes(b"a pickle")
     return directory, config
+
+
+@pytest.fixture(scope="module")
+def published():
+    """A configuration, and directories of models with their tokenizers, as others publish them."""
+    return made_once(publish)
 
 
 def weights_of(path):

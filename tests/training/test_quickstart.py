@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stacey_dist.data.source import embedded_source
+from tests.shared import made_once
 from tests.test_docs import run as run_example
 from tests.training.helpers import launch_as_typed, rows
 
@@ -16,13 +17,16 @@ pytestmark = pytest.mark.slow
 HELD_OUT_LOSS_BOUND = 6.3
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """`accelerate launch train_llm.py` for 40 updates in an empty directory: (run directory, what it printed)."""
-    directory = tmp_path_factory.mktemp("quickstart")
+def launch_quickstart(directory):
     often = ("--train.eval_every_steps", "20", "--checkpoint.every_steps", "20")
     output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "40", *often)
     return directory / "runs" / "quickstart", output
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """`accelerate launch train_llm.py` for 40 updates in an empty directory: (run directory, what it printed)."""
+    return made_once(launch_quickstart)
 
 
 def test_it_learns_and_says_where_everything_is(quickstart):

@@ -205,6 +205,8 @@ FILES = [
     ("model: {depth: 18}", "unknown setting model.depth; it is one of train_imagenet.py"),
     ("", "must hold settings"),
     ("data: {sources: 3}", "data.sources: 3 is not allowed; it must be a list, each settings: files, "),
+    ("data: {sources: {}}", "data.sources: {} is not allowed; it must be a list, each settings: files, "),
+    ("data: {files: {}}", "data.files: {} is not allowed; it must be a list, each text"),
     ("data: {sources: [{weight: null}]}", "data.sources[0].weight: null is not allowed; it must be a number"),
 ]
 
