@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from measure import show
 from scale_data import image_starts, parts, preparing
+from scale_heartbeats import heartbeats
 
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint.collectives import rank0_call
@@ -180,7 +181,7 @@ def headers() -> None:
     show("Headers of the processes' files", head, *rows)
 
 
-TABLES = (resume, saving, headers, parts, preparing, image_starts)
+TABLES = (resume, saving, headers, heartbeats, parts, preparing, image_starts)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

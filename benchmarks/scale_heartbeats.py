@@ -1,0 +1,86 @@
+"""The table of scale.py about heartbeats: the code of thousands of processes, in a few processes of one machine."""
+
+import os
+import resource
+import threading
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from measure import show
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from stacey_dist.training.heartbeat import Heartbeat
+from stacey_dist.training.open_files import raise_limits
+
+_IN_ONE = 512  # heartbeats in a process: each has two connections
+_ROUNDS = 5
+
+
+class _NoThread:
+    """In place of a thread: rounds are made when the benchmark asks for them."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+
+def _beat(connection: Connection, ranks: range, count: int) -> None:
+    """Make the heartbeats of `ranks`, then a round of each whenever told to; answer with the seconds of processor."""
+    threading.Thread = _NoThread  # type: ignore[assignment, misc]
+    address = "127.0.0.1", connection.recv()
+    beats = [Heartbeat(rank, count, 30.0, address) for rank in ranks]
+    connection.send(0.0)
+    while connection.recv():
+        begin = time.process_time()
+        for beat in beats:
+            beat._round(1.0)
+        connection.send(time.process_time() - begin)
+    os._exit(0)
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def heartbeats(counts: tuple[int, ...] = (1024, 2048, 4096)) -> None:
+    """What one round of heartbeats, which is made each second, costs the store and the processes."""
+    context = get_context("fork")
+    rows = []
+    for count in counts:
+        raise_limits(count, heartbeat=True)
+        bounds = [0, 1, *range(_IN_ONE, count, _IN_ONE), count]
+        pipes = [context.Pipe() for _ in bounds[1:]]
+        processes = [
+            context.Process(target=_beat, args=(pipe[1], range(first, last), count))
+            for pipe, first, last in zip(pipes, bounds, bounds[1:], strict=False)
+        ]
+        for process in processes:
+            process.start()
+        before, begun = _open_files(), time.perf_counter()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ours = [pipe[0] for pipe in pipes]
+        for each in ours:  # the first is process 0, which the others ask for its host
+            each.send(store.port)
+            each.recv()
+        joined, opened = time.perf_counter() - begun, _open_files() - before
+        seconds, begin = [0.0] * len(ours), time.process_time()
+        for _ in range(_ROUNDS):
+            for each in ours:
+                each.send(True)
+            seconds = [total + each.recv() for total, each in zip(seconds, ours, strict=True)]
+        served = time.process_time() - begin
+        for each in ours:
+            each.send(False)
+        for process in processes:
+            process.join()
+        first, others = 1000 * seconds[0] / _ROUNDS, 1000 * sum(seconds[1:]) / _ROUNDS / (count - 1)
+        rows.append((count, opened, joined, 1000 * served / _ROUNDS, first, others))
+        del store
+    head = ("processes", "connections of the store", "s to join", "ms a round: the store", "process 0", "another")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    show(f"Heartbeats, a round a second (limit of open files: {limit})", head, *rows)
