@@ -20,7 +20,7 @@ from stacey_dist.checkpoint.manifest import (
     says_finite,
     verify,
 )
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.files import printable, read_json
 
 
@@ -208,7 +208,7 @@ def _build_shell(path: Path) -> Any:
 
         return build_shell(config)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--model {path}: {(str(error).strip().splitlines() or [''])[0]}") from error
+        raise SettingsError(f"--model {path}: {first_line(error)}") from error
 
 
 def _summary(manifest: dict[str, Any]) -> str:

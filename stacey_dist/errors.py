@@ -40,6 +40,16 @@ def unknown(setting: str, value: str, known: Collection[str], *, spelled: str, c
     return SettingsError(f"{setting}: {value} is not known; {hint}there are {', '.join(known)}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)[:300]}" if str(error).strip() else type(error).__name__
+
+
 @contextmanager
 def settings_errors(settings: Mapping[str, str]) -> Iterator[None]:
     """Raise an `InputError` as a `SettingsError` that names the user's settings in place of arguments.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -73,6 +74,10 @@ def test_a_number_of_others_is_no_html(runs, tmp_path):
 def test_what_is_no_run_and_what_is_no_report_are_refused(runs, tmp_path, capsys):
     assert main(["report", runs[0], str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none'} is no run's directory: it has no metrics.jsonl with rows" in capsys.readouterr().err
+    shutil.copytree(runs[0], tmp_path / "a")
+    (tmp_path / "a" / "config.yaml").write_text("- 1")
+    assert main(["report", str(tmp_path / "a")]) == 2
+    assert f"{tmp_path / 'a' / 'config.yaml'}: it must hold settings, not list" in capsys.readouterr().err
     (tmp_path / "notes.html").write_text("<p>mine")
     assert main(["report", runs[0], "--output", str(tmp_path / "notes.html")]) == 2
     assert "is there and no report; give another file" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
 from stacey_dist.data.paths import expand_files, literal_directory
-from stacey_dist.data.text import ENDINGS, BadRecord, Document, Records, document_of, one_line, read_records
-from stacey_dist.errors import InputError
+from stacey_dist.data.text import ENDINGS, BadRecord, Document, Records, document_of, read_records
+from stacey_dist.errors import InputError, one_line
 
 OnBadRecord = Literal["error", "skip"]
 

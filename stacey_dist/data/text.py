@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.errors import InputError
+from stacey_dist.errors import InputError, one_line
 
 PLAIN_TEXT_DOCUMENT = 8 * 1024
 """Plain text is cut at the first blank line after this many characters."""
@@ -110,12 +110,6 @@ def document_of(
     else:
         wrong = f"column {column!r} holds {type(text).__name__}, not a string"
     return BadRecord(f"{name}, {where}: {wrong}", place)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _names(columns: Any) -> str:

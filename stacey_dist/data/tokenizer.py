@@ -10,8 +10,7 @@ from typing import Any, Protocol
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
 from stacey_dist.data.special import read_literally, special_tokens, spelled
-from stacey_dist.data.text import one_line
-from stacey_dist.errors import InputError
+from stacey_dist.errors import InputError, one_line
 from stacey_dist.files import replace_file
 
 TRAINING_TEXT = 20_000_000

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from stacey_dist.errors import InputError
+from stacey_dist.errors import InputError, first_line
 from stacey_dist.files import check_regular, read_json
-from stacey_dist.models.untrusted_config import first_line, without_code, without_network
+from stacey_dist.models.untrusted_config import without_code, without_network
 
 CAUSAL = "causal_sdpa"
 """transformers' "sdpa" without its mask, which `stacey_dist.training.attention` registers."""

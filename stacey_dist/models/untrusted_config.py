@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from stacey_dist.errors import first_line
+
 # Names of code, kernels and quantizers, each of which transformers would import or fetch.
 _LEFT_OUT = {
     "_attn_implementation",
@@ -64,11 +66,6 @@ def build_shell(described: Any, name: Any = None) -> Any:
             return _build(without_code(described), name)
     except Exception as error:  # of many kinds, as configurations can hold anything
         raise ValueError(first_line(error)) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(described: dict[str, Any], name: Any) -> Any:

@@ -185,7 +185,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _engine(options: argparse.Namespace) -> str:
-    name = options.engine or ("single" if options.nodes * options.gpus_per_node == 1 else "fsdp2")
+    several = "ddp" if options.search else "fsdp2"  # a search begins with an engine that every optimizer runs on
+    name = options.engine or ("single" if options.nodes * options.gpus_per_node == 1 else several)
     if name not in ENGINES:
         raise unknown("--engine", name, ENGINES, spelled=name.lower().replace("-", "_"), cutoff=0.4)
     if options.offload and name not in ("zero3", "zero3_offload"):

@@ -140,4 +140,5 @@ class Job:
 
     def with_adamw(self) -> "Job":
         """Return the same job with AdamW in place of the optimizer."""
-        return replace(self, config=replace(self.config, optimizer=OptimizerConfig(name="adamw")))
+        adamw = OptimizerConfig("adamw", decay_norms_and_biases=self.config.optimizer.decay_norms_and_biases)
+        return replace(self, config=replace(self.config, optimizer=adamw))

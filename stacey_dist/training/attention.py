@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stacey_dist.data import documents
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.models.causal_lm import CAUSAL, attention_of, attention_spans, takes_any_mask
 from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.run import Run
@@ -99,7 +99,7 @@ def check_attention(run: Run[LLMConfig]) -> None:
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except Exception as error:  # it may be there and not fit torch
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         allowed = f"flash_attn cannot be imported ({line}); pip install flash-attn --no-build-isolation, or use sdpa"
         raise SettingsError(f"model.attention: {name} is not allowed; {allowed}") from error
     check(device == "cuda", "model.attention", name, f"it runs on GPUs, not on {device}")

@@ -121,13 +121,8 @@ def _evaluation(step: Any, run: Path | None) -> str:
     found = [row for row in rows if "eval_loss" in row and row["step"] == step]
     if not found:
         return f"{_UNKNOWN}: no evaluation of this update is in metrics.jsonl of the run directory"
-    return ", ".join(
-        f"{key} {value:.4g}" for key, value in found[-1].items() if key[:5] == "eval_" and _is_number(value)
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    figures = {key: value for key, value in found[-1].items() if key[:5] == "eval_"}
+    return ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, (int, float)))
 
 
 def _shown(value: Any) -> Any:

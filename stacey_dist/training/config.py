@@ -3,6 +3,7 @@
 What only one of them has is in `llm_config.py` and `image_config.py`, and so are the defaults that differ from these.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -251,10 +252,15 @@ class RunConfig:
             missing = f"{tracker} is not installed; {install_line(tracker)}"
             check(is_installed(tracker), "tracking.trackers", tracker, missing)
         first, last = self.train.profile or (1, 1)
-        check(first <= last, "train.profile", [first, last], "its first update must not be after its last one")
+        self.require(first <= last, "train.profile", "its first update must not be after its last one")
         if self.train.epochs is None:
             check_schedule(self)
         split_batch(self.train, processes=1)
+
+    def require(self, condition: bool, setting: str, allowed: str) -> None:
+        """Raise SettingsError naming a setting, its value and what is allowed, unless `condition` holds."""
+        value = functools.reduce(getattr, setting.split("."), self)
+        check(condition, setting, list(value) if isinstance(value, tuple) else value, allowed)
 
     @property
     def weights_dtype(self) -> str:
@@ -291,9 +297,9 @@ def check_schedule(config: RunConfig) -> None:
     schedule, last = config.schedule, config.train.max_steps
     warmup = schedule.warmup_updates(last)
     allowed = f"it must be at most train.max_steps = {last}"
-    check(warmup <= last, "schedule.warmup_steps", schedule.warmup_steps, allowed)
+    config.require(warmup <= last, "schedule.warmup_steps", allowed)
     allowed = f"it must be at most {last - warmup}, train.max_steps without the warm-up"
-    check(schedule.decay_updates(last) <= last - warmup, "schedule.decay_steps", schedule.decay_steps, allowed)
+    config.require(schedule.decay_updates(last) <= last - warmup, "schedule.decay_steps", allowed)
 
 
 def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
@@ -328,9 +334,5 @@ def _check_checkpoint(checkpoint: CheckpointConfig, changes_to_allow: tuple[str,
     for name in checkpoint.allow_changes:
         check(name in changes_to_allow, "checkpoint.allow_changes", name, f"it may name {', '.join(changes_to_allow)}")
     source = checkpoint.resume_from
-    check(
-        source is None or checkpoint.resume != "never",
-        "checkpoint.resume",
-        checkpoint.resume,
-        f"checkpoint.resume_from = {source} has to be resumed, now and when the run was interrupted",
-    )
+    allowed = f"checkpoint.resume_from = {source} has to be resumed, now and when the run was interrupted"
+    check(source is None or checkpoint.resume != "never", "checkpoint.resume", checkpoint.resume, allowed)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.checkpoint.manifest import step_of
 from stacey_dist.training.config import RunConfig, ScheduleConfig
 from stacey_dist.training.optimizers import lr_share, scheduled
 
@@ -53,7 +54,10 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
     if schedule.name == "wsd" and kept is not None:
         about = "from before the decay"
         options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
-    elif schedule.name == "constant":
+        if schedule.final_p is not None:
+            p = scheduled(config, step_of(kept))["p"]
+            options |= {"optimizer.p": f"{p:.6g}", "schedule.final_p": "null"}
+    elif schedule.name == "constant" and schedule.final_p is None:
         about = "at the same lr"
     elif share == 0.0:
         about = "from the beginning, for the lr has come down to 0"

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from stacey_dist.errors import one_line
 from stacey_dist.training import rendezvous
 
 EXIT_STATUS = 75
@@ -95,7 +96,7 @@ class Heartbeat:
 
         Does not return if another process is the cause.
         """
-        line = f"rank {self.rank} on {self.host} failed: {summary(error)}"
+        line = f"rank {self.rank} on {self.host} failed: {one_line(error)}"
         if is_by_another(error):
             # The launcher stops its processes when one has died; until that one is named, this one stays.
             handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -107,7 +108,7 @@ class Heartbeat:
         with contextlib.suppress(dist.DistError):
             first, found = (True, line) if self._gone() else self._agree(line)
             if not first:
-                if summary(error) not in found:
+                if one_line(error) not in found:
                     say(line)
                 return False
         return True
@@ -246,11 +247,6 @@ def is_by_another(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and bool(_BY_ANOTHER.search(str(error)))
     )
-
-
-def summary(error: Exception) -> str:
-    """Return the error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def say(line: str) -> None:

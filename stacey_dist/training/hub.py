@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.errors import SettingsError
+from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.models.export_directory import MARKER
 from stacey_dist.training.config import HubConfig
 from stacey_dist.training.run import Run
@@ -53,8 +53,8 @@ def push(run: Run[Any], directory: Path) -> None:
             )
             return f"uploaded to {place}"
         except Exception as error:  # of many kinds: the network, the hub's answers, its client's checks
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             command = shlex.join(["hf", "upload", str(hub.push_to), str(directory), ".", "--exclude", MARKER])
-            return f"hub.push_to: not uploaded: {line}; the model is complete in {directory}; to upload it: {command}"
+            complete = f"the model is complete in {directory}; to upload it: {command}"
+            return f"hub.push_to: not uploaded: {first_line(error)}; {complete}"
 
     run.say(run.call_on_main(upload))

@@ -20,7 +20,6 @@ from stacey_dist.training.value_types import (
     PositiveInt,
     PositiveShare,
     ShareBelowOne,
-    check,
 )
 
 
@@ -129,40 +128,21 @@ class ImageConfig(RunConfig):
 
     def check_rules(self) -> None:
         """Raise SettingsError for values that do not go together."""
-        name = self.optimizer.name
-        check(
-            name in self.optimizer.defaults or name == "stacey",
-            "optimizer.name",
-            name,
-            "it is for language models here",
-        )
+        name, data = self.optimizer.name, self.data
+        known = name in self.optimizer.defaults or name == "stacey"
+        self.require(known, "optimizer.name", "it is for language models here")
         super().check_rules()
-        data = self.data
-        check(
-            not (data.path and data.dataset),
-            "data.dataset",
-            data.dataset,
-            "give either data.path or data.dataset, not both (--data.dataset null)",
-        )
-        check(
-            data.eval_resize is not None or data.crop != "random_resized",
-            "data.eval_resize",
-            None,
+        allowed = "give either data.path or data.dataset, not both (--data.dataset null)"
+        self.require(not (data.path and data.dataset), "data.dataset", allowed)
+        allowed = (
             "data.crop random_resized needs it, as in 256 for images of 224; at least data.image_size "
-            f"({data.image_size})",
+            f"({data.image_size})"
         )
-        check(
-            data.eval_resize is None or data.eval_resize >= data.image_size,
-            "data.eval_resize",
-            data.eval_resize,
-            f"it must be at least data.image_size = {data.image_size}",
-        )
-        check(
-            not self.train.gradient_checkpointing,
-            "train.gradient_checkpointing",
-            self.train.gradient_checkpointing,
-            "transformers' ResNet has none; a smaller train.micro_batch_size saves memory",
-        )
+        self.require(data.eval_resize is not None or data.crop != "random_resized", "data.eval_resize", allowed)
+        allowed = f"it must be at least data.image_size = {data.image_size}"
+        self.require(data.eval_resize is None or data.eval_resize >= data.image_size, "data.eval_resize", allowed)
+        allowed = "transformers' ResNet has none; a smaller train.micro_batch_size saves memory"
+        self.require(not self.train.gradient_checkpointing, "train.gradient_checkpointing", allowed)
 
     def layer_classes(self) -> set[str]:
         """Return the names of the classes of the model's layers."""

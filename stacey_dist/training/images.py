@@ -35,6 +35,7 @@ from stacey_dist.training.launchers import Parts
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
 from stacey_dist.training.signals import stop_requested
+from stacey_dist.training.task import Task
 from stacey_dist.training.value_types import check
 
 _OF_DATA = (
@@ -123,7 +124,7 @@ def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
     return resnet
 
 
-class ImageClassification:
+class ImageClassification(Task):
     """Classification of images: the `Task` of `train_imagenet.py`."""
 
     unit = "images"
@@ -165,10 +166,6 @@ class ImageClassification:
         with settings_errors(SETTINGS):
             for batch in self._loader.micro_batches(position):
                 yield self._on_device(batch)
-
-    def units(self, position: int) -> int:
-        """Return the images of the update."""
-        return self.batch_size
 
     def loss(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Return the micro-batch's summed cross-entropy over the number of images in the whole update."""

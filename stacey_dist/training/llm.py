@@ -27,6 +27,7 @@ from stacey_dist.training.llm_model import build_model
 from stacey_dist.training.run import Run
 from stacey_dist.training.samples import Samples, try_sample
 from stacey_dist.training.saving import export
+from stacey_dist.training.task import Task
 from stacey_dist.training.text_data import TextData, prepare_data
 
 _COMPARED_WINDOWS = 1024
@@ -44,7 +45,7 @@ class TokenBatch:
     """Further arguments of the forward pass: see `Attention.arguments`."""
 
 
-class LanguageModeling:
+class LanguageModeling(Task):
     """Next-token prediction over packed windows: the `Task` of `train_llm.py`."""
 
     unit = "tokens"
@@ -138,10 +139,6 @@ class LanguageModeling:
             for corpus, total in zip(self.data.corpora, sums, strict=True)
             if corpus.name
         }
-
-    def score(self, figures: dict[str, float]) -> float:
-        """Return the negative loss."""
-        return -figures["eval_loss"]
 
     def close(self) -> None:
         """End the thread that reads ahead."""

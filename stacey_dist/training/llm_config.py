@@ -155,13 +155,8 @@ class LLMConfig(RunConfig):
         for prefix, corpus in self.data.corpora().items():
             _check_corpus(corpus, prefix)
         _check_sources(self.data)
-        tokenizer = self.tokenizer
-        check(
-            not (tokenizer.name and tokenizer.file),
-            "tokenizer.file",
-            tokenizer.file,
-            "give either tokenizer.name or tokenizer.file, not both",
-        )
+        both = self.tokenizer.name and self.tokenizer.file
+        self.require(not both, "tokenizer.file", "give either tokenizer.name or tokenizer.file, not both")
 
     @property
     def weights_dtype(self) -> str:
@@ -202,18 +197,10 @@ def described_model(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def _check_corpus(corpus: CorpusConfig, prefix: str) -> None:
-    check(
-        not (corpus.files and corpus.dataset),
-        f"{prefix}dataset",
-        corpus.dataset,
-        f"give either {prefix}files or {prefix}dataset, not both (null is no dataset)",
-    )
-    check(
-        bool(corpus.files) or not corpus.validation_files,
-        f"{prefix}validation_files",
-        corpus.validation_files,
-        f"it goes with {prefix}files",
-    )
+    allowed = f"give either {prefix}files or {prefix}dataset, not both (null is no dataset)"
+    check(not (corpus.files and corpus.dataset), f"{prefix}dataset", corpus.dataset, allowed)
+    alone = corpus.validation_files and not corpus.files
+    check(not alone, f"{prefix}validation_files", corpus.validation_files, f"it goes with {prefix}files")
 
 
 def _check_sources(data: DataConfig) -> None:
@@ -229,18 +216,10 @@ def _check_sources(data: DataConfig) -> None:
     for i, (source, label, share) in enumerate(zip(data.sources, labels, shares, strict=True)):
         name = f"data.sources[{i}]"
         check(bool(source.files or source.dataset), f"{name}.files", source.files, f"give it, or {name}.dataset")
-        check(
-            re.fullmatch(r"[A-Za-z0-9_-]+", label) is not None,
-            f"{name}.name",
-            repr(label),
-            "it must be of letters, digits, _ and -",
-        )
-        check(
-            label not in labels[:i],
-            f"{name}.name",
-            label,
-            f"data.sources[{labels.index(label)}] has that name, too; give each source another",
-        )
+        plain = re.fullmatch(r"[A-Za-z0-9_-]+", label) is not None
+        check(plain, f"{name}.name", repr(label), "it must be of letters, digits, _ and -")
+        allowed = f"data.sources[{labels.index(label)}] has that name, too; give each source another"
+        check(label not in labels[:i], f"{name}.name", label, allowed)
         check(share > 0, f"{name}.weight", source.weight, f"it must be at least 1/{LARGEST_PERIOD} of all weights")
 
 
@@ -249,82 +228,45 @@ def _check_model(config: LLMConfig) -> None:
     other = next((name for name in ("config", "pretrained") if getattr(model, name)), None)
     if other is None:
         _check_numbers(config)
-    check(
-        not (model.config and model.pretrained), "model.config", model.config, "give it or model.pretrained, not both"
-    )
+    both = model.config and model.pretrained
+    config.require(not both, "model.config", "give it or model.pretrained, not both")
     for setting in fields(model):
-        own = setting.name in ("config", "pretrained", "embeddings", "dtype")
-        value = getattr(model, setting.name)
-        check(
-            own or other is None or value == setting.default,
-            f"model.{setting.name}",
-            value,
-            f"model.{other} = {getattr(model, other or 'config')} has its own numbers; change them there",
-        )
+        own = setting.name in ("config", "pretrained", "embeddings", "attention", "dtype")
+        allowed = f"model.{other} = {getattr(model, other or 'config')} has its own numbers; change them there"
+        is_default = getattr(model, setting.name) == setting.default
+        config.require(own or other is None or is_default, f"model.{setting.name}", allowed)
     named = [name for name in ("name", "file") if getattr(config.tokenizer, name)]
-    check(
-        model.embeddings is None or model.pretrained is not None,
-        "model.embeddings",
-        model.embeddings,
-        "it goes with model.pretrained",
-    )
-    check(
-        model.embeddings != "keep" or bool(named),
-        "model.embeddings",
-        "keep",
-        "it goes with tokenizer.name or tokenizer.file; the model's own tokenizer has its rows anyway",
+    alone = model.embeddings is not None and model.pretrained is None
+    config.require(not alone, "model.embeddings", "it goes with model.pretrained")
+    allowed = "it goes with tokenizer.name or tokenizer.file; the model's own tokenizer has its rows anyway"
+    config.require(model.embeddings != "keep" or bool(named), "model.embeddings", allowed)
+    allowed = (
+        "say what becomes of the embeddings of model.pretrained: --model.embeddings keep, if the ids of this tokenizer "
+        "mean the same tokens as the model's own, or new"
     )
     for name in named:
-        check(
-            model.pretrained is None or model.embeddings is not None,
-            f"tokenizer.{name}",
-            getattr(config.tokenizer, name),
-            "say what becomes of the embeddings of model.pretrained: --model.embeddings keep, if the ids of this "
-            "tokenizer mean the same tokens as the model's own, or new",
-        )
+        config.require(model.pretrained is None or model.embeddings is not None, f"tokenizer.{name}", allowed)
     name = config.optimizer.name
-    check(
-        model.dtype == "float32" or name in ("stacey", "lp_descent"),
-        "model.dtype",
-        model.dtype,
-        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; "
-        "use float32 with train.mixed_precision bf16, or stacey",
+    allowed = (
+        f"optimizer.name = {name} rounds bfloat16 weights to nearest, which loses its updates; use float32 with "
+        "train.mixed_precision bf16, or stacey"
     )
-    check(
-        model.dtype == "float32" or config.train.mixed_precision != "fp16",
-        "train.mixed_precision",
-        "fp16",
-        f"it needs model.dtype float32, not {model.dtype}",
-    )
+    config.require(model.dtype == "float32" or name in ("stacey", "lp_descent"), "model.dtype", allowed)
+    allowed = f"it needs model.dtype float32, not {model.dtype}"
+    half = config.train.mixed_precision == "fp16"
+    config.require(not half or model.dtype == "float32", "train.mixed_precision", allowed)
 
 
 def _check_numbers(config: LLMConfig) -> None:
     """Raise SettingsError for numbers that make no LLaMA."""
     model = config.model
-    heads, hidden = model.num_attention_heads, model.hidden_size
-    check(
-        hidden % heads == 0,
-        "model.num_attention_heads",
-        heads,
-        f"it must divide model.hidden_size = {hidden}",
-    )
-    check(
-        hidden // heads % 2 == 0,
-        "model.num_attention_heads",
-        heads,
-        f"model.hidden_size / model.num_attention_heads = {hidden // heads} must be even, for rotary embeddings",
-    )
-    groups = model.num_key_value_heads
-    check(
-        groups is None or heads % groups == 0,
-        "model.num_key_value_heads",
-        groups,
-        f"it must divide model.num_attention_heads = {heads}",
-    )
+    heads, hidden, groups = model.num_attention_heads, model.hidden_size, model.num_key_value_heads
+    allowed = f"it must divide model.hidden_size = {hidden}"
+    config.require(hidden % heads == 0, "model.num_attention_heads", allowed)
+    allowed = f"model.hidden_size / model.num_attention_heads = {hidden // heads} must be even, for rotary embeddings"
+    config.require(hidden // heads % 2 == 0, "model.num_attention_heads", allowed)
+    allowed = f"it must divide model.num_attention_heads = {heads}"
+    config.require(groups is None or heads % groups == 0, "model.num_key_value_heads", allowed)
     longest, length = model.max_position_embeddings, config.data.sequence_length
-    check(
-        longest is None or longest >= length,
-        "model.max_position_embeddings",
-        longest,
-        f"it must be at least data.sequence_length = {length}",
-    )
+    allowed = f"it must be at least data.sequence_length = {length}"
+    config.require(longest is None or longest >= length, "model.max_position_embeddings", allowed)

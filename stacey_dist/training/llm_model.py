@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
 
 from stacey_dist.data.tokenizer import Tokenizer, load_pretrained, load_sentencepiece
-from stacey_dist.errors import InputError, SettingsError, settings_errors
+from stacey_dist.errors import InputError, SettingsError, first_line, settings_errors
 from stacey_dist.models.causal_lm import (
     causal_config,
     count_parameters,
@@ -23,7 +23,6 @@ from stacey_dist.models.causal_lm import (
     new_model,
     weight_files,
 )
-from stacey_dist.models.untrusted_config import first_line
 from stacey_dist.training.attention import implementation
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
 from stacey_dist.training.launch import loads_weights_from_rank0

@@ -88,9 +88,11 @@ def _read(run: Path, runs: Sequence[Path]) -> Record:
     if not rows:
         raise SettingsError(f"{run} is no run's directory: it has no metrics.jsonl with rows")
     config = run / "config.yaml"
-    settings = yaml_files.read(config, str(config)) if config.exists() else {}
+    settings = (yaml_files.read(config, str(config)) if config.exists() else None) or {}
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{config}: it must hold settings, not {type(settings).__name__}")
     alone = [other.resolve().name for other in runs].count(run.resolve().name) == 1
-    return Record(run.resolve().name if alone else str(run), flatten(settings or {}), rows)
+    return Record(run.resolve().name if alone else str(run), flatten(settings), rows)
 
 
 def page(records: Sequence[Record]) -> str:

@@ -324,6 +324,9 @@ def test_the_command_that_is_printed_starts_what_was_planned(capsys, tmp_path):
 
 def test_a_search_chooses_the_engine_and_the_micro_batch_itself(capsys):
     assert "micro" in str(plan(capsys, "1b", "--nodes", "16", "--search"))
+    # An optimizer that fsdp2 does not shard runs on the others.
+    found = json.loads(plan(capsys, "100m_c4", "--search", "--optimizer", "ademamix", "--json"))["proposals"]
+    assert "ddp" in {each["engine"] for each in found}
     assert "--search, which tries all" in str(plan(capsys, "1b", "--search", "--engine", "zero2", status=2))
 
 
@@ -352,3 +355,9 @@ def test_the_fullest_rank_is_found_without_looking_at_all(engine, ranks):
     job = Job(config, llama(config, 101), engine, 1, ranks)
     kept = [sum(ENGINES[engine](job, rank).device.values()) for rank in range(ranks)]
     assert memory.most_loaded_rank(job)[0] == kept.index(max(kept))
+
+
+def test_the_job_with_adamw_differs_in_the_optimizer_alone():
+    job = Job(config_of("1b", "--optimizer.decay_norms_and_biases", "true"), None, "fsdp2", 1, 8).with_adamw()
+    assert job.config.optimizer.name == "adamw"
+    assert job.config.optimizer.decay_norms_and_biases

@@ -79,6 +79,7 @@ def longer(config, directory):
         ("wsd", {}),  # without a checkpoint from before the decay
         ("cosine", {"final_p": math.inf}),
         ("cosine", {"final_p": 3.0, "tau": "lr"}),
+        ("constant", {"final_p": 3.0}),
         ("linear", {"optimizer": "muon"}),
     ],
 )
@@ -100,6 +101,16 @@ def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
     config = make_config()
     config.train.epochs = 1.5
     assert "--train.epochs 3 --schedule.name constant" in command_to_continue(config, "accelerate launch", None)
+
+
+def test_wsd_continues_with_the_p_of_its_checkpoint(tmp_path):
+    config = make_config("wsd", final_p=3.0)
+    before = scheduled(config, 160)["p"]
+    command = command_to_continue(config, "accelerate launch", tmp_path / "step_00000160")
+    words = shlex.split(command.split(" --config ", 1)[1])
+    then = LLM.parse(words[1:])
+    assert scheduled(then, 160)["p"] == scheduled(then, 399)["p"] == pytest.approx(before, rel=1e-5)
+    assert then.checkpoint.resume_from == str(tmp_path / "step_00000160")
 
 
 @pytest.mark.slow

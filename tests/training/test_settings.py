@@ -364,3 +364,8 @@ def test_bad_files(options, first, second, tmp_path):
     assert second in error
     assert "Traceback" not in output
     assert len(error.splitlines()) <= 3
+
+
+def test_a_models_own_configuration_goes_with_a_way_to_attend():
+    config = LLM.parse(["--model.config", "model.json", "--model.attention", "eager"])
+    assert (config.model.config, config.model.attention) == ("model.json", "eager")

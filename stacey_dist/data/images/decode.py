@@ -13,7 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from stacey_dist.data.text import one_line
+from stacey_dist.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are decoded, told by content. Pillow knows many more: for EPS it starts Ghostscript."""

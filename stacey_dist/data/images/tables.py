@@ -18,8 +18,7 @@ from tqdm import tqdm
 from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import identity_of, read_file, read_sampled
 from stacey_dist.data.lock import locked_directory
-from stacey_dist.data.text import one_line
-from stacey_dist.errors import InputError
+from stacey_dist.errors import InputError, one_line
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

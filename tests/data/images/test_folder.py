@@ -88,6 +88,13 @@ def test_folder_identity(tmp_path: Path) -> None:
     assert folder_images(tmp_path / "two")[0].identity != first
 
 
+def test_a_class_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    image_tree(tmp_path / "one")
+    for split in ("train", "val"):
+        os.rename(tmp_path / "one" / split / "n02", bytes(tmp_path / "one" / split / "n0") + b"\xff")
+    assert len(folder_images(tmp_path / "one")[0].identity) == 64
+
+
 def test_identity_of_many_files_knows_sizes(tmp_path: Path) -> None:
     train, _ = folder_images(image_tree(tmp_path, per_class=200))
     unread = (set(range(400)) - set(sampled(400))).pop()
