@@ -28,7 +28,7 @@ class RankMemory:
         device: "weights", "gradients" (after a backward pass), "masters" and the optimizer's states.
         host: the same, where they lie in host memory.
         buffers: the engine's own, on the device, for as long as a forward and backward pass takes.
-        update: what the update needs for a moment, when no activations are there.
+        update: what the device has besides in the update, when no activations are there.
     """
 
     device: dict[str, int]
@@ -134,8 +134,9 @@ def zero3(job: Job, rank: int) -> RankMemory:
             current += size
             largest = max(largest, current)
             current = 0 if current >= SUB_GROUP else current
-    device = _parts(job, owned * compute, owned * compute, owned * MASTER, owned)
-    return RankMemory(device, buffers=_zero3_buffers(job), update=largest * _update_bytes(job))
+    device, buffers = _parts(job, owned * compute, owned * compute, owned * MASTER, owned), _zero3_buffers(job)
+    not_freed = buffers["gradient bucket"] + buffers["small weights"]
+    return RankMemory(device, buffers=buffers, update=not_freed + largest * _update_bytes(job))
 
 
 def zero3_offload(job: Job, rank: int) -> RankMemory:

@@ -361,3 +361,12 @@ def test_the_job_with_adamw_differs_in_the_optimizer_alone():
     job = Job(config_of("1b", "--optimizer.decay_norms_and_biases", "true"), None, "fsdp2", 1, 8).with_adamw()
     assert job.config.optimizer.name == "adamw"
     assert job.config.optimizer.decay_norms_and_biases
+
+
+def test_zero3_has_its_bucket_and_small_weights_in_the_update_too():
+    config = config_of("7b", "--data.sequence_length", "8", "--train.micro_batch_size", "1")
+    job = Job(config, llama(config), "zero3", 1, 2)
+    _, found = memory.most_loaded_rank(job)
+    moment = sum(found.buffers[name] for name in ("gradient bucket", "small weights"))
+    assert found.update - moment >= 1e9 * 6  # a gradient in bfloat16 and in float32, of a group of 1e9 elements
+    assert peak_bytes(job) == sum(found.device.values()) + found.update
