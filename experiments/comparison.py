@@ -119,10 +119,11 @@ def _settings(
 def training(reproduction: Reproduction, program: str, config: Path, settings: dict[str, Any], name: str) -> Part:
     """Return a training run as a part; its value is a `trial.Result` as a dictionary."""
     trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
-    return Part(name, RUN, partial(_train, reproduction, trial))
+    return Part(name, RUN, partial(train, reproduction, trial))
 
 
-def _train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
+def train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
+    """Run a trial as a part of an experiment, or what is left of it; return its `Result` as a dictionary."""
     result = trial.run(stop=reproduction.stop, advance=_in_runs(advance))
     if result is None:
         raise Interrupted

@@ -1,12 +1,11 @@
 """The experiments by their names."""
 
-from experiments import ablation, cifar, imagenet, llm, long, synthetic, theorem
+from experiments import ablation, cifar, coupling, imagenet, llm, long, synthetic, theorem
 from experiments.framework import Experiment
 from stacey_dist.errors import unknown
 
-EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (synthetic, theorem, cifar, imagenet, llm, long, ablation)
-}
+_MODULES = (synthetic, theorem, cifar, imagenet, llm, long, coupling, ablation)
+EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 
 
 def find(name: str) -> Experiment:

@@ -54,6 +54,7 @@ class Trial:
         settings: what differs from the file, by the names of the launcher's options, as in "optimizer.lr".
         directory: its run_dir.
         threads: of the CPU, for it.
+        watch: a callback of the run, made without arguments, as in "module:Class"; "" is none.
     """
 
     program: str
@@ -61,6 +62,7 @@ class Trial:
     settings: Mapping[str, Any]
     directory: Path
     threads: int = 1
+    watch: str = ""
 
     def run(
         self,
@@ -116,9 +118,8 @@ class Trial:
         """Train. Return whether the run is complete, not ended on the way."""
         self.directory.mkdir(parents=True, exist_ok=True)
         output = self.directory / "output.txt"
-        process = _server().Process(
-            target=_train_in_process, args=(self.program, self.arguments(), str(self.directory))
-        )
+        given = self.program, self.arguments(), str(self.directory), self.watch
+        process = _server().Process(target=_train_in_process, args=given)
         process.start()
         seen, alive, size = 0, True, -1
         try:
@@ -185,7 +186,7 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _train_in_process(program: str, arguments: list[str], directory: str) -> None:
+def _train_in_process(program: str, arguments: list[str], directory: str, watch: str) -> None:
     from experiments.trial_process import train_and_report
 
-    train_and_report(program, arguments, Path(directory))
+    train_and_report(program, arguments, Path(directory), watch)

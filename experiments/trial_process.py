@@ -5,6 +5,7 @@ Imported by the server that trials are forked from, and by nobody else: it takes
 
 import multiprocessing
 import os
+import pkgutil
 import signal
 import statistics
 import sys
@@ -32,7 +33,7 @@ for launcher in LAUNCHERS.values():
     launcher.load_parts()
 
 
-def train_and_report(program: str, arguments: list[str], directory: Path) -> None:
+def train_and_report(program: str, arguments: list[str], directory: Path, watch: str) -> None:
     """Train as the launcher does, and write result.json; what is printed goes to output.txt."""
     descriptor = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(descriptor, 1)
@@ -40,7 +41,7 @@ def train_and_report(program: str, arguments: list[str], directory: Path) -> Non
     sys.argv = [program]
     threading.Thread(target=_end_with_the_experiment, daemon=True).start()
     with user_errors(program):
-        write(directory / "result.json", dump(asdict(_train(program, arguments))))
+        write(directory / "result.json", dump(asdict(_train(program, arguments, watch))))
 
 
 def _end_with_the_experiment() -> None:
@@ -51,13 +52,13 @@ def _end_with_the_experiment() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(program: str, arguments: list[str]) -> Result:
+def _train(program: str, arguments: list[str], watch: str) -> Result:
     launcher = LAUNCHERS[program]
     built = launcher.build(launcher.parse(arguments))
     run, task, engine = built.run, built.task, built.engine
     diverged = False
     try:
-        train(run, task, engine)
+        train(run, task, engine, callbacks=[pkgutil.resolve_name(watch)()] if watch else [])
     except DivergedError as error:
         run.say(str(error))
         diverged = True

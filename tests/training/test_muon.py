@@ -154,16 +154,10 @@ def test_ademamix_counts_updates_and_warms_up_over_the_run():
         assert group["weight_decouple"]
 
 
-def train_without_a_stop(directory):
+def train_without_a_stop(directory, name):
     config = write_config(directory, train={"max_steps": 20, "eval_every_steps": 20}, checkpoint={"every_steps": 10})
-    for name in ("muon", "ademamix"):
-        launch("--config", config, "--optimizer.name", name, "--run_dir", directory / name)
+    launch("--config", config, "--optimizer.name", name, "--run_dir", directory / name)
     return directory, config
-
-
-@pytest.fixture(scope="module")
-def whole():
-    return made_once(train_without_a_stop)
 
 
 @pytest.mark.slow
@@ -171,8 +165,8 @@ def whole():
     ("name", "kinds"),
     [("muon", "momentum_buffer exp_avg exp_avg_sq step"), ("ademamix", "exp_avg exp_avg_sq exp_avg_slow")],
 )
-def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path, name, kinds):
-    directory, config = whole
+def test_a_resumed_run_is_equal_to_an_uninterrupted_one(tmp_path, name, kinds):
+    directory, config = made_once(train_without_a_stop, name)
     states = checkpoint(directory / name, 20)
     assert {key.rsplit("/", 1)[1] for key in states if key.startswith("optimizer/")} == set(kinds.split())
     source = directory / name / "checkpoints/step_00000010"
@@ -182,8 +176,8 @@ def test_a_resumed_run_is_equal_to_an_uninterrupted_one(whole, tmp_path, name, k
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(whole, tmp_path):
-    directory, config = whole
+def test_two_processes_agree_with_one(tmp_path):
+    directory, config = made_once(train_without_a_stop, "muon")
     for engine, begun in (("cpu_ddp", 0), ("cpu_fsdp2", 10)):
         source = ("--checkpoint.resume_from", directory / "muon/checkpoints/step_00000010") if begun else ()
         launch("--config", config, *MUON, "--run_dir", tmp_path / engine, *source, processes=2, engine=engine)

@@ -1,0 +1,209 @@
+"""What z does over a run: the coupling's share of each update, and how much z is an average of gradients, by layer."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.comparison import train
+from experiments.framework import RUN, Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.trial import Trial, data_settings, threads_each
+from stacey_dist.sharding import base_optimizer
+from stacey_dist.training.callbacks import Callback, Training
+from stacey_dist.training.norms import layer_of
+from stacey_dist.training.rows import RowFile, read_rows
+
+Rows = list[dict[str, Any]]
+
+EVERY = 50
+"""Updates between rows of coupling.jsonl."""
+HORIZON = 1000
+"""Updates that the slow average of gradients has, about: it is g_slow' = (1 - 1/HORIZON) g_slow + g/HORIZON."""
+
+KINDS = {
+    "share": "the coupling's share of the update",
+    "z_slow": "cosine of z and -g_slow",
+    "m_slow": "cosine of m and g_slow",
+    "with_rest": "cosine of the coupling and the rest of the update",
+}
+"""The columns of coupling.jsonl, by layer. The coupling is tau (z' - theta), the rest is theta' - theta less that."""
+
+
+class Coupling(Callback):
+    """Writes coupling.jsonl in a run of STACEY on one process: `KINDS`, by layer, every `EVERY` updates.
+
+    The average of gradients begins with this process: a run that was killed and resumed has a shorter one. "averaged"
+    in a row counts its gradients.
+    """
+
+    def on_run_begin(self, training: Training) -> None:
+        """Begin to watch the optimizer."""
+        if training.run.accelerator.num_processes > 1:
+            raise ValueError("coupling: it is for one process")
+        self.rows = RowFile(training.run.directory / "coupling.jsonl", training.run.say)
+        self.rows.drop_later(training.step, training.step)
+        self.optimizer = base_optimizer(training.engine.optimizer)
+        self.parameters = [(n, p) for n, p in training.engine.module.named_parameters() if p.requires_grad]
+        self.slow = {name: torch.zeros_like(parameter) for name, parameter in self.parameters}
+        self.averaged, self.before = 0, dict[str, Tensor]()
+        self.is_due = False
+        self.optimizer.register_step_pre_hook(self._look)
+
+    def on_update_begin(self, training: Training) -> None:
+        """Decide whether the update is looked at."""
+        self.before.clear()
+        self.is_due = (training.step + 1) % EVERY == 0
+
+    def _look(self, optimizer: Any, *_: Any) -> None:
+        """Add the gradients to their average, clipped as the optimizer takes them."""
+        divisor = getattr(optimizer, "grad_scale", None)
+        for name, parameter in self.parameters:
+            gradient: Any = parameter.grad if divisor is None else parameter.grad / divisor.to(parameter.grad)
+            self.slow[name].lerp_(gradient, 1 / HORIZON)
+            if self.is_due:
+                self.before[name] = parameter.detach().clone()
+        self.averaged += 1
+
+    def on_update_end(self, training: Training) -> None:
+        """Write the row of an update that is looked at. One that was skipped has none."""
+        if not self.before:
+            return
+        tau = self.optimizer.param_groups[0]["tau"]
+        measured: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters:
+            state, before = self.optimizer.state[parameter], self.before[name]
+            z, m, slow = state["z"].float(), state["m"].float(), self.slow[name]
+            coupling = tau * (z - before)
+            rest = parameter.detach() - before - coupling
+            pairs = dict(share=(coupling, rest), z_slow=(z, -slow), m_slow=(m, slow), with_rest=(coupling, rest))
+            sums = measured.setdefault(layer_of(name), {})
+            for kind, (a, b) in pairs.items():
+                products = torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()]).double()
+                sums[kind] = sums.get(kind, 0.0) + products
+        row: dict[str, Any] = {"step": training.step, "averaged": self.averaged}
+        for layer, sums in measured.items():
+            row |= {f"{kind}/{layer}": _measure(kind, *sums[kind].tolist()) for kind in KINDS}
+        self.rows.append(row)
+
+    def on_run_end(self, training: Training) -> None:
+        """Write the rows that wait."""
+        self.rows.flush()
+
+
+def _measure(kind: str, aa: float, bb: float, ab: float) -> float:
+    """Return |a| / (|a| + |b|), or the cosine of a and b."""
+    a, b = math.sqrt(aa), math.sqrt(bb)
+    if kind == "share":
+        return a / (a + b) if a + b else 0.0
+    return ab / (a * b) if a * b else 0.0
+
+
+def run(reproduction: Reproduction) -> Outcome:
+    """Train each variant with each seed, watched."""
+    size = reproduction.scale.settings
+    given = data_settings("train_llm.py", reproduction.directory, reproduction.data, {})
+    parts = {
+        (name, seed): _part(reproduction, f"{name}-seed{seed}", {**own, **size["all"], **given, "seed": seed})
+        for name, own in size["runs"].items()
+        for seed in range(1, reproduction.seeds + 1)
+    }
+    values = reproduction.compute(list(parts.values()), in_runs=True)
+    found: dict[str, list[Rows]] = {}
+    for (name, _), part in parts.items():
+        found.setdefault(name, []).append(values[part.name])
+    first = {name: runs[0] for name, runs in found.items()}
+    return Outcome({"rows": found}, _table(found), {"coupling": _figure(first)})
+
+
+def _part(reproduction: Reproduction, name: str, settings: dict[str, Any]) -> Part:
+    """Return a watched run as a part; its value is the rows of coupling.jsonl."""
+    directory = reproduction.directory / "runs" / name
+    config = configs() / "sweeps/long/base.yaml"
+    threads = threads_each(reproduction.workers)
+    trial = Trial("train_llm.py", config, settings, directory, threads, watch="experiments.coupling:Coupling")
+
+    def compute(advance: Advance) -> Rows:
+        train(reproduction, trial, advance)
+        return read_rows(directory / "coupling.jsonl")
+
+    return Part(name, RUN, compute)
+
+
+def _mean(row: dict[str, Any], kind: str) -> float:
+    return statistics.mean(value for name, value in row.items() if name.startswith(f"{kind}/"))
+
+
+def _table(found: dict[str, list[Rows]]) -> str:
+    """Return the means over layers and seeds, at four moments of each run."""
+
+    def lines() -> Iterator[str]:
+        yield "| run | update | " + " | ".join(KINDS.values()) + " |"
+        yield "|---|---|" + "---|" * len(KINDS)
+        for name, runs in found.items():
+            for quarter in (1, 2, 3, 4):
+                rows = [run[quarter * len(run) // 4 - 1] for run in runs]
+                means = (statistics.mean(_mean(row, kind) for row in rows) for kind in KINDS)
+                yield f"| {name} | {rows[0]['step']} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
+
+    return "\n".join(lines())
+
+
+def _figure(found: dict[str, Rows]) -> Figure:
+    """Draw a panel for each kind and run, with a line for each layer."""
+    from matplotlib import colormaps
+
+    figure = Figure(figsize=(4.5 * len(found), 2.4 * len(KINDS)), layout="constrained")
+    panels = figure.subplots(len(KINDS), len(found), sharex="col", sharey="row", squeeze=False)
+    for column, (name, rows) in enumerate(found.items()):
+        layers = list(dict.fromkeys(name.partition("/")[2] for name in rows[0] if "/" in name))
+        for line, (kind, title) in enumerate(KINDS.items()):
+            axes = panels[line][column]
+            for number, layer in enumerate(layers):
+                values = [row[f"{kind}/{layer}"] for row in rows]
+                color = colormaps["viridis"](number / max(1, len(layers) - 1))
+                axes.plot([row["step"] for row in rows], values, color=color, linewidth=1, label=layer)
+            axes.set_title(f"{name}: {title}", fontsize="small")
+            axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("update")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize="small")
+    return figure
+
+
+_PP = {"optimizer.variant": "pp", "optimizer.p": 30, "optimizer.alpha": 0.01, "optimizer.tau": 3.0e-5}
+_P2 = {"optimizer.variant": "p2", "optimizer.p": 1000, "optimizer.alpha": 1.0, "optimizer.tau": 0.002}
+
+EXPERIMENT = Experiment(
+    "coupling",
+    "not in the paper: what z does over a run of the small LLaMA, by layer",
+    {
+        "cpu": Scale(
+            "0.9 M parameters, 3 000 updates of (p,p) and (p,2); a quarter of an hour on two cores",
+            2,
+            {
+                "runs": {
+                    "stacey_pp": {**_PP, "schedule.tau": "constant"},
+                    "stacey_pp_tau_with_lr": {**_PP, "schedule.tau": "lr"},
+                    "stacey_p2": {**_P2, "schedule.tau": "lr"},
+                },
+                "all": {
+                    "optimizer.name": "stacey",
+                    "optimizer.lr": 7.0e-4,
+                    "optimizer.weight_decay": 0.3,
+                    "optimizer.betas": [0.8, 0.9],
+                    "train.max_steps": 3000,
+                    "train.eval_every_steps": 1000,
+                    "seed": 1,
+                },
+            },
+        ),
+    },
+    run,
+    trains=True,
+    files=("sweeps/long/base.yaml",),
+)
