@@ -268,10 +268,13 @@ def test_stopped(sweep, tmp_path, pretended, monkeypatch):
     assert len(pretended.made) == 1
 
 
+@pytest.fixture
+def arguments(configs):
+    return ["tune", str(configs / "sweeps" / "llm" / "stacey_p2.yaml"), "--trials", "3", "--out"]
+
+
 @pytest.mark.slow
-def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
-    file = configs / "sweeps" / "llm" / "stacey_p2.yaml"
-    arguments = ["tune", str(file), "--trials", "3", "--out"]
+def test_the_command_prints_and_writes_the_best_settings(arguments, tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr()
     assert "100%" in printed.err
@@ -283,6 +286,11 @@ def test_the_command_killed_goes_on_to_the_same(configs, tmp_path, capsys):
     assert f"{trials[0]['value']:.4f}" in printed.out
     assert f"--config {tmp_path / 'whole' / 'best.yaml'}" in printed.out
 
+
+@pytest.mark.exhaustive
+def test_the_command_killed_goes_on_to_the_same(arguments, tmp_path):
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    trials = json.loads((tmp_path / "whole" / "trials.json").read_text())
     command = [
         sys.executable,
         "-m",

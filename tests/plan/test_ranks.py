@@ -17,6 +17,7 @@ from stacey_dist.training.command_line import parse
 from stacey_dist.training.llm_config import LLMConfig
 from tests.plan.live import VOCABULARY, config_of, measure_all, simulate
 from tests.sharding.processes import spawn
+from tests.shared import made_once
 from tests.training.forked import server
 
 pytestmark = pytest.mark.slow
@@ -34,19 +35,17 @@ NUMBERS_ON_THEIR_WAY = 12 * 8 * 1024
 """Bytes: of `stacey_dist.training.counter_random`, for 1 024 elements at a time."""
 
 
-@functools.cache
-def measured(processes, directory):
+def measure(directory, processes):
     if processes > 1:
-        return spawn(measure_all, processes, CASES[processes], directory)
-    found = alone(measure_all, 0, CASES[processes], directory).get()
+        return spawn(measure_all, processes, CASES[processes], str(directory))
+    found = alone(measure_all, 0, CASES[processes], str(directory)).get()
     assert isinstance(found, list), found
     return found
 
 
-@functools.cache
-def single(tied, directory):
+def single(tied):
     """The initial weights that one process makes."""
-    (found,) = measured(1, directory)
+    (found,) = made_once(measure, 1)
     return {name: values for name, (_, values) in found["single", "no", tied]["initial weights"].items()}
 
 
@@ -56,23 +55,18 @@ def job_of(engine, precision, tied, processes):
     return Job(config, llama(config, VOCABULARY), engine, nodes, processes // nodes)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("run"))
-
-
 @pytest.mark.parametrize(
     ("processes", "engine", "precision", "tied"),
     [(processes, *case) for processes, cases in CASES.items() for case in cases],
 )
-def test_every_byte_that_rests_is_planned(directory, processes, engine, precision, tied):
+def test_every_byte_that_rests_is_planned(processes, engine, precision, tied):
     job = job_of(engine, precision, tied, processes)
     by_collective = {}
     for transfer in transfers(job, find_gpu("h100-80gb")):
         size = by_collective.get(transfer.collective, 0) + transfer.tensor_bytes
         by_collective[transfer.collective] = size
     by_collective.pop("copy", None)
-    for rank, all_found in enumerate(measured(processes, directory)):
+    for rank, all_found in enumerate(made_once(measure, processes)):
         found, kept = dict(all_found[engine, precision, tied]), ENGINES[engine](job, rank)
         planned = kept.host or kept.device
         assert found["weights"] == planned["weights"]
@@ -98,16 +92,16 @@ def test_every_byte_that_rests_is_planned(directory, processes, engine, precisio
         rest = {kind: size for kind, size in by_collective.items() if kind != "all-gather"}
         assert found["collectives"] == rest
     whole, _ = checkpoint_bytes(job)
-    written = [found[engine, precision, tied]["checkpoint"] for found in measured(processes, directory)]
+    written = [found[engine, precision, tied]["checkpoint"] for found in made_once(measure, processes)]
     assert sum(written) == whole
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_initial_weights_are_the_same_bits_on_every_engine_and_number_of_processes(directory, processes):
+def test_initial_weights_are_the_same_bits_on_every_engine_and_number_of_processes(processes):
     for engine, precision, tied in CASES[processes]:
-        whole = single(tied, directory)
+        whole = single(tied)
         made = {name: np.zeros(values.shape, bool) for name, values in whole.items()}
-        for found in measured(processes, directory):
+        for found in made_once(measure, processes):
             for name, (start, values) in found[engine, precision, tied]["initial weights"].items():
                 stop = start + values.size
                 assert np.array_equal(values.view(np.int32), whole[name][start:stop].view(np.int32)), (engine, name)

@@ -1,6 +1,5 @@
 """The promise: on every engine and number of ranks, weights, z and m are those of one process, bit for bit."""
 
-import functools
 import itertools
 
 import pytest
@@ -10,6 +9,7 @@ from stacey_dist.sharding import fragments
 from tests.sharding.engines import ENGINES, TAKES_SCALARS, Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, STEPS, Awkward, gradients, group_settings, one_process, schedule
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 WORLD_SIZES = (1, 2, 3, 4)
@@ -39,8 +39,7 @@ def all_cases(rank, world_size, quick):
     return {(engine, case): outcome(check, engine, case) for _, engine, case in chosen}
 
 
-@functools.cache
-def outcomes(device, world_size, quick):
+def check_all(_, device, world_size, quick):
     """One launch runs all cases of a number of ranks, those of CI or the others."""
     return spawn(all_cases, world_size, world_size, quick, device=device)
 
@@ -53,5 +52,5 @@ def outcomes(device, world_size, quick):
     ],
 )
 def test_equals_one_process(device, world_size, engine, case):
-    failure = outcomes(device, world_size, in_ci(world_size, engine, case))[engine, case]
+    failure = made_once(check_all, device, world_size, in_ci(world_size, engine, case))[engine, case]
     assert failure is None, failure

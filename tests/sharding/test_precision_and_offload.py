@@ -1,6 +1,5 @@
 """Bare DeepSpeed programs: bf16 and fp16 sections, and offload of the optimizer, are as exact as fp32."""
 
-import functools
 import itertools
 
 import pytest
@@ -10,6 +9,7 @@ from stacey_dist.sharding import fragments
 from tests.sharding.engines import Trainer, assert_equal, gather
 from tests.sharding.problem import CASES, STEPS, Awkward, gradients, group_settings, one_process
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +71,7 @@ def all_checks(rank, world_size, quick):
     return {(*key, case): outcome(check, *key, case) for key, case in chosen}
 
 
-@functools.cache
-def outcomes(device, world_size, quick):
+def check_all(_, device, world_size, quick):
     return spawn(all_checks, world_size, world_size, quick, device=device)
 
 
@@ -84,5 +83,5 @@ def outcomes(device, world_size, quick):
     ],
 )
 def test_low_precision_and_offload_equal_one_process(device, world_size, key, case):
-    failure = outcomes(device, world_size, in_ci(world_size, key, case))[(*key, case)]
+    failure = made_once(check_all, device, world_size, in_ci(world_size, key, case))[(*key, case)]
     assert failure is None, failure

@@ -17,6 +17,7 @@ from stacey_dist import Stacey
 from stacey_dist.sharding import fragments
 from tests.sharding.engines import ENGINES, Trainer, gather
 from tests.sharding.processes import outcome, spawn
+from tests.shared import made_once
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, LENGTH, VOCABULARY = 50, 8, 16, 64
@@ -117,8 +118,7 @@ def all_engines(rank, world_size, quick):
     return failures, found, (distance(start, end, other), float((other_losses - losses).abs().max()))
 
 
-@functools.cache
-def outcomes(world_size, quick):
+def train_on_all_engines(_, world_size, quick):
     return spawn(all_engines, world_size, world_size, quick)
 
 
@@ -130,7 +130,7 @@ def outcomes(world_size, quick):
     ],
 )
 def test_the_split_of_a_batch_is_noise(world_size, engine):
-    failures, found, other_seed = outcomes(world_size, in_ci(world_size, engine))
+    failures, found, other_seed = made_once(train_on_all_engines, world_size, in_ci(world_size, engine))
     assert failures[engine] is None, failures[engine]
     (adamw, adamw_loss), (stacey, stacey_loss), (bfloat16, bfloat16_loss) = (found[engine, name] for name in OPTIMIZERS)
     # float32 states: nearer to one process than AdamW comes on the same engine; both are 0 where no sum is split.

@@ -171,7 +171,7 @@ def test_sliding_windows_are_kept_without_documents(name, kind):
     torch.testing.assert_close(found, model(input_ids=torch.from_numpy(inputs)).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager", "flex"])
+@pytest.mark.parametrize("name", ["sdpa", "eager", pytest.param("flex", marks=pytest.mark.exhaustive)])
 def test_the_loss_of_a_router_takes_no_mask_of_layers(name):
     inputs = make_windows()
     (model, own), (plain, without) = (
