@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if re.search("fsdp2|hsdp|dtensor", item.name):
                 item.add_marker(pytest.mark.skip(reason="fully_shard of torch 2.6 needs a GPU"))
+    if not hasattr(torch.optim, "Muon"):
+        for item in items:
+            if "muon" in item.name:
+                item.add_marker(pytest.mark.skip(reason="torch before 2.9 has no Muon"))
 
 
 @pytest.hookimpl(wrapper=True)
