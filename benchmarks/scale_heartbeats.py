@@ -4,15 +4,17 @@ import os
 import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from measure import show
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from stacey_dist.training.heartbeat import Heartbeat
+from stacey_dist.training import heartbeat
 from stacey_dist.training.open_files import raise_limits
 
 _IN_ONE = 512  # heartbeats in a process: each has two connections
@@ -31,9 +33,11 @@ class _NoThread:
 
 def _beat(connection: Connection, ranks: range, count: int) -> None:
     """Make the heartbeats of `ranks`, then a round of each whenever told to; answer with the seconds of processor."""
-    threading.Thread = _NoThread  # type: ignore[assignment, misc]
+    ours: Any = SimpleNamespace(Thread=_NoThread, Event=threading.Event, Lock=threading.Lock)
+    heartbeat.threading = ours  # type: ignore[attr-defined]
     address = "127.0.0.1", connection.recv()
-    beats = [Heartbeat(rank, count, 30.0, address) for rank in ranks]
+    with ThreadPoolExecutor(_IN_ONE) as pool:  # where names are not resolved, a connection waits for seconds
+        beats = list(pool.map(lambda rank: heartbeat.Heartbeat(rank, count, 30.0, address), ranks))
     connection.send(0.0)
     while connection.recv():
         begin = time.process_time()
@@ -64,8 +68,11 @@ def heartbeats(counts: tuple[int, ...] = (1024, 2048, 4096)) -> None:
         before, begun = _open_files(), time.perf_counter()
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ours = [pipe[0] for pipe in pipes]
-        for each in ours:  # the first is process 0, which the others ask for its host
+        ours[0].send(store.port)  # process 0, which the others ask for its host
+        ours[0].recv()
+        for each in ours[1:]:
             each.send(store.port)
+        for each in ours[1:]:
             each.recv()
         joined, opened = time.perf_counter() - begun, _open_files() - before
         seconds, begin = [0.0] * len(ours), time.process_time()
