@@ -15,7 +15,6 @@ from measure import show
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stacey_dist.training import heartbeat
-from stacey_dist.training.open_files import raise_limits
 
 _IN_ONE = 512  # heartbeats in a process: each has two connections
 _ROUNDS = 5
@@ -47,16 +46,32 @@ def _beat(connection: Connection, ranks: range, count: int) -> None:
     os._exit(0)
 
 
+def _answer(connection: Connection) -> float:
+    if not connection.poll(200):
+        raise TimeoutError("a process of the benchmark does not answer")
+    return float(connection.recv())
+
+
+def _round(connections: list[Connection]) -> list[float]:
+    """Have each process make a round; return their seconds."""
+    for connection in connections:
+        connection.send(True)
+    return [_answer(connection) for connection in connections]
+
+
 def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def heartbeats(counts: tuple[int, ...] = (1024, 2048, 4096)) -> None:
     """What one round of heartbeats, which is made each second, costs the store and the processes."""
-    context = get_context("fork")
+    context, limit = get_context("fork"), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     rows = []
     for count in counts:
-        raise_limits(count, heartbeat=True)
+        if limit != resource.RLIM_INFINITY and limit < 2 * count + 64:
+            print(f"\nHeartbeats of {count} processes: left out, for the limit of open files is {limit}")
+            continue
         bounds = [0, 1, *range(_IN_ONE, count, _IN_ONE), count]
         pipes = [context.Pipe() for _ in bounds[1:]]
         processes = [
@@ -69,18 +84,16 @@ def heartbeats(counts: tuple[int, ...] = (1024, 2048, 4096)) -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ours = [pipe[0] for pipe in pipes]
         ours[0].send(store.port)  # process 0, which the others ask for its host
-        ours[0].recv()
+        _answer(ours[0])
         for each in ours[1:]:
             each.send(store.port)
         for each in ours[1:]:
-            each.recv()
+            _answer(each)
         joined, opened = time.perf_counter() - begun, _open_files() - before
-        seconds, begin = [0.0] * len(ours), time.process_time()
-        for _ in range(_ROUNDS):
-            for each in ours:
-                each.send(True)
-            seconds = [total + each.recv() for total, each in zip(seconds, ours, strict=True)]
-        served = time.process_time() - begin
+        _round(ours)  # the first one reads each counter once more
+        begin = time.process_time()
+        rounds = [_round(ours) for _ in range(_ROUNDS)]
+        served, seconds = time.process_time() - begin, [sum(each) for each in zip(*rounds, strict=True)]
         for each in ours:
             each.send(False)
         for process in processes:
@@ -89,5 +102,4 @@ def heartbeats(counts: tuple[int, ...] = (1024, 2048, 4096)) -> None:
         rows.append((count, opened, joined, 1000 * served / _ROUNDS, first, others))
         del store
     head = ("processes", "connections of the store", "s to join", "ms a round: the store", "process 0", "another")
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     show(f"Heartbeats, a round a second (limit of open files: {limit})", head, *rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from experiments.comparison import train
 from experiments.framework import RUN, Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.trial import Trial, data_settings, threads_each
+from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.norms import layer_of
@@ -36,8 +37,7 @@ KINDS = {
 class Coupling(Callback):
     """Writes coupling.jsonl in a run of STACEY on one process: `KINDS`, by layer, every `EVERY` updates.
 
-    The average of gradients begins with this process: a run that was killed and resumed has a shorter one. "averaged"
-    in a row counts its gradients.
+    The average of gradients is not saved: a run that is watched begins anew where it was killed.
     """
 
     def on_run_begin(self, training: Training) -> None:
@@ -48,8 +48,8 @@ class Coupling(Callback):
         self.rows.drop_later(training.step, training.step)
         self.optimizer = base_optimizer(training.engine.optimizer)
         self.parameters = [(n, p) for n, p in training.engine.module.named_parameters() if p.requires_grad]
-        self.slow = {name: torch.zeros_like(parameter) for name, parameter in self.parameters}
-        self.averaged, self.before = 0, dict[str, Tensor]()
+        self.slow = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters}
+        self.before: dict[str, Tensor] = {}
         self.is_due = False
         self.optimizer.register_step_pre_hook(self._look)
 
@@ -59,14 +59,17 @@ class Coupling(Callback):
         self.is_due = (training.step + 1) % EVERY == 0
 
     def _look(self, optimizer: Any, *_: Any) -> None:
-        """Add the gradients to their average, clipped as the optimizer takes them."""
-        divisor = getattr(optimizer, "grad_scale", None)
+        """Add the gradients to their average, clipped as the optimizer takes them, unless the update is skipped."""
+        skipped, divisor = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
+        if skipped is not None and bool(skipped):
+            return
         for name, parameter in self.parameters:
+            if parameter.grad is None:
+                continue
             gradient: Any = parameter.grad if divisor is None else parameter.grad / divisor.to(parameter.grad)
-            self.slow[name].lerp_(gradient, 1 / HORIZON)
+            self.slow[name].lerp_(gradient.float(), 1 / HORIZON)
             if self.is_due:
                 self.before[name] = parameter.detach().clone()
-        self.averaged += 1
 
     def on_update_end(self, training: Training) -> None:
         """Write the row of an update that is looked at. One that was skipped has none."""
@@ -75,6 +78,8 @@ class Coupling(Callback):
         tau = self.optimizer.param_groups[0]["tau"]
         measured: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters:
+            if name not in self.before:
+                continue
             state, before = self.optimizer.state[parameter], self.before[name]
             z, m, slow = state["z"].float(), state["m"].float(), self.slow[name]
             coupling = tau * (z - before)
@@ -84,7 +89,7 @@ class Coupling(Callback):
             for kind, (a, b) in pairs.items():
                 products = torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()]).double()
                 sums[kind] = sums.get(kind, 0.0) + products
-        row: dict[str, Any] = {"step": training.step, "averaged": self.averaged}
+        row: dict[str, Any] = {"step": training.step}
         for layer, sums in measured.items():
             row |= {f"{kind}/{layer}": _measure(kind, *sums[kind].tolist()) for kind in KINDS}
         self.rows.append(row)
@@ -127,7 +132,8 @@ def _part(reproduction: Reproduction, name: str, settings: dict[str, Any]) -> Pa
     trial = Trial("train_llm.py", config, settings, directory, threads, watch="experiments.coupling:Coupling")
 
     def compute(advance: Advance) -> Rows:
-        train(reproduction, trial, advance)
+        if train(reproduction, trial, advance)["diverged"]:
+            raise SettingsError(f"{directory}: the run diverged; give it other settings")
         return read_rows(directory / "coupling.jsonl")
 
     return Part(name, RUN, compute)

@@ -54,7 +54,8 @@ class Trial:
         settings: what differs from the file, by the names of the launcher's options, as in "optimizer.lr".
         directory: its run_dir.
         threads: of the CPU, for it.
-        watch: a callback of the run, made without arguments, as in "module:Class"; "" is none.
+        watch: a callback of the run, made without arguments, as in "module:Class"; "" is none. It keeps nothing when
+            the run is killed: a run that is watched begins anew.
     """
 
     program: str
@@ -117,6 +118,8 @@ class Trial:
     def _train(self, on_evaluation: OnEvaluation, stop: threading.Event | None) -> bool:
         """Train. Return whether the run is complete, not ended on the way."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.watch:
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
         output = self.directory / "output.txt"
         given = self.program, self.arguments(), str(self.directory), self.watch
         process = _server().Process(target=_train_in_process, args=given)

@@ -10,11 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_by_workers(tmp_path_factory):
+def shared_by_workers(request, tmp_path_factory):
     """SHARED_BY_WORKERS: a directory of this session that all of pytest's processes share."""
     own = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARED_BY_WORKERS", str(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own))
+        patch.setenv("SHARED_BY_WORKERS", str(own.parent if hasattr(request.config, "workerinput") else own))
         yield
 
 
@@ -38,10 +38,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if re.search("fsdp2|hsdp|dtensor", item.name):
                 item.add_marker(pytest.mark.skip(reason="fully_shard of torch 2.6 needs a GPU"))
-    if not hasattr(torch.optim, "Muon"):
-        for item in items:
-            if "muon" in item.name:
-                item.add_marker(pytest.mark.skip(reason="torch before 2.9 has no Muon"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,23 +4,32 @@ import fcntl
 import hashlib
 import os
 import pickle
-import shutil
+import traceback
 from pathlib import Path
 
 
 def made_once(make, *arguments):
     """Return what make(directory, *arguments) returns: one of pytest's processes calls it, the others read the result.
 
-    No test may change the directory, which outlives the test, or rely on its name. The result must be picklable.
+    No test may change the directory, which outlives the test, or rely on its name. The result must be picklable. Where
+    it raises, all raise, and it is not called again.
     """
     called = f"{make.__module__}.{make.__qualname__}"
     name = f"{make.__name__}-{hashlib.sha256(repr((called, arguments)).encode()).hexdigest()[:8]}"
     directory = Path(os.environ["SHARED_BY_WORKERS"]) / name
-    result = directory.with_suffix(".pickle")
+    result, failure = directory.with_suffix(".pickle"), directory.with_suffix(".failed")
     with open(directory.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if failure.exists():
+            raise AssertionError(f"{name} failed in another of pytest's processes, or before:\n{failure.read_text()}")
         if not result.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of a call that failed
             directory.mkdir()
-            result.write_bytes(pickle.dumps(make(directory, *arguments)))
+            try:
+                made = pickle.dumps(make(directory, *arguments))
+            except BaseException:
+                failure.write_text(traceback.format_exc())
+                raise
+            partial = directory.with_suffix(".partial")
+            partial.write_bytes(made)
+            partial.rename(result)
     return pickle.loads(result.read_bytes())

@@ -35,7 +35,8 @@ def run(*command, **options):
 def without_the_source_tree():
     """Return the environment for programs that are to find what is installed; uv does not read pip's own settings."""
     variables = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), **os.environ}
-    return {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own = ("PYTHONPATH", "VIRTUAL_ENV", "SHARED_BY_WORKERS")
+    return {name: value for name, value in variables.items() if name not in own and not name.startswith("PYTEST_")}
 
 
 def copy_the_tests(*names, to):

@@ -261,7 +261,8 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
         if not isinstance(settings[section], dict):
             raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
     checked: dict[str, Any] = {}
-    for name, value in flatten(settings).items():
+    empty = {name: value for name, value in settings.items() if value == {} and name not in sections}
+    for name, value in {**flatten(settings), **empty}.items():
         if name not in kinds:
             others = [program for program, other in elsewhere.items() if name in dict(_fields(other))]
             hint = f"; it is one of {others[0]}" if others else _nearest(name, ["config", *kinds])

@@ -54,10 +54,9 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
     if schedule.name == "wsd" and kept is not None:
         about = "from before the decay"
         options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
-        if schedule.final_p is not None:
-            p = scheduled(config, step_of(kept))["p"]
-            options |= {"optimizer.p": f"{p:.6g}", "schedule.final_p": "null"}
-    elif schedule.name == "constant" and schedule.final_p is None:
+        if "p" in (then := scheduled(config, step_of(kept))):
+            options |= {"optimizer.p": f"{then['p']:.6g}", "schedule.final_p": "null"}
+    elif schedule.name == "constant" and "p" not in scheduled(config, 0):
         about = "at the same lr"
     elif share == 0.0:
         about = "from the beginning, for the lr has come down to 0"

@@ -25,6 +25,7 @@ from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.optimizers import build_optimizer
+from tests.marks import MUON
 
 
 def save(directory, step, model, optimizer, extra):
@@ -38,7 +39,7 @@ def make_model():
     return model
 
 
-@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon"])
+@pytest.mark.parametrize("name", ["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", MUON])
 def test_checkpoint_round_trip_is_exact_for_every_optimizer(name, tmp_path):
     def train(model, optimizer, steps, seed):
         generator = torch.Generator().manual_seed(seed)

@@ -55,7 +55,7 @@ def test_the_columns_by_hand(tmp_path, monkeypatch):
             row[f"z_slow/{layer}"] = cosine(z, -average, dim=0).item()
             row[f"m_slow/{layer}"] = cosine(m, average, dim=0).item()
             row[f"with_rest/{layer}"] = cosine(pulled, rest, dim=0).item()
-        expected.append({"step": step + 1, "averaged": step + 1, **row})
+        expected.append({"step": step + 1, **row})
     watch.on_run_end(training)
     rows = read_rows(tmp_path / "coupling.jsonl")
     assert [row["step"] for row in rows] == [2, 4]
@@ -78,7 +78,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         for rows in runs:
             assert [row["step"] for row in rows] == [50, 100, 150, 200]
             assert all(math.isfinite(value) for row in rows for value in row.values())
-    # z begins at 0: as it grows, so does what it adds to an update.
+    # z begins where the weights do: as it goes away from them, so does what it adds to an update.
     shares = [row["share/model.layers.0"] for row in found["pp"][0]]
     assert shares[0] < shares[-1] < 1
     table = (tmp_path / "out/table.md").read_text()

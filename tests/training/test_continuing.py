@@ -80,6 +80,8 @@ def longer(config, directory):
         ("cosine", {"final_p": math.inf}),
         ("cosine", {"final_p": 3.0, "tau": "lr"}),
         ("constant", {"final_p": 3.0}),
+        ("constant", {"final_p": 3.0, "optimizer": "adamw"}),  # which has no p
+        ("wsd", {"final_p": 3.0, "optimizer": "adamw"}),
         ("linear", {"optimizer": "muon"}),
     ],
 )
@@ -111,6 +113,11 @@ def test_wsd_continues_with_the_p_of_its_checkpoint(tmp_path):
     then = LLM.parse(words[1:])
     assert scheduled(then, 160)["p"] == scheduled(then, 399)["p"] == pytest.approx(before, rel=1e-5)
     assert then.checkpoint.resume_from == str(tmp_path / "step_00000160")
+    about = command_to_continue(
+        make_config("wsd", final_p=3.0, optimizer="adamw"), "accelerate launch", tmp_path / "step_00000160"
+    )
+    assert "from before the decay" in about
+    assert "optimizer.p" not in about
 
 
 @pytest.mark.slow

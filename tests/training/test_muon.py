@@ -13,6 +13,7 @@ from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConf
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.muon import hidden_matrices
 from stacey_dist.training.optimizers import build_optimizer, check_engine, scheduled
+from tests.marks import needs_muon
 from tests.shared import made_once
 from tests.training.helpers import (
     assert_equal_checkpoints,
@@ -48,6 +49,7 @@ def backward(model, seed):
     model(input_ids=ids, labels=ids).loss.backward()
 
 
+@needs_muon
 def test_it_is_torchs_muon_and_torchs_adamw_with_their_own_learning_rates_on_one_schedule():
     model, by_hand = make_llama(), make_llama()
     config = RunConfig(
@@ -78,6 +80,7 @@ def test_it_is_torchs_muon_and_torchs_adamw_with_their_own_learning_rates_on_one
         assert torch.equal(ours, theirs)
 
 
+@needs_muon
 def test_state_dicts_and_closures():
     def train(model, optimizer, seeds):
         for seed in seeds:
@@ -101,6 +104,7 @@ def build(model):
     return build_optimizer(model, OptimizerConfig("muon", **numbers), seed=0)
 
 
+@needs_muon
 @pytest.mark.parametrize("bias", [True, False])
 def test_models_with_as_many_matrices_as_other_parameters_and_with_matrices_alone(bias):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=bias), torch.nn.Linear(4, 4, bias=bias))
@@ -126,6 +130,7 @@ def test_engines_that_it_cannot_be_right_on_are_refused(name, engine):
         check_engine(name, engine)
 
 
+@needs_muon
 def test_without_its_package_and_for_images_it_is_refused(monkeypatch):
     check_engine("muon", "ddp")
     monkeypatch.delattr(torch.optim, "Muon")
@@ -163,7 +168,10 @@ def train_without_a_stop(directory, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("muon", "momentum_buffer exp_avg exp_avg_sq step"), ("ademamix", "exp_avg exp_avg_sq exp_avg_slow")],
+    [
+        pytest.param("muon", "momentum_buffer exp_avg exp_avg_sq step", marks=needs_muon),
+        ("ademamix", "exp_avg exp_avg_sq exp_avg_slow"),
+    ],
 )
 def test_a_resumed_run_is_equal_to_an_uninterrupted_one(tmp_path, name, kinds):
     directory, config = made_once(train_without_a_stop, name)
@@ -175,6 +183,7 @@ def test_a_resumed_run_is_equal_to_an_uninterrupted_one(tmp_path, name, kinds):
     assert_equal_checkpoints(tmp_path / "run", directory / name, 20)
 
 
+@needs_muon
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     directory, config = made_once(train_without_a_stop, "muon")

@@ -206,6 +206,9 @@ FILES = [
     ("", "must hold settings"),
     ("data: {sources: 3}", "data.sources: 3 is not allowed; it must be a list, each settings: files, "),
     ("data: {sources: {}}", "data.sources: {} is not allowed; it must be a list, each settings: files, "),
+    ("seed: {}", "seed: {} is not allowed; it must be a whole number"),
+    ("data.files: {}", "data.files: {} is not allowed; it must be a list, each text"),
+    ("nonsense: {}", "unknown setting nonsense"),
     ("data: {files: {}}", "data.files: {} is not allowed; it must be a list, each text"),
     ("data: {sources: [{weight: null}]}", "data.sources[0].weight: null is not allowed; it must be a number"),
 ]

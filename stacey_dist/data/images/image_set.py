@@ -155,7 +155,7 @@ def read_sampled(images: ImageSet) -> Iterator[bytes | NDArray[np.uint8]]:
 def identity_of(images: ImageSet, contents: Iterable[bytes | NDArray]) -> str:
     """Return a hash of a set's class names and labels, and of any contents in their order."""
     result = hashlib.sha256()
-    for content in ("\0".join(images.classes).encode("utf-8", "surrogateescape"), images.labels, *contents):
+    for content in ("\0".join(images.classes).encode("utf-8", "surrogatepass"), images.labels, *contents):
         if isinstance(content, bytes):
             result.update(f"bytes {len(content)}:".encode())
             result.update(content)
