@@ -1,6 +1,6 @@
-"""The settings that both launchers share, with their meaning, their defaults and their checks.
+"""The settings that both launchers share, with their meaning, defaults and checks.
 
-What only one of them has is in `llm_config.py` and `image_config.py`, and so are the defaults that differ from these.
+`llm_config.py` and `image_config.py` have the settings of only one launcher, and the defaults that differ.
 """
 
 import functools

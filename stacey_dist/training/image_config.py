@@ -1,4 +1,4 @@
-"""The settings of `train_imagenet.py` beside the shared ones. The defaults are its quickstart."""
+"""The settings that only `train_imagenet.py` has. The defaults are those of its quickstart."""
 
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal

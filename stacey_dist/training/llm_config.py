@@ -1,4 +1,4 @@
-"""The settings of `train_llm.py` beside the shared ones. The defaults are its quickstart."""
+"""The settings that only `train_llm.py` has. The defaults are those of its quickstart."""
 
 import re
 from dataclasses import dataclass, field, fields

@@ -1,4 +1,4 @@
-"""`stacey-dist prepare`: tokenize the text of a configuration before the run, where no GPU waits for it."""
+"""`stacey-dist prepare`: tokenize the text of a configuration before the run, on a machine without GPUs."""
 
 import argparse
 import os
