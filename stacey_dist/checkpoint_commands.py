@@ -35,38 +35,48 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         added.set_defaults(command=command)
         return added
 
-    add("list", list_all, "list the checkpoints of each run in or below DIR, newest first", dir=Path)
-    text = "print position, size, engine and settings of the checkpoint PATH, or of the newest of the run PATH"
+    add("list", list_all, "list the checkpoints of every run in or below DIR, newest first", dir=Path)
+    text = "print position, size, engine and settings of the checkpoint PATH, or of the newest one of the run PATH"
     add("show", show, text, path=_checkpoint)
-    add("verify", verify_files, "compare every file of PATH with its checksum; 1 if one is damaged", path=_checkpoint)
+    add(
+        "verify",
+        verify_files,
+        "compare every file of PATH with its checksum; exit status 1 if one is damaged",
+        path=_checkpoint,
+    )
     add(
         "diff",
         diff,
-        "compare A and B tensor by tensor; 0 only if all are equal bit for bit",
+        "compare A and B tensor by tensor; exit status 0 only if all are equal bit for bit",
         a=_checkpoint,
         b=_checkpoint,
     )
     text = (
-        "write the model of PATH to the directory OUT, as transformers loads it, with what its run directory has of it"
+        "write the model of PATH to the directory OUT for transformers, with the tokenizer or image settings of its run"
     )
     add("export", export, text, path=_checkpoint, out=Path)
     text = (
-        "write what Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) saved in PATH, of a run that used "
-        "Stacey, as the checkpoint OUT"
+        "convert PATH, saved by Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) in a run with Stacey, "
+        "to the checkpoint OUT"
     )
     added = add("import", import_foreign, text, path=Path, out=Path)
     added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for DDP")
-    added.add_argument("--frozen", action="append", default=[], help="names of frozen parameters, as in 'model.embed*'")
+    added.add_argument(
+        "--frozen",
+        action="append",
+        default=[],
+        help="pattern of frozen parameters, as in 'model.embed*'; can be repeated",
+    )
     added.add_argument(
         "--group",
         action="append",
         nargs="+",
         metavar="PATTERN",
-        help="the parameters of one of the optimizer's groups, as in '*norm*'; once for each group, in their order, "
-        "where there are several and the state has no names (DDP). The first group with a pattern that fits counts",
+        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with DDP if there are several "
+        "groups: once for each group, in order. A parameter is in the first group that matches",
     )
-    added.add_argument("--step", type=int, help="updates made; the optimizer's own count if not given")
-    added.add_argument("--position", type=int, default=0, help="samples already trained on (0)")
+    added.add_argument("--step", type=int, help="number of updates made (default: the optimizer's count)")
+    added.add_argument("--position", type=int, default=0, help="number of samples already trained on (default: 0)")
 
 
 def list_all(dir: Path) -> int:

@@ -35,18 +35,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stacey_dist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     checkpoint_commands.add_commands(
-        commands.add_parser("checkpoint", help="look at, verify, compare and export checkpoints")
+        commands.add_parser("checkpoint", help="list, show, verify, compare, export and import checkpoints")
     )
-    bench.add_command(commands.add_parser("bench", help="measure what a step of the optimizers costs here"))
-    about = commands.add_parser("info", help="versions, devices, kernels, engines, and what installs the rest")
+    bench.add_command(commands.add_parser("bench", help="measure the time of an optimizer step on this machine"))
+    about = commands.add_parser(
+        "info", help="print versions, devices, kernels, engines, and how to install missing extras"
+    )
     about.set_defaults(command=info.print_info)
-    compared = commands.add_parser("report", help="compare runs on one HTML page: results, settings, curves")
-    compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's directory, its run_dir")
+    compared = commands.add_parser("report", help="compare runs on one HTML page: results, settings and curves")
+    compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the run_dir of a run")
     compared.add_argument(
-        "--output", metavar="FILE.html", type=Path, default=Path("report.html"), help="the page (report.html)"
+        "--output",
+        metavar="FILE.html",
+        type=Path,
+        default=Path("report.html"),
+        help="the page to write (default: report.html)",
     )
     compared.set_defaults(command=_report)
-    commands.add_parser("plan", help="memory, communication and time of a run on an engine, before it is started")
+    commands.add_parser("plan", help="estimate memory, communication and time of a run on an engine")
     commands.add_parser("prepare", help="tokenize the text of a configuration of train_llm.py before the run")
     return parser
 

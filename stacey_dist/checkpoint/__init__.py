@@ -1,6 +1,6 @@
-"""Checkpoints: complete or invisible, verified before they are loaded, on any engine, never a pickle.
+"""Checkpoints for any engine: written atomically, verified before they are loaded, without pickles.
 
-A weight's way into a file and back:
+The modules, in the order in which a weight passes through them into a file and back:
 
     write.py       save_checkpoint: snapshot, then each rank's file, the manifest, and one rename (replace.py)
     snapshot.py    this rank's share of weights and states, copied to host memory
@@ -10,10 +10,9 @@ A weight's way into a file and back:
     read.py        load_checkpoint: verify, allocate, read, restore
     restore.py     tensors of this rank that are read into, and what completes them
 
-Beside it: background.py saves beside training, retention.py deletes old checkpoints, replicas.py compares ranks that
-hold the same, collectives.py makes ranks fail together, compare.py compares two checkpoints, and importers/ reads those
-of others.
-"""
+The others: background.py saves in the background, retention.py deletes old checkpoints, replicas.py compares ranks that
+hold the same elements, collectives.py raises an error of one rank on all ranks, compare.py compares two checkpoints,
+and importers/ reads checkpoints of other libraries."""
 
 from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, verify

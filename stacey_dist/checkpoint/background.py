@@ -1,4 +1,4 @@
-"""Save beside training, which waits for the copy to host memory only."""
+"""Save in the background: training waits only for the copy to host memory."""
 
 import datetime
 import os

@@ -1,7 +1,7 @@
-"""Calls that all ranks make together: where one fails, all of them raise.
+"""Calls that all ranks make together: if one rank fails, all of them raise.
 
-Messages are as small as they can be: whether all went well is one number, and a result is sent where it is needed. All
-of them go through host memory.
+Messages are small: success or failure is one number, and a result is sent only to the ranks that need it. All messages
+go through host memory.
 """
 
 import weakref

@@ -7,9 +7,9 @@
                                   whether trainable weights and optimizer states are finite, each file's size and
                                   SHA-256, its own SHA-256
 
-Tensors are model/NAME (weights, fp32 masters where there are some; buffers) and optimizer/NAME/KEY (z, m, step, ...).
-The directory is filled under a temporary name and appears under its own by one rename: if it is there under that
-name, every file in it was written and synced before.
+Tensors are model/NAME (weights, or their fp32 masters if there are any; buffers) and optimizer/NAME/KEY (z, m, step,
+...). The directory is filled under a temporary name and then renamed. If it has its final name, every file in it was
+written and synced.
 """
 
 import errno

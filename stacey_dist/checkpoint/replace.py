@@ -1,4 +1,4 @@
-"""Put a directory that was filled under another name in the place of an older one."""
+"""Replace a directory with one that was filled under another name."""
 
 import shutil
 from pathlib import Path

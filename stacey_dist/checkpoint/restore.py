@@ -1,8 +1,7 @@
-"""Restore a model and its optimizer from what was saved. No engine is known here.
+"""Restore a model and its optimizer from a checkpoint, independently of the engine.
 
-`allocate` names the tensors of this rank that are to be read, a reader fills them, and `restore` completes them. Frozen
-parameters and buffers, which every rank has whole, follow some at a time.
-"""
+`allocate` returns the tensors of this rank to read, a reader fills them, and `restore` completes them. Frozen
+parameters and buffers, which every rank has in full, follow in batches."""
 
 import math
 from collections.abc import Iterator

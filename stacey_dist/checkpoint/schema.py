@@ -1,7 +1,7 @@
-"""Check every entry of a manifest, before any is used and before a manifest is written.
+"""Check every entry of a manifest, before any entry is used and before a manifest is written.
 
-The checksum in a manifest shows damage, not intent: whoever writes a manifest can write its checksum too. So an entry
-may be anything that JSON can hold.
+The checksum in a manifest detects damage, but not forgery: whoever writes a manifest can also write its checksum. So an
+entry may have any JSON value.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Write a rank's ranges as one file of `torch.distributed.checkpoint`'s safetensors storage, and read ranges from such.
+"""Write a rank's ranges as a file in `torch.distributed.checkpoint`'s safetensors format, and read ranges from it.
 
-torch's own writer puts the file together in memory, with the interpreter locked, and the file has to be read again for
-its checksum. Here each tensor is written and hashed where it lies, with the interpreter free for training.
-torch's reader opens every file on every rank. Here a rank opens files until it has what it needs.
+torch's writer assembles the file in memory while it holds the GIL, and the file has to be read again for its checksum.
+Here each tensor is written and hashed in place, without the GIL, so training continues.
+torch's reader opens every file on every rank. Here a rank opens files until it has the elements that it needs.
 """
 
 import errno

@@ -1,13 +1,13 @@
 """Messages of the ranks to rank 0 about the files they have written: a few bytes each for any number of tensors.
 
-Each rank sends a record of one length: size and checksum of its file. A tensor's shape and dtype are sent by the rank
-that has written its beginning, and only if rank 0 has not seen them before. Ranges are not sent at all. Whether they
-make up each tensor is seen from sums, which each rank adds up for itself:
+Each rank sends a record of fixed length: size and checksum of its file. A tensor's shape and dtype are sent by the rank
+that has written its beginning, and only if rank 0 has not seen them before. Ranges are not sent. Rank 0 checks that the
+ranges cover each tensor exactly once with sums that each rank computes:
 
     sum over ranges of (h(stop) - h(start))  =  h(number of elements) - h(0)    modulo 2^64
 
-where h is a hash of the tensor and the position. Ranges that meet cancel. What is left of a gap or an overlap are
-hashes of positions, which cancel by an accident of 2^-64.
+where h is a hash of the tensor and the position. Terms of adjacent ranges cancel. A gap or an overlap leaves hashes of
+positions, which sum to 0 with a probability of 2^-64.
 """
 
 import hashlib

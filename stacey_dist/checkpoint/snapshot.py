@@ -1,4 +1,4 @@
-"""Copy to host memory what this rank saves of a model and its optimizer. No engine is known here."""
+"""Copy this rank's share of a model and its optimizer to host memory, independently of the engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Encoded records, as they go from the text, or from tokens that are there, to the parts; chunks of them in files."""
+"""Blocks of encoded records, from text or from existing tokens, and the chunk files that hold them."""
 
 import io
 import itertools

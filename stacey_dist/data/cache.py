@@ -1,4 +1,4 @@
-"""The cache of prepared tokens: a source is tokenized once, into parts that every later run maps into memory."""
+"""The cache of prepared tokens: a source is tokenized once, into parts that every later run memory-maps."""
 
 import hashlib
 import json

@@ -1,9 +1,8 @@
 """Convert a sentencepiece model to a tokenizer of the ``tokenizers`` library, which ``transformers`` loads.
 
-Exports alone need it: sentencepiece itself encodes the training text, 1.3 to 1.6 times as many tokens a second as its
-conversion. A model is converted only where the ids stay the same: features that ``tokenizers`` lacks are refused, and
-the ids of texts that tokenizers disagree on are compared.
-"""
+Only exports need it: sentencepiece itself encodes the training text, at 1.3 to 1.6 times the tokens per second of the
+converted tokenizer. A model is converted only if ids stay the same: features that ``tokenizers`` lacks are rejected,
+and ids are compared on texts that tokenizers disagree on."""
 
 import random
 from typing import Any

@@ -1,8 +1,7 @@
-"""Which tokens of a window may be attended to, where documents are kept apart: numbers, made on the host.
+"""The tokens of a window that each token may attend to under a document mask, computed on the host.
 
-A token attends to itself and to the tokens before it, from a first one on: that of its document, or of a sliding window
-if that begins later. So a mask is one number for each token.
-"""
+A token attends to itself and to earlier tokens, from the first token of its document or of its sliding window,
+whichever is later. So a mask is one number per token."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""The embedded default text: what the Python standard library says about itself."""
+"""The default text: the documentation in the Python standard library."""
 
 import ast
 import os

@@ -1,9 +1,8 @@
-"""Inputs to chunks of tokens, by any number of processes on any number of hosts, which share a directory.
+"""Encode inputs as chunks of tokens, with any number of processes on any number of hosts that share a directory.
 
-A process takes a group of inputs by its lock, and writes its records chunk after chunk. So a killed process loses the
-chunk that it was at, and another one continues from the chunk before. Each group has a folder, so that a look at its
-chunks costs the same however many groups there are.
-"""
+A process locks a group of inputs, and writes its records chunk by chunk. A killed process loses only its current chunk,
+and another process continues from there. Each group has its own folder, so the cost of listing its chunks does not
+depend on the number of groups."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""One process at a time makes what many processes on a machine ask for.
+"""A file lock, with which one process makes what many processes on a machine need.
 
-The lock is flock itself and not the filelock library, which on a file system without flock leaves a marker file that
-a killed process does not take away. Unlike lockf, which locks a run's directory, it parts the threads of a process too.
+It uses flock, not the filelock library: on a file system without flock, that library uses a marker file, which a killed
+process leaves behind. Unlike lockf, which locks a run's directory, flock also excludes other threads of the process.
 """
 
 import contextlib

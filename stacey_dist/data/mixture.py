@@ -1,4 +1,4 @@
-"""An order over several sources: which of them a position belongs to, and which sample of it."""
+"""The order of a mixture: the source of each position, and the sample within that source."""
 
 import heapq
 import math

@@ -1,4 +1,4 @@
-"""The layout of a prepared directory: parts of tokens, progress.json meanwhile, index.json when complete."""
+"""The layout of a prepared directory: parts of tokens, progress.json during preparation, index.json when complete."""
 
 import contextlib
 import copy

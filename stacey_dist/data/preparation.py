@@ -1,4 +1,4 @@
-"""One preparation: the chunks of a source's inputs, in their order, into the parts of a directory."""
+"""Prepare one source: join the chunks of its inputs, in order, into the parts of a directory."""
 
 import itertools
 import shutil

@@ -1,4 +1,4 @@
-"""Processes that work for another one, and end with it."""
+"""Child processes that end when their parent ends."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""Records in batches, which a thread reads while the batch before is encoded.
+"""Read records in batches, in a thread, while the previous batch is encoded.
 
 One core reads 63 MB/s of gzipped JSON and encodes 1.5 MB/s: without the thread, 40 cores would wait half of the time.
 """

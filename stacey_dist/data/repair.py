@@ -1,4 +1,4 @@
-"""Prepare damaged parts of tokens again, and no others."""
+"""Prepare only the damaged parts of tokens again."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The tokens that other directories of a cache have of the same inputs."""
+"""Reuse tokens of the same inputs from other directories of a cache."""
 
 import contextlib
 import itertools

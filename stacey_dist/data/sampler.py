@@ -1,4 +1,4 @@
-"""A global shuffle that is a function: the sample at any position, without state or a stored permutation."""
+"""A global shuffle as a function of the position, without state or a stored permutation."""
 
 import functools
 

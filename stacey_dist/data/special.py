@@ -1,4 +1,4 @@
-"""Text never becomes a special token: what a document spells ends no document."""
+"""Make sure that text never becomes a special token: a document that spells the end token does not end there."""
 
 import re
 from typing import Any

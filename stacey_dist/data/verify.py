@@ -1,4 +1,4 @@
-"""Verify that parts of prepared tokens are what was written."""
+"""Verify that parts of prepared tokens have not changed since they were written."""
 
 import contextlib
 import os

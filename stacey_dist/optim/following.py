@@ -1,4 +1,4 @@
-"""tau and alpha that follow the learning rate, for `Stacey(lr_reference=...)`.
+"""Scale tau and alpha with the learning rate, for `Stacey(lr_reference=...)`.
 
     share = lr / lr_reference        tau' = min(1, tau share)        alpha' = alpha share
 

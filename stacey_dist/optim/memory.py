@@ -1,8 +1,8 @@
 """Find tensors whose memory does not hold their value, or holds fewer elements than they have.
 
-Kernels go by addresses. PyTorch has tensors whose value is not what lies there: the negative bit says that every
-element is to be negated, a zero tensor has no memory, a subclass computes its value from other tensors, and in an
-expanded tensor many elements are one.
+Kernels read addresses. The value of some PyTorch tensors differs from their memory: the negative bit negates every
+element, a zero tensor has no memory, a subclass computes its value from other tensors, and several elements of an
+expanded tensor share one address.
 """
 
 import torch

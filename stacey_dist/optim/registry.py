@@ -1,4 +1,4 @@
-"""Make DeepSpeed, which knows optimizers by name and type, accept ours. Nothing here imports it."""
+"""Make DeepSpeed accept these optimizers, by name and by type. This module does not import DeepSpeed."""
 
 import functools
 import sys

@@ -5,10 +5,8 @@ dropped every time. Rounded up with a probability equal to the fraction that wou
 average. The random bits come from no generator: they are a hash of the seed, the step count and the bits of an
 element's values before rounding. z and m share one, of their new values, and take 16 bits of it each; a weight has one
 of its own, of its new value and its gradient.
-So there is no state to save, and an element is rounded alike in a whole parameter, in a flat ZeRO partition and in a
-DTensor shard.
-
-Elements with the same new z and m are rounded alike within a step; that is the price.
+So there is no state to save, and an element is rounded in the same way in a whole parameter, in a flat ZeRO partition
+and in a DTensor shard. The price: within a step, elements with the same new z and m are rounded in the same way.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """The update rule: the STACEY family and stochastic lp descent, one coordinate at a time.
 
-This is the one place where the rule stands. It is plain torch, runs in float32 (the bits are part of the
-definition: see `power.py`) and in float64, and every faster kernel is a translation of it. Every operation is
+This is the only definition of the rule. It is plain torch, and runs in float32 (the bits are part of the
+definition: see `power.py`) and in float64. Every faster kernel is a translation of it. Every operation is
 element-wise: an element's new value depends on its own weight, gradient, z and m and on the settings, never on
-its position, so a shard of the result is the result of the shard.
+its position, so updating a shard gives that shard of the whole update.
 
 Notation, as in the paper: theta the weight, g the gradient, m the momentum, z the dual (mirror) sequence,
 eta = `lr`, alpha the dual step, tau the coupling, lambda = `weight_decay`, beta1 and beta2 = `betas`.

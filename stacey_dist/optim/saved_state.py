@@ -1,4 +1,4 @@
-"""Check and convert the states of a state dict."""
+"""Check and convert the optimizer state of a state dict."""
 
 from collections.abc import Collection
 from typing import Any

@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stacey-dist plan",
         allow_abbrev=False,
-        description="How much memory and time a training run takes on an engine, before it is started. Any setting of "
-        "train_llm.py is an option too, as in --optimizer.state_dtype float32.",
+        description="Estimate the memory and time of a training run on an engine. Any setting of train_llm.py is also "
+        "an option, as in --optimizer.state_dtype float32.",
         epilog=f"{NOT_MEASURED} A peak is an estimate: keep a --margin. Defaults for links, per GPU, are its maker's "
         f"figures: {'; '.join(_links(gpu) for gpu in GPUS.values())}. See docs/how-to/plan.md.",
     )
@@ -93,25 +93,43 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="a configuration of train_llm.py, as in configs/llm (its defaults); later ones win",
+        help="a configuration of train_llm.py, as in configs/llm; can be repeated, later ones win (default: none)",
     )
-    add("--engine", metavar="NAME", help=f"one of {', '.join(ENGINES)} (fsdp2, or single on one GPU)")
-    add("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (h100-80gb)")
-    add("--nodes", type=int, default=1, metavar="N", help="machines (1)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in each (8)")
-    add("--offload", action="store_true", help="with zero3: weights, states and the update in host memory")
+    add("--engine", metavar="NAME", help=f"one of {', '.join(ENGINES)} (default: fsdp2; single on one GPU)")
+    add("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h100-80gb)")
+    add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="number of GPUs per node (default: 8)")
+    add(
+        "--offload",
+        action="store_true",
+        help="with zero3: offload weights, optimizer states and the update to the host",
+    )
     add("--search", action="store_true", help="propose engine, micro-batch and accumulation")
     add("--json", action="store_true", help="print JSON, in bytes and seconds")
     for option, setting in SHORT.items():
         add(option, metavar="VALUE", help=f"short for --{setting}")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="or not, whatever the file says")
-    add("--vocab-size", type=int, metavar="N", help="needed for a tokenizer that the plan does not know")
-    add("--memory-gb", type=float, metavar="GB", help="of a GPU, in 10^9 bytes")
-    add("--intra-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to others in its node, one direction")
-    add("--inter-gbs", type=float, metavar="GB/S", help="a GPU's share of its node's bandwidth to other nodes")
-    add("--host-gbs", type=float, metavar="GB/S", help="bandwidth of a GPU to host memory")
-    add("--efficiency", metavar="LOW,HIGH", help="share of peak in arithmetic (by GPU, from published runs)")
-    add("--margin", type=float, default=0.1, metavar="SHARE", help="of the memory that is to stay free (0.1)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="override train.gradient_checkpointing")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="vocabulary size; needed if the plan cannot tell it from the tokenizer",
+    )
+    add("--memory-gb", type=float, metavar="GB", help="memory of a GPU, in 10^9 bytes")
+    add("--intra-gbs", type=float, metavar="GB/S", help="bandwidth from a GPU to others in its node, one direction")
+    add(
+        "--inter-gbs",
+        type=float,
+        metavar="GB/S",
+        help="a GPU's share of its node's bandwidth to other nodes, one direction",
+    )
+    add("--host-gbs", type=float, metavar="GB/S", help="bandwidth from a GPU to host memory, one direction")
+    add(
+        "--efficiency",
+        metavar="LOW,HIGH",
+        help="range of the fraction of peak FLOP/s (default: by GPU, from published runs)",
+    )
+    add("--margin", type=float, default=0.1, metavar="SHARE", help="fraction of the memory to keep free (default: 0.1)")
     return parser
 
 

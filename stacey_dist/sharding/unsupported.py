@@ -1,4 +1,4 @@
-"""Refuse ways to split a model over ranks that are not supported, by name, so that none is taken for a replica."""
+"""Reject unsupported ways to split a model over ranks, by name, so that none is mistaken for a replica."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,7 @@
-"""The parts of the launchers, and the names with which you train a model and data of your own.
+"""The launchers' training loop, and its API for your own model and data.
 
-`Launcher` describes a training program and `Parts` what it builds, `Task` is what it trains on, `Engine` makes one
-update on DDP, ZeRO or FSDP2, `train` is the loop, and a `Callback` looks on.
+`Launcher` describes a training program, `Parts` builds its model and data, `Task` has its data and loss, `Engine` makes
+one update on DDP, ZeRO or FSDP2, `train` is the loop, and a `Callback` observes it.
 """
 
 from importlib import import_module

@@ -1,9 +1,8 @@
-"""How a language model attends: `model.attention` and `data.document_mask`.
+"""Attention of a language model: `model.attention` and `data.document_mask`.
 
-transformers makes a mask in each forward pass. To find out whether one is needed, and whether positions restart, it
-waits for the device. So it is kept from that: a mask is an argument of the forward pass here, made from numbers that
-the thread which reads ahead has computed (`stacey_dist.data.documents`).
-"""
+transformers makes a mask in each forward pass. To find out whether one is needed, and whether positions restart, the
+host waits for the device. To avoid this, a mask is an argument of the forward pass here. It is made from numbers that
+the thread that reads ahead has computed (`stacey_dist.data.documents`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Batch norms' running statistics, which the forward pass moves even in an update that is then skipped."""
+"""Restore the running statistics of batch norms after a skipped update: its forward pass has changed them."""
 
 import torch
 from torch import Tensor, nn

@@ -1,8 +1,8 @@
-"""Locks of `torch.utils.cpp_extension`, with which DeepSpeed compiles its helpers, that killed processes left behind.
+"""Remove the locks that killed processes left in `torch.utils.cpp_extension`, which compiles DeepSpeed's extensions.
 
-torch's `FileBaton` makes an empty file and removes it when the build ends. Where the process is killed meanwhile, the
-file stays, and every later process waits for it for ever, in silence. (Inductor's locks are the system's, which
-end with their process; Triton has none.) The file says nothing about its owner, but the owner keeps it open.
+torch's `FileBaton` makes an empty file and removes it when the build ends. If the process is killed during the build,
+the file stays, and every later process waits for it forever, without a message. (Inductor uses locks of the operating
+system, which end with their process; Triton has none.) The file does not name its owner, but the owner keeps it open.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Callbacks, which are called while a run trains, and `Training`, the view of the run that they get."""
+"""Callbacks, which are called during training, and `Training`, the state of the run that they receive."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The model card of an export, `README.md`: what a checkpoint and its run directory know of a model."""
+"""Write the model card of an export, `README.md`, from the checkpoint and its run directory."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The settings that both launchers share, with their meaning, their defaults and their checks.
+"""The settings that both launchers share, with their meaning, defaults and checks.
 
-What only one of them has is in `llm_config.py` and `image_config.py`, and so are the defaults that differ from these.
+`llm_config.py` and `image_config.py` have the settings of only one launcher, and the defaults that differ.
 """
 
 import functools
@@ -33,42 +33,43 @@ _OWN: Any = None
 
 @dataclass
 class OptimizerConfig:
-    """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
+    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults."""
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
-    """The optimizer, with default numbers of its own. muon: for the matrices of hidden layers, AdamW for the rest."""
+    """The optimizer. muon updates the matrices of hidden layers, and AdamW the other parameters."""
     lr: NonNegativeFloat = _OWN
     """The peak learning rate (eta in the paper)."""
     weight_decay: NonNegativeFloat = _OWN
-    """Decoupled weight decay, multiplied by the scheduled lr; adam and sgd add it to the gradient instead."""
+    """Decoupled weight decay, multiplied by the scheduled lr. adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
-    """Decay one-dimensional parameters (norms, biases) too."""
+    """Apply weight decay to one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
-    """stacey: the rule, (p,2), (p,p) or (2,p). Each has default numbers of its own."""
+    """stacey: the update rule, (p,2), (p,p) or (2,p). Each has its own defaults."""
     p: NormOrder = _OWN
-    """stacey, lp_descent: the norm, >= 2; at most 1000 for pp and 2p, inf is allowed for p2 and lp_descent."""
+    """stacey, lp_descent: p of the l_p norm, >= 2. At most 1000 for pp and 2p; p2 and lp_descent allow inf."""
     alpha: NonNegativeFloat = _OWN
-    """stacey: the dual step size, which like tau belongs to p. ademamix: the slow average's weight at the end."""
+    """stacey: the dual step size; choose it for p. ademamix: the weight of the slow average at the end of the run."""
     tau: Share = _OWN
-    """stacey: the weight of z in the coupling; 0 switches the acceleration off."""
+    """stacey: the weight of z in the coupling; choose it for p. 0 turns the acceleration off."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = _OWN
-    """Interpolation or first-moment decay, and momentum or second-moment decay; not of sgd and lp_descent."""
+    """stacey, lion: interpolation for the step, decay of the momentum. adamw, adam, muon, ademamix: decay of the first
+    and second moments."""
     beta3: ShareBelowOne | None = None
-    """ademamix: the decay of the slow average at the end of the run; it grows from the first of betas."""
+    """ademamix: the decay of the slow average at the end of the run. It grows from the first of betas."""
     eps: NonNegativeFloat = 1e-8
     """stacey, lp_descent, adamw, adam, muon, ademamix: added to the denominator."""
     momentum: ShareBelowOne = _OWN
-    """sgd, muon: the momentum, which is Nesterov's; 0 is plain SGD."""
+    """sgd, muon: the Nesterov momentum. sgd with 0 is plain SGD."""
     adamw_lr: NonNegativeFloat | None = None
-    """muon: the learning rate of AdamW."""
+    """muon: the peak learning rate of its AdamW."""
     z_init: Literal["params", "zeros"] = "params"
-    """stacey: where z starts."""
+    """stacey: the initial value of z, the parameters or zeros."""
     state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """stacey: the dtype of z and m."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """stacey, lp_descent: how bfloat16 states and weights are rounded."""
     bias_correction: bool = False
-    """stacey: m is a weighted mean of the gradients so far, as in Adam, not one that begins at 0 as in the paper."""
+    """stacey: correct the bias of m toward its start at 0, as Adam does. The paper does not."""
 
     defaults: ClassVar[optimizer_defaults.Defaults] = optimizer_defaults.TEXT
     """The numbers of each optimizer."""
@@ -100,24 +101,25 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate over the run, counted in updates."""
+    """The schedule of the learning rate, counted in updates."""
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """The shape after the warm-up: a decay to the end; none; wsd: none until a decay over the last decay_steps."""
+    """The shape after the warm-up. cosine and linear decay to the end, wsd over the last decay_steps, constant
+    never."""
     warmup_steps: UpdatesOrShare | None = None
-    """Updates of linear warm-up, or their share; the first has lr / warmup_steps. None: 20; fewer in a short run."""
+    """Updates of linear warm-up, or a fraction of the run. null: 20, or a tenth of a run of less than 200."""
     decay_steps: UpdatesOrShare = 0.2
-    """wsd: updates of the decay, or their share of the run. A checkpoint is kept from before them, to train longer."""
+    """wsd: updates of the decay, or a fraction of the run. The checkpoint before the decay is kept, to train longer."""
     decay_shape: Literal["linear", "1-sqrt"] = "linear"
-    """wsd: how it decays: 1 - t, or 1 - sqrt(t), where t goes from 0 to 1."""
+    """wsd: the shape of the decay, 1 - t or 1 - sqrt(t), where t goes from 0 to 1."""
     min_lr_ratio: Share = 0.1
-    """The floor of the decay, as a share of the peak."""
+    """The learning rate at the end of the decay, as a fraction of the peak."""
     alpha: Literal["constant", "lr"] = "constant"
-    """stacey: alpha stays as it is, as in the paper; or it is multiplied by the learning rate's share of its peak."""
+    """stacey: constant keeps alpha, as in the paper. lr scales alpha in proportion to the learning rate."""
     tau: Literal["constant", "lr"] = "constant"
-    """stacey: the same of tau."""
+    """stacey: constant keeps tau, as in the paper. lr scales tau in proportion to the learning rate."""
     final_p: NormOrder | None = None
-    """stacey, lp_descent: p at the end, 1/(p - 1) changing evenly over the run. None: p stays, as in the paper."""
+    """stacey, lp_descent: p at the end of the run; 1/(p - 1) changes linearly. null: p is constant, as in the paper."""
 
     def warmup_updates(self, max_steps: int) -> int:
         """Return the updates of the warm-up in a run of `max_steps`."""
@@ -134,75 +136,76 @@ def _updates(setting: float, max_steps: int) -> int:
 
 @dataclass
 class TrainConfig:
-    """How long, in what batches, and how often to look."""
+    """Length, batches, precision, logging and evaluation."""
 
     max_steps: PositiveInt = 600
-    """Updates of the whole run."""
+    """Updates in the whole run."""
     epochs: PositiveFloat | None = None
-    """Passes over the training data, in place of max_steps, which then follows."""
+    """Passes over the training data. If set, it determines max_steps."""
     global_batch_size: PositiveInt = 16
-    """Samples (sequences, images) of one update, over all processes."""
+    """Samples (sequences or images) per update, over all processes."""
     micro_batch_size: PositiveInt | None = None
-    """Samples of one forward pass on one process; the accumulation follows. None: no accumulation."""
+    """Samples per forward pass on one process. It determines gradient accumulation. null: no accumulation."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 is off."""
     log_every_steps: PositiveInt = 10
     """Updates between progress lines and rows of metrics.jsonl."""
     eval_every_steps: PositiveInt = 150
-    """Updates between evaluations; there is always one at the end."""
+    """Updates between evaluations. The run always evaluates at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of forward and backward; fp16 with loss scaling. None: as `accelerate launch` was told."""
+    """Precision of forward and backward passes. fp16 uses loss scaling. null: that of `accelerate launch`."""
     gradient_checkpointing: Recomputed = False
     """Compute activations again in the backward pass instead of keeping them; selective keeps the results of matrix
     products and attention, which cost most of the time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_threads: PositiveInt | None = None
-    """Threads of a process on the CPU. None: OMP_NUM_THREADS, else the machine's cores, shared by its processes."""
+    """CPU threads per process. null: OMP_NUM_THREADS, or else the machine's cores divided by its processes."""
     max_skipped_steps: PositiveInt = 20
-    """Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops."""
+    """Consecutive updates that may be skipped for a non-finite loss or gradient. If more are, the run stops."""
     heartbeat_timeout_seconds: PositiveFloat | None = 120.0
-    """Seconds of silence after which a process counts as dead, and the others name it and stop. null: off."""
+    """Seconds without a heartbeat after which a process counts as dead: the others name it and stop. null: off."""
     collective_timeout_seconds: PositiveFloat = 600.0
-    """Seconds that processes wait for each other in a collective before they give up."""
+    """Timeout of collectives, in seconds."""
     profile: tuple[PositiveInt, PositiveInt] | None = None
-    """The first and last update of a profile of rank 0 in run_dir/profile, as in '[20, 24]'. null: none."""
+    """First and last update to profile on rank 0, as in '[20, 24]'; written to run_dir/profile. null: none."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save, what to keep, whether to resume."""
+    """When to save, which checkpoints to keep, and whether to resume."""
 
     every_steps: PositiveInt | None = 150
-    """Updates between checkpoints; there is always one at the end and on SIGTERM or Ctrl-C."""
+    """Updates between checkpoints. The run always saves at the end, and on SIGTERM or Ctrl-C. null: off."""
     every_minutes: PositiveFloat | None = 30.0
-    """Minutes after which there is another checkpoint, whatever every_steps says."""
+    """Longest time between checkpoints, in minutes, in addition to every_steps. null: off."""
     keep_last: PositiveInt = 2
-    """How many checkpoints are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
-    """Save after every evaluation that is the best so far, and keep the best."""
+    """Save after each evaluation that is the best yet, and keep the best checkpoint."""
     keep_every: PositiveInt | None = None
-    """Checkpoints whose number of updates is a multiple of this are kept too, for good."""
+    """Also keep, permanently, each checkpoint whose number of updates is a multiple of this."""
     asynchronous: bool = True
-    """Write beside training, which waits for a copy in host memory only; the last checkpoint is always waited for."""
+    """Write in the background: training waits only for the copy to host memory. The run waits for the last
+    checkpoint."""
     resume: Literal["auto", "never"] = "auto"
-    """auto resumes from the newest complete checkpoint in run_dir; never refuses a run_dir that has one."""
+    """auto: resume from the newest complete checkpoint in run_dir. never: if run_dir has one, stop with an error."""
     resume_from: str | None = None
-    """A checkpoint, of any run, to begin from while run_dir has none that came from it."""
+    """A checkpoint, of any run, to start from if run_dir has none. Later starts resume from run_dir."""
     allow_changes: list[str] = field(default_factory=list)
-    """Changes since the checkpoint that are wanted, as in '[train.global_batch_size, data]'."""
+    """Settings that may differ from the checkpoint's, as in '[train.global_batch_size, data]'."""
 
 
 @dataclass
 class TrackingConfig:
-    """Experiment trackers, through Accelerate, and what else to look at."""
+    """Experiment trackers, through Accelerate, and what else to record."""
 
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers to log to, as in '[wandb, tensorboard]'. wandb is offline unless you are logged in."""
     project: str = "stacey_dist"
     """The project's name in the tracker."""
     run_name: str | None = None
-    """The run's name in the tracker. None: the name of run_dir."""
+    """The run's name in the tracker. null: the name of run_dir."""
     histogram_every: PositiveInt | None = None
     """Updates between rows of norms.jsonl: each layer's norms of weights, gradients and states. null: none."""
 
@@ -212,9 +215,9 @@ class HubConfig:
     """Upload of the exported model to the Hugging Face hub."""
 
     push_to: str | None = None
-    """The model repository to upload to when the run is complete, as in name/model; made if it is not there."""
+    """Model repository to upload to when the run is complete, as in name/model. It is created if it does not exist."""
     private: bool = False
-    """Make a new repository private."""
+    """Create a new repository as private."""
 
 
 @dataclass
@@ -222,7 +225,7 @@ class RunConfig:
     """The settings of a run of either launcher; a subclass adds those of its model and its data."""
 
     run_dir: NonEmptyPath = "runs/quickstart"
-    """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
+    """Directory of the run: configuration, metrics, plots, checkpoints and the exported model."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,4 +1,4 @@
-"""A run that is made longer: what happens to its learning rate, and the command that keeps it from rising again."""
+"""Extend a run: how its learning rate changes, and the command that keeps it from rising again."""
 
 import shlex
 import sys

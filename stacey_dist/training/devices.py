@@ -1,4 +1,4 @@
-"""The device of this process: its name, its cores, the memory in use."""
+"""The device of this process: its name, its CPU cores and its memory in use."""
 
 import os
 import resource

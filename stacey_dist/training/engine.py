@@ -1,8 +1,7 @@
-"""How one update is made on the engine that `accelerate launch` was told to use.
+"""Make one update on the engine that `accelerate launch` was configured with.
 
-The training loop is the same everywhere; what differs is who sums, clips and applies gradients, and where the loss
-scale lives.
-"""
+The training loop is the same for all engines. They differ in what sums, clips and applies gradients, and in what holds
+the loss scale."""
 
 import gc
 import math

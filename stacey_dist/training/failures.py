@@ -1,4 +1,4 @@
-"""End a program that cannot train: with one line if the user can fix it, once for all processes."""
+"""End a program that cannot train. An error that the user can fix is printed in one line, by one process."""
 
 import errno
 import sys

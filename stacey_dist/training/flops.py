@@ -1,4 +1,4 @@
-"""Floating-point operations: what training takes, and what devices can do at best."""
+"""Floating-point operations: those of training, and the peak of devices."""
 
 import re
 

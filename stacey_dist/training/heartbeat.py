@@ -1,4 +1,4 @@
-"""Who is alive: every process beats, and one that falls silent is named by the others, which then stop.
+"""Heartbeats: every process sends them; if one falls silent, the others name it and stop.
 
 A process that dies or hangs leaves the others in a collective that never ends, or that ends in an error about some
 connection, on all of them. So a thread of each process counts up in the TCPStore that the processes met at. Process 0

@@ -1,4 +1,4 @@
-"""Upload an exported model to the Hugging Face hub, where `hub.push_to` asks for it."""
+"""Upload an exported model to the Hugging Face hub, if `hub.push_to` is set."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The settings of `train_imagenet.py` beside the shared ones. The defaults are its quickstart."""
+"""The settings that only `train_imagenet.py` has. The defaults are those of its quickstart."""
 
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
@@ -28,23 +28,24 @@ class ImageModelConfig:
     """The ResNet to build (transformers' ResNetForImageClassification)."""
 
     depth: Literal[18, 34, 50, 101, 152] = 18
-    """Number of layers."""
+    """Number of layers, as in ResNet-18."""
     stem: Literal["imagenet", "cifar"] = "cifar"
-    """The beginning: a 7x7 convolution with stride 2 and max-pooling, or a plain 3x3 convolution."""
+    """The first layers. imagenet: a 7x7 convolution with stride 2 and max-pooling. cifar: a 3x3 convolution."""
     width: PositiveInt = 16
-    """Channels of the stem, 64 in the published networks; all else is wider by the usual factors."""
+    """Channels of the stem, 64 in the published networks. Other layers scale in proportion."""
     zero_init_residual: bool = False
-    """Begin with the last batch norm of each block at 0."""
+    """Initialize the weight of each block's last batch norm to 0."""
     sync_batch_norm: bool = False
-    """Batch norms use the statistics of all processes; on GPUs only."""
+    """Compute batch-norm statistics over all processes. GPUs only."""
 
 
 @dataclass
 class ImageDataConfig:
-    """The training data. Without path or dataset: drawn digits, 5 000 to train on and 1 000 held out."""
+    """The training data. If neither path nor dataset is set: drawn digits, 5 000 to train on and 1 000 held out."""
 
     path: str | None = None
-    """An ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), parquet files as the hub has them, or CIFAR's own files."""
+    """Directory of an ImageNet tree (train/CLASS/*.JPEG, val/CLASS/...), the hub's parquet files, or CIFAR's own
+    files."""
     dataset: str | None = None
     """A dataset on the Hugging Face hub, as in ILSVRC/imagenet-1k."""
     dataset_config: str | None = None
@@ -54,40 +55,41 @@ class ImageDataConfig:
     dataset_validation_split: str = "validation"
     """The split to evaluate on."""
     image_column: str | None = None
-    """The column of the images. None: the one that holds images."""
+    """The column of the images. null: the one that holds images."""
     label_column: str | None = None
-    """The column of the labels. None: the one that holds classes."""
+    """The column of the labels. null: the one that holds classes."""
     image_size: PositiveInt = 28
-    """Height and width of what the network sees."""
+    """Height and width of the model's input, in pixels."""
     crop: Literal["random_resized", "padded", "none"] = "padded"
-    """Training crops: of random area and shape; or as large as the image, after padding it by 1/8; or all of it."""
+    """Training crops. random_resized: random area and aspect ratio. padded: a random shift, after padding by 1/8. none:
+    the center."""
     min_scale: PositiveShare = 0.08
-    """random_resized: the smallest share of the image's area."""
+    """random_resized: the smallest fraction of the image's area."""
     flip: bool = False
-    """Flip training images left to right, each with probability 1/2."""
+    """Flip each training image horizontally with probability 1/2."""
     eval_resize: PositiveInt | None = None
-    """Evaluate on the centre after resizing the shorter side to this. None: resized only where it must be to fit."""
+    """For evaluation, resize the shorter side to this, then crop the center. null: resize it to image_size."""
     mean: tuple[float, float, float] = (0.1307, 0.1307, 0.1307)
-    """Subtracted from red, green and blue, which go from 0 to 1."""
+    """Means of red, green and blue, on a scale from 0 to 1, to subtract."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.3081, 0.3081, 0.3081)
-    """Divides red, green and blue after that."""
+    """Standard deviations of red, green and blue, to divide by."""
     workers: NonNegativeInt | None = None
-    """Processes that decode images, for each training process. None: its share of the cores on a GPU, 0 on a CPU."""
+    """Worker processes per training process that decode images. null: its share of the cores with a GPU, 0 on a CPU."""
     prefetch: PositiveInt = 4
-    """Micro-batches that each of them is ahead."""
+    """Micro-batches that each worker prepares in advance."""
     timeout_seconds: PositiveFloat = 300.0
-    """A micro-batch that these processes do not give for so long ends the run with an error."""
+    """Seconds to wait for a micro-batch from the workers before the run stops with an error."""
     cache: Literal["none", "decoded", "resized"] = "none"
-    """Keep decoded pixels in cache_dir; resized: with the shorter side at most cache_resize."""
+    """Store decoded pixels in cache_dir. resized: with the shorter side at most cache_resize."""
     cache_resize: PositiveInt = 256
-    """The longest shorter side in a cache of resized images."""
+    """resized: the largest shorter side of a cached image, in pixels."""
     cache_dir: FilePath | None = None
-    """Where the cache and the hub's tables are kept, for all runs. None: run_dir/data."""
+    """Directory of the cache and the hub's tables, which runs can share. null: run_dir/data."""
 
 
 @dataclass
 class ImageOptimizerConfig(OptimizerConfig):
-    """Which optimizer, and its numbers. Those that are not given are the optimizer's own."""
+    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults."""
 
     defaults: ClassVar[optimizer_defaults.Defaults] = optimizer_defaults.IMAGES
     """The numbers of each optimizer."""
@@ -95,10 +97,10 @@ class ImageOptimizerConfig(OptimizerConfig):
 
 @dataclass
 class ImageTrainConfig(TrainConfig):
-    """How long, in what batches, and how often to look."""
+    """Length, batches, precision, logging and evaluation."""
 
     label_smoothing: ShareBelowOne = 0.0
-    """The share of a label that is spread evenly over all classes."""
+    """Label smoothing: the fraction of the target that is spread evenly over all classes."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class ImageConfig(RunConfig):
     """Train a ResNet on images with STACEY."""
 
     run_dir: NonEmptyPath = "runs/digits"
-    """Directory of the run: configuration, metrics, plots, checkpoints, the exported model."""
+    """Directory of the run: configuration, metrics, plots, checkpoints and the exported model."""
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     optimizer: ImageOptimizerConfig = field(default_factory=ImageOptimizerConfig)

@@ -1,9 +1,9 @@
-"""Initial weights as functions of (seed, name, element), so that each process makes its own share of them alone.
+"""Initial weights as functions of (seed, name, element), so that each process computes only its own shard.
 
-A model is built on torch's meta device, without memory, while what its modules' own initialization writes into each
-parameter is recorded: a normal or uniform distribution, a constant, given values. Once an engine has sharded the model,
-each process writes the elements that lie there, as it does with those of a checkpoint. The same float32 bits come out
-on every engine, number of processes and device.
+A model is built on torch's meta device, without memory. Meanwhile the initialization of each parameter by its module is
+recorded: a normal or uniform distribution, a constant, or given values. After an engine has sharded the model, each
+process writes the elements that it holds, as it does when it loads a checkpoint. The float32 bits are the same on every
+engine, number of processes and device.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""The callbacks with which the settings have a run looked at."""
+"""The callbacks that the settings of a run ask for."""
 
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.config import RunConfig

@@ -1,4 +1,4 @@
-"""Join the processes on the engine that `accelerate launch` was told to use."""
+"""Join the processes on the engine that `accelerate launch` was configured with."""
 
 import os
 import warnings

@@ -1,7 +1,7 @@
-"""Check what `accelerate launch` was told through its files and options.
+"""Check the configuration of `accelerate launch`.
 
-Accelerate hands its configuration to the processes in environment variables. It checks little of it, and its errors
-and DeepSpeed's come as pages of traceback, some of them after hours of data preparation.
+Accelerate passes its configuration to the processes in environment variables, and checks little of it. Its errors and
+DeepSpeed's are long tracebacks, some of them after hours of data preparation.
 """
 
 import json

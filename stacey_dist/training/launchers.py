@@ -1,7 +1,7 @@
-"""A training program described once, and the two that there are: `LLM` and `IMAGES`.
+"""`Launcher`, the description of a training program, and the two launchers, `LLM` and `IMAGES`.
 
-`train_llm.py` and `train_imagenet.py` are these descriptions with a name to start them by. The experiments' trials,
-`stacey-dist prepare` and messages that name the other program take them from here too.
+`train_llm.py` and `train_imagenet.py` start them. The experiments, `stacey-dist prepare`, and messages that name the
+other program use them too.
 """
 
 from collections.abc import Callable, Sequence

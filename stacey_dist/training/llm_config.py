@@ -1,4 +1,4 @@
-"""The settings of `train_llm.py` beside the shared ones. The defaults are its quickstart."""
+"""The settings that only `train_llm.py` has. The defaults are those of its quickstart."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -12,17 +12,18 @@ from stacey_dist.training.value_types import AtLeastTwo, FilePath, NonNegativeIn
 
 @dataclass
 class ModelConfig:
-    """The model: a LLaMA of these numbers (transformers' LlamaForCausalLM), another architecture, or given weights."""
+    """The model: a LLaMA of these sizes (transformers' LlamaForCausalLM), another architecture, or pretrained
+    weights."""
 
     config: FilePath | None = None
-    """Build this architecture from nothing: a transformers config.json, a directory that has one, or a name on the hub.
-    The numbers below, but dtype, are then those of the file."""
+    """Initialize this architecture: a transformers config.json, a directory that has one, or a name on the hub. It sets
+    all settings below except dtype and attention."""
     pretrained: FilePath | None = None
-    """Continue from these weights: a directory with a config.json and safetensors, or a name on the hub. The tokenizer
-    is the model's own, unless `embeddings` is given."""
+    """Continue from these weights: a directory with a config.json and safetensors, or a name on the hub. It comes with
+    its tokenizer, unless `embeddings` is set."""
     embeddings: Literal["keep", "new"] | None = None
-    """With pretrained and another tokenizer: keep the rows of the embeddings, if ids mean the same tokens; or make them
-    new, for the tokenizer that is named, or trained on the data."""
+    """For pretrained with another tokenizer. keep: keep the embeddings, because ids mean the same tokens. new:
+    initialize embeddings for the tokenizer that is named, or trained on the data."""
     hidden_size: PositiveInt = 128
     """Width of the residual stream."""
     intermediate_size: PositiveInt = 344
@@ -32,9 +33,9 @@ class ModelConfig:
     num_attention_heads: PositiveInt = 4
     """Number of attention heads."""
     num_key_value_heads: PositiveInt | None = None
-    """Number of key-value heads. None: one for each attention head."""
+    """Number of key-value heads. null: one for each attention head."""
     max_position_embeddings: PositiveInt | None = None
-    """Longest sequence the model is declared for. None: data.sequence_length."""
+    """Longest sequence in the model's configuration. null: data.sequence_length."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
     initializer_range: PositiveFloat = 0.02
@@ -42,9 +43,11 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     """Share the input and output embeddings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights. bfloat16 has no float32 master: for stacey and lp_descent, which round stochastically."""
+    """Dtype of the weights. bfloat16 has no float32 master weights, so it needs stacey or lp_descent, which round
+    stochastically."""
     attention: Literal["sdpa", "flash_attention_2", "flex", "eager"] = "sdpa"
-    """How attention is computed: torch's function for it, the package flash-attn, FlexAttention, or matrix products."""
+    """Implementation of attention: torch's scaled_dot_product_attention, the package flash-attn, FlexAttention, or
+    matrix products."""
 
 
 @dataclass
@@ -52,9 +55,10 @@ class CorpusConfig:
     """Documents, from files or from a dataset."""
 
     files: list[str] = field(default_factory=list)
-    """Files or patterns: JSON lines (.json, .jsonl, also .gz) as C4 has them, .parquet, .txt. Paths are literal."""
+    """Files or patterns: JSON lines as in C4 (.json, .jsonl, also .gz), .parquet, .txt. An existing path is taken
+    literally."""
     validation_files: list[str] = field(default_factory=list)
-    """Files or patterns to evaluate on. Empty: documents held out of the training data."""
+    """Files or patterns to evaluate on. Empty: documents are held out of the training data."""
     dataset: str | None = None
     """A dataset on the Hugging Face hub, as in allenai/c4."""
     dataset_config: str | None = None
@@ -62,17 +66,17 @@ class CorpusConfig:
     dataset_split: str = "train"
     """The split to train on."""
     dataset_validation_split: str | None = "validation"
-    """The split to evaluate on. null: documents held out of the training data."""
+    """The split to evaluate on. null: documents are held out of the training data."""
     streaming: bool = True
-    """Read the hub's dataset while it arrives, instead of downloading all of it first."""
+    """Stream the hub's dataset instead of downloading all of it first."""
     text_column: str = "text"
     """The column or key that holds a document's text."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """A line or row without a valid text ends the preparation, or is skipped, counted and named."""
+    """What a line or row without valid text does: error stops the run; skip skips, counts and reports it."""
     max_tokens: PositiveInt | None = None
-    """Training tokens to prepare at most. None: all."""
+    """Largest number of training tokens to prepare. null: all."""
     validation_every: AtLeastTwo = 50
-    """Without a validation set, one document in this many is held out."""
+    """If there is no validation set, one document in this many is held out."""
 
 
 @dataclass
@@ -80,9 +84,9 @@ class SourceConfig(CorpusConfig):
     """One source of a mixture."""
 
     weight: PositiveFloat = 1.0
-    """Its share of the training sequences, relative to the other sources' weights."""
+    """The source's share of the training sequences, relative to the other weights."""
     name: str | None = None
-    """The name in reports: letters, digits, _ and -. None: that of its first file, or of its dataset."""
+    """The source's name in reports: letters, digits, _ and -. null: the name of its first file or its dataset."""
 
     @property
     def label(self) -> str:
@@ -94,17 +98,17 @@ class SourceConfig(CorpusConfig):
 
 @dataclass
 class DataConfig(CorpusConfig):
-    """The training data. Without files, dataset or sources: the documentation of Python's standard library."""
+    """The training data. If no files, dataset or sources are set: the documentation of Python's standard library."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """A mixture, as in '[{files: [a.jsonl], weight: 0.7}, {files: [b.txt], weight: 0.3}]'. A source has weight, name,
-    and its own of the settings above."""
+    """A mixture, as in '[{files: [a.jsonl], weight: 0.7}, {files: [b.txt], weight: 0.3}]'. Each source has a weight, a
+    name, and its own values of the settings above."""
     sequence_length: PositiveInt = 128
-    """Tokens of one training sequence."""
+    """Number of tokens in a training sequence."""
     document_mask: bool = False
-    """Tokens attend within their document alone, and positions restart at each document."""
+    """Tokens attend only within their document, and positions restart at each document."""
     cache_dir: FilePath | None = None
-    """Where tokenized data is kept, for all runs. None: run_dir/data."""
+    """Directory of tokenized data, which runs can share. null: run_dir/data."""
 
     def corpora(self) -> dict[str, CorpusConfig]:
         """Return what is read, under what the names of its settings begin with."""
@@ -120,15 +124,15 @@ class TokenizerConfig:
     file: str | None = None
     """A sentencepiece .model file."""
     vocab_size: PositiveInt = 2048
-    """Without name and file, a sentencepiece BPE model of this size is trained on the data."""
+    """If neither name nor file is set, a sentencepiece BPE model of this size is trained on the data."""
 
 
 @dataclass
 class LLMTrackingConfig(TrackingConfig):
-    """Experiment trackers, through Accelerate, and what else to look at."""
+    """Experiment trackers, through Accelerate, and what else to record."""
 
     sample_tokens: NonNegativeInt = 24
-    """Tokens by which the model continues a held-out text after each evaluation, in log and trackers. 0: none."""
+    """Number of tokens to generate from a held-out text after each evaluation, for the log and trackers. 0: none."""
 
 
 @dataclass

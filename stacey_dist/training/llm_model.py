@@ -1,4 +1,4 @@
-"""The model of `train_llm.py`: a LLaMA of numbers, any causal language model of `transformers`, or one with weights."""
+"""The model of `train_llm.py`: a LLaMA, any causal language model of `transformers`, or pretrained weights."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""loss.png: the curves of a run, from its metrics.jsonl."""
+"""Plot the curves of a run from its metrics.jsonl to loss.png."""
 
 import time
 from collections.abc import Callable

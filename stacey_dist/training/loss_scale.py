@@ -1,8 +1,8 @@
-"""The state of a loss scale in one form, from which an fp16 run resumes on any engine: torch's and DeepSpeed's differ.
+"""Convert the state of torch's and DeepSpeed's loss scalers to one form, so that an fp16 run resumes on any engine.
 
-Both double the scale after so many applied updates in a row, and halve it when a gradient is not finite. The form is
-{"scale": s, "applied": n, "hysteresis": h}: the updates applied in a row that count towards the next doubling, and how
-many overflows it takes DeepSpeed to halve the scale, which torch has no counterpart of (None).
+Both double the scale after a number of consecutive applied updates, and halve it if a gradient is not finite. The form
+is {"scale": s, "applied": n, "hysteresis": h}. n counts the consecutive applied updates. h is the number of overflows
+after which DeepSpeed halves the scale; torch has no such number (None).
 """
 
 from typing import Any

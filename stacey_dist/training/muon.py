@@ -1,4 +1,4 @@
-"""Muon for the matrices of hidden layers with AdamW for all else, as one optimizer: both are torch's."""
+"""One optimizer of torch's Muon, for the matrices of hidden layers, and torch's AdamW, for the other parameters."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""norms.jsonl and norms.png: what the layers' weights, gradients and states come to, now and then."""
+"""Record each layer's norms of weights, gradients and states at intervals, in norms.jsonl and norms.png."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""The limit of open files, which becomes too low as processes are added: a connection is an open file.
+"""Raise the limit of open files, which many processes reach because every connection is an open file.
 
-Whoever keeps the store that the processes meet at has three connections of each: torch's, the heartbeat's, and the line
-by which a process notices the store's end. In a group of gloo each process has a connection to each other one. A
-connection above the limit ends in "Connection reset by peer", so the limit is raised, or said to be too low, before.
-"""
+The process that hosts the TCPStore has three connections to each process: torch's, the heartbeat's, and one by which
+the process notices that the store has ended. In a gloo group, each process is connected to every other. A connection
+above the limit ends in "Connection reset by peer". So the limit is raised first, or reported as too low."""
 
 import os
 import resource

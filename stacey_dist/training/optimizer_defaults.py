@@ -1,6 +1,6 @@
-"""The numbers that each optimizer begins from, where none are given: measured, in short runs of the launchers' models.
+"""Default hyperparameters of each optimizer, measured in short runs of the launchers' models.
 
-Launchers, sweeps and the documentation take them from here. `docs/results/notebook.md` has the runs.
+Launchers, sweeps and the documentation use them. `docs/results/notebook.md` has the runs.
 """
 
 from collections.abc import Mapping

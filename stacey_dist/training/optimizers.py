@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names, over parameter groups with and without decay."""
+"""Build the optimizer of a configuration, with parameter groups with and without weight decay."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The outcomes of updates, which stay on the device until they are read: the host waits for it as it reads them."""
+"""The outcomes of updates. They stay on the device until they are read, because reading makes the host wait for it."""
 
 import math
 from typing import NamedTuple

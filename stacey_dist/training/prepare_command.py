@@ -1,4 +1,4 @@
-"""`stacey-dist prepare`: tokenize the text of a configuration before the run, where no GPU waits for it."""
+"""`stacey-dist prepare`: tokenize the text of a configuration before the run, on a machine without GPUs."""
 
 import argparse
 import os
@@ -12,8 +12,8 @@ from stacey_dist.training.launchers import LLM
 from stacey_dist.training.llm_config import LLMConfig
 
 _ABOUT = (
-    "Tokenize the text that train_llm.py with the same settings trains on, before the run. Its other settings may be "
-    "given, and change nothing here."
+    "Tokenize the text that train_llm.py with the same settings trains on, before the run. Its other settings are "
+    "accepted, and have no effect."
 )
 
 
@@ -47,11 +47,18 @@ def own_options() -> argparse.ArgumentParser:
     """Return the parser of the options that are no settings of a run."""
     parser = argparse.ArgumentParser("stacey-dist prepare", add_help=False, allow_abbrev=False)
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), metavar="N", help="processes that encode (the cores)"
+        "--workers",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="number of processes that encode (default: one per core)",
     )
     task = f"{os.environ.get('SLURM_PROCID', 0)}/{os.environ.get('SLURM_NTASKS', 1)}"
     parser.add_argument(
-        "--shard", default=task, metavar="I/N", help="this host and their number, as in 0/4 (as srun says)"
+        "--shard",
+        default=task,
+        metavar="I/N",
+        help="index of this host and number of hosts, as in 0/4 (default: from srun, else 0/1)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Check what a run resumes from, besides its tensors: whoever writes a checkpoint can write anything there."""
+"""Check the entries of a checkpoint, other than its tensors, that a run resumes from. A file may hold any value."""
 
 from typing import Any
 

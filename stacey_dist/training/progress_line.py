@@ -1,4 +1,4 @@
-"""Print how far a run is: in a log a line for each row, on a terminal one line that is overwritten."""
+"""Print the progress of a run: one line per row in a log, one line that is overwritten on a terminal."""
 
 import sys
 from typing import Any

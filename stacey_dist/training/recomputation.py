@@ -1,4 +1,4 @@
-"""Compute activations again in the backward pass: all of a layer's, or those that cost little time."""
+"""Recompute activations in the backward pass: all of a layer's, or only those that take little time."""
 
 import functools
 from typing import Any

@@ -1,8 +1,8 @@
-"""Let the processes meet as with torch's env://, but apart from an earlier attempt of the same launch.
+"""Rendezvous as with torch's env://, but separately for each attempt of a launch.
 
 Accelerate's launcher keeps one store over `--max_restarts`, and torch puts every attempt's keys into the same place
-(it expects a new store for each). A restarted process would find the addresses of processes that are dead, and take
-them for its peers'. Where the launcher keeps no store (`--rdzv_backend c10d`, as docs/how-to/clusters.md has it), each
+(it expects a new store for each). A restarted process would find the addresses of dead processes, and use them as its
+peers'. If the launcher keeps no store (`--rdzv_backend c10d`, as docs/how-to/clusters.md has it), each
 attempt has a new one, and the launchers of several nodes need not have counted the same number of restarts.
 """
 

@@ -1,4 +1,4 @@
-"""`stacey-dist report`: runs side by side on one HTML page, which loads nothing."""
+"""`stacey-dist report`: runs side by side on one HTML page, which loads no other files."""
 
 import io
 import itertools

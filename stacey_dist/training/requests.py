@@ -1,4 +1,4 @@
-"""Requests of processes to each other during a run. Hosts agree on them, and wait for no device."""
+"""Requests of processes to each other during a run. The hosts agree on them without waiting for a device."""
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass

@@ -1,4 +1,4 @@
-"""How a run resumes: choose a checkpoint, and refuse one of another run."""
+"""Resume a run: choose a checkpoint, and reject one of another run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Read the rows of a run's metrics.jsonl, and write them so that none is lost."""
+"""Read the rows of a run's metrics.jsonl, and write them so that no row is lost."""
 
 import json
 import math

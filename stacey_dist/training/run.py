@@ -1,4 +1,4 @@
-"""A run: its processes, its directory, and what they agree on before the first step."""
+"""A run: its processes, its directory, and the values on which processes agree before the first update."""
 
 import math
 import os

@@ -1,8 +1,7 @@
-"""One run at a time in a directory: two would delete each other's checkpoints and mix their metrics.
+"""Allow one run at a time in a directory: two would delete each other's checkpoints and mix their metrics.
 
-The filelock library does not do: on a file system without locks it leaves a marker file that a killed process does not
-take away, and the holder's name would need a file of its own.
-"""
+The filelock library is not suitable: on a file system without locks it uses a marker file, which a killed process
+leaves behind, and the holder's name would need another file."""
 
 import fcntl
 import os

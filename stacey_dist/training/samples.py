@@ -1,4 +1,4 @@
-"""Samples of a language model: how it continues a held-out text."""
+"""Samples of a language model: its continuations of held-out text."""
 
 import math
 from typing import TYPE_CHECKING, Any

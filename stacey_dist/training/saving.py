@@ -1,4 +1,4 @@
-"""When a run saves, what it keeps, and what a failed save means."""
+"""Save a run's checkpoints: when to save, what to keep, and what to do after a failed save."""
 
 import math
 import time

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C: finish the update, save, and leave so that a scheduler can start the run again.
 
-A main thread that waits (for data, a collective, a lock, a compiler) does not come to the end of its update, and one
-that waits in C code does not even run Python's signal handlers. So a thread hears of every signal as well, through
+A main thread that waits (for data, a collective, a lock, a compiler) does not reach the end of its update. If it waits
+in C code, it does not run Python's signal handlers either. So a thread also receives every signal, through
 `signal.set_wakeup_fd`. It ends the process if the main thread makes no progress in time.
 """
 

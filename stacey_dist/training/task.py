@@ -1,4 +1,4 @@
-"""Tasks, on which the loop trains: the interface, and a task for a data set of samples."""
+"""`Task`, the interface to the data and loss that the loop trains on, and `DatasetTask`, for a data set of samples."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

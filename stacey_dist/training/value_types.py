@@ -1,7 +1,7 @@
-"""Types of settings that say which values are allowed, and the check of a configuration against them.
+"""Types of settings with their allowed values, and the check of a configuration against them.
 
-They are `Annotated` types, and not those of jsonargparse: values stay plain numbers, which YAML and JSON can hold, and
-those that a program assigns are checked too.
+They are `Annotated` types, not jsonargparse's. So values stay plain numbers, which YAML and JSON can hold, and values
+that a program assigns are checked too.
 """
 
 import dataclasses
