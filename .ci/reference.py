@@ -48,7 +48,7 @@ def settings() -> str:
         *table(["setting", "text", "images", "allowed", "meaning"], top(llm, images)),
     ]
     for section in SHARED:
-        lines += ["", f"### {section}", "", (type(getattr(llm, section)).__doc__ or "").strip(), ""]
+        lines += ["", f"### {section}", "", summary(getattr(llm, section)), ""]
         both = list(zip(rows(getattr(llm, section), section), rows(getattr(images, section), section), strict=False))
         cells = [[name, here, there, allowed, about] for (name, here, allowed, about), (_, there, _, _) in both]
         lines += table(["setting", "text", "images", "allowed", "meaning"], cells)
@@ -64,10 +64,15 @@ def settings() -> str:
             if dataclasses.is_dataclass(value):
                 own = [row for row in rows(value, field.name) if field.name not in SHARED or row[0] not in shared]
                 if own:
-                    about = [(type(value).__doc__ or "").strip(), ""] if field.name not in SHARED else []
-                    lines += ["", f"### {field.name}" + (" of images" if config is images else ""), "", *about]
+                    described = [summary(value), ""] if field.name not in SHARED else []
+                    lines += ["", f"### {field.name}" + (" of images" if config is images else ""), "", *described]
                     lines += table(["setting", "default", "allowed", "meaning"], own)
     return "\n".join(lines) + "\n"
+
+
+def summary(section: Any) -> str:
+    """Return a section's docstring in one line."""
+    return " ".join((type(section).__doc__ or "").split())
 
 
 def own_numbers(defaults: Any) -> list[str]:
