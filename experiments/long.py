@@ -1,9 +1,10 @@
 """Does the coupling pay in long runs? Equal budgets, 10 000 updates; docs/results/long-runs.md has the protocol."""
 
+import math
 from typing import Any
 
 from experiments.comparison import Task, training, tuning
-from experiments.comparison_report import curves, report
+from experiments.comparison_report import LABELS, curves, report
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.result import Result
 from experiments.sweep import Sweep, read_sweep
@@ -13,6 +14,7 @@ TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
 # Each learning rate of an optimizer that has two; tau of (p,p) is one.
 _HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau"), "muon": ("optimizer.lr", "optimizer.adamw_lr")}
+_COUPLED = ("stacey_pp", "stacey_p2")
 _AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
 
 
@@ -48,7 +50,17 @@ def run(reproduction: Reproduction) -> Outcome:
         results = reproduction.compute(list(runs.values()), in_runs=True)
         found |= {key: results[part.name] for key, part in runs.items()}
     told = report(found, TASK.metric, chosen, searched, {})
-    return Outcome(told.values, told.table, {"curves": curves(found, TASK.metric)})
+    values = told.values["optimizers"]
+    means = {name: values[name]["mean"] for name in _COUPLED if name in values and values[name]["mean"] is not None}
+    names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in sweeps]
+    wsd = {**overrides, "schedule.name": "wsd"}
+    parts = {name: _long(reproduction, sweeps[name], {**chosen[name], **wsd}, 1, f"{name}-wsd") for name in names}
+    results = reproduction.compute(list(parts.values()), in_runs=True)
+    losses = {name: Result(**results[part.name]).final(TASK.metric) for name, part in parts.items()}
+    lines = [f"| {LABELS[name]} | {loss:.4f} |" for name, loss in losses.items()]
+    table = "\n".join([told.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
+    finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    return Outcome({**told.values, "wsd": finite}, table, {"curves": curves(found, TASK.metric)})
 
 
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -205,7 +205,8 @@ def test_long_runs_have_the_better_of_two_settings(configs, tmp_path, monkeypatc
     size = {"optimizers": ("adamw", "stacey_pp", "lion"), "proxies": 2, "proxy": {"train.max_steps": 4}}
     monkeypatch.setattr(long, "configs", lambda: configs)
     monkeypatch.setitem(registry.EXPERIMENTS["long"].scales, "toy", Scale("a toy", 2, size))
-    found = reproduce("long", tmp_path)["optimizers"]
+    results = reproduce("long", tmp_path)
+    found = results["optimizers"]
     assert found.keys() == {"adamw", "stacey_pp", "lion"}
     for name, rates in (("adamw", ["lr"]), ("lion", ["lr"]), ("stacey_pp", ["lr", "tau"])):
         runs = {label: tmp_path / "runs" / f"{name}-{label}-seed0" for label in ("as-found", "halved")}
@@ -219,6 +220,12 @@ def test_long_runs_have_the_better_of_two_settings(configs, tmp_path, monkeypatc
         assert rows(tmp_path / "tuning" / name / "trial-000")[-1]["step"] == 4
         for seed, final in zip((1, 2), found[name]["finals"], strict=True):
             assert rows(tmp_path / "runs" / f"{name}-seed{seed}")[-1]["eval_loss"] == final
+    assert results["wsd"].keys() == {"adamw", "stacey_pp"}
+    for name, loss in results["wsd"].items():
+        run = tmp_path / "runs" / f"{name}-wsd-seed1"
+        assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["name"] == "wsd"
+        assert rows(run)[-1]["eval_loss"] == loss
+    assert "| with wsd, seed 1 | held-out loss |" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.slow
