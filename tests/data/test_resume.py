@@ -70,7 +70,15 @@ def encoded(cache: Path) -> int:
     return Path(f"{cache}.log").stat().st_size
 
 
-@pytest.mark.parametrize("kind", ["separate", "held out", "inputs", "reuse", "workers"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "separate",
+        "inputs",
+        "workers",
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("held out", "reuse")),
+    ],
+)
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
     assert start(tmp_path / "whole", 0, kind).wait() == 0
     (whole,) = (tmp_path / "whole").iterdir()

@@ -115,8 +115,9 @@ def test_a_collective_that_another_process_does_not_come_to(config, tmp_path):
     output = log.read_text()
     assert time.monotonic() - sent < 33, output  # torchrun's agent waits for 30 seconds at most
     assert launcher.returncode != 0
-    for rank in (0, 1):
-        assert len(re.findall(rf"^rank {rank}: SIGTERM: stopped in ", output, re.MULTILINE)) == 1, output
+    # On a loaded machine, one stops so much before the other that the other is told of it first.
+    stopped = re.findall(r"^rank (\d): SIGTERM: stopped in ", output, re.MULTILINE)
+    assert sorted(stopped) == ["0", "1"] or (len(stopped) == 1 and "stopped answering" in output), output
     assert not still_running(processes, 2)
 
 

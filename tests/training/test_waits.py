@@ -27,7 +27,7 @@ def config(tmp_path_factory):
     ("engine", "arguments"),
     [
         (None, ()),
-        (None, ("--optimizer.name", "adamw", "--optimizer.lr", 1e-3)),
+        pytest.param(None, ("--optimizer.name", "adamw", "--optimizer.lr", 1e-3), marks=pytest.mark.exhaustive),
         ("cpu_zero_redundancy", ("--train.micro_batch_size", 2, "--data.document_mask", "true")),
         ("cpu_fsdp2", ()),
         pytest.param("cpu_ddp", (), marks=pytest.mark.exhaustive),
