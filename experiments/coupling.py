@@ -15,7 +15,7 @@ from experiments.trial import Trial, data_settings, threads_each
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.norms import layer_of
+from stacey_dist.training.norms import draw_layers, layer_of, layers_in
 from stacey_dist.training.rows import RowFile, read_rows
 
 Rows = list[dict[str, Any]]
@@ -84,14 +84,15 @@ class Coupling(Callback):
             z, m, slow = state["z"].float(), state["m"].float(), self.slow[name]
             coupling = tau * (z - before)
             rest = parameter.detach() - before - coupling
-            pairs = dict(share=(coupling, rest), z_slow=(z, -slow), m_slow=(m, slow), with_rest=(coupling, rest))
             sums = measured.setdefault(layer_of(name), {})
-            for kind, (a, b) in pairs.items():
+            for pair, (a, b) in dict(update=(coupling, rest), z=(z, -slow), m=(m, slow)).items():
                 products = torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()]).double()
-                sums[kind] = sums.get(kind, 0.0) + products
+                sums[pair] = sums.get(pair, 0.0) + products
         row: dict[str, Any] = {"step": training.step}
         for layer, sums in measured.items():
-            row |= {f"{kind}/{layer}": _measure(kind, *sums[kind].tolist()) for kind in KINDS}
+            update, z_slow, m_slow = (sums[pair].tolist() for pair in ("update", "z", "m"))
+            figures = _share(*update), _cosine(*z_slow), _cosine(*m_slow), _cosine(*update)
+            row |= {f"{kind}/{layer}": figure for kind, figure in zip(KINDS, figures, strict=True)}
         self.rows.append(row)
 
     def on_run_end(self, training: Training) -> None:
@@ -99,12 +100,15 @@ class Coupling(Callback):
         self.rows.flush()
 
 
-def _measure(kind: str, aa: float, bb: float, ab: float) -> float:
-    """Return |a| / (|a| + |b|), or the cosine of a and b."""
+def _share(aa: float, bb: float, _: float) -> float:
+    """Return |a| / (|a| + |b|) of vectors whose products these are: a a, b b, a b."""
     a, b = math.sqrt(aa), math.sqrt(bb)
-    if kind == "share":
-        return a / (a + b) if a + b else 0.0
-    return ab / (a * b) if a * b else 0.0
+    return a / (a + b) if a + b else 0.0
+
+
+def _cosine(aa: float, bb: float, ab: float) -> float:
+    lengths = math.sqrt(aa) * math.sqrt(bb)
+    return ab / lengths if lengths else 0.0
 
 
 def run(reproduction: Reproduction) -> Outcome:
@@ -160,20 +164,14 @@ def _table(found: dict[str, list[Rows]]) -> str:
 
 def _figure(found: dict[str, Rows]) -> Figure:
     """Draw a panel for each kind and run, with a line for each layer."""
-    from matplotlib import colormaps
-
     figure = Figure(figsize=(4.5 * len(found), 2.4 * len(KINDS)), layout="constrained")
     panels = figure.subplots(len(KINDS), len(found), sharex="col", sharey="row", squeeze=False)
     for column, (name, rows) in enumerate(found.items()):
-        layers = list(dict.fromkeys(name.partition("/")[2] for name in rows[0] if "/" in name))
+        layers = layers_in(rows)
         for line, (kind, title) in enumerate(KINDS.items()):
             axes = panels[line][column]
-            for number, layer in enumerate(layers):
-                values = [row[f"{kind}/{layer}"] for row in rows]
-                color = colormaps["viridis"](number / max(1, len(layers) - 1))
-                axes.plot([row["step"] for row in rows], values, color=color, linewidth=1, label=layer)
+            draw_layers(axes, {x: [(row["step"], row[f"{kind}/{x}"]) for row in rows] for x in layers})
             axes.set_title(f"{name}: {title}", fontsize="small")
-            axes.grid(alpha=0.3)
     for axes in panels[-1]:
         axes.set_xlabel("update")
     handles, names = panels[0][0].get_legend_handles_labels()
@@ -204,7 +202,6 @@ EXPERIMENT = Experiment(
                     "optimizer.betas": [0.8, 0.9],
                     "train.max_steps": 3000,
                     "train.eval_every_steps": 1000,
-                    "seed": 1,
                 },
             },
         ),

@@ -7,6 +7,8 @@ import pickle
 import traceback
 from pathlib import Path
 
+from stacey_dist.files import replace_file
+
 
 def made_once(make, *arguments):
     """Return what make(directory, *arguments) returns: one of pytest's processes calls it, the others read the result.
@@ -29,7 +31,5 @@ def made_once(make, *arguments):
             except BaseException:
                 failure.write_text(traceback.format_exc())
                 raise
-            partial = directory.with_suffix(".partial")
-            partial.write_bytes(made)
-            partial.rename(result)
+            replace_file(result, made)
     return pickle.loads(result.read_bytes())

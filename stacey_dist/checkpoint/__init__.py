@@ -12,7 +12,8 @@ The modules, in the order in which a weight passes through them into a file and 
 
 The others: background.py saves in the background, retention.py deletes old checkpoints, replicas.py compares ranks that
 hold the same elements, collectives.py raises an error of one rank on all ranks, compare.py compares two checkpoints,
-and importers/ reads checkpoints of other libraries."""
+and importers/ reads checkpoints of other libraries.
+"""
 
 from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, verify

@@ -1,7 +1,8 @@
 """Restore a model and its optimizer from a checkpoint, independently of the engine.
 
 `allocate` returns the tensors of this rank to read, a reader fills them, and `restore` completes them. Frozen
-parameters and buffers, which every rank has in full, follow in batches."""
+parameters and buffers, which every rank has in full, follow in batches.
+"""
 
 import math
 from collections.abc import Iterator

@@ -2,7 +2,8 @@
 
 Only exports need it: sentencepiece itself encodes the training text, at 1.3 to 1.6 times the tokens per second of the
 converted tokenizer. A model is converted only if ids stay the same: features that ``tokenizers`` lacks are rejected,
-and ids are compared on texts that tokenizers disagree on."""
+and ids are compared on texts that tokenizers disagree on.
+"""
 
 import random
 from typing import Any

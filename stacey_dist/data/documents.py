@@ -1,7 +1,8 @@
 """The tokens of a window that each token may attend to under a document mask, computed on the host.
 
 A token attends to itself and to earlier tokens, from the first token of its document or of its sliding window,
-whichever is later. So a mask is one number per token."""
+whichever is later. So a mask is one number per token.
+"""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -2,7 +2,8 @@
 
 A process locks a group of inputs, and writes its records chunk by chunk. A killed process loses only its current chunk,
 and another process continues from there. Each group has its own folder, so the cost of listing its chunks does not
-depend on the number of groups."""
+depend on the number of groups.
+"""
 
 import hashlib
 import json

@@ -27,8 +27,13 @@ SHORT = {
     "--optimizer": "optimizer.name",
 }
 _COLUMNS = 100
-# What a GPU's figures can be told by: the field of `Gpu`, in units of 10^9.
-FIGURES = {"--memory-gb": "memory", "--intra-gbs": "intra", "--inter-gbs": "inter", "--host-gbs": "host"}
+# Options for a GPU's figures: the field of `Gpu`, in units of 10^9, and the help.
+FIGURES = {
+    "--memory-gb": ("memory", "memory of a GPU, in 10^9 bytes"),
+    "--intra-gbs": ("intra", "bandwidth from a GPU to others in its node, one direction"),
+    "--inter-gbs": ("inter", "a GPU's share of its node's bandwidth to other nodes, one direction"),
+    "--host-gbs": ("host", "bandwidth from a GPU to host memory, one direction"),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -115,15 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="vocabulary size; needed if the plan cannot tell it from the tokenizer",
     )
-    add("--memory-gb", type=float, metavar="GB", help="memory of a GPU, in 10^9 bytes")
-    add("--intra-gbs", type=float, metavar="GB/S", help="bandwidth from a GPU to others in its node, one direction")
-    add(
-        "--inter-gbs",
-        type=float,
-        metavar="GB/S",
-        help="a GPU's share of its node's bandwidth to other nodes, one direction",
-    )
-    add("--host-gbs", type=float, metavar="GB/S", help="bandwidth from a GPU to host memory, one direction")
+    for option, (figure, text) in FIGURES.items():
+        add(option, type=float, metavar="GB" if figure == "memory" else "GB/S", help=text)
     add(
         "--efficiency",
         metavar="LOW,HIGH",
@@ -214,7 +212,7 @@ def _engine(options: argparse.Namespace) -> str:
 
 def _gpu(options: argparse.Namespace) -> Gpu:
     changes: dict[str, Any] = {}
-    for option, figure in FIGURES.items():
+    for option, (figure, _) in FIGURES.items():
         value = _value(options, option)
         if value is not None:
             if not 0 < value < math.inf:

@@ -2,7 +2,8 @@
 
 transformers makes a mask in each forward pass. To find out whether one is needed, and whether positions restart, the
 host waits for the device. To avoid this, a mask is an argument of the forward pass here. It is made from numbers that
-the thread that reads ahead has computed (`stacey_dist.data.documents`)."""
+the thread that reads ahead has computed (`stacey_dist.data.documents`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -88,11 +88,11 @@ def _plain(value: Any) -> Any:
 def flatten(nested: Mapping[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
     """Return {"a.b": 1} for {"a": {"b": 1}}; with `items`, {"a[0].b": 1} for {"a": [{"b": 1}]}, too.
 
-    An empty section has no settings; an empty mapping in a section is a setting's value.
+    An empty mapping is kept as a value.
     """
     flat: dict[str, Any] = {}
     for name, value in nested.items():
-        if isinstance(value, Mapping) and (value or not prefix):
+        if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{name}.", items=items))
         elif items and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             flat.update(flatten({f"{name}[{i}]": item for i, item in enumerate(value)}, prefix, items=True))
@@ -261,8 +261,9 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
         if not isinstance(settings[section], dict):
             raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
     checked: dict[str, Any] = {}
-    empty = {name: value for name, value in settings.items() if value == {} and name not in sections}
-    for name, value in {**flatten(settings), **empty}.items():
+    for name, value in flatten(settings).items():
+        if name in sections:  # it is empty
+            continue
         if name not in kinds:
             others = [program for program, other in elsewhere.items() if name in dict(_fields(other))]
             hint = f"; it is one of {others[0]}" if others else _nearest(name, ["config", *kinds])

@@ -248,7 +248,7 @@ class RunConfig:
 
     def check_rules(self) -> None:
         """Raise SettingsError for values that do not go together. A subclass adds its own rules."""
-        _check_optimizer(self.optimizer, self.schedule.final_p)
+        _check_optimizer(self)
         _check_checkpoint(self.checkpoint, self.changes_to_allow)
         _check_hub(self.hub)
         for tracker in self.tracking.trackers:
@@ -305,18 +305,19 @@ def check_schedule(config: RunConfig) -> None:
     config.require(schedule.decay_updates(last) <= last - warmup, "schedule.decay_steps", allowed)
 
 
-def _check_optimizer(optimizer: OptimizerConfig, final_p: float | None) -> None:
-    check(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", optimizer.lr, "lion needs it > 0")
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    config.require(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", "lion needs it > 0")
     if optimizer.name == "ademamix":
         missing = f"pytorch_optimizer is not installed; {install_line('pytorch_optimizer')}"
-        check(is_installed("pytorch_optimizer"), "optimizer.name", "ademamix", missing)
-        check(optimizer.betas[0] > 0, "optimizer.betas", list(optimizer.betas), "ademamix needs the first > 0")
+        config.require(is_installed("pytorch_optimizer"), "optimizer.name", missing)
+        config.require(optimizer.betas[0] > 0, "optimizer.betas", "ademamix needs the first > 0")
     if optimizer.name != "stacey" or optimizer.variant == "p2":
         return
     for_variant = f"for optimizer.variant = {optimizer.variant}"
-    for setting, p in (("optimizer.p", optimizer.p), ("schedule.final_p", final_p or 2.0)):
-        check(p < math.inf, setting, p, f"it must be finite {for_variant}")
-        check(p <= 1000, setting, p, f"it must be at most 1000 {for_variant}")
+    for setting, p in (("optimizer.p", optimizer.p), ("schedule.final_p", config.schedule.final_p or 2.0)):
+        config.require(p < math.inf, setting, f"it must be finite {for_variant}")
+        config.require(p <= 1000, setting, f"it must be at most 1000 {for_variant}")
 
 
 def _check_hub(hub: HubConfig) -> None:

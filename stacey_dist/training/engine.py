@@ -1,7 +1,8 @@
 """Make one update on the engine that `accelerate launch` was configured with.
 
 The training loop is the same for all engines. They differ in what sums, clips and applies gradients, and in what holds
-the loss scale."""
+the loss scale.
+"""
 
 import gc
 import math

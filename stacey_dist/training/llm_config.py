@@ -72,7 +72,7 @@ class CorpusConfig:
     text_column: str = "text"
     """The column or key that holds a document's text."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What a line or row without valid text does: error stops the run; skip skips, counts and reports it."""
+    """Handling of a line or row without valid text. error: stop the run. skip: skip, count and report it."""
     max_tokens: PositiveInt | None = None
     """Largest number of training tokens to prepare. null: all."""
     validation_every: AtLeastTwo = 50

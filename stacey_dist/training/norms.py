@@ -1,6 +1,6 @@
 """Record each layer's norms of weights, gradients and states at intervals, in norms.jsonl and norms.png."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,29 +148,39 @@ def _norm(values: Tensor) -> Tensor:
 
 def draw_norms(path: Path) -> None:
     """Draw norms.png from the norms.jsonl at `path`: a panel for each kind, a line for each layer."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure  # the main process alone draws
 
     rows = read_rows(path)
     kinds = [kind for kind in KINDS if any(name.startswith(f"{kind}/") for row in rows for name in row)]
     if not kinds:
         return
-    layers = list(dict.fromkeys(name.partition("/")[2] for row in rows for name in row if "/" in name))
+    layers = layers_in(rows)
     figure = Figure(figsize=(8, 2.2 * len(kinds) + 0.4), layout="constrained")
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
     for kind, axes in zip(kinds, panels, strict=True):
-        for number, layer in enumerate(layers):
-            points = [(row["step"], row[name]) for row in rows if row.get(name := f"{kind}/{layer}")]
-            color = colormaps["viridis"](number / max(1, len(layers) - 1))
-            if points:
-                marker = "o" if len(points) == 1 else None
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=layer)
+        names = {layer: f"{kind}/{layer}" for layer in layers}
+        draw_layers(axes, {x: [(row["step"], row[n]) for row in rows if row.get(n)] for x, n in names.items()})
         axes.set(yscale="log", title=f"norm of {KINDS[kind]}, by layer")
         axes.title.set_size("small")
-        axes.grid(alpha=0.3)
     panels[-1].set(xlabel="update")
     handles, names = panels[0].get_legend_handles_labels()
     chosen = sorted({round(i * (len(names) - 1) / 7) for i in range(8)})  # as many as there is room for
     shown = ([handles[i] for i in chosen], [names[i] for i in chosen])
     figure.legend(*shown, loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path.with_name("norms.png"), dpi=120)
+
+
+def layers_in(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the layers of columns that are named kind/layer."""
+    return list(dict.fromkeys(name.partition("/")[2] for row in rows for name in row if "/" in name))
+
+
+def draw_layers(axes: Any, points: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw a line for each layer through its points, (update, value)."""
+    from matplotlib import colormaps
+
+    for number, (layer, own) in enumerate(points.items()):
+        if own:
+            color, marker = colormaps["viridis"](number / max(1, len(points) - 1)), "o" if len(own) == 1 else None
+            axes.plot(*zip(*own, strict=True), color=color, linewidth=1, marker=marker, label=layer)
+    axes.grid(alpha=0.3)

@@ -2,7 +2,8 @@
 
 The process that hosts the TCPStore has three connections to each process: torch's, the heartbeat's, and one by which
 the process notices that the store has ended. In a gloo group, each process is connected to every other. A connection
-above the limit ends in "Connection reset by peer". So the limit is raised first, or reported as too low."""
+above the limit ends in "Connection reset by peer". So the limit is raised first, or reported as too low.
+"""
 
 import os
 import resource

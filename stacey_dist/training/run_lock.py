@@ -1,7 +1,8 @@
 """Allow one run at a time in a directory: two would delete each other's checkpoints and mix their metrics.
 
 The filelock library is not suitable: on a file system without locks it uses a marker file, which a killed process
-leaves behind, and the holder's name would need another file."""
+leaves behind, and the holder's name would need another file.
+"""
 
 import fcntl
 import os

@@ -1,5 +1,6 @@
 """Muon with AdamW as one optimizer: which parameter goes where, equal to torch's two by hand, and refused where it
-cannot be right; and AdEMAMix, whose count of updates is not in its state."""
+cannot be right; and AdEMAMix, whose count of updates is not in its state.
+"""
 
 import copy
 
