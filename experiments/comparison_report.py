@@ -234,8 +234,8 @@ def _counts(trials: list[dict[str, Any]]) -> str:
     return " / ".join(str(states.count(state)) for state in ("complete", "pruned", "diverged")) + failed
 
 
-def curves(found: Found, metric: str) -> Figure:
-    """Draw the held-out figure over the updates: mean over seeds, and the range of the seeds."""
+def curves(found: Found, metric: str, *, over_time: bool = False) -> Figure:
+    """Draw the held-out figure over the updates, or over minutes: mean over seeds, and the range of the seeds."""
     drawn = Figure(figsize=(9, 5.6), layout="constrained")
     axes = drawn.subplots()
     ends = []
@@ -243,7 +243,8 @@ def curves(found: Found, metric: str) -> Figure:
         runs = [run["evaluations"] for (other, _), run in found.items() if other == name and not run["diverged"]]
         if not runs:
             continue
-        steps = [row["step"] for row in runs[0]]
+        minutes = statistics.fmean(run["seconds_per_update"] for (other, _), run in found.items() if other == name) / 60
+        steps = [row["step"] * (minutes if over_time else 1) for row in runs[0]]
         heights = np.array([_heights(run, metric) for run in runs])
         style = STYLES[name]
         axes.plot(steps, heights.mean(axis=0), label=LABELS[name], linewidth=1.8, **style)
@@ -252,7 +253,7 @@ def curves(found: Found, metric: str) -> Figure:
         )
         ends.append(heights.mean(axis=0))
     _look_at_the_ends(axes, ends, metric)
-    axes.set(xlabel="update", ylabel=NAMES[metric])
+    axes.set(xlabel="minutes of training" if over_time else "update", ylabel=NAMES[metric])
     axes.grid(alpha=0.3)
     axes.legend()
     return drawn

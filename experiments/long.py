@@ -15,6 +15,7 @@ _SWEEPS = "sweeps/long"
 # Each learning rate of an optimizer that has two; tau of (p,p) is one.
 _HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau"), "muon": ("optimizer.lr", "optimizer.adamw_lr")}
 _COUPLED = ("stacey_pp", "stacey_p2")
+_PROXY = {"train.max_steps": 1500, "train.eval_every_steps": 250}
 _AT_A_TIME = 2  # optimizers: the first are compared before the last are tuned
 
 
@@ -50,6 +51,9 @@ def run(reproduction: Reproduction) -> Outcome:
         results = reproduction.compute(list(runs.values()), in_runs=True)
         found |= {key: results[part.name] for key, part in runs.items()}
     told = report(found, TASK.metric, chosen, searched, {})
+    figures = {"curves": curves(found, TASK.metric), "time": curves(found, TASK.metric, over_time=True)}
+    if not size["wsd"]:
+        return Outcome(told.values, told.table, figures)
     values = told.values["optimizers"]
     means = {name: values[name]["mean"] for name in _COUPLED if name in values and values[name]["mean"] is not None}
     names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in sweeps]
@@ -60,7 +64,7 @@ def run(reproduction: Reproduction) -> Outcome:
     lines = [f"| {LABELS[name]} | {loss:.4f} |" for name, loss in losses.items()]
     table = "\n".join([told.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
     finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
-    return Outcome({**told.values, "wsd": finite}, table, {"curves": curves(found, TASK.metric)})
+    return Outcome({**told.values, "wsd": finite}, table, figures)
 
 
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -84,8 +88,14 @@ EXPERIMENT = Experiment(
             {
                 "optimizers": ("adamw", "stacey_pp", "stacey_p2", "muon", "ademamix", "lion", "stacey_uncoupled"),
                 "proxies": 6,
-                "proxy": {"train.max_steps": 1500, "train.eval_every_steps": 250},
+                "proxy": _PROXY,
+                "wsd": True,
             },
+        ),
+        "pair": Scale(
+            "the first two optimizers of `cpu`, which continues from this scale's `parts` and `tuning`; six hours",
+            3,
+            {"optimizers": ("adamw", "stacey_pp"), "proxies": 6, "proxy": _PROXY, "wsd": False},
         ),
     },
     run,
