@@ -107,7 +107,7 @@ def layout() -> str:
         ("sharding/", "which elements live on this rank", "an engine: sharding/ and training/engine.py"),
         ("checkpoint/", "fragments to files and back", ""),
         ("data/, models/", "text, images, networks", ""),
-        ("training/", "settings, loop, engines of the launchers", "a setting: training/config.py"),
+        ("training/", "settings, loop, engines of the launchers", "a setting: training/settings/config.py"),
         ("plan/, cli.py", "the commands of stacey-dist", ""),
         ("experiments/", "the paper's figures; not installed", "an experiment: experiments/registry.py"),
     ]

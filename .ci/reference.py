@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
 from stacey_dist.training import prepare_command
-from stacey_dist.training.config import RunConfig
-from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.config import RunConfig
+from stacey_dist.training.settings.image_config import ImageConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"

@@ -31,8 +31,8 @@ from stacey_dist import Stacey
 from stacey_dist.bench import machine
 from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
 from stacey_dist.sharding import fragments
-from stacey_dist.training.launch import describe_engine, start_accelerator
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes.launch import describe_engine, start_accelerator
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 
 class AnonymousMemory:

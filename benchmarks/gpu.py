@@ -32,11 +32,11 @@ from stacey_dist import bench
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.model import VOCABULARIES, llama
 from stacey_dist.plan.plans import peak_bytes
-from stacey_dist.training.devices import memory_in_use
-from stacey_dist.training.flops import peak_flops
-from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.launchers import IMAGES, LLM
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes.devices import memory_in_use
+from stacey_dist.training.reports.flops import peak_flops
+from stacey_dist.training.settings.image_config import ImageConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 ROOT = Path(__file__).parents[1]
 RIVALS = (
@@ -66,7 +66,7 @@ def measure(device: str, smoke: bool) -> dict[str, Any]:
     if smoke:
         bench.CASES.clear()
         bench.CASES["toy"] = lambda: [(8,)] * 2
-        bench.PRELOADED.extend(["stacey_dist.training.llm", "stacey_dist.training.images"])
+        bench.PRELOADED.extend(["stacey_dist.training.tasks.llm", "stacey_dist.training.tasks.images"])
     names, rounds = (RIVALS[:2], 1) if smoke else (RIVALS, 9)
     cases = [bench.run(case, device, rounds, False, 1, names) for case in bench.CASES]
     runs = {
@@ -106,7 +106,7 @@ def vocabulary(smoke: bool) -> int:
 
 def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
     """The launcher on the text of docs/."""
-    from stacey_dist.training import llm, text_data
+    from stacey_dist.training.tasks import llm, text_data
 
     def prepare_data(run: Any) -> text_data.TextData:
         data = text_data.prepare_data(run)
@@ -125,7 +125,7 @@ def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
 
 def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
     """The same model and batch in a bare loop, with torch's fused AdamW. The batches lie on the device."""
-    from stacey_dist.training import llm_model
+    from stacey_dist.training.tasks import llm_model
 
     config = llama_config(smoke)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.train.mixed_precision)
@@ -146,7 +146,7 @@ def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
 
 def resnet(smoke: bool, from_memory: bool) -> dict[str, Any]:
     """ResNet-50 on photos of 420 x 300 or so, decoded for each batch; or on one batch that lies on the device."""
-    from stacey_dist.training import images
+    from stacey_dist.training.tasks import images
 
     class OneBatch(images.ImageClassification):
         kept: list[Any] | None = None

@@ -14,7 +14,7 @@ from typing import Any
 from measure import show
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from stacey_dist.training import heartbeat
+from stacey_dist.training.processes import heartbeat
 
 _IN_ONE = 512  # heartbeats in a process: each has two connections
 _ROUNDS = 5

@@ -25,12 +25,12 @@ from measure import median_and_minimum
 from torch import nn
 
 from stacey_dist.bench import machine
-from stacey_dist.training import llm
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer
-from stacey_dist.training.text_data import TextData
+from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.tasks import llm
+from stacey_dist.training.tasks.text_data import TextData
 
 
 class BareLoop:

@@ -15,8 +15,8 @@ from experiments.trial import Trial, data_settings, threads_each
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.norms import draw_layers, layer_of, layers_in
-from stacey_dist.training.rows import RowFile, read_rows
+from stacey_dist.training.reports.norms import draw_layers, layer_of, layers_in
+from stacey_dist.training.reports.rows import RowFile, read_rows
 
 Rows = list[dict[str, Any]]
 

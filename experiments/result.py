@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.reports.rows import read_rows
 
 
 @dataclass(frozen=True)

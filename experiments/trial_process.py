@@ -24,10 +24,10 @@ from experiments.framework import dump, write
 from experiments.result import Result, evaluations
 from stacey_dist.errors import DivergedError
 from stacey_dist.sharding import state_bytes
-from stacey_dist.training.failures import user_errors
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.loop import train
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.processes.failures import user_errors
+from stacey_dist.training.reports.rows import read_rows
 
 for launcher in LAUNCHERS.values():
     launcher.load_parts()

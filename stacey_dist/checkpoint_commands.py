@@ -138,7 +138,7 @@ def export(path: Path, out: Path) -> int:
     manifest = verify(path)  # a damaged checkpoint is named where transformers is not installed, too
     from stacey_dist.models.export import describe_export, export_model
     from stacey_dist.models.export_directory import copy_others
-    from stacey_dist.training.card import PROCESSOR, run_directory, write_card
+    from stacey_dist.training.reports.card import PROCESSOR, run_directory, write_card
 
     run = run_directory(path)
 

@@ -99,7 +99,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _report(runs: list[Path], output: Path) -> int:
-    from stacey_dist.training.report import report
+    from stacey_dist.training.reports.report import report
 
     return report(runs, output)
 

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from stacey_dist.sharding import base_optimizer, fragments
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.sharding.processes import outcome, spawn
 from tests.training.helpers import launch, training_rows, write_config
 

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stacey_dist import Stacey
 from stacey_dist.sharding import base_optimizer, fragments
 from stacey_dist.training import Callback
-from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.image_config import ImageConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.sharding.processes import spawn
 from tests.training.forked import environment
 

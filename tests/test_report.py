@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stacey_dist.cli import main
-from stacey_dist.training.loss_plot import smoothed
+from stacey_dist.training.reports.loss_plot import smoothed
 from tests.browser import tab  # noqa: F401
 
 UPDATES = 20

@@ -13,7 +13,7 @@ from stacey_dist.files import check_regular, read_json
 from stacey_dist.models.untrusted_config import without_code, without_network
 
 CAUSAL = "causal_sdpa"
-"""transformers' "sdpa" without its mask, which `stacey_dist.training.attention` registers."""
+"""transformers' "sdpa" without its mask, which `stacey_dist.training.tasks.attention` registers."""
 
 _INDEX = "model.safetensors.index.json"
 # What a model's directory on the hub has that is read here: no pickle, and no code.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stacey_dist.plan.model import Llama
-from stacey_dist.training.config import Recomputed
+from stacey_dist.training.settings.config import Recomputed
 
 FLOAT = 4
 INDEX = 8  # bytes of a token's number

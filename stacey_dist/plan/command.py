@@ -16,7 +16,7 @@ from stacey_dist.plan.modules import planned_model
 from stacey_dist.plan.plans import make_plan, propose_plans
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 # Options that are short for a setting of the configuration.
 SHORT = {

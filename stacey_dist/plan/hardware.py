@@ -6,7 +6,7 @@ Bandwidths are of one direction, in bytes a second.
 from dataclasses import dataclass
 
 from stacey_dist.errors import unknown
-from stacey_dist.training.flops import peak_flops
+from stacey_dist.training.reports.flops import peak_flops
 
 GB = 10**9
 

@@ -7,9 +7,9 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.plan.activations import Arithmetic
 from stacey_dist.plan.model import Llama, Parameter
 from stacey_dist.plan.modules import Modules
-from stacey_dist.training.config import OptimizerConfig, Recomputed
-from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import check_engine
+from stacey_dist.training.settings.config import OptimizerConfig, Recomputed
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")

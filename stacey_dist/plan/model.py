@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.reports.flops import flops_per_token
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 # Sizes of vocabularies by the tokenizer's name on the hub, so that a plan needs no download.
 VOCABULARIES = {"t5-base": 32_100, "hf-internal-testing/llama-tokenizer": 32_000}
@@ -33,7 +33,7 @@ def grouped(parameters: list[Parameter], decay_norms: bool) -> list[list[Paramet
 
 @dataclass(frozen=True)
 class Llama:
-    """Shape of a `LlamaForCausalLM` as `stacey_dist.training.llm_model.build_model` makes it."""
+    """Shape of a `LlamaForCausalLM` as `stacey_dist.training.tasks.llm_model.build_model` makes it."""
 
     name = "LLaMA"
     in_experts = 0

@@ -7,8 +7,8 @@ from typing import Any
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.model import Llama, Parameter, grouped, llama, vocabulary_size
-from stacey_dist.training.flops import flops_per_token
-from stacey_dist.training.llm_config import LLMConfig, described_model
+from stacey_dist.training.reports.flops import flops_per_token
+from stacey_dist.training.settings.llm_config import LLMConfig, described_model
 
 
 @dataclass(frozen=True)

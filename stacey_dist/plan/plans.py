@@ -9,7 +9,7 @@ from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES, RankMemory, most_loaded_rank
 from stacey_dist.plan.model import Llama
 from stacey_dist.plan.speed import Speed, estimate_speed
-from stacey_dist.training.config import Recomputed
+from stacey_dist.training.settings.config import Recomputed
 
 
 @dataclass(frozen=True)

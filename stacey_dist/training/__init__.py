@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stacey_dist.training.callbacks import Callback, Training
-    from stacey_dist.training.config import RunConfig
     from stacey_dist.training.engine import Engine
     from stacey_dist.training.launchers import IMAGES, LLM, BuiltRun, Launcher, Parts
     from stacey_dist.training.loop import train
-    from stacey_dist.training.rows import read_rows
+    from stacey_dist.training.reports.rows import read_rows
     from stacey_dist.training.run import Run
+    from stacey_dist.training.settings.config import RunConfig
     from stacey_dist.training.task import DatasetTask, Task
 
 __all__ = [
@@ -36,11 +36,11 @@ __all__ = [
 
 _HOMES = {
     "callbacks": ("Callback", "Training"),
-    "config": ("RunConfig",),
+    "settings.config": ("RunConfig",),
     "engine": ("Engine",),
     "launchers": ("IMAGES", "LLM", "BuiltRun", "Launcher", "Parts"),
     "loop": ("train",),
-    "rows": ("read_rows",),
+    "reports.rows": ("read_rows",),
     "run": ("Run",),
     "task": ("DatasetTask", "Task"),
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.checkpoint.manifest import step_of
-from stacey_dist.training.config import RunConfig, ScheduleConfig
 from stacey_dist.training.optimizers import lr_share, scheduled
+from stacey_dist.training.settings.config import RunConfig, ScheduleConfig
 
 
 def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | None:

@@ -22,12 +22,18 @@ from stacey_dist.optim import Stacey
 from stacey_dist.optim.base import kernel
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
-from stacey_dist.training import heartbeat, loss_scale
+from stacey_dist.training import loss_scale
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.initial_weights import InitialWeights, allocate
-from stacey_dist.training.launch import compute_dtype, loads_weights_from_rank0, requested_engine, shards_weights
-from stacey_dist.training.launch_settings import one_line
-from stacey_dist.training.requests import Hosts, Requests
+from stacey_dist.training.processes import heartbeat
+from stacey_dist.training.processes.launch import (
+    compute_dtype,
+    loads_weights_from_rank0,
+    requested_engine,
+    shards_weights,
+)
+from stacey_dist.training.processes.launch_settings import one_line
+from stacey_dist.training.processes.requests import Hosts, Requests
 from stacey_dist.training.run import Run
 
 

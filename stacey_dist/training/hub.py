@@ -6,8 +6,8 @@ from typing import Any
 
 from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.models.export_directory import MARKER
-from stacey_dist.training.config import HubConfig
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.config import HubConfig
 from stacey_dist.version import __version__
 
 

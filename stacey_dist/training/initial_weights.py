@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from stacey_dist.sharding import fragments, refresh_weights
 from stacey_dist.training.counter_random import normal, uniform
-from stacey_dist.training.launch import compute_dtype, loads_weights_from_rank0, shards_weights
+from stacey_dist.training.processes.launch import compute_dtype, loads_weights_from_rank0, shards_weights
 from stacey_dist.training.run import Run
 
 M = TypeVar("M", bound=nn.Module)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.config import RunConfig
-from stacey_dist.training.failures import user_errors
-from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes.failures import user_errors
+from stacey_dist.training.settings.command_line import parse
+from stacey_dist.training.settings.config import RunConfig
+from stacey_dist.training.settings.image_config import ImageConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 if TYPE_CHECKING:  # they take seconds to import, and bad settings are refused before
     from torch import nn
@@ -138,8 +138,8 @@ class Launcher(Generic[C]):
             SettingsError: The data, the model or the engine cannot be had as the settings ask for.
         """
         from stacey_dist.training.engine import build_engine
-        from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.optimizers import build_optimizer, check_engine
+        from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.start import start
 
         check_engine(config.optimizer.name, requested_engine())
@@ -171,13 +171,13 @@ class Launcher(Generic[C]):
 
 
 def _llm_parts() -> Parts:
-    from stacey_dist.training.llm import PARTS
+    from stacey_dist.training.tasks.llm import PARTS
 
     return PARTS
 
 
 def _image_parts() -> Parts:
-    from stacey_dist.training.images import PARTS
+    from stacey_dist.training.tasks.images import PARTS
 
     return PARTS
 

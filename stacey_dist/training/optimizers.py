@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.optim import LpDescent, Stacey
-from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 from stacey_dist.training.muon import MuonWithAdamW, hidden_matrices
+from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 # What an engine must leave as it is, and the engines that do. FSDP2's DTensors gather what Muon needs.
 _ENGINES = {

@@ -7,9 +7,9 @@ from stacey_dist.cores import available_cores
 from stacey_dist.data.parts import SPLITS
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.command_line import help_of
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.command_line import help_of
+from stacey_dist.training.settings.llm_config import LLMConfig
 
 _ABOUT = (
     "Tokenize the text that train_llm.py with the same settings trains on, before the run. Its other settings are "
@@ -30,7 +30,7 @@ def prepare(arguments: list[str]) -> int:
         return 0
     own, others = own_options().parse_known_args(arguments)
     config = LLM.parse(others, "stacey-dist prepare")
-    from stacey_dist.training.text_data import tokenize  # after the settings were checked: it takes seconds
+    from stacey_dist.training.tasks.text_data import tokenize  # after the settings were checked: it takes seconds
 
     directories, tokenizer = tokenize(config, verify=True, workers=own.workers, shard=_shard(own.shard))
     for directory in directories:

@@ -10,13 +10,13 @@ from stacey_dist.checkpoint.read import load_verified, verify_together
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_model
-from stacey_dist.training.command_line import flatten, to_dict
-from stacey_dist.training.config import DATA_CHANGE
 from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.progress import check_progress
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Progress
+from stacey_dist.training.settings.command_line import flatten, to_dict
+from stacey_dist.training.settings.config import DATA_CHANGE
 
 # The optimizer's state is of this rule, in this dtype.
 _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")

@@ -16,11 +16,11 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_na
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 from stacey_dist.models.export_directory import check_output, output_directory
-from stacey_dist.training.card import PROCESSOR
-from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import RunConfig, check_schedule, split_batch
 from stacey_dist.training.continuing import command_to_continue
+from stacey_dist.training.reports.card import PROCESSOR
 from stacey_dist.training.run_lock import acquire_run_lock
+from stacey_dist.training.settings.command_line import to_dict
+from stacey_dist.training.settings.config import RunConfig, check_schedule, split_batch
 
 T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)

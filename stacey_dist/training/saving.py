@@ -12,12 +12,12 @@ from stacey_dist.checkpoint.background import BackgroundSaver
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, read_manifest, says_finite
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.models.export import describe_model, export_model
-from stacey_dist.training import signals
-from stacey_dist.training.card import write_card
-from stacey_dist.training.command_line import to_dict
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.hub import push
+from stacey_dist.training.processes import signals
+from stacey_dist.training.reports.card import write_card
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.command_line import to_dict
 
 _GIVE_UP_AFTER = 2
 

@@ -9,12 +9,12 @@ import transformers
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import deepspeed_config, heartbeat, launch_settings, open_files
-from stacey_dist.training.config import RunConfig
-from stacey_dist.training.devices import cpu_threads, device_name
 from stacey_dist.training.hub import check_upload
-from stacey_dist.training.launch import describe_engine, requested_engine, start_accelerator
+from stacey_dist.training.processes import deepspeed_config, heartbeat, launch_settings, open_files
+from stacey_dist.training.processes.devices import cpu_threads, device_name
+from stacey_dist.training.processes.launch import describe_engine, requested_engine, start_accelerator
 from stacey_dist.training.run import C, Run
+from stacey_dist.training.settings.config import RunConfig
 
 
 def start(config: C) -> Run[C]:

@@ -23,8 +23,8 @@ from stacey_dist.checkpoint import (
 from stacey_dist.checkpoint.manifest import FORMAT, UnknownFormatError, sha256, step_of
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.config import OptimizerConfig
 from stacey_dist.training.optimizers import build_optimizer
+from stacey_dist.training.settings.config import OptimizerConfig
 from tests.marks import MUON
 
 

@@ -28,8 +28,8 @@ from experiments.comparison_report import (
 )
 from experiments.framework import Part, Reproduction, Scale
 from experiments.trial import Trial
-from stacey_dist.training.image_config import ImageOptimizerConfig
 from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.settings.image_config import ImageOptimizerConfig
 from tests.ended import still_running
 from tests.experiments.tasks import GIVEN, IMAGES, IMAGES_GIVEN, ROOT, TUNED, write_sweeps
 from tests.training.helpers import launch, rows

@@ -11,7 +11,7 @@ from experiments import coupling, registry
 from experiments.__main__ import main
 from experiments.framework import Scale
 from stacey_dist import Stacey
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.reports.rows import read_rows
 from tests.experiments.tasks import write_sweeps
 
 RATES = dict(lr=0.05, p=3.0, alpha=0.5, tau=0.1, betas=(0.8, 0.9), weight_decay=0.2)

@@ -41,7 +41,7 @@ def launch_environment(name, processes):
 
 
 def config_of(engine, precision, tied, processes, directory):
-    from stacey_dist.training.llm_config import LLMConfig
+    from stacey_dist.training.settings.llm_config import LLMConfig
 
     config = LLMConfig(run_dir=str(directory))
     for key, value in SHAPE.items():
@@ -123,11 +123,12 @@ def measure(engine, precision, tied, directory):
 
     from stacey_dist.checkpoint.snapshot import snapshot
     from stacey_dist.sharding import base_optimizer, fragments
-    from stacey_dist.training import initial_weights, llm
+    from stacey_dist.training import initial_weights
     from stacey_dist.training.engine import Requests, build_engine
-    from stacey_dist.training.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.optimizers import build_optimizer
+    from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.start import start
+    from stacey_dist.training.tasks import llm
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -230,11 +231,12 @@ def simulate(rank, processes, cases):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from stacey_dist.sharding import fragments, state_bytes
-    from stacey_dist.training import deepspeed_config, llm, requests
     from stacey_dist.training import engine as engine_module
     from stacey_dist.training.engine import Requests, build_engine
-    from stacey_dist.training.launch import start_accelerator
     from stacey_dist.training.optimizers import build_optimizer
+    from stacey_dist.training.processes import deepspeed_config, requests
+    from stacey_dist.training.processes.launch import start_accelerator
+    from stacey_dist.training.tasks import llm
 
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")

@@ -21,8 +21,8 @@ from stacey_dist.plan.modules import modules
 from stacey_dist.plan.plans import largest_micro_batch, peak_bytes
 from stacey_dist.plan.speed import transfers
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm import LanguageModeling
-from stacey_dist.training.llm_model import build_model
+from stacey_dist.training.tasks.llm import LanguageModeling
+from stacey_dist.training.tasks.llm_model import build_model
 from tests.models.architectures import ARCHITECTURES, described
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"

@@ -13,8 +13,8 @@ from stacey_dist.plan import Job, checkpoint_bytes, llama
 from stacey_dist.plan.hardware import find_gpu
 from stacey_dist.plan.memory import BUCKET, ENGINES
 from stacey_dist.plan.speed import transfers
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.command_line import parse
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.plan.live import VOCABULARY, config_of, measure_all, simulate
 from tests.sharding.processes import spawn
 from tests.shared import made_once

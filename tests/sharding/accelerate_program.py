@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.sharding import fragments
-from stacey_dist.training.launch import start_accelerator
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes.launch import start_accelerator
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.test_docs import make_batches, tiny_llama
 
 FROZEN = "model.layers.1.self_attn.k_proj.weight"

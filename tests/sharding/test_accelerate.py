@@ -16,8 +16,8 @@ from stacey_dist.checkpoint.importers import ForeignCheckpointError, import_chec
 from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
-from stacey_dist.training import launch
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes import launch
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.shared import made_once
 from tests.test_docs import tiny_llama
 from tests.training.forked import Forked

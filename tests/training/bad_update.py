@@ -8,8 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.training import llm
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.tasks import llm
 
 
 class BadUpdate(llm.LanguageModeling):

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from stacey_dist.checkpoint import read_tensors
-from stacey_dist.training.norms import layer_of
+from stacey_dist.training.reports.norms import layer_of
 from tests.training.forked import ACCELERATE, ROOT, Forked, command, environment
 
 TINY = {

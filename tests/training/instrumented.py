@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist.checkpoint import manifest, replace, shares, write
-from stacey_dist.training import engine, images, llm, loop, saving
+from stacey_dist.training import engine, loop, saving
 from stacey_dist.training.launchers import IMAGES, LLM
+from stacey_dist.training.tasks import images, llm
 
 LAUNCHERS = {
     "train_llm": (LLM, llm.LanguageModeling),

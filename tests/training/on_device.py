@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from stacey_dist.optim import base
 from stacey_dist.optim.kernels import triton
-from stacey_dist.training import engine, llm, loop
+from stacey_dist.training import engine, loop
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.tasks import llm
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 found = []

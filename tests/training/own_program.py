@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist.training import Callback, Launcher, Parts, RunConfig
-from stacey_dist.training.value_types import PositiveInt, check
+from stacey_dist.training.settings.value_types import PositiveInt, check
 
 
 @dataclass

@@ -14,8 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist.sharding import fragments
-from stacey_dist.training import engine, llm
+from stacey_dist.training import engine
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.tasks import llm
 
 ruined_step, kind = os.environ.get("RUIN", "0 none").split()
 recover = int(os.environ.get("RECOVER", "1000000"))

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stacey_dist.data import documents
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.causal_lm import new_model
-from stacey_dist.training.attention import Attention, check_attention, generating, implementation
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.tasks.attention import Attention, check_attention, generating, implementation
 
 END = 2
 LENGTH = 300  # three blocks of FlexAttention, the last in part

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import build_locks
+from stacey_dist.training.processes import build_locks
 
 OWNER = (
     "import sys, time\n"

@@ -6,12 +6,12 @@ import shlex
 import pytest
 
 from stacey_dist import yaml_files
-from stacey_dist.training.command_line import to_dict
-from stacey_dist.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.continuing import command_to_continue, lr_change
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import lr_share, scheduled
+from stacey_dist.training.settings.command_line import to_dict
+from stacey_dist.training.settings.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.training.helpers import assert_equal_checkpoints, launch, write_config
 
 

@@ -9,8 +9,8 @@ import torch
 
 from stacey_dist.checkpoint import verify
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import deepspeed_config
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes import deepspeed_config
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.shared import made_once
 from tests.training.helpers import (
     SMOOTH,

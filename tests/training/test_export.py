@@ -14,9 +14,9 @@ from stacey_dist.data import TokenStream
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_export, loader
 from stacey_dist.models.export_directory import MARKER
-from stacey_dist.training.config import HubConfig
 from stacey_dist.training.hub import check_upload, push
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.settings.config import HubConfig
 from tests.shared import made_once
 from tests.training.helpers import launch, rows, write_config
 from tests.training.hub import TOKEN, stand_in

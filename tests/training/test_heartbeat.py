@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stacey_dist.checkpoint.compare import differences
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import heartbeat, open_files, rendezvous
+from stacey_dist.training.processes import heartbeat, open_files, rendezvous
 from tests.training.forked import Forked, command, environment, server
 from tests.training.helpers import rows, training_rows, write_config
 

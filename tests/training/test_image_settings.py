@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.command_line import flatten, parse, to_dict
-from stacey_dist.training.image_config import ImageConfig
 from stacey_dist.training.launchers import IMAGES
+from stacey_dist.training.settings.command_line import flatten, parse, to_dict
+from stacey_dist.training.settings.image_config import ImageConfig
 from tests.training.forked import ROOT
 
 CONFIGS = sorted((ROOT / "configs/imagenet").glob("*.yaml"))

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import launch_settings
-from stacey_dist.training.image_config import ImageConfig
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.processes import launch_settings
+from stacey_dist.training.settings.image_config import ImageConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.training.helpers import launch, write_config
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -18,9 +18,9 @@ from stacey_dist.cli import main
 from stacey_dist.data import MixedSampler
 from stacey_dist.data.source import files_source
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import text_data
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.llm_config import LLMConfig, SourceConfig
+from stacey_dist.training.settings.command_line import parse
+from stacey_dist.training.settings.llm_config import LLMConfig, SourceConfig
+from stacey_dist.training.tasks import text_data
 from tests.shared import made_once
 from tests.training.forked import Forked
 from tests.training.helpers import SMOOTH, TINY, rows, samples, training_rows, write_text
@@ -162,7 +162,7 @@ def test_units_count_the_partial_windows_of_every_source(mixture):
     data, said = opened(config)
     assert "  web: 3 of 4 sequences (75.00%), " in said
     assert "  sums: 1 of 4 sequences (25.00%), " in said
-    from stacey_dist.training.llm import LanguageModeling
+    from stacey_dist.training.tasks.llm import LanguageModeling
 
     task = LanguageModeling.__new__(LanguageModeling)
     streams = [corpus.train for corpus in data.corpora]

@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import config as config_module
-from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.muon import hidden_matrices
 from stacey_dist.training.optimizers import build_optimizer, check_engine, scheduled
+from stacey_dist.training.settings import config as config_module
+from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from tests.marks import needs_muon
 from tests.shared import made_once
 from tests.training.helpers import (

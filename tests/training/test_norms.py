@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stacey_dist import Stacey
-from stacey_dist.training.norms import KINDS, Norms, draw_norms, layer_of
+from stacey_dist.training.reports.norms import KINDS, Norms, draw_norms, layer_of
 
 
 def test_a_layer_ends_at_the_first_number():

@@ -10,10 +10,10 @@ import torch
 
 from stacey_dist import yaml_files
 from stacey_dist.training import optimizers
-from stacey_dist.training.config import OptimizerConfig, RunConfig
-from stacey_dist.training.image_config import ImageOptimizerConfig
 from stacey_dist.training.launchers import IMAGES, LLM, Launcher
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.config import OptimizerConfig, RunConfig
+from stacey_dist.training.settings.image_config import ImageOptimizerConfig
 
 KINDS = {name: get_type_hints(OptimizerConfig)[name] for name in ("name", "variant")}
 METHODS = [

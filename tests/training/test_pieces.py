@@ -16,23 +16,23 @@ import yaml
 from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import devices, signals
 from stacey_dist.training import engine as engine_module
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
-from stacey_dist.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.failures import user_errors
-from stacey_dist.training.flops import peak_flops
-from stacey_dist.training.llm import LanguageModeling
-from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.outcomes import Outcomes
-from stacey_dist.training.progress_line import duration
-from stacey_dist.training.requests import Hosts, Requests
-from stacey_dist.training.rows import RowFile, read_rows
+from stacey_dist.training.processes import devices, signals
+from stacey_dist.training.processes.failures import user_errors
+from stacey_dist.training.processes.requests import Hosts, Requests
+from stacey_dist.training.reports.flops import peak_flops
+from stacey_dist.training.reports.progress_line import duration
+from stacey_dist.training.reports.rows import RowFile, read_rows
 from stacey_dist.training.saving import Progress, Saver, checkpoint_path
+from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from stacey_dist.training.settings.llm_config import LLMConfig
 from stacey_dist.training.start import separate_runs_of_a_sweep
+from stacey_dist.training.tasks.llm import LanguageModeling
 from tests.sharding.processes import spawn
 
 
@@ -253,7 +253,7 @@ def test_flops_per_token_of_the_papers_model():
     accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     run = SimpleNamespace(config=config, accelerator=accelerator, say=lambda message: None)
     with torch.device("meta"):
-        from stacey_dist.training.llm import build_model
+        from stacey_dist.training.tasks.llm import build_model
 
         model = build_model(run, SimpleNamespace(vocab_size=32100, end_token_id=1))
     count = sum(p.numel() for p in model.parameters())

@@ -11,9 +11,9 @@ import pytest
 
 from stacey_dist.cli import main
 from stacey_dist.data import encoding
-from stacey_dist.training import text_data
-from stacey_dist.training.command_line import parse
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.command_line import parse
+from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.tasks import text_data
 from tests.data.helpers import tree
 from tests.training.helpers import launch, write_config
 

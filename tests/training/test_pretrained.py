@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from stacey_dist.data.tokenizer import train_sentencepiece
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.causal_lm import causal_config, new_model
-from stacey_dist.training import llm_model
 from stacey_dist.training.initial_weights import initial_weights
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.text_data import tokenize
+from stacey_dist.training.tasks import llm_model
+from stacey_dist.training.tasks.text_data import tokenize
 from tests.models.architectures import described
 from tests.shared import made_once
 from tests.training.helpers import checkpoint, launch, rows, write_config_of_others

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stacey_dist.training.samples import Samples
+from stacey_dist.training.reports.samples import Samples
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -20,8 +20,8 @@ def test_a_model_that_cannot_generate_says_so_and_trains_on(monkeypatch):
     def fail(*_):
         raise ValueError("this class has\nno generate")
 
-    monkeypatch.setattr("stacey_dist.training.samples.sample", fail)
-    monkeypatch.setattr("stacey_dist.training.samples.log", lambda run, row: logged.append(row))
+    monkeypatch.setattr("stacey_dist.training.reports.samples.sample", fail)
+    monkeypatch.setattr("stacey_dist.training.reports.samples.log", lambda run, row: logged.append(row))
     model = SimpleNamespace(train=lambda: modes.append("training"))
     run = SimpleNamespace(say=said.append, config=SimpleNamespace(train=SimpleNamespace(max_steps=9)))
     training = SimpleNamespace(run=run, step=3, engine=SimpleNamespace(model=model))

@@ -10,9 +10,9 @@ import yaml
 
 from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.command_line import flatten, parse, to_dict
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.llm_config import LLMConfig
+from stacey_dist.training.settings.command_line import flatten, parse, to_dict
+from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
 

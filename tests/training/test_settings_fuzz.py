@@ -7,8 +7,8 @@ import yaml
 
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.command_line import _fields, flatten, to_dict
 from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.settings.command_line import _fields, flatten, to_dict
 
 SCALARS = [
     *[

@@ -18,8 +18,10 @@ import torch
 
 from stacey_dist.checkpoint import background
 from stacey_dist.data import lock
-from stacey_dist.training import engine, llm, llm_model, loop, signals, text_data
+from stacey_dist.training import engine, loop
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.processes import signals
+from stacey_dist.training.tasks import llm, llm_model, text_data
 
 
 def say():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.reports.rows import read_rows
 
 _AT_MOST_EVERY_SECONDS = 20.0  # training waits for it, on a slow machine for a second
 

@@ -11,8 +11,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training import build_locks, launch_settings, rendezvous
-from stacey_dist.training.config import RunConfig
+from stacey_dist.training.processes import build_locks, launch_settings, rendezvous
+from stacey_dist.training.settings.config import RunConfig
 
 ZERO_REDUNDANCY = "zero_redundancy"
 _SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY, "fsdp2")

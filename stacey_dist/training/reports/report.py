@@ -14,10 +14,10 @@ import numpy as np
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
-from stacey_dist.training.command_line import flatten
-from stacey_dist.training.loss_plot import column, smoothed
-from stacey_dist.training.progress_line import duration
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.reports.loss_plot import column, smoothed
+from stacey_dist.training.reports.progress_line import duration
+from stacey_dist.training.reports.rows import read_rows
+from stacey_dist.training.settings.command_line import flatten
 
 _BEGINNING = "<!doctype html><!-- stacey-dist report -->"
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#a6761d")

@@ -25,10 +25,10 @@ from stacey_dist.data.tokenizer import (
 from stacey_dist.data.tokens import TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
-from stacey_dist.training.attention import check_attention
-from stacey_dist.training.llm_config import CorpusConfig, LLMConfig
-from stacey_dist.training.llm_model import check_model, check_vocabulary, own_tokenizer
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
+from stacey_dist.training.tasks.attention import check_attention
+from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
 
 # The settings that give the arguments of data functions, of a source and of all.
 _OF_A_SOURCE = {

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from stacey_dist.training.command_line import flatten, to_dict
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.command_line import flatten, to_dict
 
 
 def start_trackers(run: Run[Any]) -> None:

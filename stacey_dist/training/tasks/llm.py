@@ -17,18 +17,18 @@ from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
 from stacey_dist.models.causal_lm import attended, multiplied_parameters
 from stacey_dist.training.ahead import Ahead, Transfer
-from stacey_dist.training.attention import Attention
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.flops import flops_per_token
 from stacey_dist.training.launchers import Parts
-from stacey_dist.training.llm_config import LLMConfig
-from stacey_dist.training.llm_model import build_model
+from stacey_dist.training.reports.flops import flops_per_token
+from stacey_dist.training.reports.samples import Samples, try_sample
 from stacey_dist.training.run import Run
-from stacey_dist.training.samples import Samples, try_sample
 from stacey_dist.training.saving import export
+from stacey_dist.training.settings.llm_config import LLMConfig
 from stacey_dist.training.task import Task
-from stacey_dist.training.text_data import TextData, prepare_data
+from stacey_dist.training.tasks.attention import Attention
+from stacey_dist.training.tasks.llm_model import build_model
+from stacey_dist.training.tasks.text_data import TextData, prepare_data
 
 _COMPARED_WINDOWS = 1024
 """An exported tokenizer is compared on the text of so many windows."""

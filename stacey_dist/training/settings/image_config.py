@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from stacey_dist.training import optimizer_defaults
-from stacey_dist.training.config import (
+from stacey_dist.training.settings import optimizer_defaults
+from stacey_dist.training.settings.config import (
     SHARED_CHANGES,
     CheckpointConfig,
     OptimizerConfig,
@@ -12,7 +12,7 @@ from stacey_dist.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from stacey_dist.training.value_types import (
+from stacey_dist.training.settings.value_types import (
     FilePath,
     NonEmptyPath,
     NonNegativeInt,

@@ -7,7 +7,7 @@ from typing import Any
 from stacey_dist import yaml_files
 from stacey_dist.files import printable
 from stacey_dist.models.export import loader
-from stacey_dist.training.rows import read_rows
+from stacey_dist.training.reports.rows import read_rows
 from stacey_dist.version import __version__
 
 CARD = "README.md"

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
-from stacey_dist.training import optimizer_defaults
-from stacey_dist.training.value_types import (
+from stacey_dist.training.settings import optimizer_defaults
+from stacey_dist.training.settings.value_types import (
     NonEmptyPath,
     NonNegativeFloat,
     NormOrder,

@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stacey_dist.errors import settings_errors
-from stacey_dist.training.config import SHARED_CHANGES, RunConfig, TrackingConfig
-from stacey_dist.training.value_types import AtLeastTwo, FilePath, NonNegativeInt, PositiveFloat, PositiveInt, check
+from stacey_dist.training.settings.config import SHARED_CHANGES, RunConfig, TrackingConfig
+from stacey_dist.training.settings.value_types import (
+    AtLeastTwo,
+    FilePath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check,
+)
 
 
 @dataclass

@@ -20,9 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from stacey_dist.data import documents
 from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.models.causal_lm import CAUSAL, attention_of, attention_spans, takes_any_mask
-from stacey_dist.training.llm_config import LLMConfig
 from stacey_dist.training.run import Run
-from stacey_dist.training.value_types import check
+from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.settings.value_types import check
 
 _VARLEN = "causal_varlen"
 """The name of `_flash_attention` for transformers, which makes no masks for attentions that it does not know."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.launch_settings import check_unsupported
+from stacey_dist.training.processes.launch_settings import check_unsupported
 from stacey_dist.training.run import Run
 
 

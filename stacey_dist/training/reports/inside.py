@@ -1,10 +1,10 @@
 """The callbacks that the settings of a run ask for."""
 
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.config import RunConfig
-from stacey_dist.training.loss_plot import Plot, draw_losses
-from stacey_dist.training.norms import Norms, draw_norms
-from stacey_dist.training.profiler import Profiler
+from stacey_dist.training.reports.loss_plot import Plot, draw_losses
+from stacey_dist.training.reports.norms import Norms, draw_norms
+from stacey_dist.training.reports.profiler import Profiler
+from stacey_dist.training.settings.config import RunConfig
 
 
 def callbacks_of(config: RunConfig) -> list[Callback]:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.devices import memory_in_use
-from stacey_dist.training.flops import peak_flops
-from stacey_dist.training.progress_line import ProgressLine
-from stacey_dist.training.rows import RowFile
+from stacey_dist.training.processes.devices import memory_in_use
+from stacey_dist.training.reports.flops import peak_flops
+from stacey_dist.training.reports.progress_line import ProgressLine
+from stacey_dist.training.reports.rows import RowFile
+from stacey_dist.training.reports.trackers import log, start_trackers
 from stacey_dist.training.run import Run
 from stacey_dist.training.task import epochs_of_parts
-from stacey_dist.training.trackers import log, start_trackers
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 

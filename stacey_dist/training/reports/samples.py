@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stacey_dist.training.attention import generating
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.reports.trackers import log
 from stacey_dist.training.run import Run
-from stacey_dist.training.trackers import log
+from stacey_dist.training.tasks.attention import generating
 
 if TYPE_CHECKING:
-    from stacey_dist.training.text_data import TextData
+    from stacey_dist.training.tasks.text_data import TextData
 
 
 class Samples(Callback):

@@ -31,7 +31,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from stacey_dist.errors import one_line
-from stacey_dist.training import rendezvous
+from stacey_dist.training.processes import rendezvous
 
 EXIT_STATUS = 75
 _AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.config import Recomputed
+from stacey_dist.training.settings.config import Recomputed
 
 # Products of activations and weights, and fused attention. Not `bmm`: attention without a fused kernel would keep a
 # matrix of scores for each head.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from stacey_dist.errors import InputError, SettingsError
-from stacey_dist.training import heartbeat, signals
+from stacey_dist.training.processes import heartbeat, signals
 
 # Errors of a disk, a quota or a limit of the process, which are no fault of the program.
 _DISK_ERRORS = (

@@ -27,16 +27,16 @@ from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.models import build_resnet
 from stacey_dist.models.export import describe_export, describe_model
 from stacey_dist.training.ahead import Transfer
-from stacey_dist.training.devices import cores_per_process
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
+from stacey_dist.training.processes.devices import cores_per_process
+from stacey_dist.training.processes.signals import stop_requested
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
-from stacey_dist.training.signals import stop_requested
+from stacey_dist.training.settings.image_config import ImageConfig, ImageDataConfig
+from stacey_dist.training.settings.value_types import check
 from stacey_dist.training.task import Task
-from stacey_dist.training.value_types import check
 
 _OF_DATA = (
     *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),

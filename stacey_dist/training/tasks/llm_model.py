@@ -23,15 +23,15 @@ from stacey_dist.models.causal_lm import (
     new_model,
     weight_files,
 )
-from stacey_dist.training.attention import implementation
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
-from stacey_dist.training.launch import loads_weights_from_rank0
-from stacey_dist.training.llm_config import LLMConfig, described_model
-from stacey_dist.training.recomputation import compute_again
+from stacey_dist.training.processes.launch import loads_weights_from_rank0
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.llm_config import LLMConfig, described_model
+from stacey_dist.training.tasks.attention import implementation
+from stacey_dist.training.tasks.recomputation import compute_again
 
 if TYPE_CHECKING:
-    from stacey_dist.training.text_data import TextData
+    from stacey_dist.training.tasks.text_data import TextData
 
 _SETTINGS = {"pretrained": "model.pretrained", "name_or_directory": "model.pretrained", "path": "model.pretrained"}
 

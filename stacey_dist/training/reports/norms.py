@@ -12,8 +12,8 @@ from stacey_dist.sharding import Fragment, base_optimizer, fragments
 from stacey_dist.sharding.fragment import trainable_parameters
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.rows import RowFile, read_rows
-from stacey_dist.training.trackers import log
+from stacey_dist.training.reports.rows import RowFile, read_rows
+from stacey_dist.training.reports.trackers import log
 
 KINDS = {
     "weight_norm": "weights",

@@ -1,0 +1,1 @@
+"""What a run reports: progress, metrics, plots, norms, profiles, samples, trackers, and the model card."""
