@@ -19,14 +19,16 @@ import os
 import re
 import reprlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stacey_dist.checkpoint.schema import check_manifest, check_tensors
 from stacey_dist.files import open_regular, parse_json, read_json
 from stacey_dist.version import __version__
+
+T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -37,7 +39,7 @@ _READ_AGAIN_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 20
 
 # Errors that another attempt would meet again.
-_FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO)
+_FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -123,7 +125,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = read_json(file)
+        manifest = _persistently(lambda: read_json(file))
         version = manifest["format"]
         if type(version) is not int:
             raise ValueError(f"its format is {reprlib.repr(version)}")
@@ -172,24 +174,30 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
     """Raise DamagedCheckpointError unless these files of the checkpoint at `path` are as they were written."""
     for name in names:
         try:
-            _verify_file(path / name, manifest["files"][name])
+            _persistently(lambda name=name: _verify_file(path / name, manifest["files"][name]))  # type: ignore[misc]
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name}: {error}") from error
 
 
-def _verify_file(file: Path, expected: dict[str, Any], readings: int = _READINGS) -> None:
-    try:
-        with open_regular(file) as opened:
-            size = os.fstat(opened.fileno()).st_size
-        if size != expected["bytes"]:
-            raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
-    except OSError as error:
-        if error.errno in _FINAL or readings == 1:
-            raise
-        time.sleep(_READ_AGAIN_SECONDS)
-        _verify_file(file, expected, readings - 1)
+def _verify_file(file: Path, expected: dict[str, Any]) -> None:
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+    if size != expected["bytes"]:
+        raise DamagedCheckpointError(f"{file}: {size} bytes instead of {expected['bytes']}")
+    if sha256(file) != expected["sha256"]:
+        raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
+
+
+def _persistently(read: Callable[[], T]) -> T:
+    """Return what `read` returns; call it again where a file system fails, up to five times in all."""
+    for _ in range(_READINGS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in _FINAL:
+                raise
+            time.sleep(_READ_AGAIN_SECONDS)
+    return read()
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:

@@ -110,8 +110,11 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> Helpers:
-    """Start the processes that encode, each in one thread. None is started for one worker, which is this process."""
-    workers = min(workers, len(encoder.groups))
+    """Start the processes that encode, each in one thread. None is started for one worker, which is this process.
+
+    One process, with all cores, reads training text that is a single group: others would have nothing to do.
+    """
+    workers = min(workers, sum(group.name == "train" for group in encoder.groups))
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

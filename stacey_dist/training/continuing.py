@@ -69,6 +69,11 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options |= {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
         if "p" in numbers:
             options["schedule.final_p"] = "null"
+    if config.checkpoint.resume == "never":
+        options["checkpoint.resume"] = "auto"
+    cache = getattr(getattr(config, "data", None), "cache_dir", "")
+    if cache is None and "run_dir" in options:  # the tokens are in this run's directory
+        options["data.cache_dir"] = f"{config.run_dir.rstrip('/')}/data"
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.argv[0], "--config", f"{config.run_dir}/config.yaml", *given]
     return f"to continue, {about}: {launch} {shlex.join(command)}"

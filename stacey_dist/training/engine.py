@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -242,6 +244,10 @@ class DeepSpeedEngine(Engine):
             if shards_weights(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        # As FSDP2 does. DeepSpeed casts the weights alone.
+        dtype = compute_dtype(self.accelerator)
+        if dtype != torch.float32:
+            self.module.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
         # DeepSpeed casts the buffers too: rotary frequencies and batch norms' statistics need their float32.
         for module, name, buffer in exact:
             if buffer is not None:
@@ -306,6 +312,15 @@ class DeepSpeedEngine(Engine):
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._zero, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _cast_inputs(dtype: torch.dtype | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return a module's arguments with floating-point tensors in another dtype."""
+    return recursively_apply(lambda tensor: tensor.to(dtype), (args, kwargs), test_type=_is_floating_point)
+
+
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @contextmanager

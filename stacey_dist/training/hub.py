@@ -38,11 +38,12 @@ def push(run: Run[Any], directory: Path) -> None:
     def upload() -> str:
         import huggingface_hub
 
+        complete = f"the model is complete in {directory}"
         try:
             api = huggingface_hub.HfApi(library_name="stacey_dist", library_version=__version__)
             place = api.create_repo(hub.push_to, private=hub.private or None, exist_ok=True)
             if hub.private and not api.model_info(place.repo_id).private:
-                raise PermissionError(f"{place} is public, and hub.private is true")
+                return f"hub.push_to: not uploaded: {place} is public, and hub.private is true; {complete}"
             message = f"Model after {run.config.train.max_steps} updates"
             api.upload_folder(
                 repo_id=place.repo_id,
@@ -53,8 +54,8 @@ def push(run: Run[Any], directory: Path) -> None:
             )
             return f"uploaded to {place}"
         except Exception as error:  # of many kinds: the network, the hub's answers, its client's checks
-            command = shlex.join(["hf", "upload", str(hub.push_to), str(directory), ".", "--exclude", MARKER])
-            complete = f"the model is complete in {directory}; to upload it: {command}"
-            return f"hub.push_to: not uploaded: {first_line(error)}; {complete}"
+            private = ["--private"] if hub.private else []  # of a repository that the command creates
+            command = ["hf", "upload", str(hub.push_to), str(directory), ".", "--exclude", MARKER, *private]
+            return f"hub.push_to: not uploaded: {first_line(error)}; {complete}; to upload it: {shlex.join(command)}"
 
     run.say(run.call_on_main(upload))

@@ -141,12 +141,17 @@ class Launcher(Generic[C]):
         from stacey_dist.training.optimizers import build_optimizer, check_engine
         from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.start import start
+        from stacey_dist.training.tasks.recomputation import compute_again
 
         check_engine(config.optimizer.name, requested_engine())
         parts = self.load_parts()
+        config.require(parts.finish is not None or config.hub.push_to is None, "hub.push_to", "no model is exported")
         run = start(config)
         data = parts.prepare_data(run)
         model = parts.build_model(run, data)
+        compute_again(model, config.train.gradient_checkpointing)
+        if config.train.compile:
+            model.compile()
         by_owner = requested_engine() == ZERO_REDUNDANCY
         optimizer = build_optimizer(model, config.optimizer, config.seed, by_owner=by_owner)
         task = parts.task(run, data, model)

@@ -52,7 +52,8 @@ def train(
     """
     if until is not None and until < 1:
         raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
-    run.resolve_max_steps(task.samples_per_epoch)
+    run.samples_per_epoch = task.samples_per_epoch
+    run.resolve_max_steps()
     progress = restore(run, engine, task.data_identity)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
     if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
@@ -112,6 +113,7 @@ class _Trainer(Training):
         The host does not wait for the device.
         """
         engine, progress = self.engine, self.progress
+        signals.update_begins()
         self.tell("on_update_begin")
         if depends_on_skipped(self.config, progress.step - progress.skipped_steps - self.outcomes.unread):
             self.outcomes.read()

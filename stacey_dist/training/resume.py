@@ -75,6 +75,7 @@ def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[st
             reasons.add("not finite")
             continue
         extra = manifest["extra"]
+        _resolve_max_steps(run, extra)
         run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, module, data_identity))  # type: ignore[misc]
         return path, manifest
     if found:
@@ -93,8 +94,15 @@ def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[st
         run.fail(
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
+    _resolve_max_steps(run, manifest["extra"])
     run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], module, data_identity))
     return Path(source), manifest
+
+
+def _resolve_max_steps(run: Run, extra: dict[str, Any]) -> None:
+    """Count the updates that are left of `train.epochs` with the batch of now, which may not be the checkpoint's."""
+    if "step" in extra and "position" in extra:
+        run.resolve_max_steps(extra["step"], extra["position"])
 
 
 def _verified(path: Path) -> dict[str, Any]:

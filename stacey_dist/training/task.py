@@ -21,7 +21,8 @@ class Task(Protocol):
     resumes from one number, on any number of processes.
 
     A task whose data have parts with epochs of their own can have a method ``epochs(position)``, too. It returns the
-    passes over each part up to there, as in ``{"epoch_of.web": 0.4}``, which are reported.
+    passes over each part up to there, as in ``{"epoch_of.web": 0.4}``, which are reported. One whose updates differ in
+    units can have a method ``units_before(position)``, which returns the units of all updates before a position.
     """
 
     unit: str = "samples"
@@ -82,6 +83,12 @@ def epochs_of_parts(task: Task, position: int) -> dict[str, float]:
     """Return the passes over each part of the data up to a position; empty for data without parts."""
     epochs: Callable[[int], dict[str, float]] | None = getattr(task, "epochs", None)
     return {} if epochs is None else epochs(position)
+
+
+def units_before(task: Task, position: int) -> int:
+    """Return the units of all updates before a position."""
+    own: Callable[[int], int] | None = getattr(task, "units_before", None)
+    return position * task.units(0) // task.batch_size if own is None else own(position)
 
 
 class DatasetTask(Task):

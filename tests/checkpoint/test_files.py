@@ -264,6 +264,19 @@ def test_a_file_that_cannot_be_read_for_a_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "sha256", hiccup)
     monkeypatch.setattr(manifest, "_READ_AGAIN_SECONDS", 0.0)
     verify(path)
+    # Its manifest, too.
+    failures, read = iter([OSError(116, "Stale file handle"), OSError(24, "Too many open files")]), manifest.read_json
+
+    def fail_twice(file):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return read(file)
+
+    monkeypatch.setattr(manifest, "read_json", fail_twice)
+    assert verify(path)["format"] == manifest.FORMAT
+    failures = iter([OSError(5, "Input/output error")] * 5)
+    with pytest.raises(DamagedCheckpointError, match="Input/output error"):
+        verify(path)
     monkeypatch.setattr(manifest, "sha256", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(DamagedCheckpointError, match="Input/output error"):
         verify(path)

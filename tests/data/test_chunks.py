@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stacey_dist.data import Document, Input, Source, encoding, preparation, prepare, readahead
+from stacey_dist.data import Document, Input, Source, cache, encoding, preparation, prepare, readahead
 from stacey_dist.data.encoding import Encoder
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree
@@ -113,3 +113,15 @@ def test_validation_does_not_wait_for_text_beyond_the_limit(tmp_path: Path, monk
     settings = SETTINGS | {"max_tokens": 9000}
     alone, helped = (prepare(source, ByteTokenizer(), tmp_path / str(n), **settings, workers=n) for n in (1, 3))
     assert tree(alone) == tree(helped)
+
+
+def test_no_process_waits_beside_the_one_that_reads_all_training_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_GROUP_BYTES", 1)
+    validation = [list_input(texts(5))]
+    for inputs, count in ((1, 0), (3, 3)):
+        source = Source([list_input(texts(5)) for _ in range(inputs)], "source", None, validation)
+        encoder = encoding.Encoder(tmp_path / str(inputs), source, ByteTokenizer(), None)
+        with cache._encode_beside(encoder, 64, (0, 1)) as helpers:
+            assert len(helpers._running) == count

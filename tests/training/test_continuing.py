@@ -12,7 +12,7 @@ from stacey_dist.training.optimizers import lr_share, scheduled
 from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
-from tests.training.helpers import assert_equal_checkpoints, launch, write_config
+from tests.training.helpers import assert_equal_checkpoints, launch, training_rows, write_config
 
 
 def test_wsd_warms_up_stays_and_decays():
@@ -138,3 +138,31 @@ def test_wsd_continues_from_before_its_decay_as_if_it_had_been_longer_at_once(tm
     assert "lr 0.0012 at" not in output  # as it would have been
     launch("--config", config, "--run_dir", tmp_path / "whole", "--train.max_steps", 32)
     assert_equal_checkpoints(tmp_path / "run-longer", tmp_path / "whole", 32)
+
+
+def test_the_printed_command_resumes_and_finds_the_tokens(tmp_path):
+    config = make_config("linear", min_lr_ratio=0.0)
+    config.run_dir, config.checkpoint.resume = "runs/a", "never"
+    options = LLM.parse(shlex.split(command_to_continue(config, "python", None).partition("config.yaml ")[2]))
+    assert options.checkpoint.resume == "auto"
+    assert (options.run_dir, options.data.cache_dir) == ("runs/a-longer", "runs/a/data")
+    config.data.cache_dir = "tokens"
+    assert "cache_dir" not in command_to_continue(config, "python", None)
+    config = make_config("constant")
+    assert "cache_dir" not in command_to_continue(config, "python", None)  # the same run_dir
+
+
+@pytest.mark.slow
+def test_epochs_are_counted_on_with_another_batch(tmp_path):
+    config, run = write_config(tmp_path, train={"eval_every_steps": 1000}), tmp_path / "run"
+    options = ("--config", config, "--run_dir", run, "--checkpoint.every_steps", "null")
+    launch(*options, "--train.epochs", "0.05")
+    (windows,) = {round(row["step"] * 8 / row["epoch"]) for row in training_rows(run)[-1:]}
+    step = training_rows(run)[-1]["step"]
+    assert step == math.ceil(0.05 * windows / 8)
+    change = ("--train.global_batch_size", "16", "--checkpoint.allow_changes", "[train.global_batch_size]")
+    for epochs in ("0.1", "0.15"):
+        launch(*options, "--train.epochs", epochs, *change)
+        left = float(epochs) * windows - 8 * step
+        assert training_rows(run)[-1]["step"] == step + math.ceil(left / 16)
+    assert "nothing to do" in launch(*options, "--train.epochs", "0.05", *change)

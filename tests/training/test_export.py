@@ -16,6 +16,7 @@ from stacey_dist.models.export import describe_export, loader
 from stacey_dist.models.export_directory import MARKER
 from stacey_dist.training.hub import check_upload, push
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.reports.card import _shown
 from stacey_dist.training.settings.config import HubConfig
 from tests.shared import made_once
 from tests.training.helpers import launch, rows, write_config
@@ -136,7 +137,7 @@ def test_an_upload_that_fails_costs_a_line(run, tmp_path):
     directory = shutil.copytree(run[0], tmp_path / "run")
     output = launch(*run[3], "--run_dir", directory, program=PROGRAM, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=TOKEN)
     line = next(line for line in output.splitlines() if line.startswith("hub.push_to: "))
-    by_hand = f"hf upload someone/tiny {directory / 'model'} . --exclude {MARKER}"
+    by_hand = f"hf upload someone/tiny {directory / 'model'} . --exclude {MARKER} --private"
     assert line.startswith("hub.push_to: not uploaded: ")
     assert line.endswith(f"; the model is complete in {directory / 'model'}; to upload it: {by_hand}")
     assert "model and tokenizer for transformers: " in output
@@ -167,7 +168,7 @@ def test_a_later_upload_replaces_the_weights_and_a_private_model_stays_so(tmp_pa
         (tmp_path / "README.md").write_text("A secret.")
         output = upload(tmp_path, private=True)
         reason = f"{address}/someone/tiny is public, and hub.private is true"
-        assert output.startswith(f"hub.push_to: not uploaded: {reason}; the model is complete in {tmp_path}")
+        assert output == f"hub.push_to: not uploaded: {reason}; the model is complete in {tmp_path}"
         assert files["README.md"] == b"A model."
 
 
@@ -185,6 +186,31 @@ def test_what_can_be_checked_is_checked_at_the_start(monkeypatch):
     for bad in ("a/b/c", "a b", "https://huggingface.co/a/b", "-a/b", ""):
         with pytest.raises(SettingsError, match=r"hub.push_to: .* is not allowed; it must be the name of a model"):
             LLM.parse(["--hub.push_to", bad])
+
+
+def test_a_card_names_paths_by_their_last_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "before" / "model").mkdir(parents=True)
+    given = {
+        "model": {"pretrained": "runs/before/model", "config": "someone/tiny"},
+        "data": {
+            "files": ["clients/acme/*.jsonl", "/data/b.txt"],
+            "validation_files": ["clients/held-out.txt"],
+            "sources": [{"files": ["internal/c.txt"], "dataset": "someone/texts"}],
+            "path": "photos/cats",
+            "cache_dir": "tokens",
+        },
+        "tokenizer": {"file": "internal/x.model", "name": "someone/tokenizer"},
+    }
+    shown = _shown(given)
+    assert shown["model"] == {"pretrained": "model", "config": "someone/tiny"}
+    assert shown["tokenizer"] == {"file": "x.model", "name": "someone/tokenizer"}
+    assert shown["data"] == {
+        "files": ["*.jsonl", "b.txt"],
+        "validation_files": ["held-out.txt"],
+        "sources": [{"files": ["c.txt"], "dataset": "someone/texts"}],
+        "path": "cats",
+    }
 
 
 def test_how_models_load(tmp_path):

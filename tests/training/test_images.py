@@ -15,8 +15,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from stacey_dist.data.images.augment import Transform
 from stacey_dist.models import CifarResNet
 from stacey_dist.models.export import export_model
+from stacey_dist.training.settings.image_config import ImageDataConfig
+from stacey_dist.training.tasks.images import _save_processor
 from tests.ended import still_running
 from tests.shared import made_once
 from tests.training.forked import Forked
@@ -372,6 +375,22 @@ def test_imagenet_form_is_exported_for_transformers(tmp_path):
         logits = model(**inputs).logits
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor([i % 3 for i in range(7)])).item()
     assert evaluations(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(loss, rel=0.02)  # Pillow's resizing
+
+
+@pytest.mark.parametrize(("size", "resize"), [(32, None), (32, 36), (384, None), (400, 457)])
+def test_the_exported_processor_does_what_evaluation_does(tmp_path, size, resize):
+    settings = ImageDataConfig(image_size=size, eval_resize=resize, crop="none", mean=(0.5,) * 3, std=(0.25,) * 3)
+    _save_processor(settings, tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    transform = Transform(size, "none", settings.flip, settings.min_scale, resize)
+    rng = np.random.default_rng(0)
+    for height, width in ((300, 400), (500, 333), (20, 30)):
+        coarse = rng.integers(0, 256, (6, 5, 3), np.uint8)
+        pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        ours = (transform.evaluation(pixels).transpose(2, 0, 1) / 255 - 0.5) / 0.25
+        theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+        assert theirs.shape == (3, size, size)
+        assert np.abs(theirs - ours).mean() < 0.03  # two ways to resize, of a range of 4
 
 
 def test_quickstart(tmp_path):

@@ -162,6 +162,7 @@ def test_units_count_the_partial_windows_of_every_source(mixture):
     data, said = opened(config)
     assert "  web: 3 of 4 sequences (75.00%), " in said
     assert "  sums: 1 of 4 sequences (25.00%), " in said
+    from stacey_dist.training.task import units_before
     from stacey_dist.training.tasks.llm import LanguageModeling
 
     task = LanguageModeling.__new__(LanguageModeling)
@@ -169,9 +170,12 @@ def test_units_count_the_partial_windows_of_every_source(mixture):
     assert all(stream.label_count(len(stream) - 1) < 999 for stream in streams)
     task.run, task.data, task.batch_size = SimpleNamespace(config=config), data, 20
     task.sampler = MixedSampler(list(map(len, streams)), SHARES, seed=0)
+    counted = []
     for position in range(0, 400, 20):
         drawn = zip(*task.sampler.samples(position, 20), strict=True)
         assert task.units(position) == sum(streams[source].label_count(window) for source, window in drawn)
+        counted.append(task.units(position))
+        assert units_before(task, position + 20) == sum(counted)
 
 
 def test_the_identity_is_of_tokens_and_weights(mixture, tmp_path):

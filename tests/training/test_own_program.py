@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,33 @@ def test_its_settings_are_checked_as_the_packages_own(tmp_path):
     for value, message in (("0", "it must be > 0"), ("13", "it brings bad luck")):
         output = launch("--model.features", value, "--run_dir", tmp_path / "run", program=PROGRAM, expect=2)
         assert f"own_program.py: error: model.features: {value} is not allowed; {message}" in output
+
+
+def test_its_runs_are_guarded_as_the_packages_own(one, tmp_path):
+    run = shutil.copytree(one[0] / "run", tmp_path / "run")
+    options = (*OPTIONS, "--run_dir", run, "--train.max_steps", "44")
+    output = launch(*options, "--seed", "1", "--optimizer.variant", "pp", program=PROGRAM, expect=2)
+    assert "seed: 0 there, 1 now" in output
+    assert "optimizer.variant: p2 there, pp now" in output
+    changed = ("--model.features", "6", "--checkpoint.allow_changes")
+    assert "it may name seed, data, " in launch(*options, *changed, "[model.features]", program=PROGRAM, expect=2)
+    output = launch(*options, "--seed", "1", "--checkpoint.allow_changes", "[seed, data]", program=PROGRAM)
+    assert training_rows(run)[-1]["step"] == 44
+
+
+def test_what_its_model_cannot_do_is_refused(tmp_path):
+    options = ("--run_dir", tmp_path / "run", "--train.max_steps", "1")
+    output = launch(*options, "--hub.push_to", "a/b", program=EXAMPLE, expect=2)
+    assert "hub.push_to: a/b is not allowed; no model is exported" in output
+    output = launch(*options, "--train.gradient_checkpointing", "true", program=EXAMPLE, expect=2)
+    assert "train.gradient_checkpointing: True is not allowed; Sequential has none" in output
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_deepspeed_casts_its_inputs_too(tmp_path, precision):
+    options = ("--train.max_steps", "3", "--train.cpu_threads", "1", "--train.mixed_precision", precision)
+    launch(*options, "--run_dir", tmp_path / "run", program=EXAMPLE, processes=2, engine="cpu_zero2")
+    assert rows(tmp_path / "run")[-1]["eval_loss"] < 0.5
 
 
 def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):

@@ -279,6 +279,29 @@ def test_only_a_second_ctrl_c_stops_at_once(monkeypatch, request):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_slow_micro_batch_or_step_is_waited_for(monkeypatch):
+    clock = iter([10.0, 100.0, 101.0, 102.0, 103.0])
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(signals, "_state", signals._State())
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+
+    def patience():
+        return signals._state.patience()
+
+    signals.update_begins()
+    assert patience() == 20.0
+    signals.progress()  # 90 seconds in a micro-batch
+    assert patience() == 180.0
+    signals.update_begins()
+    signals.progress()
+    assert patience() == 180.0
+    signals.update_begins()  # not longer than in the next update
+    assert patience() == 20.0
+    for given, seconds in (("120", 110.0), ("30", 20.0), ("10", 20.0), ("soon", 20.0)):
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", given)
+        assert patience() == seconds
+
+
 def test_a_signal_in_the_middle_of_a_print_is_taken(monkeypatch, capfd):
     # `print` in the handler would raise, for the other one holds the stream, and the run would end without a save.
     class Slow(io.RawIOBase):

@@ -24,8 +24,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_CTRL_C_SECONDS = 1.0
 # Slurm sends SIGTERM to every process, and torchrun's agent passes its own on.
 _SAME_SIGTERM_SECONDS = 5.0
-# Schedulers and torchrun kill 30 seconds after SIGTERM.
+# Schedulers and torchrun kill 30 seconds after SIGTERM, unless they are told otherwise.
 _PATIENCE_SECONDS = 20.0
+_TORCHRUNS_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _UNWINDING_SECONDS = 5.0
 # A process that has written its part of a checkpoint waits for the slowest disk of all.
 _PATIENCE_WITH_OTHERS_SECONDS = 300.0
@@ -59,6 +60,7 @@ class StopSignal:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         _state.training = True
+        _state.progress_at = _state.slowest = _state.slowest_before = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -94,14 +96,35 @@ class _State:
         self.writing = False
         """The main thread waits for a checkpoint."""
         self.progress_at = 0.0
+        self.slowest = self.slowest_before = 0.0
+        """The most seconds without progress, since this update and the one before began."""
+
+    def patience(self) -> float:
+        """Return for how many seconds without progress the main thread still works, and does not wait in vain.
+
+        On a CPU a micro-batch can take minutes, as can an optimizer's step with its states in host memory.
+        """
+        given = 0.0
+        with contextlib.suppress(KeyError, ValueError):
+            given = float(os.environ[_TORCHRUNS_PATIENCE]) - 10.0
+        return max(_PATIENCE_SECONDS, given, 2.0 * self.slowest, 2.0 * self.slowest_before)
 
 
 _state = _State()
 
 
+def update_begins() -> None:
+    """Note that the main thread begins an update."""
+    progress()
+    _state.slowest_before, _state.slowest = _state.slowest, 0.0
+
+
 def progress() -> None:
     """Note that the main thread makes progress: a micro-batch is done, or a batch of an evaluation."""
-    _state.progress_at = time.monotonic()
+    now = time.monotonic()
+    if _state.progress_at:
+        _state.slowest = max(_state.slowest, now - _state.progress_at)
+    _state.progress_at = now
 
 
 @contextlib.contextmanager
@@ -112,7 +135,7 @@ def writing() -> Iterator[None]:
         yield
     finally:
         _state.writing = False
-        progress()
+        _state.progress_at = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -191,7 +214,7 @@ class _Listener:
 
     def _watch(self, number: int) -> None:
         """End the process where the main thread makes no progress after a signal."""
-        progress()
+        _state.progress_at = time.monotonic()
         written = _bytes_written()
         if not _state.training:
             self._children = self._children or _children()
@@ -200,13 +223,13 @@ class _Listener:
             now = time.monotonic()
             if _state.writing and (written + _WRITTEN_BYTES <= _bytes_written() or _waits_for_a_disk()):
                 written = _bytes_written()
-                progress()
+                _state.progress_at = now
             if self._insists or not _state.training:
                 patience = _UNWINDING_SECONDS
             elif _state.writing and _waits_for_others():
                 patience = _PATIENCE_WITH_OTHERS_SECONDS
             else:
-                patience = _PATIENCE_SECONDS
+                patience = _state.patience()
             if now - _state.progress_at > patience:
                 self._end(number)
 

@@ -15,6 +15,7 @@ PROCESSOR = "processor"
 """Where a run directory keeps what belongs to its models besides weights: a tokenizer, or the settings of images."""
 
 _LEFT_OUT = ("run_dir", "checkpoint", "tracking", "hub", "cache_dir")
+_PATHS = ("files", "validation_files", "path", "file")
 _UNKNOWN = "not known"
 
 
@@ -101,7 +102,7 @@ def _data(settings: dict[str, Any]) -> str:
     data = settings.get("data")
     if not isinstance(data, dict):
         return _UNKNOWN
-    named = [_shown(data[key]) for key in ("files", "sources", "dataset", "path") if data.get(key)]
+    named = [_shown(data[key], key) for key in ("files", "sources", "dataset", "path") if data.get(key)]
     texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in named]
     return "; ".join(texts) or "what the launcher brings with it"
 
@@ -125,13 +126,16 @@ def _evaluation(step: Any, run: Path | None) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, (int, float)))
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: Any, setting: str = "") -> Any:
     """Return settings without those of the place where the run was; of a path, its last part alone."""
     if isinstance(value, dict):
-        return {key: _shown(inner) for key, inner in value.items() if key not in _LEFT_OUT}
+        return {key: _shown(inner, key) for key, inner in value.items() if key not in _LEFT_OUT}
     if isinstance(value, list):
-        return [_shown(inner) for inner in value]
-    is_path = isinstance(value, str) and (value.startswith((".", "~")) or os.path.isabs(value))
+        return [_shown(inner, setting) for inner in value]
+    if not isinstance(value, str):
+        return value
+    # Elsewhere it may be a name on the hub, as in model.pretrained.
+    is_path = setting in _PATHS or value.startswith((".", "~")) or os.path.isabs(value) or os.path.exists(value)
     return Path(value).name if is_path else value
 
 

@@ -12,7 +12,7 @@ from stacey_dist.training.reports.progress_line import ProgressLine
 from stacey_dist.training.reports.rows import RowFile
 from stacey_dist.training.reports.trackers import log, start_trackers
 from stacey_dist.training.run import Run
-from stacey_dist.training.task import epochs_of_parts
+from stacey_dist.training.task import epochs_of_parts, units_before
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
@@ -65,7 +65,7 @@ class Metrics(Callback):
             "step": step,
             "epoch": round(epoch, 4),
             **epochs_of_parts(task, position),
-            self.unit: position * task.units(0) // task.batch_size,
+            self.unit: units_before(task, position),
             "loss": outcome.loss,
             "lr": training.lr,
             "grad_norm": outcome.grad_norm,

@@ -220,6 +220,11 @@ class HubConfig:
     """Create a new repository as private."""
 
 
+DATA_CHANGE = "data"
+SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")
+"""The `changes_to_allow` of every program."""
+
+
 @dataclass
 class RunConfig:
     """The settings of a run of either launcher; a subclass adds those of its model and its data."""
@@ -237,7 +242,7 @@ class RunConfig:
 
     samples: ClassVar[str] = "samples"
     """The name of samples, as in "sequences"."""
-    changes_to_allow: ClassVar[tuple[str, ...]] = ()
+    changes_to_allow: ClassVar[tuple[str, ...]] = SHARED_CHANGES
     """Settings whose change makes it another run: resuming refuses it unless `checkpoint.allow_changes` names it. The
     data themselves (`DATA_CHANGE`) are compared by content: their files may have moved."""
 
@@ -273,11 +278,6 @@ class RunConfig:
     def layer_classes(self) -> set[str]:
         """Return the names of the classes of the model's layers, without weights."""
         raise NotImplementedError
-
-
-DATA_CHANGE = "data"
-SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.variant")
-"""The `changes_to_allow` of every launcher."""
 
 
 def split_batch(train: TrainConfig, processes: int) -> tuple[int, int]:

@@ -116,8 +116,6 @@ def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
     )
     if model.sync_batch_norm:
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
-    if run.config.train.compile:
-        resnet.compile()
     count = sum(p.numel() for p in resnet.parameters())
     optimizer = run.config.optimizer
     run.say(f"model: ResNet-{model.depth} with {count:,} parameters; {optimizer.name}, lr {optimizer.lr:g}")
@@ -215,9 +213,7 @@ class ImageClassification(Task):
                 self.run.say(f"{count} broken image{'s' if count > 1 else ''} of the {kind} data on this process")
 
     def _logits(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        dtype = next(model.parameters()).dtype  # DeepSpeed has cast the weights and leaves the input to us
-        pixels = ((batch.pixels - self._mean) / self._std).to(dtype)
-        logits: Tensor = model(pixel_values=pixels).logits
+        logits: Tensor = model(pixel_values=(batch.pixels - self._mean) / self._std).logits
         return logits.float()
 
     def _on_device(self, batch: ImageBatch) -> ImageBatch:
@@ -266,13 +262,15 @@ def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: P
 
 def _save_processor(settings: ImageDataConfig, directory: Path) -> None:
     """Write how images become inputs, as transformers' AutoImageProcessor reads it."""
-    # What transformers' image processor of ResNets takes: 224 / 0.875 = 256 is the published resizing.
+    # Not that of transformers' ResNets, which does not crop images of 384 pixels and more.
     processor = {
-        "image_processor_type": "ConvNextImageProcessor",
-        "do_resize": settings.eval_resize is not None,
-        "size": {"shortest_edge": settings.image_size},
-        "crop_pct": settings.image_size / (settings.eval_resize or settings.image_size),
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": settings.eval_resize or settings.image_size},
         "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": settings.image_size, "width": settings.image_size},
+        "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

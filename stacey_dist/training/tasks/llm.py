@@ -67,12 +67,20 @@ class LanguageModeling(Task):
 
     def units(self, position: int) -> int:
         """Return the tokens predicted in the update: fewer than batch x length if the last, partial window is in it."""
+        return self._tokens(position, self.batch_size)
+
+    def units_before(self, position: int) -> int:
+        """Return the tokens predicted in all updates before this position."""
+        return self._tokens(0, position)
+
+    def _tokens(self, position: int, windows: int) -> int:
+        """Return the tokens predicted in so many windows from a position."""
         length = self.run.config.data.sequence_length
-        tokens = self.batch_size * length
+        tokens = windows * length
         for i, corpus in enumerate(self.data.corpora):
             last = len(corpus.train) - 1
             missing = length - corpus.train.label_count(last)
-            tokens -= missing * self.sampler.times(i, last, position, self.batch_size)
+            tokens -= missing * self.sampler.times(i, last, position, windows)
         return tokens
 
     def epochs(self, position: int) -> dict[str, float]:

@@ -28,7 +28,6 @@ from stacey_dist.training.processes.launch import loads_weights_from_rank0
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.llm_config import LLMConfig, described_model
 from stacey_dist.training.tasks.attention import implementation
-from stacey_dist.training.tasks.recomputation import compute_again
 
 if TYPE_CHECKING:
     from stacey_dist.training.tasks.text_data import TextData
@@ -86,7 +85,7 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
 
     Raises SettingsError if a configuration does not fit together, or weights do not fit it.
     """
-    settings, train = run.config.model, run.config.train
+    settings = run.config.model
     if settings.config or settings.pretrained:
         described = run.call_on_main(lambda: described_model(settings)) or {}
     else:
@@ -107,9 +106,6 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
         raise SettingsError(f"model.{setting}: {getattr(settings, setting)}: {error}") from error
     model = _cast(model, getattr(torch, settings.dtype))
     model.tie_weights()  # a model that is built without memory is not tied yet
-    compute_again(model, train.gradient_checkpointing)
-    if train.compile:
-        model.compile()
     run.say(f"model: {describe(model, run.config)}; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
     return model
 

@@ -23,13 +23,13 @@ KEPT = {
 
 
 def compute_again(model: Any, kind: Recomputed) -> None:
-    """Have a model of transformers compute the activations of its layers again, as `train.gradient_checkpointing` says.
+    """Have a model of transformers compute its layers' activations again, as `train.gradient_checkpointing` says.
 
     Raises SettingsError if it cannot.
     """
     if not kind:
         return
-    if not model.supports_gradient_checkpointing:
+    if not getattr(model, "supports_gradient_checkpointing", False):
         raise SettingsError(f"train.gradient_checkpointing: {kind} is not allowed; {type(model).__name__} has none")
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
