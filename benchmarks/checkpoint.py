@@ -87,6 +87,8 @@ def step(accelerator: Accelerator, model: Any, optimizer: Any) -> float:
 
 
 def barrier() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     if dist.is_initialized():
         dist.barrier()
 

@@ -1,10 +1,11 @@
 """What there is to know about a GPU: the optimizer's step, both launchers' speed and memory. One JSON and one table.
 
-    python benchmarks/gpu.py [--json FILE]
+    python benchmarks/gpu.py [--json FILE] [--only optimizers|llama|resnet50]
     python benchmarks/gpu.py --device cpu --smoke      # the same code on toys: no figure of it means anything
 
 It is meant to take less than 8 minutes on one GPU, and needs no network: the text is that of docs/, and the images are
-made up. Everything is measured in processes of their own. An update's time is the mean of those after the first ones,
+made up. Everything is measured in processes of their own, and written as soon as it is measured: what fails, or has no
+time left, costs its own figures alone. An update's time is the mean of those after the first ones,
 from a wait for the device to a wait for the device.
 """
 
@@ -15,10 +16,13 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +48,9 @@ RIVALS = (
     *(f"Stacey {name}, kernel" for name in ("p2, p = 2.8", "p2, p = 3", "pp, p = 2.8", "2p, p = 2.8")),
 )
 RUNS = 3  # of a launcher or a loop
-EVERY = 30
-"""Updates between two checkpoints, of which a run has three. Those from 10 to 29 are timed."""
+EVERY = {"llama": 60, "resnet50": 90}
+"""Updates between two checkpoints, of which a run has three. The last third before the first one is timed: a loader has
+read ahead while the first updates compiled their kernels, and these batches must be gone."""
 
 
 def main() -> None:
@@ -53,34 +58,43 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="toys: to see whether it runs")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="a file for the figures (gpu.json)")
+    parser.add_argument("--only", choices=("optimizers", "llama", "resnet50"), help="measure this alone")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     os.environ["ACCELERATE_USE_CPU"] = str(options.device == "cpu").lower()
-    figures = measure(options.device, options.smoke)
-    options.json.write_text(json.dumps(figures, indent=1))
+    figures = measure(options.device, options.smoke, options.json, options.only or "")
     print(table(figures))
+    sys.exit(1 if figures["failed"] else 0)
 
 
-def measure(device: str, smoke: bool) -> dict[str, Any]:
+def measure(device: str, smoke: bool, file: Path, only: str) -> dict[str, Any]:
+    """Measure everything whose name begins with `only`; write the figures so far after each part."""
     if smoke:
         bench.CASES.clear()
         bench.CASES["toy"] = lambda: [(8,)] * 2
         bench.PRELOADED.extend(["stacey_dist.training.tasks.llm", "stacey_dist.training.tasks.images"])
     names, rounds = (RIVALS[:2], 1) if smoke else (RIVALS, 9)
-    cases = [bench.run(case, device, rounds, False, 1, names) for case in bench.CASES]
-    runs = {
-        name: [bench.in_a_process(function, device, smoke) for _ in range(1 if smoke else RUNS)]
-        for name, function in {"launcher": llama_launcher, "bare": llama_bare}.items()
-    }
-    images = {name: bench.in_a_process(resnet, smoke, name == "without") for name in ("with", "without")}
-    return {
-        "machine": bench.machine(device),
-        "smoke": smoke,
-        "optimizers": cases,
-        "llama": {**runs, "planned_peak_bytes": peak_bytes(Job(llama_config(smoke), planned(smoke), "single", 1, 1))},
-        "resnet50": images,
-    }
+    figures: dict[str, Any] = {"machine": bench.machine(device), "smoke": smoke, "failed": {}}
+    works: list[tuple[str, Callable[[], Any]]] = [
+        ("optimizers", partial(bench.run, case, device, rounds, False, 1, names)) for case in bench.CASES
+    ]
+    for _ in range(1 if smoke else RUNS):
+        works.append(("llama launcher", partial(bench.in_a_process, llama_launcher, device, smoke)))
+        works.append(("llama bare", partial(bench.in_a_process, llama_bare, device, smoke)))
+    works += [
+        (f"resnet50 {name} loader", partial(bench.in_a_process, resnet, smoke, name == "without"))
+        for name in ("with", "without")
+    ]
+    for name, work in works:
+        if name.startswith(only):
+            try:
+                figures.setdefault(name, []).append(work())
+            except Exception as error:  # of this part alone
+                figures["failed"][name] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+            file.write_text(json.dumps(figures, indent=1))
+    return figures
 
 
 def llama_config(smoke: bool) -> LLMConfig:
@@ -120,7 +134,7 @@ def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
         text = Path(directory, "text.txt")
         text.write_text("\n\n".join(page.read_text() for page in pages))
         config.data.files = [str(text)]
-        return train(replace(LLM, load_parts=lambda: parts), config, smoke)
+        return train(replace(LLM, load_parts=lambda: parts), config, every("llama", smoke))
 
 
 def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
@@ -137,8 +151,8 @@ def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
     loop = BareLoop(model, optimizer, config.train.max_grad_norm)
     shape = (config.train.global_batch_size, config.data.sequence_length)
     inputs, labels = (torch.randint(data.vocab_size, shape, device=device) for _ in range(2))
-    clock = Clock(torch.device(device), every(smoke))
-    for _ in range(every(smoke) + 1):
+    clock = Clock(torch.device(device), every("llama", smoke))
+    for _ in range(every("llama", smoke)):
         clock.tick()
         loop.step(inputs, labels, config.train.mixed_precision or "no")
     return clock.figures()
@@ -157,6 +171,7 @@ def resnet(smoke: bool, from_memory: bool) -> dict[str, Any]:
 
     config: ImageConfig = IMAGES.parse(["--config", str(ROOT / "configs/imagenet/resnet50_p2.yaml")])
     config.data.dataset = config.data.cache_dir = config.train.epochs = None
+    config.data.prefetch = 1
     if smoke:
         config.model.depth, config.model.width, config.data.image_size, config.data.eval_resize = 18, 4, 32, 32
         config.train.global_batch_size, config.data.workers = 4, 1
@@ -169,18 +184,19 @@ def resnet(smoke: bool, from_memory: bool) -> dict[str, Any]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(photo)
         config.data.path = directory
-        return train(replace(IMAGES, load_parts=lambda: parts), config, smoke)
+        return train(replace(IMAGES, load_parts=lambda: parts), config, every("resnet50", smoke))
 
 
 class Clock:
     """Seconds of updates, and the peak of memory."""
 
     def __init__(self, device: torch.device, every: int) -> None:
-        self.device, self.first, self.last = device, every // 3, every
+        # The checkpoint after update `every` lies before the beginning of the one after it.
+        self.device, self.first, self.last = device, 2 * every // 3 - 1, every - 1
         self.count, self.begin, self.seconds = 0, 0.0, 0.0
 
     def tick(self) -> None:
-        """To be called as an update begins; the one after `last` ends what is measured."""
+        """To be called as an update begins."""
         if self.count in (self.first, self.last):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -208,18 +224,19 @@ def timed(task: type[Any]) -> Callable[..., Any]:
     return Timed
 
 
-def every(smoke: bool) -> int:
-    return 2 if smoke else EVERY
+def every(model: str, smoke: bool) -> int:
+    return 3 if smoke else EVERY[model]
 
 
-def train(launcher: Any, config: Any, smoke: bool) -> dict[str, Any]:
-    """Train with three checkpoints: the second is one that does not wait and has its memory."""
+def train(launcher: Any, config: Any, every: int) -> dict[str, Any]:
+    """Train with three checkpoints: the second has its memory, and here does not wait until the first is written."""
     from stacey_dist.training import loop, saving
 
     stalls: list[float] = []
     save = saving.Saver.save
 
     def timed_save(self: Any, *arguments: Any, **options: Any) -> None:
+        self._background.wait()
         if self.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -227,13 +244,13 @@ def train(launcher: Any, config: Any, smoke: bool) -> dict[str, Any]:
         stalls.append(time.perf_counter() - begin)
 
     saving.Saver.save = timed_save  # type: ignore[method-assign]
-    config.checkpoint.every_steps, config.train.max_steps = every(smoke), 3 * every(smoke)
+    config.checkpoint.every_steps, config.train.max_steps = every, 3 * every
     config.train.eval_every_steps, config.schedule.warmup_steps = config.train.max_steps, 1
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         config.run_dir = directory
         job = launcher.build(config)
         task: Any = job.task
-        task.clock = Clock(job.run.accelerator.device, every(smoke))
+        task.clock = Clock(job.run.accelerator.device, every)
         loop.train(job.run, task, job.engine)
         task.close()
         found = {
@@ -253,7 +270,7 @@ def table(figures: dict[str, Any]) -> str:
         f"| a step of the optimizer | × {bench.PEER} | × foreach | of copy | launches | host µs | extra MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for result in figures["optimizers"]:
+    for result in figures.get("optimizers", ()):
         foreach = next(row["ratio"] for row in result["rows"] if row["optimizer"] == RIVALS[0])
         for row in result["rows"]:
             if row["optimizer"] != bench.PEER:
@@ -262,22 +279,28 @@ def table(figures: dict[str, Any]) -> str:
                     f"{row['share_of_copy']:.0%} | {'–' if row['launches'] is None else row['launches']} | "
                     f"{row['host_microseconds']:.0f} | {row['extra_mebibytes']:.1f} |"
                 )
-    llama, images = figures["llama"], figures["resnet50"]
-    ours, bare = (statistics.median(run["seconds"] for run in llama[name]) for name in ("launcher", "bare"))
-    stall = statistics.median(run["save_stall_seconds"] for run in llama["launcher"])
-    peak = max(run["peak_bytes"] for run in llama["launcher"])
-    run, known = llama["launcher"][0], peak_flops(figures["machine"])
-    rows = {
-        "launcher, tokens/s": f"{run['units_per_second'] * run['seconds'] / ours:,.0f}",
-        "launcher, MFU": f"{run['flops_per_second'] * run['seconds'] / ours / known:.1%}" if known else "–",
-        "launcher over a bare loop with fused AdamW (target: 2 %)": f"{ours / bare - 1:+.1%}",
-        "peak memory, GiB": f"{peak / 2**30:.2f}",
-        "… of the bare loop": f"{max(run['peak_bytes'] for run in llama['bare']) / 2**30:.2f}",
-        "… over what was planned (target: 10 %)": f"{peak / llama['planned_peak_bytes'] - 1:+.1%}",
-        "a save stops training, ms": f"{stall * 1e3:.1f}",
-        "ResNet-50, images/s": f"{images['with']['units_per_second']:,.0f}",
-        "… without the loader": f"{images['without']['units_per_second']:,.0f}",
-    }
+    rows: dict[str, str] = {}
+    if launcher := figures.get("llama launcher"):
+        ours, known = statistics.median(run["seconds"] for run in launcher), peak_flops(figures["machine"])
+        stall = statistics.median(run["save_stall_seconds"] for run in launcher)
+        peak, run = max(run["peak_bytes"] for run in launcher), launcher[0]
+        smoke = figures["smoke"]
+        plan = peak_bytes(Job(llama_config(smoke), planned(smoke), "single", 1, 1))
+        rows |= {
+            "launcher, tokens/s": f"{run['units_per_second'] * run['seconds'] / ours:,.0f}",
+            "launcher, MFU": f"{run['flops_per_second'] * run['seconds'] / ours / known:.1%}" if known else "–",
+            "peak memory, GiB": f"{peak / 2**30:.2f}",
+            "… over what was planned (target: 10 %)": f"{peak / plan - 1:+.1%}",
+            "a save stops training, ms": f"{stall * 1e3:.1f}",
+        }
+        if loops := figures.get("llama bare"):
+            bare = statistics.median(run["seconds"] for run in loops)
+            rows["launcher over a bare loop with fused AdamW (target: 2 %)"] = f"{ours / bare - 1:+.1%}"
+            rows["… its peak memory, GiB"] = f"{max(run['peak_bytes'] for run in loops) / 2**30:.2f}"
+    for name in ("with", "without"):
+        for run in figures.get(f"resnet50 {name} loader", ()):
+            rows[f"ResNet-50 {name} the loader, images/s"] = f"{run['units_per_second']:,.0f}"
+    rows |= {f"{name} failed": reason.splitlines()[0] for name, reason in figures["failed"].items()}
     lines += ["", "| LLaMA 100M, 16 × 1 024 tokens; ResNet-50, 256 images of 224 pixels; bf16 | |", "|---|---|"]
     return "\n".join(itertools.chain(lines, (f"| {name} | {value} |" for name, value in rows.items())))
 

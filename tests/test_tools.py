@@ -1,5 +1,6 @@
 """`stacey-dist bench` and `stacey-dist info`."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -76,13 +77,33 @@ def test_the_benchmark_for_gpus_runs_as_a_whole(tmp_path):
         "torch AdamW, foreach",
         "Stacey p2, p = 2.8, kernel",
     ]
-    runs = [*figures["llama"]["launcher"], *figures["llama"]["bare"], *figures["resnet50"].values()]
+    assert figures["failed"] == {}
+    parts = ("llama launcher", "llama bare", "resnet50 with loader", "resnet50 without loader")
+    runs = [run for part in parts for run in figures[part]]
     assert len(runs) == 4
     assert all(run["seconds"] > 0 and run["peak_bytes"] > 2**20 for run in runs)
     assert all(run["save_stall_seconds"] > 0 for run in runs if "units_per_second" in run)
-    assert figures["llama"]["launcher"][0]["units_per_second"] == pytest.approx(16 * 32 / runs[0]["seconds"])
+    assert runs[0]["units_per_second"] == pytest.approx(16 * 32 / runs[0]["seconds"])
     for line in ("toys, no figure means anything", "| launcher over a bare loop", "| … over what was planned"):
         assert line in result.stdout
+
+
+def test_a_part_of_the_benchmark_for_gpus_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    made = iter([{"units_per_second": 3.0}, MemoryError("full\nand more")])
+
+    def in_a_process(function, *arguments):
+        if isinstance(result := next(made), Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(gpu.bench, "in_a_process", in_a_process)
+    figures = gpu.measure("cpu", False, tmp_path / "gpu.json", "resnet50")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == figures
+    table = gpu.table(figures)
+    assert "| ResNet-50 with the loader, images/s | 3 |" in table
+    assert "| resnet50 without loader failed | MemoryError: full |" in table
 
 
 @pytest.mark.exhaustive  # a minute in the compiler, for a figure of `bench --slow`

@@ -25,7 +25,8 @@ def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.
         tau: the coupling at the reference.
         dtype: float32 or float64, in which the update is computed; the share is rounded to it.
     """
-    share = (lr / reference).to(dtype)
+    # Not by a number of the host: CUDA would multiply by its reciprocal.
+    share = (lr / torch.full_like(lr, reference)).to(dtype)
     whole, fraction = (part.double() for part in log2_parts(share))
     alpha_whole, alpha_fraction = log2_in_parts(alpha)
     fraction += alpha_fraction  # within [-1, 2]; its integer part is moved to `whole`

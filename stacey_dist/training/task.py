@@ -100,7 +100,8 @@ class DatasetTask(Task):
     Args:
         run: the run.
         data: the training samples and the held-out samples, both with `len` and numbered from 0; a sample is a tensor,
-            a number, or a tuple or dictionary of them.
+            a number, or a tuple or dictionary of them. A number must always give the same sample, or resumed runs
+            differ: random changes belong into `losses`, whose generators the loop seeds for each update.
         model: the model.
 
     Raises:

@@ -38,6 +38,8 @@ def test_there_and_back(tmp_path, other):
         )
         copies = snapshot(model, optimizer)
         again = snapshot(model, optimizer, copies.host_memory)  # as the run's next checkpoint
-        assert all(memory.is_pinned() == (device == "cuda") for memory in again.host_memory.values() if memory.numel())
+        for name, memory in again.host_memory.items():
+            if memory.numel() and not name.endswith("/step"):  # which the CPU counts
+                assert memory.is_pinned() == (device == "cuda"), name
         path = tmp_path / f"step_{stage + 1:08d}"
         write(path, again, {})

@@ -1,9 +1,12 @@
 import contextlib
-import importlib
 import importlib.metadata
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
+
+from stacey_dist.optim import kernels
 
 
 def triton_before(*version):
@@ -31,9 +34,13 @@ def triton_kernel():
 
 @contextlib.contextmanager
 def triton_module(interpreted):
-    """The kernel's module, made anew with functions for Triton's interpreter or for its compiler."""
-    module = importlib.import_module("stacey_dist.optim.kernels.triton")
+    """A module like the kernel's, with functions for Triton's interpreter or for its compiler."""
+    name = f"triton_kernel_{'interpreted' if interpreted else 'compiled'}"
+    file = Path(kernels.__file__).with_name("triton.py")
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)
         patch.setenv("TRITON_INTERPRET", str(int(interpreted)))  # Triton looks at it as functions are made
-        yield importlib.reload(module)
-    importlib.reload(module)
+        spec.loader.exec_module(module)
+        yield module
