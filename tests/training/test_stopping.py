@@ -125,7 +125,7 @@ def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
     """Bytes that are written count as progress, and nothing else does."""
     code = (
         "import os, signal, sys, threading, time\n"
-        "from stacey_dist.training import signals\n"
+        "from stacey_dist.training.processes import signals\n"
         "signals._PATIENCE_SECONDS = 1.0\n"
         "def write():\n"
         "    for _ in range(20):\n"
