@@ -119,7 +119,10 @@ def test_deepspeed_configurations_run_as_they_are():
     ("name", "processes", "options", "described"),
     [
         pytest.param("zero3_offload", 2, (), "DeepSpeed ZeRO-3", marks=pytest.mark.exhaustive),
-        ("hsdp", 4, ("--num_machines", 1, "--parallelism_config_dp_shard_size", 2), "HSDP"),
+        pytest.param(
+            *("hsdp", 4, ("--num_machines", 1, "--parallelism_config_dp_shard_size", 2), "HSDP"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_gpu_configurations_without_a_cpu_twin_run_where_there_is_no_gpu(tmp_path, name, processes, options, described):

@@ -102,7 +102,9 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
 
 
 # The layers of gemma3_text differ in their attention; those of deepseek_v3 in their modules.
-@pytest.mark.parametrize("kind", ["gemma3_text", "mixtral", pytest.param("deepseek_v3", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("gemma3_text", "deepseek_v3"))]
+)
 def test_more_layers_and_sequences_are_extrapolated(kind):
     own = described(kind) | {"num_hidden_layers": 5, "output_router_logits": False}
     if kind == "gemma3_text":

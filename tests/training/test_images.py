@@ -216,7 +216,7 @@ def hang_up_the_workers(group):
     return workers
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("evaluating", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_sigterm_saves_and_ends_a_run_that_waits_for_data(config, on, tmp_path, evaluating):
     run = tmp_path / "run"
     often = ("--train.eval_every_steps", 1) if evaluating else ()

@@ -78,7 +78,10 @@ def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -
     train, held_out = column(rows, "loss"), column(rows, "eval_loss")
     accuracy = [(step, 100 * share) for step, share in column(rows, "eval_top1")]
     heights = [3.0, *([2.0] if accuracy else []), 1.0, 1.0]
-    figure = Figure(figsize=(8, 1.3 + 1.25 * sum(heights)), layout="constrained")
+    height = 1.3 + 1.25 * sum(heights)
+    figure = Figure(figsize=(8, height))
+    # Constrained layout takes as long as all the drawing.
+    figure.subplots_adjust(left=0.15, right=0.97, bottom=0.55 / height, top=1 - 0.85 / height, hspace=0.12)
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     losses, (lr, norm) = panels[0], panels[-2:]
     if train:
@@ -102,6 +105,7 @@ def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -
         axes.set(ylabel=label)
     norm.set(yscale="log", xlabel="update")
     for axes in panels:
+        axes.yaxis.set_label_coords(-0.115, 0.5)
         axes.margins(y=0.1)
         axes.grid(alpha=0.3)
     figure.savefig(metrics.with_name("loss.png"), dpi=120)
