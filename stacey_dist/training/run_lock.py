@@ -4,6 +4,7 @@ The filelock library is not suitable: on a file system without locks it uses a m
 leaves behind, and the holder's name would need another file.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from stacey_dist.errors import SettingsError
 
@@ -19,16 +21,25 @@ _PATIENCE_HERE_SECONDS = 30.0
 _PATIENCE_ELSEWHERE_SECONDS = 120.0
 
 
+_held: "WeakValueDictionary[tuple[int, int], IO[str]]" = WeakValueDictionary()
+"""The locks of this process, by device and inode."""
+
+
 def acquire_run_lock(directory: Path) -> IO[str]:
     """Take `directory` for this process, until the returned file is closed or the process ends, however it ends.
 
-    Waits for a while for a process that has it. Where the file system has no locks, prints that and takes none.
+    Called again, as in a notebook's cell, it returns the same file: a process loses a lock as it closes any file that
+    has it. Waits for a while for another process that has the directory. Where the file system has no locks, prints that and takes none.
 
     Raises:
         SettingsError: another process has it, and keeps it.
         OSError: the directory cannot be written.
     """
     path = directory / ".lock"
+    with contextlib.suppress(FileNotFoundError):
+        held = _held.get((os.stat(path).st_dev, os.stat(path).st_ino))
+        if held is not None and not held.closed:
+            return held
     file = open(path, "a+")  # noqa: SIM115
     me = f"process {os.getpid()} on {socket.gethostname()}"
     deadline = None
@@ -57,4 +68,6 @@ def acquire_run_lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(me + "\n")
     file.flush()
+    status = os.fstat(file.fileno())
+    _held[status.st_dev, status.st_ino] = file
     return file

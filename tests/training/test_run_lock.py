@@ -1,5 +1,7 @@
 """One run at a time in a directory."""
 
+import functools
+import gc
 import socket
 import subprocess
 import sys
@@ -38,6 +40,20 @@ def test_a_second_run_waits_and_is_refused(other, tmp_path, monkeypatch, capsys)
     with pytest.raises(SettingsError, match=f"run_dir: {tmp_path} is in use by {holder}; give another --run_dir"):
         acquire_run_lock(tmp_path)
     assert f"{holder} trains in {tmp_path}; waiting for its end" in capsys.readouterr().err
+
+
+def test_a_cell_that_runs_again_keeps_the_lock(tmp_path):
+    first = acquire_run_lock(tmp_path)
+    second = acquire_run_lock(tmp_path)
+    del first
+    gc.collect()
+    program = f"import fcntl; fcntl.lockf(open({str(tmp_path / '.lock')!r}, 'a+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    run = functools.partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True)
+    assert "BlockingIOError" in run().stderr
+    second.close()
+    assert run().returncode == 0
+    with acquire_run_lock(tmp_path) as third:
+        assert third is not second
 
 
 def test_it_goes_on_where_the_first_was_killed(other, tmp_path, capsys):
