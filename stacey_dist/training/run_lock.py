@@ -29,7 +29,8 @@ def acquire_run_lock(directory: Path) -> IO[str]:
     """Take `directory` for this process, until the returned file is closed or the process ends, however it ends.
 
     Called again, as in a notebook's cell, it returns the same file: a process loses a lock as it closes any file that
-    has it. Waits for a while for another process that has the directory. Where the file system has no locks, prints that and takes none.
+    has it. Waits for a while for another process that has the directory. Where the file system has no locks, prints
+    that and takes none.
 
     Raises:
         SettingsError: another process has it, and keeps it.
