@@ -1,4 +1,4 @@
-"""The measured figures of the documentation: docs/figures.json holds them, and the pages draw tables from it.
+"""The measured figures of the documentation: the pages draw tables from docs/figures.json and docs/results/long-runs.
 
 A page says where a table belongs:
 
@@ -9,6 +9,7 @@ A page says where a table belongs:
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,25 @@ def tables() -> dict[str, list[list[str]]]:
     read: dict[str, Any] = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
-    return whole | {
-        name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()
-    }
+    columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
+    return whole | columns | {"long-runs": long_runs()}
+
+
+def long_runs() -> list[list[str]]:
+    """Return the held-out losses of the long runs that were made, from the files that the experiment has left."""
+    sys.path.insert(0, str(ROOT))  # `experiments` is not installed
+    from experiments.comparison_report import LABELS
+
+    updates = (2000, 4000, 6000, 8000, 10000)
+    rows = [["run", *(f"{step:,}".replace(",", " ") for step in updates)]]
+    for name, label in LABELS.items():
+        for file in sorted((ROOT / "docs/results/long-runs/parts").glob(f"{name}-*seed*.json")):
+            *choice, seed = file.stem.removeprefix(f"{name}-").rsplit("-", 1)
+            how = {"as-found": ", as found", "halved": ", halved", "wsd": ", wsd"}[choice[0]] if choice else ""
+            losses = {row["step"]: row["eval_loss"] for row in json.loads(file.read_text())["evaluations"]}
+            row = [f"{label}{how}, seed {seed.removeprefix('seed')}", *(f"{losses[step]:.4f}" for step in updates)]
+            rows.append(row)
+    return rows
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -8,6 +8,7 @@ torch's, of Python's, or of the program's. The result is made of dictionaries, l
 
 import io
 import pickle
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -116,6 +117,7 @@ class _Inert(pickle._Unpickler):
         self._known = {**bytes_of_python_2, **known}
         self._load_storage = load_storage
         self._left_to_encode = len(content)
+        self._left_to_copy = 8 * len(content)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a class or function; refuse what is not known."""
@@ -136,12 +138,27 @@ class _Inert(pickle._Unpickler):
 
     def _encode(self, text: str, encoding: str) -> bytes:
         if encoding != "latin1":
-            raise pickle.UnpicklingError(f"encoding {encoding!r} has no place in it")
+            raise pickle.UnpicklingError(f"encoding {reprlib.repr(encoding)} has no place in it")
         # A pickle can ask for one text again and again.
         self._left_to_encode -= len(text)
         if self._left_to_encode < 0:
             raise pickle.UnpicklingError("it would grow without end")
         return str.encode(text, "latin1")
+
+    def load_reduce(self) -> None:
+        """Call what stands for a function, which may copy what it is given, and can be asked to again and again."""
+        stack: list[Any] = vars(self)["stack"]
+        self._left_to_copy -= sum(len(each) for each in stack[-1] if isinstance(each, (list, tuple)))
+        if self._left_to_copy < 0:
+            raise pickle.UnpicklingError("it would grow without end")
+        super().load_reduce()  # type: ignore[misc]
+
+    def load_bytearray8(self) -> None:
+        """Refuse: memory would be set aside for as many bytes as it says."""
+        raise pickle.UnpicklingError("a bytearray has no place in it")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 def _guarded(instruction: bytes) -> Callable[[Any], None]:

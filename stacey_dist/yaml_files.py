@@ -79,7 +79,8 @@ class Loader(yaml.SafeLoader):
 
     def _number(self, node: ScalarNode) -> int | float:
         text, kind = self.construct_scalar(node), node.tag.removeprefix(_TAG)
-        if not re.fullmatch(_RESOLVERS[kind][0], text) and not re.fullmatch(_RESOLVERS["int"][0], text):
+        as_whole = re.fullmatch(_RESOLVERS["int"][0], text) and (kind == "int" or text[:2] not in ("0o", "0x"))
+        if not re.fullmatch(_RESOLVERS[kind][0], text) and not as_whole:
             raise _error(f"{_shorten(text)} is not {'a whole number' if kind == 'int' else 'a number'}", node)
         if len(text) > _MAX_DIGITS:
             raise _error(f"a number of {len(text)} digits is not allowed", node)

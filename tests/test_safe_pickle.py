@@ -50,6 +50,7 @@ DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
 ENCODED_AGAIN = (
     b"\x80\x02(c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"x" * 65536 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
 )
+SIZES_AGAIN = b"\x80\x02cnumpy\ndtype\nq\x00]q\x01(" + b"K\x01" * 100_000 + b"e0(" + b"h\x00h\x01\x85R" * 50_000 + b"l."
 ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
 
 
@@ -64,6 +65,12 @@ ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
             b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00utf-16\x86R.",
             "encoding 'utf-16' has no place",
         ),
+        (
+            b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a)" + b"2\x86" * 40 + b"\x86R.",
+            r"encoding \(\(\(.*has no place",
+        ),
+        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "a bytearray has no place in it"),
+        (SIZES_AGAIN, "it would grow without end"),
         (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "it sets|it changes a _Fixed"),
         (b"I" + b"9" * 5000 + b"\n.", "4300 digits"),
         (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", None),

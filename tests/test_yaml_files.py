@@ -77,6 +77,7 @@ REFUSED = [
     ("a: !!set {x}", 1, "the tag !!set is not allowed"),
     ("a: !own x", 1, "the tag !own is not allowed"),
     ("a: !!int seven", 1, "seven is not a whole number"),
+    ("a: !!float 0x10", 1, "0x10 is not a number"),
     ("a: !!bool maybe", 1, "maybe is not true or false"),
     ("<<: 3", 1, "expected a mapping"),
     ("a: *nothing", 1, "undefined alias 'nothing'"),

@@ -23,7 +23,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # a run for each seed, side by side
   RUN_DIR=$RUN_DIR/seed_$SLURM_ARRAY_TASK_ID
 fi
 
-# Processes that were told to stop get the time to save that --signal leaves them; torch's own 30 s may not do.
+# Processes that were told to stop get the time to save that --signal leaves them; torch's own 30 s may not do. Before
+# torch 2.12, launchers do not read it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}
 export PROGRAM ENGINE PROCESSES_PER_NODE MAX_RESTARTS MASTER_PORT MASTER_ADDR
 
@@ -40,12 +41,14 @@ launch='exec accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" \
   --machine_rank "$SLURM_PROCID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
   --max_restarts "$MAX_RESTARTS" $MESH "$PROGRAM" "$@"'
 
-# The time is nearly over, or another job is to have the nodes: the launchers are told to stop, and the run saves.
+# The time is nearly over, or another job is to have the nodes: the processes are told to stop, and the run saves. Not
+# through srun, which kills them when it gets SIGTERM.
 step='' stopped=''
-trap 'stopped=1; [[ -z $step ]] || kill -TERM "$step" || true' TERM
+trap 'stopped=1; [[ -z $step ]] || scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
 
 echo "job $job on $SLURM_JOB_NODELIST: $PROGRAM with $ENGINE in $RUN_DIR, start ${SLURM_RESTART_COUNT:-0}"
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+# Since Slurm 22.05, srun no longer takes the number of cores from sbatch.
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   bash -c "$launch" launch --config "$CONFIG" --run_dir "$RUN_DIR" "${seed[@]}" "$@" &
 step=$!
 

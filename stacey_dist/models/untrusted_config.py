@@ -110,8 +110,10 @@ def without_code(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     for key, inner in value.items():
-        if type(inner) is int and inner > _MOST_MODULES and _COUNT.search(key):
-            raise ValueError(f"{key}: {inner} is more than {_MOST_MODULES}")
+        if isinstance(key, str) and _COUNT.search(key):
+            counts = [count for count in (inner if isinstance(inner, list) else [inner]) if type(count) is int]
+            if sum(counts) > _MOST_MODULES:
+                raise ValueError(f"{key}: {sum(counts)} is more than {_MOST_MODULES}")
     return {key: without_code(inner) for key, inner in value.items() if key not in _LEFT_OUT}
 
 

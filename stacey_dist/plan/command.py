@@ -151,11 +151,16 @@ def _command(options: argparse.Namespace, others: list[str], job: Job) -> str:
     """Return the command that starts the run of a job, to be pasted on a machine with a checkout."""
     engine = "gpu" if job.engine == "single" else job.engine
     launch = ["accelerate", "launch", "--config_file", f"configs/accelerate/{engine}.yaml"]
-    if job.ranks != (1 if job.engine == "single" else 8):  # what the files say
+    if job.engine == "hsdp" or job.ranks != (1 if job.engine == "single" else 8):  # what the files say
         launch += ["--num_processes", str(job.ranks)]
+    if job.engine == "hsdp":  # a copy of the weights on each node
+        launch += ["--parallelism_config_dp_replicate_size", str(job.nodes)]
+        launch += ["--parallelism_config_dp_shard_size", str(job.gpus_per_node)]
     if job.nodes > 1:
         launch += ["--num_machines", str(job.nodes), "--machine_rank", "RANK", "--main_process_ip", "HOST"]
     settings = _arguments(options)
+    if job.precision == "no" and job.config.train.mixed_precision is None:  # the files say bf16
+        others = [*others, "--train.mixed_precision", "no"]
     if options.search:
         checkpointing = str(job.config.train.gradient_checkpointing).lower()
         settings += ["--train.micro_batch_size", str(job.micro_batch), "--train.gradient_checkpointing", checkpointing]

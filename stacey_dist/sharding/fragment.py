@@ -65,7 +65,7 @@ def canonical_name(name: str) -> str:
     A leading "module." is a wrapper's; further down it may be the model's own.
     """
     parts = name.split(".")
-    while parts[0] in _WRAPPERS:
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts = parts[1:]
     return ".".join(part for part in parts if part == "module" or part not in _WRAPPERS)
 

@@ -63,6 +63,7 @@ CODE = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoModelForCau
         ({"auto_map": CODE, "model_type": None, "architectures": []}, "None is not a model of"),
         ({"model_type": ["llama"], "architectures": [7]}, "7 is not a model of"),
         ({"model_type": "vit", "architectures": None}, "Unrecognized configuration class"),
+        ({"depths": [10**9, 2]}, "depths: 1000000002 is more than 100000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is more than 100000"),
         ({"hidden_size": "many"}, ""),
         ({"hidden_size": 2**62}, ""),

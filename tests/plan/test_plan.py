@@ -320,6 +320,11 @@ def test_the_command_that_is_printed_starts_what_was_planned(capsys, tmp_path):
     searched = plan(capsys, "1b", "--nodes", "2", "--search")
     nodes = "--num_processes 16 --num_machines 2 --machine_rank RANK --main_process_ip HOST"
     assert nodes in searched.replace(" \\\n ", "")
+    hsdp = plan(capsys, "1b", "--engine", "hsdp", "--nodes", "2", "--gpus-per-node", "4").replace(" \\\n ", "")
+    mesh = "--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 4"
+    assert f"hsdp.yaml --num_processes 8 {mesh} --num_machines 2" in hsdp
+    unsaid = plan(capsys, "1b", "--model.dtype", "bfloat16", "--train.mixed_precision", "null")
+    assert "--train.mixed_precision null --train.mixed_precision no\n" in unsaid.replace(" \\\n ", "")
 
 
 def test_a_search_chooses_the_engine_and_the_micro_batch_itself(capsys):

@@ -28,7 +28,9 @@ nodes = [
     subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(rank)})
     for rank in range(int(os.environ["SLURM_NNODES"]))
 ]
-signal.signal(signal.SIGTERM, lambda *_: [node.terminate() for node in nodes])
+with open(os.environ["CALLS"] + ".step", "w") as file:
+    print(*(node.pid for node in nodes), file=file)
+signal.signal(signal.SIGTERM, lambda *_: [node.kill() for node in nodes])  # "forcing job termination"
 sys.exit(max(abs(node.wait()) for node in nodes))
 """
 SCONTROL = """\
@@ -38,6 +40,15 @@ if sys.argv[1:3] == ["show", "hostnames"]:
 else:
     with open(os.environ["CALLS"], "a") as calls:
         print(*sys.argv[1:], file=calls)
+"""
+SCANCEL = """\
+import os, signal, sys
+import psutil
+assert sys.argv[1:] == ["--signal=TERM", "1234"], sys.argv  # to all processes of the job's steps
+with open(os.environ["CALLS"] + ".step") as file:
+    launchers = [psutil.Process(int(pid)) for pid in file.read().split()]
+for process in [each for launcher in launchers for each in [launcher, *launcher.children(recursive=True)]]:
+    process.send_signal(signal.SIGTERM)
 """
 ACCELERATE = """\
 import json, os, sys
@@ -53,7 +64,7 @@ class Slurm:
         self.bin, self.calls = directory / "bin", directory / "calls"
         self.bin.mkdir()
         self.calls.touch()
-        for name, program in {"srun": SRUN, "scontrol": SCONTROL, **commands}.items():
+        for name, program in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, **commands}.items():
             path = self.bin / name
             path.write_text(f"#!{sys.executable}\n{program}")
             path.chmod(0o755)

@@ -5,6 +5,7 @@ Nothing is loaded but plain tensors, and each has to lie within its storage. Ver
 `torch.load(weights_only=True)` is proof against; this reader is the same with all of them.
 """
 
+import reprlib
 import zipfile
 from typing import Any, BinaryIO
 
@@ -88,7 +89,7 @@ class _Archive:
         """Return a storage as a flat tensor of its dtype."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or not is_count(count):
-            raise ValueError(f"it refers to {kind!a}, which is no storage")
+            raise ValueError(f"it refers to {reprlib.repr(kind)}, which is no storage")
         if key not in self._storages:
             member = self._zip.getinfo(f"{self._root}data/{key}")
             content = torch.empty(member.file_size, dtype=torch.uint8)

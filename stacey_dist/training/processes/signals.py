@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import psutil
+import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -105,8 +106,9 @@ class _State:
         On a CPU a micro-batch can take minutes, as can an optimizer's step with its states in host memory.
         """
         given = 0.0
-        with contextlib.suppress(KeyError, ValueError):
-            given = float(os.environ[_TORCHRUNS_PATIENCE]) - 10.0
+        if torch.__version__ >= "2.12":  # older launchers do not read it
+            with contextlib.suppress(KeyError, ValueError):
+                given = float(os.environ[_TORCHRUNS_PATIENCE]) - 10.0
         return max(_PATIENCE_SECONDS, given, 2.0 * self.slowest, 2.0 * self.slowest_before)
 
 
