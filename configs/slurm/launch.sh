@@ -42,9 +42,10 @@ launch='exec accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" \
   --max_restarts "$MAX_RESTARTS" $MESH "$PROGRAM" "$@"'
 
 # The time is nearly over, or another job is to have the nodes: the processes are told to stop, and the run saves. Not
-# through srun, which kills them when it gets SIGTERM.
+# through srun, which kills them when it gets SIGTERM. Not at SIGTERM: a job that is cancelled gets that, and must not
+# come back.
 step='' stopped=''
-trap 'stopped=1; [[ -z $step ]] || scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
+trap 'stopped=1; [[ -z $step ]] || scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
 
 echo "job $job on $SLURM_JOB_NODELIST: $PROGRAM with $ENGINE in $RUN_DIR, start ${SLURM_RESTART_COUNT:-0}"
 # Since Slurm 22.05, srun no longer takes the number of cores from sbatch.

@@ -110,7 +110,7 @@ def test_each_node_gets_one_launcher_and_an_array_its_seeds(tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_what_a_script_names_is_there(script):
     text = script.read_text()
-    assert {"--requeue", "--signal=B:TERM@180", "--ntasks-per-node=1"} <= set(re.findall(r"#SBATCH (\S+)", text))
+    assert {"--requeue", "--signal=B:USR1@180", "--ntasks-per-node=1"} <= set(re.findall(r"#SBATCH (\S+)", text))
     named = re.findall(r"configs/[\w./]+\.(?:sh|yaml)", text)
     assert len(named) == 3
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -140,7 +140,7 @@ def test_a_lost_process_and_a_preemption_change_nothing(tmp_path):
     (second,) = [p for p in psutil.Process(job.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     second.send_signal(signal.SIGKILL)
     wait_for_step(job, run, 25)
-    job.send_signal(signal.SIGTERM)  # --signal=B: tells the script alone
+    job.send_signal(signal.SIGUSR1)  # --signal=B: tells the script alone
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     assert output.count("stopped answering") == 1, output
