@@ -35,12 +35,37 @@ def compute_again(model: Any, kind: Recomputed) -> None:
     if kind == "selective":
         # transformers adds the experts' biases, where they have some, to the result itself.
         changed = {"aten::_grouped_mm"} if any(getattr(m, "has_bias", False) for m in model.modules()) else set()
-        policy = functools.partial(_policy, KEPT - changed)
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = functools.partial(_contexts, frozenset(KEPT - changed))
     model.gradient_checkpointing_enable(options)
 
 
-def _policy(kept: set[str], _: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+def _contexts(kept: frozenset[str]) -> tuple[Any, Any]:
+    """Return torch's contexts of selective checkpointing, for the forward pass and for recomputation."""
+    forward, again = create_selective_checkpoint_contexts(functools.partial(_policy, kept))
+    again.__class__ = _recomputing(type(again), kept)  # type: ignore[arg-type]
+    return forward, again
+
+
+@functools.cache
+def _recomputing(context: type, kept: frozenset[str]) -> type:
+    """Return torch's context of recomputation, which is shown only the operations that are kept.
+
+    It raises an error for operations that the forward pass has not had, and ZeRO-3 gathers weights at other times.
+    """
+
+    class Recomputing(context):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not _is_kept(func, kept):
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return Recomputing
+
+
+def _policy(kept: frozenset[str], _: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operation, kept) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_kept(operation: Any, kept: frozenset[str]) -> bool:
     schema = getattr(operation, "_schema", None)
-    is_kept = schema is not None and schema.name in kept
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return schema is not None and schema.name in kept
