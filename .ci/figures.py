@@ -7,6 +7,7 @@ A page says where a table belongs:
     <!-- end -->
 """
 
+import functools
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKED = re.compile(r"^<!-- figures: (\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
+@functools.cache
 def tables() -> dict[str, list[list[str]]]:
     """Return the rows of each table, the header first. A table may be some columns of another."""
     read: dict[str, Any] = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ from transformers.integrations import moe
 import stacey_dist.training.tasks.llm_model  # noqa: F401  # it registers the attention
 from stacey_dist.models.causal_lm import attention_of, causal_config, layer_classes, new_model
 from stacey_dist.plan.activations import Activations, Arithmetic
+from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.settings.config import Recomputed
-from stacey_dist.training.tasks.recomputation import compute_again
 
 # Bytes are linear in the sequences where one part of an update needs most: with few sequences, and with many.
 _FEW, _MANY = (1, 2), (64, 128)

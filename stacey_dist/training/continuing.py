@@ -9,7 +9,7 @@ from typing import Any
 
 from stacey_dist.checkpoint.manifest import step_of
 from stacey_dist.training.optimizers import lr_share, scheduled
-from stacey_dist.training.settings.config import RunConfig, ScheduleConfig
+from stacey_dist.training.settings.config import RunConfig, ScheduleConfig, data_directory
 
 
 def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | None:
@@ -73,7 +73,7 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options["checkpoint.resume"] = "auto"
     cache = getattr(getattr(config, "data", None), "cache_dir", "")
     if cache is None and "run_dir" in options:  # the tokens are in this run's directory
-        options["data.cache_dir"] = f"{config.run_dir.rstrip('/')}/data"
+        options["data.cache_dir"] = str(data_directory(config.run_dir))
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.argv[0], "--config", f"{config.run_dir}/config.yaml", *given]
     return f"to continue, {about}: {launch} {shlex.join(command)}"

@@ -140,8 +140,8 @@ class Launcher(Generic[C]):
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.optimizers import build_optimizer, check_engine
         from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
+        from stacey_dist.training.recomputation import compute_again
         from stacey_dist.training.start import start
-        from stacey_dist.training.tasks.recomputation import compute_again
 
         check_engine(config.optimizer.name, requested_engine())
         parts = self.load_parts()

@@ -19,8 +19,8 @@ from stacey_dist.models.causal_lm import (
     new_model,
     read_description,
 )
+from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.reports.flops import flops_per_token
-from stacey_dist.training.tasks.recomputation import compute_again
 from tests.models.architectures import ARCHITECTURES, OTHERS, described
 
 LENGTH = 16

@@ -16,7 +16,7 @@ from stacey_dist.models.causal_lm import attention_of, causal_config, new_model
 from stacey_dist.plan.activations import activations
 from stacey_dist.plan.measured import _measure, measured
 from stacey_dist.plan.model import Llama
-from stacey_dist.training.tasks.recomputation import KEPT, compute_again
+from stacey_dist.training.recomputation import KEPT, compute_again
 from tests.models.architectures import described
 
 # Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.

@@ -6,6 +6,7 @@
 import functools
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from stacey_dist.errors import SettingsError
@@ -278,6 +279,11 @@ class RunConfig:
     def layer_classes(self) -> set[str]:
         """Return the names of the classes of the model's layers, without weights."""
         raise NotImplementedError
+
+
+def data_directory(run_dir: str) -> Path:
+    """Return where a run keeps prepared data if `data.cache_dir` is null."""
+    return Path(run_dir) / "data"
 
 
 def split_batch(train: TrainConfig, processes: int) -> tuple[int, int]:

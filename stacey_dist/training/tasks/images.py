@@ -34,6 +34,7 @@ from stacey_dist.training.processes.devices import cores_per_process
 from stacey_dist.training.processes.signals import stop_requested
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import export
+from stacey_dist.training.settings.config import data_directory
 from stacey_dist.training.settings.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.settings.value_types import check
 from stacey_dist.training.task import Task
@@ -77,7 +78,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     data = run.config.data
     _check_batch_norms(run)
     _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
-    cache = Path(data.cache_dir) if data.cache_dir else run.directory / "data"
+    cache = Path(data.cache_dir or data_directory(run.config.run_dir))
 
     def work() -> tuple[ImageSet, ImageSet, str]:
         found = open_images(

@@ -26,6 +26,7 @@ from stacey_dist.data.tokens import TokenStream
 from stacey_dist.data.verify import Verification
 from stacey_dist.errors import SettingsError, settings_errors
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.config import data_directory
 from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.tasks.attention import check_attention
 from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
@@ -128,7 +129,7 @@ def tokenize(
     With `verify`, all tokens that are there are read, and damaged parts prepared again. `workers` and `shard` are those
     of `stacey_dist.data.prepare`. Raises SettingsError as `prepare_data` does.
     """
-    cache = Path(config.data.cache_dir or Path(config.run_dir) / "data")
+    cache = Path(config.data.cache_dir or data_directory(config.run_dir))
     check_model(config)
     corpora = config.data.corpora()
     sources = []
