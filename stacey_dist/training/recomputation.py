@@ -36,7 +36,9 @@ def compute_again(model: Any, kind: Recomputed) -> None:
         # transformers adds the experts' biases, where they have some, to the result itself.
         changed = {"aten::_grouped_mm"} if any(getattr(m, "has_bias", False) for m in model.modules()) else set()
         options["context_fn"] = functools.partial(_contexts, frozenset(KEPT - changed))
-    model.gradient_checkpointing_enable(options)
+    # transformers 5.23 has renamed it, and warns of the name that older versions have.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(options)
 
 
 def _contexts(kept: frozenset[str]) -> tuple[Any, Any]:
