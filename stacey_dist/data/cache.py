@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,9 @@ from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.verify import damaged_parts
 from stacey_dist.errors import InputError
+
+_MOST_INPUTS = 2**20
+"""The index has 600 bytes for each."""
 
 
 def prepare(
@@ -74,6 +78,8 @@ def prepare(
         raise InputError(f"workers: {workers} is not allowed; it must be at least 1")
     if not 0 <= shard[0] < shard[1]:
         raise InputError(f"shard: {shard[0]}/{shard[1]} is not allowed; it must be one of 0/{shard[1]} and so on")
+    if len(source.inputs) > _MOST_INPUTS:
+        raise InputError(f"files: {len(source.inputs):,} are too many; at most {_MOST_INPUTS:,} can be read: join some")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
     lock = partial(
         locked_directory, directory, "cache_dir", "make room, and the same command resumes", announce=progress
@@ -114,7 +120,10 @@ def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> He
 
     One process, with all cores, reads training text that is a single group: others would have nothing to do.
     """
-    workers = min(workers, sum(group.name == "train" for group in encoder.groups))
+    groups = sum(group.name == "train" for group in encoder.groups)
+    if groups <= shard[0]:
+        print("this host waits: the text has too few files for it", file=sys.stderr, flush=True)
+    workers = min(workers, groups)
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -39,7 +39,7 @@ def standard_library_documents() -> Generator[Document, None, None]:
             "install a complete Python, or give `files` of your own"
         ) from error
     for name in sorted(topics):
-        yield Document(topics[name].strip(), f"python:topics/{name}")
+        yield Document(topics[name].strip())
     root = Path(sysconfig.get_path("stdlib"))
     modules = _modules(root)
     if not modules:
@@ -50,7 +50,7 @@ def standard_library_documents() -> Generator[Document, None, None]:
     for module in modules:
         text = _prose(root / module)
         if text:
-            yield Document(text, f"python:{module}")
+            yield Document(text)
 
 
 def _modules(root: Path) -> list[str]:

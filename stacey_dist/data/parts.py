@@ -121,19 +121,23 @@ class SplitTokens:
         split: ``train`` or ``validation``.
         starts: the place of each part's first token in the split, and the number of all tokens at the end.
         dtype: of the ids.
+        windows: they are read in windows from all over, of complete parts. False: from the first to the last, and a
+            part may hold more than the recorded tokens, as the one that a killed preparation was writing.
     """
 
-    def __init__(self, directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
-        self._arguments = (directory, split, starts, dtype)
+    def __init__(
+        self, directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any], windows: bool = True
+    ) -> None:
+        self._arguments = (directory, split, starts, dtype, windows)
         self._starts = starts
         # What falls out of the cache is unmapped by the last view of it: threads may be reading it.
         self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, *self._arguments))
 
     @classmethod
-    def of_index(cls, directory: Path, split: str, index: dict[str, Any]) -> "SplitTokens":
+    def of_index(cls, directory: Path, split: str, index: dict[str, Any], windows: bool = True) -> "SplitTokens":
         """Return the tokens of a split as an index, or a saved progress, lists them."""
         counts = [part["tokens"] for part in index["splits"][split]["parts"]]
-        return cls(directory, split, np.cumsum([0, *counts], dtype=np.int64), np.dtype(index["dtype"]))
+        return cls(directory, split, np.cumsum([0, *counts], dtype=np.int64), np.dtype(index["dtype"]), windows)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -156,19 +160,22 @@ class SplitTokens:
 
 
 def _map(
-    directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any], number: int
+    directory: Path, split: str, starts: NDArray[np.int64], dtype: np.dtype[Any], windows: bool, number: int
 ) -> NDArray[np.integer]:
     path, tokens = directory / part_name(split, number), int(starts[number + 1] - starts[number])
     reason = "is missing"
     # A damaged part is read on where it was put aside: the process that found the damage stops the run.
     for file in (path, path.with_name(path.name + ASIDE)):
         with contextlib.suppress(FileNotFoundError):
-            if (size := file.stat().st_size) == tokens * dtype.itemsize:
+            size, expected = file.stat().st_size, tokens * dtype.itemsize
+            if size == expected or (size > expected and not windows):
                 mapped = np.memmap(file, dtype, "r", shape=(tokens,))
-                # Windows lie anywhere: what the system would read around them is not needed.
-                mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+                # What the system would read around a window is not needed.
+                mapped._mmap.madvise(  # type: ignore[attr-defined]
+                    mmap.MADV_RANDOM if windows else mmap.MADV_SEQUENTIAL
+                )
                 return np.asarray(mapped)
-            reason = f"has {size} bytes where {tokens * dtype.itemsize} were written"
+            reason = f"has {size} bytes where {expected} were written"
             break
     raise InputError(f"{path} {reason}; `stacey-dist prepare` prepares it again, or delete {directory}")
 
@@ -185,7 +192,8 @@ class PartWriter:
         state: what `state` returned, to resume from there: what was written after it is cut off.
 
     Raises:
-        OSError: a part that ``state`` lists is missing or shorter than it was.
+        FileNotFoundError: a part that ``state`` lists is missing.
+        ValueError: one is shorter than it was.
     """
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], state: dict[str, Any] | None = None):
@@ -262,7 +270,7 @@ class PartWriter:
         sizes = {part["name"]: part["tokens"] * self._itemsize for part in self._parts}
         for name, size in sizes.items():
             if (self._directory / name).stat().st_size < size:
-                raise OSError(f"{name} is shorter than its recorded {size} bytes")
+                raise ValueError(f"{name} is shorter than its recorded {size} bytes")
         for path in self._directory.glob(f"{self._split}-*.bin"):
             if path.name in sizes:
                 os.truncate(path, sizes[path.name])

@@ -18,6 +18,8 @@ _SPECIAL = re.compile(r"[^\w./ ,+@=-]")
 def expand_files(argument: str, patterns: Sequence[str], endings: Sequence[str]) -> list[str]:
     """Return the files that paths and glob patterns name, each pattern's matches sorted, each file once.
 
+    A file that has several names, through links, has the first of them.
+
     A path that exists is that file, whatever characters it has. In a pattern, the folders at its beginning that exist
     are taken literally too: ``run[1]/*.jsonl`` names the files of a folder ``run[1]`` where there is one.
 
@@ -39,7 +41,10 @@ def expand_files(argument: str, patterns: Sequence[str], endings: Sequence[str])
         files += matches
     for file in files:
         _check_file(argument, file, endings)
-    return list(dict.fromkeys(files))
+    once: dict[str, str] = {}
+    for file in files:
+        once.setdefault(os.path.realpath(file), file)
+    return list(once.values())
 
 
 def _matches(pattern: str) -> list[str]:

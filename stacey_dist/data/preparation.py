@@ -136,7 +136,7 @@ class Preparation:
         self._passes: list[_Pass]
         try:
             self._start(read_json(directory / PROGRESS))
-        except (OSError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
         for each in self._passes:
             if not each.finished:

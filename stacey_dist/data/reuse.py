@@ -108,7 +108,7 @@ class TokenizedInput:
 
     def _tokens(self, split: str) -> Iterator[NDArray[Any]]:
         """Yield the input's tokens of a split in pieces."""
-        tokens = SplitTokens.of_index(self.directory, split, self.header)
+        tokens = SplitTokens.of_index(self.directory, split, self.header, windows=False)
         start = self.starts[split]
         stop = start + self.record["splits"][split]["tokens"]
         for at in range(start, stop, _CHUNK):
@@ -126,7 +126,8 @@ class Reuse:
     """
 
     def __init__(self, directory: Path, tokenizer: str, end_token_id: int, with_skipped: bool) -> None:
-        self._found: dict[str, TokenizedInput] = {}
+        self._found: dict[str, list[TokenizedInput]] = {}
+        """By identity, the most complete first."""
         for other in sorted(set(directory.parent.iterdir()) - {directory}):
             # What is not a directory of this version has nothing to offer.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -134,16 +135,17 @@ class Reuse:
                 if (header["tokenizer"], header["end_token_id"]) == (tokenizer, end_token_id):
                     for found in _inputs(other, header):
                         if with_skipped or not found.record["skipped"]["count"]:
-                            self._add(found)
+                            self._found.setdefault(_key(found.record["input"]), []).append(found)
+        for alike in self._found.values():
+            alike.sort(key=lambda each: (each.finished, each.record["read"]), reverse=True)
 
     def knows(self, identity: Any) -> bool:
         """Return whether another directory may have the tokens of an input."""
-        return json.dumps(identity, sort_keys=True) in self._found
+        return _key(identity) in self._found
 
     def find(self, identity: Any) -> TokenizedInput | None:
         """Return the verified tokens of an input, or None."""
-        found = self._found.get(json.dumps(identity, sort_keys=True))
-        return found if found is not None and found.intact() else None
+        return next((found for found in self._found.get(_key(identity), ()) if found.intact()), None)
 
     def remove_outdated(self, identities: Iterable[Any]) -> None:
         """Remove directories that nothing will complete: they are incomplete, and their files have changed.
@@ -151,8 +153,7 @@ class Reuse:
         Args:
             identities: the inputs; only directories that have tokens of one of these are removed.
         """
-        found = (self._found.get(json.dumps(identity, sort_keys=True)) for identity in identities)
-        for directory in {each.directory for each in found if each is not None}:
+        for directory in {each.directory for identity in identities for each in self._found.get(_key(identity), ())}:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
                 locked(directory / "lock", announce=False, wait=False),
@@ -160,11 +161,9 @@ class Reuse:
                 if not (directory / INDEX).exists() and _has_changed(_header(directory)["source"]):
                     shutil.rmtree(directory)
 
-    def _add(self, found: TokenizedInput) -> None:
-        identity = json.dumps(found.record["input"], sort_keys=True)
-        known = self._found.get(identity)
-        if known is None or (found.finished, found.record["read"]) > (known.finished, known.record["read"]):
-            self._found[identity] = found
+
+def _key(identity: Any) -> str:
+    return json.dumps(identity, sort_keys=True)
 
 
 def _header(directory: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,8 @@ def hub_source(
 ) -> Source:
     """Return the documents of a dataset of the Hugging Face Hub, or of a local directory that ``datasets`` loads.
 
-    Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read.
+    Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read. It is
+    raised at once where both splits are the same.
 
     Args:
         dataset: its name, such as ``allenai/c4``, which alone identifies it; or a local directory, which is taken
@@ -126,6 +128,8 @@ def hub_source(
         streaming: read over the network as needed instead of downloading everything first.
         on_bad_record: what to do with a row without a document: raise InputError, or skip it.
     """
+    if split == validation_split:
+        raise InputError(f"validation_split: {split!r} is the split for training, too; null holds documents out of it")
     identity = {
         "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
         "config": config,
@@ -191,21 +195,27 @@ def _hub_records(dataset: str, config: str | None, split: str, text_column: str,
                 raise InputError(f"{name}: row {number} cannot be read: {one_line(error)}") from error
             if row is None:
                 return
-            found = document_of(row, text_column, name, f"row {number}", f"{name}, row {number}")
+            found = document_of(row, text_column, name, f"row {number}")
             if found is not None:
                 yield found
 
 
 def _opening(on_bad_record: OnBadRecord, read: Callable[..., Records]) -> Callable[..., Records]:
-    """Return a function that opens records, and raises InputError for the first bad one unless they are skipped."""
+    """Return a function that opens records, and raises InputError for the first bad one unless they are skipped.
+
+    A damaged file, of which much may be missing, has a warning then.
+    """
 
     def records(*place: Any) -> Records:
         for record in read(*place):
             if isinstance(record, BadRecord):
-                raise InputError(f"{record.message}; fix it, or leave out bad records with `on_bad_record` skip")
+                if on_bad_record == "error":
+                    raise InputError(f"{record.message}; fix it, or leave out bad records with `on_bad_record` skip")
+                if record.damage:
+                    warnings.warn(f"{record.message}: the rest of the file is left out", stacklevel=2)
             yield record
 
-    return read if on_bad_record == "skip" else records
+    return records
 
 
 def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:

@@ -28,12 +28,10 @@ class Document:
 
     Attributes:
         text: the text, never blank, valid Unicode.
-        source: where it came from, for messages: a file and line, a dataset and row, a module.
         place: where the next record begins, JSON-able, for `read_records`; None where that is not known.
     """
 
     text: str
-    source: str
     place: Any = field(default=None, compare=False)
 
 
@@ -44,10 +42,12 @@ class BadRecord:
     Attributes:
         message: the file, the line or row, and what is wrong with it.
         place: as a `Document` has it.
+        damage: the file is damaged there, and nothing behind it can be read.
     """
 
     message: str
     place: Any = field(default=None, compare=False)
+    damage: bool = field(default=False, compare=False)
 
 
 Records = Generator[Document | BadRecord, None, None]
@@ -81,9 +81,7 @@ def read_records(file: str, text_column: str, place: Any = None) -> Records:
         raise InputError(f"{file}: no text in it")
 
 
-def document_of(
-    row: Any, column: str, name: str, where: str, source: str, place: Any = None
-) -> Document | BadRecord | None:
+def document_of(row: Any, column: str, name: str, where: str, place: Any = None) -> Document | BadRecord | None:
     """Return the document of a row, a `BadRecord` if it has none, or None if its text is blank.
 
     Args:
@@ -91,7 +89,6 @@ def document_of(
         column: the key of the text.
         name: the file or data set, for messages.
         where: the line or row in it, for messages.
-        source: the `Document.source`.
         place: the `Document.place`.
     """
     text = row.get(column) if isinstance(row, dict) else None
@@ -102,7 +99,7 @@ def document_of(
             # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
             character = error.object[error.start]
             return BadRecord(f"{name}, {where}: {character!r} is not a Unicode character", place)
-        return Document(text, source, place) if text and not text.isspace() else None
+        return Document(text, place) if text and not text.isspace() else None
     if not isinstance(row, dict):
         wrong = f"expected one JSON object a line, got {type(row).__name__}"
     elif column not in row:
@@ -134,7 +131,8 @@ def _lines(file: str, begin: _Place | None) -> Iterator[tuple[int, _Place | None
                 end += len(line)
                 yield number, (end, number), _decoded(line, file, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield number + 1, None, BadRecord(f"{file}: truncated or damaged gzip after line {number} ({error})")
+        message = f"{file}: truncated or damaged gzip after line {number} ({error})"
+        yield number + 1, None, BadRecord(message, damage=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}") from error
 
@@ -159,7 +157,7 @@ def _read_json_lines(file: str, text_column: str, begin: Any) -> Records:
             except (ValueError, RecursionError) as error:  # a ValueError: an integer of more than 4 300 digits
                 yield BadRecord(f"{file}, line {number}: not one JSON object a line ({error})", place)
                 continue
-            record = document_of(row, text_column, file, f"line {number}", f"{file}:{number}", place)
+            record = document_of(row, text_column, file, f"line {number}", place)
             if record is not None:
                 yield record
 
@@ -167,8 +165,8 @@ def _read_json_lines(file: str, text_column: str, begin: Any) -> Records:
 def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
     block: list[str] = []
     place: _Place | None = None
-    first, size = (begin[1] if begin else 0) + 1, 0
-    for number, place, line in _lines(file, begin):
+    size = 0
+    for _, place, line in _lines(file, begin):
         if isinstance(line, BadRecord):
             yield line  # without its place: it may stand within a document
             place = None  # a document that ends here would be followed by the bad record again
@@ -177,15 +175,15 @@ def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
         size += len(line) + 1
         blank = not line or line.isspace()
         if (blank and size >= PLAIN_TEXT_DOCUMENT) or size >= _LONGEST_PARAGRAPHS:
-            yield from _block(block, file, first, place)
-            block, first, size = [], number + 1, 0
-    yield from _block(block, file, first, place)
+            yield from _block(block, place)
+            block, size = [], 0
+    yield from _block(block, place)
 
 
-def _block(lines: list[str], file: str, first: int, place: Any) -> Iterator[Document]:
+def _block(lines: list[str], place: Any) -> Iterator[Document]:
     text = "\n".join(lines).strip("\n").rstrip()
     if text:
-        yield Document(text, f"{file}:{first}", place)
+        yield Document(text, place)
 
 
 def _read_parquet(file: str, text_column: str, begin: Any) -> Records:
@@ -211,15 +209,16 @@ def _read_parquet(file: str, text_column: str, begin: Any) -> Records:
                     if isinstance(text, UnicodeDecodeError):
                         yield BadRecord(f"{file}, {row}: not UTF-8 ({text.reason} at byte {text.start})", number)
                         continue
-                    record = document_of({text_column: text}, text_column, file, row, f"{file}, {row}", number)
+                    record = document_of({text_column: text}, text_column, file, row, number)
                     if record is not None:
                         yield record
             if number != (rows := parquet.metadata.num_rows):
-                yield BadRecord(f"{file}: damaged parquet: {number} rows where its footer says {rows}")
+                yield BadRecord(f"{file}: damaged parquet: {number} rows where its footer says {rows}", damage=True)
     except (OSError, pa.ArrowException) as error:
         if getattr(error, "errno", None) is not None:
             raise InputError(f"{file}: cannot be read: {one_line(error)}") from error
-        yield BadRecord(f"{file}: cannot be read as parquet after row {number}: {one_line(error)}")
+        message = f"{file}: cannot be read as parquet after row {number}: {one_line(error)}"
+        yield BadRecord(message, damage=True)
 
 
 def _values(column: Any) -> Iterator[Any]:

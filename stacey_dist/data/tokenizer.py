@@ -114,9 +114,10 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
 
     name = f"name_or_directory: {name_or_directory}"
     try:
-        pretrained = transformers.AutoTokenizer.from_pretrained(
-            name_or_directory, trust_remote_code=False, split_special_tokens=True
-        )
+        # The classes of many models make steps of their own in the place of those in tokenizer.json.
+        known = _has_tokenizer_json(name_or_directory)
+        loader = transformers.PreTrainedTokenizerFast if known else transformers.AutoTokenizer
+        pretrained = loader.from_pretrained(name_or_directory, trust_remote_code=False, split_special_tokens=True)
     except Exception as error:  # the Hub client and every tokenizer class have their own
         raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
@@ -141,6 +142,15 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
     return tokenizer
 
 
+def _has_tokenizer_json(name_or_directory: str) -> bool:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(name_or_directory, "tokenizer.json") is not None
+    except OSError:  # it is not there, or nothing is, which the loader says
+        return False
+
+
 class _PretrainedTokenizer:
     """A fast tokenizer of ``transformers``; its ids come from the ``tokenizers`` library below it."""
 
@@ -156,7 +166,7 @@ class _PretrainedTokenizer:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        unwanted = set(self._special.values())
+        unwanted = {*self._special.values(), self.end_token_id}  # the unknown token may be the end token, too
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         for text, ids in zip(texts, found, strict=True):
             if not unwanted.isdisjoint(ids):

@@ -48,9 +48,7 @@ def hub_documents(dataset: str, config: str | None, split: str, column: str, str
 
 
 def list_input(texts: list[str], name: str = "list") -> Input:
-    return Input(
-        lambda: (Document(text, f"{name}:{i}") for i, text in enumerate(texts)), [name, texts], sum(map(len, texts))
-    )
+    return Input(lambda: (Document(text) for text in texts), [name, texts], sum(map(len, texts)))
 
 
 def list_source(texts: list[str], validation: list[str] | None = None) -> Source:

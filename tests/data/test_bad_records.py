@@ -178,3 +178,12 @@ def test_skipped_records_are_counted_named_and_part_of_the_identity(tmp_path: Pa
     assert "line 8: " in line
     assert "line 9: " not in line
     assert TokenStream(directory, "train", 4).identity != TokenStream(whole, "train", 4).identity
+
+
+def test_a_damaged_file_among_skipped_records_has_a_warning(tmp_path: Path) -> None:
+    bad = b"{" + b"\n{" * 9 + b"\n"
+    content = bad + b"".join(b'{"text": "%d"}\n' % i for i in range(9000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content)[:-9])
+    source = files_source([f"{tmp_path}/a.jsonl.gz"], [], "text", "skip")
+    with pytest.warns(UserWarning, match=r"a.jsonl.gz: truncated or damaged gzip .*: the rest of the file is left out"):
+        list(source.documents())

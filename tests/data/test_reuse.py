@@ -1,5 +1,6 @@
 """Only inputs that are new or have changed are encoded, and the result is that of a preparation from nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -216,3 +217,47 @@ def test_many_small_files_are_encoded_together(tmp_path: Path) -> None:
     prepare(Source(inputs, "many"), Counting(), tmp_path, max_tokens=None, validation_every=10, progress=False)
     assert max(sizes) == 20
     assert os.listdir(tmp_path) != []
+
+
+def killed_later(directory: Path) -> None:
+    """Make of a complete directory one whose preparation was killed after tokens were written, before a commit."""
+    index = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").unlink()
+    index["position"] = {name: {"current": {}} for name in ("train", "validation")}
+    (directory / "progress.json").write_text(json.dumps(index))
+    for split in ("train", "validation"):
+        part = sorted(directory.glob(f"{split}-*.bin"))[-1]
+        part.write_bytes(part.read_bytes() + b"\1" * 40)
+
+
+def test_parts_that_were_being_written_are_reused(make: Callable[..., Prepared], corpus: list[Path]) -> None:
+    killed_later(make(corpus[:4])[0])
+    directory, encoded = make(corpus)
+    assert encoded == 40
+    assert tree(directory) == from_nothing(make, corpus)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_directories_the_intact_one_is_reused(
+    make: Callable[..., Prepared], corpus: list[Path], first: int
+) -> None:
+    directories = sorted([make(corpus, every=10)[0], make(corpus, every=11)[0]])
+    part = directories[first] / "train-00000.bin"
+    part.write_bytes(b"\0\0" + part.read_bytes()[2:])
+    assert make(corpus, every=12)[1] == 0
+
+
+def test_one_failed_read_of_the_progress_costs_nothing(
+    make: Callable[..., Prepared], corpus: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = make(corpus)
+    killed_later(directory)
+    before = tree(directory)
+
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(preparation, "read_json", stale)
+    with pytest.raises((InputError, OSError), match="Stale file handle"):
+        make(corpus)
+    assert {name: content for name, content in tree(directory).items() if name in before} == before

@@ -29,7 +29,6 @@ def read(*files: Path, column: str = "text") -> list[str]:
 def test_json_lines(tmp_path: Path, name: str) -> None:
     file = write_c4(tmp_path / name, TEXTS)
     assert read(file) == TEXTS
-    assert next(read_documents([str(file)], "text")).source == f"{file}:1"
     assert read(file, column="url") == ["http://x/"] * len(TEXTS)
 
 
@@ -269,3 +268,17 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^validation_split: .* row 2 cannot be read: OSError: conn"):
         next(documents)
     assert json.dumps(source.identity)
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "v3").mkdir()
+    file = write_c4(tmp_path / "v3" / "a.jsonl", TEXTS)
+    (tmp_path / "latest").symlink_to("v3")
+    (tmp_path / "b.jsonl").symlink_to("v3/a.jsonl")
+    found = expand_files("files", [f"{tmp_path}/b.jsonl", f"{tmp_path}/**/*.jsonl", str(file)], ENDINGS)
+    assert found == [f"{tmp_path}/b.jsonl"]
+
+
+def test_a_split_is_not_held_out_of_itself() -> None:
+    with pytest.raises(InputError, match=r"^validation_split: 'validation' is the split for training, too"):
+        hub_source("allenai/c4", "en", "validation", "validation", "text", True)

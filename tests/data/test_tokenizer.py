@@ -291,6 +291,38 @@ def test_an_export_that_gives_other_ids_says_so(tmp_path: Path, monkeypatch: pyt
     assert "not quite that of training" in (tmp_path / "b" / "README.txt").read_text()
 
 
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path: Path, name: str) -> None:
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+
+    byte_level(tmp_path, eos_token="<|end|>")
+    fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
+    digits = pre_tokenizers.Split(Regex(r"\p{N}|t|[^\p{N}t]+"), "isolated")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([digits, fast.pre_tokenizer])
+    fast.no_truncation()
+    fast.no_padding()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    expected = [encoding.ids for encoding in fast.encode_batch(TRICKY_TEXTS, add_special_tokens=False)]
+    tokenizer = load_pretrained(str(tmp_path))
+    assert tokenizer.encode_batch(TRICKY_TEXTS) == expected
+    tokenizer.save(tmp_path / "saved", ["the"])
+    assert not (tmp_path / "saved" / "README.txt").exists()
+
+
+def test_the_end_token_never_stands_for_unknown_characters(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    fast = Fast(models.BPE({"<end>": 0, "a": 1, "b": 2}, [], unk_token="<end>"))
+    fast.add_special_tokens(["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", unk_token="<end>").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"gives no tokens|gives special tokens for text, in 'The quick brown fox"):
+        load_pretrained(str(tmp_path))
+
+
 def test_pretrained_without_end_token(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no end-of-sequence token"):
         load_pretrained(str(byte_level(tmp_path / "a")))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from stacey_dist.cli import main
 from stacey_dist.data import MixedSampler
-from stacey_dist.data.source import files_source
+from stacey_dist.data.source import files_source, hub_source
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.settings.command_line import parse
 from stacey_dist.training.settings.llm_config import LLMConfig, SourceConfig
@@ -224,7 +224,10 @@ def test_no_source_trains_on_what_another_holds_out(tmp_path):
 
     def check(*sources):
         made = [files_source(files, held_out, "text") for files, held_out in sources]
-        corpora = {f"data.sources[{i}].": SourceConfig(validation_every=10 + i % 3) for i in range(len(made))}
+        corpora = {
+            f"data.sources[{i}].": SourceConfig(files=files, validation_every=10 + i % 3)
+            for i, (files, _) in enumerate(sources)
+        }
         text_data._check_apart(corpora, made)
 
     check(([a], [b]), ([c], []))
@@ -234,6 +237,24 @@ def test_no_source_trains_on_what_another_holds_out(tmp_path):
         check(([a], [b]), ([b, c], []))
     with pytest.raises(SettingsError, match=rf"data.sources\[1\].files: {a} is one of data.sources\[0\].files too"):
         check(([a], [b]), ([a], []))
+
+
+def test_no_source_trains_on_another_ones_validation_split():
+    def check(*splits):
+        made = [hub_source("a/b", "en", *each, column, True) for *each, column in splits]
+        corpora = {f"data.sources[{i}].": SourceConfig(validation_every=10 + i) for i in range(len(made))}
+        text_data._check_apart(corpora, made)
+
+    check(("train", "validation", "text"), ("other", None, "text"))
+    message = (
+        r"data.sources\[0\].dataset_validation_split: split 'validation' of 'a/b', configuration 'en' is one of "
+        r"data.sources\[1\].dataset: it would be trained on"
+    )
+    with pytest.raises(SettingsError, match=message):
+        check(("train", "validation", "text"), ("validation", None, "title"))
+    message = r"data.sources\[0\].dataset: split 'train' of 'a/b', configuration 'en' is one of data.sources\[1\]"
+    with pytest.raises(SettingsError, match=message):
+        check(("train", None, "text"), ("train", None, "text"))
 
 
 def test_damage_is_found_in_every_source(tmp_path):

@@ -16,6 +16,7 @@ Crop = Literal["random_resized", "padded", "none"]
 
 _NARROWEST, _WIDEST = 3 / 4, 4 / 3
 _TRIES = 10
+_LONGEST = 100
 # Where in a sample's random numbers each choice finds its own.
 _FLIP, _TOP, _LEFT, _SHAPES = 0, 1, 2, 3
 _NUMBERS = _SHAPES + 2 * _TRIES
@@ -78,13 +79,13 @@ class Transform:
     def evaluation(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the view of an image that evaluation uses, uint8 of shape (size, size, 3)."""
         if self.eval_resize is not None:
-            pixels = resize_shorter_side(pixels, self.eval_resize)
+            pixels = resize_shorter_side(_not_too_long(pixels), self.eval_resize)
         elif self.crop != "random_resized":
             return self._fit(pixels)
         return central(pixels, self.size)
 
     def _fit(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return central(resize_shorter_side(pixels, self.size), self.size)
+        return central(resize_shorter_side(_not_too_long(pixels), self.size), self.size)
 
     def _shifted(self, pixels: NDArray[np.uint8], numbers: list[float]) -> NDArray[np.uint8]:
         pad, size = self.size // 8, self.size
@@ -138,6 +139,17 @@ def resize_shorter_side(pixels: NDArray[np.uint8], shorter: int) -> NDArray[np.u
     height, width = pixels.shape[:2]
     longer = int(shorter * max(height, width) / min(height, width))
     return resize(pixels, shorter, longer) if height <= width else resize(pixels, longer, shorter)
+
+
+def _not_too_long(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an image, or the middle of one that is more than 100 times as long as it is wide or high.
+
+    Resizing enlarges a line of pixels as much as its width: one of 60 000 pixels would take 12 GB.
+    """
+    height, width = pixels.shape[:2]
+    longest = _LONGEST * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return pixels[top : top + min(height, longest), left : left + min(width, longest)]
 
 
 def central(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

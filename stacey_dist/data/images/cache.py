@@ -133,7 +133,10 @@ def cached(
     shorter = resize_to if cache == "resized" else None
     # Decoded pixels are the images themselves; resized ones are other images.
     identity = images.identity if shorter is None else _hash([images.identity, "resized", shorter])
-    place = Path(directory) / f"images-{_hash([FORMAT_VERSION, images.identity, shorter])[:24]}"
+    # The identity of a table looks at some of its images. That of a folder has the sizes of all.
+    sizes = getattr(images, "sizes", None)
+    known = [] if sizes is None else [hashlib.sha256(sizes.data).hexdigest()]
+    place = Path(directory) / f"images-{_hash([FORMAT_VERSION, images.identity, shorter, *known])[:24]}"
 
     def load(i: int) -> NDArray[np.uint8] | None:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -58,6 +59,13 @@ class TableImages:
         Raises InputError where one of them is in a file that is not there.
         """
         return identity_of(self, read_sampled(self))
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """The bytes of each encoded image; -1 where the row holds none."""
+        stored = pc.struct_field(self._images, "bytes") if pa.types.is_struct(self._images.type) else self._images
+        lengths: NDArray[np.int64] = pc.binary_length(stored).fill_null(-1).to_numpy().astype(np.int64)
+        return lengths
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -177,13 +185,24 @@ def _load_parquet(files: Sequence[Path], features: Any, directory: Path) -> Any:
     """
     import datasets
 
-    converted = [directory / _arrow_name(file, features) for file in files]
-    if not all(arrow.exists() for arrow in converted):
+    converted = [(file, directory / _arrow_name(file, features)) for file in files]
+    if not all(_opened(*each) for each in converted):
         with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
-            for file, arrow in zip(files, converted, strict=True):
-                if not arrow.exists():
+            for file, arrow in converted:
+                if not _opened(file, arrow):
                     _convert(file, features, arrow)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(arrow)) for arrow in converted])
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(arrow)) for _, arrow in converted])
+
+
+def _opened(file: Path, arrow: Path) -> Any:
+    """Return the dataset that a parquet file was converted to; None if it was not, or the result is damaged."""
+    import datasets
+
+    try:
+        dataset = datasets.Dataset.from_file(str(arrow))
+        return dataset if dataset.num_rows == pq.read_metadata(file).num_rows else None
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _arrow_name(file: Path, features: Any) -> str:
@@ -215,6 +234,9 @@ def _convert(file: Path, features: Any, arrow: Path) -> None:
                     table = pa.Table.from_batches([batch]).select(list(features))
                     stream.write_table(table_cast(table, schema))
                     bar.update(len(batch))
+            stream.close()
+            sink.flush()
+            os.fsync(sink.fileno())
         os.replace(temporary, arrow)
     except OSError:
         raise

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,8 @@ _OF_A_SOURCE = {
     "max_tokens": "max_tokens",
     "validation_every": "validation_every",
 }
+# Those of a source's text for training and for validation: a dataset's, and files'.
+_SETTING_NAMES = ("dataset", "dataset_validation_split"), ("files", "validation_files")
 _SETTINGS = {
     "cache_dir": "data.cache_dir",
     "vocab_size": "tokenizer.vocab_size",
@@ -166,21 +169,31 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
         alike = corpora[one].validation_every == corpora[other].validation_every
         if alike and holding.identity == training.identity:  # they hold the same documents out
             continue
-        trained = set(_files(training.inputs))
-        if both := trained.intersection(_files(holding.validation_inputs or ())):
-            raise SettingsError(f"{one}validation_files: {min(both)} is one of {other}files: it would be trained on")
-        if holding.validation_inputs is None and (both := trained.intersection(_files(holding.inputs))):
+        trained = set(map(_text_of, training.inputs))
+        (read, held), (also_read, _) = (
+            _SETTING_NAMES[bool(corpora[one].files)],
+            _SETTING_NAMES[bool(corpora[other].files)],
+        )
+        if both := trained.intersection(map(_text_of, holding.validation_inputs or ())):
+            raise SettingsError(f"{one}{held}: {min(both)} is one of {other}{also_read}: it would be trained on")
+        if holding.validation_inputs is None and (both := trained.intersection(map(_text_of, holding.inputs))):
             raise SettingsError(
-                f"{one}files: {min(both)} is one of {other}files too, which would train on the documents that are held "
-                "out of it; give both sources validation_files"
+                f"{one}{read}: {min(both)} is one of {other}{also_read} too, which would train on the documents that "
+                f"are held out of it; give both sources {held}"
             )
 
 
-def _files(inputs: Sequence[Input]) -> Iterator[str]:
-    """Yield the real paths of those inputs that are files."""
-    return (
-        each.identity["file"]["path"] for each in inputs if isinstance(each.identity, dict) and "file" in each.identity
-    )
+def _text_of(text: Input) -> str:
+    """Return which text an input reads: a file's real path, or what tells a split of a data set from others."""
+    if "file" in text.identity:
+        return text.identity["file"]["path"]
+    if "dataset" not in text.identity:
+        return "the embedded text"
+    dataset, split = text.identity["dataset"], text.identity["split"]
+    config = text.identity["config"]
+    # A directory is known by its files.
+    name = dataset if isinstance(dataset, str) else os.path.commonpath([file["path"] for file in dataset])
+    return f"split {split!r} of {name!r}" + (f", configuration {config!r}" if config else "")
 
 
 def _settings_errors(prefix: str) -> AbstractContextManager[None]:

@@ -143,6 +143,14 @@ def test_shorter_side(shape: tuple[int, int], expected: tuple[int, int]) -> None
     assert resize_shorter_side(picture(*shape), 256).shape == (*expected, 3)
 
 
+def test_a_line_of_pixels_is_not_enlarged_as_a_whole() -> None:
+    line = np.arange(3 * 60_000).astype(np.uint8).reshape(1, 60_000, 3)
+    transform = Transform(8, "random_resized", flip=False, eval_resize=16)
+    assert np.array_equal(transform.evaluation(line), transform.evaluation(line[:, 29_950:30_050]))
+    column = line.transpose(1, 0, 2)
+    assert np.array_equal(transform.evaluation(column), transform.evaluation(line).transpose(1, 0, 2))
+
+
 def test_central() -> None:
     pixels = picture(11, 20)
     assert np.array_equal(central(pixels, 6), pixels[2:8, 7:13])
