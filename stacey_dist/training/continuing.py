@@ -11,6 +11,9 @@ from stacey_dist.checkpoint.manifest import step_of
 from stacey_dist.training.optimizers import lr_share, scheduled
 from stacey_dist.training.settings.config import RunConfig, ScheduleConfig, data_directory
 
+# What changes over the whole run, and the settings that say so.
+_OVER_THE_RUN = {"p": "final_p", "alpha": "final_alpha"}
+
 
 def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | None:
     """Return what becomes of the learning rate after `step` updates, if it is not what the saved run would have had.
@@ -51,12 +54,15 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options = {"train.epochs": f"{2 * train.epochs:g}"}
     longer = f"{config.run_dir.rstrip('/')}-longer"
     share = lr_share(train.max_steps, schedule, train.max_steps)
+    finals = [name for name, final in _OVER_THE_RUN.items() if getattr(schedule, final) is not None]
+    finals = [name for name in finals if name in scheduled(config, 0)]  # the optimizer has it
+    options |= {f"schedule.{_OVER_THE_RUN[name]}": "null" for name in finals if share != 0.0 or kept is not None}
     if schedule.name == "wsd" and kept is not None:
         about = "from before the decay"
         options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
-        if "p" in (then := scheduled(config, step_of(kept))):
-            options |= {"optimizer.p": f"{then['p']:.6g}", "schedule.final_p": "null"}
-    elif schedule.name == "constant" and "p" not in scheduled(config, 0):
+        then = scheduled(config, step_of(kept))
+        options |= {f"optimizer.{name}": f"{then[name]:.6g}" for name in finals}
+    elif schedule.name == "constant" and not finals:
         about = "at the same lr"
     elif share == 0.0:
         about = "from the beginning, for the lr has come down to 0"
@@ -67,8 +73,6 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         numbers = {name: f"{at_the_end[name]:.6g}" for name in names if name in at_the_end}
         about = f"at the last lr, {numbers['lr']}"
         options |= {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
-        if "p" in numbers:
-            options["schedule.final_p"] = "null"
     if config.checkpoint.resume == "never":
         options["checkpoint.resume"] = "auto"
     cache = getattr(getattr(config, "data", None), "cache_dir", "")

@@ -100,7 +100,7 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     """
     optimizer, schedule = config.optimizer, config.schedule
     max_steps = config.train.max_steps
-    share = lr_share(step, schedule, max_steps)
+    share, progress = lr_share(step, schedule, max_steps), min(1.0, step / max(1, max_steps - 1))
     settings: dict[str, Any] = {"lr": optimizer.lr * share}
     if optimizer.name == "muon" and optimizer.adamw_lr is not None:
         settings["adamw_lr"] = optimizer.adamw_lr * share
@@ -109,6 +109,8 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     if optimizer.name == "stacey":
         if schedule.alpha == "lr":
             settings["alpha"] = optimizer.alpha * share
+        if schedule.final_alpha is not None:
+            settings["alpha"] = optimizer.alpha * (schedule.final_alpha / optimizer.alpha) ** progress
         if schedule.tau == "lr":
             settings["tau"] = optimizer.tau * share
         if optimizer.bias_correction:
@@ -116,7 +118,7 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     if optimizer.name in ("stacey", "lp_descent") and schedule.final_p is not None:
         # 1/(p - 1), the power that s takes of a gradient, from 1/(p_0 - 1) to 1/(p_T - 1) on a straight line
         first, last = 1.0 / (optimizer.p - 1.0), 1.0 / (schedule.final_p - 1.0)
-        power = first + (last - first) * min(1.0, step / max(1, max_steps - 1))
+        power = first + (last - first) * progress
         settings["p"] = math.inf if power == 0.0 else 1.0 + 1.0 / power
     return settings
 

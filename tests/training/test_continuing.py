@@ -80,6 +80,9 @@ def longer(config, directory):
         ("cosine", {"final_p": math.inf}),
         ("cosine", {"final_p": 3.0, "tau": "lr"}),
         ("constant", {"final_p": 3.0}),
+        ("constant", {"final_alpha": 9.0}),
+        ("cosine", {"final_alpha": 9.0, "final_p": 4.0}),
+        ("cosine", {"final_alpha": 9.0, "optimizer": "adamw"}),  # which has no alpha
         ("constant", {"final_p": 3.0, "optimizer": "adamw"}),  # which has no p
         ("wsd", {"final_p": 3.0, "optimizer": "adamw"}),
         ("linear", {"optimizer": "muon"}),
@@ -106,13 +109,15 @@ def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
 
 
 def test_wsd_continues_with_the_p_of_its_checkpoint(tmp_path):
-    config = make_config("wsd", final_p=3.0)
-    before = scheduled(config, 160)["p"]
+    config = make_config("wsd", final_p=3.0, final_alpha=9.0)
+    before = scheduled(config, 160)
     command = command_to_continue(config, "accelerate launch", tmp_path / "step_00000160")
     words = shlex.split(command.split(" --config ", 1)[1])
     then = LLM.parse(words[1:])
     assert then.schedule.final_p is None
-    assert then.optimizer.p == pytest.approx(before, rel=1e-5)  # six digits are printed
+    assert then.schedule.final_alpha is None
+    found = then.optimizer.p, then.optimizer.alpha
+    assert found == pytest.approx((before["p"], before["alpha"]), rel=1e-5)  # six digits are printed
     assert then.checkpoint.resume_from == str(tmp_path / "step_00000160")
     about = command_to_continue(
         make_config("wsd", final_p=3.0, optimizer="adamw"), "accelerate launch", tmp_path / "step_00000160"

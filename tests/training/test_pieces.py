@@ -144,6 +144,8 @@ def test_what_else_can_be_scheduled():
         assert middle[name] == pytest.approx(peak * share)
     assert middle["p"] == pytest.approx(3.0)  # 1/(p - 1) = 1/2, halfway from 1 to 0
     assert last["p"] == math.inf
+    schedule.alpha, schedule.final_alpha = "constant", 8.0
+    assert [scheduled(config, step)["alpha"] for step in (0, 50, 100)] == pytest.approx([2.0, 4.0, 8.0])
     optimizer.name = "lp_descent"  # which has p alone
     assert scheduled(config, 50).keys() == {"lr", "p"}
     optimizer.name = "adamw"

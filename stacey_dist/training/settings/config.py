@@ -121,6 +121,9 @@ class ScheduleConfig:
     """stacey: constant keeps tau, as in the paper. lr scales tau in proportion to the learning rate."""
     final_p: NormOrder | None = None
     """stacey, lp_descent: p at the end of the run; 1/(p - 1) changes linearly. null: p is constant, as in the paper."""
+    final_alpha: PositiveFloat | None = None
+    """stacey: alpha at the end of the run; it changes by the same factor in each update. null: it is constant, as in
+    the paper."""
 
     def warmup_updates(self, max_steps: int) -> int:
         """Return the updates of the warm-up in a run of `max_steps`."""
@@ -313,6 +316,9 @@ def check_schedule(config: RunConfig) -> None:
 
 def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
+    if config.schedule.final_alpha is not None and optimizer.name == "stacey":
+        config.require(optimizer.alpha > 0, "optimizer.alpha", "it must be > 0 with schedule.final_alpha")
+        config.require(config.schedule.alpha == "constant", "schedule.alpha", "schedule.final_alpha changes alpha, too")
     config.require(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", "lion needs it > 0")
     if optimizer.name == "ademamix":
         missing = f"pytorch_optimizer is not installed; {install_line('pytorch_optimizer')}"
