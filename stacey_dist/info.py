@@ -40,7 +40,8 @@ def lines() -> list[str]:
     found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {available_cores()} cores for this process")
     found += _gpus()
     found.append(f"compiler: {_compiler() or 'none; ' + INSTALL['compiler']}")
-    found += [f"kernel on {device}: {kernel(device)}" for device in ("cpu", "cuda")]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found += [f"kernel on {device}: {kernel(device)}" for device in devices]
     found.append(
         f"processes talk over: {', '.join(_backends()) or 'nothing: this torch was built without distributed'}"
     )

@@ -43,9 +43,10 @@ class ElementwiseOptimizer(Optimizer):
     gradients are multiplied on the way (they themselves are not changed); and `found_inf`, one that makes the step
     change nothing where it is not 0. `scaled_gradients` sets the first for the steps within it.
 
-    In the step that creates a parameter's state, if `lr` is 0, an element with a zero gradient stays exactly as it is
-    and the step is not counted. `torch.distributed.checkpoint` takes such a step to make an optimizer create its
-    state; it must change nothing.
+    In the first step of a parameter, if `lr` is 0, an element with a zero gradient stays exactly as it is and the step
+    is not counted. `torch.distributed.checkpoint` takes such a step, with zero gradients, to make an optimizer create
+    its state; it must change nothing. So the next step is the first one again, and its state begins from the weights
+    of then.
     """
 
     state_names: tuple[str, ...] = ()
@@ -53,6 +54,13 @@ class ElementwiseOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
         super().__init__(params, defaults)
+        self._unmoved: set[Tensor] = set()
+        """Parameters with a state that no gradient has reached."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled."""
+        super().__setstate__(state)
+        self._unmoved = set()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
@@ -89,6 +97,8 @@ class ElementwiseOptimizer(Optimizer):
                         f"{type(self).__name__}: a parameter of dtype {param.dtype} is not supported; "
                         "allowed are float64, float32, bfloat16 and float16"
                     )
+                if param.device.type == "mps":
+                    raise ValueError(f"{type(self).__name__}: a parameter on mps is not supported; it has no float64")
                 if reason := defect(local(param)):
                     raise ValueError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
         except Exception:
@@ -103,9 +113,11 @@ class ElementwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place. Return what `closure` returns, if it is given.
 
-        Raises RuntimeError for sparse gradients, for a gradient laid out over ranks unlike its parameter, and for a
-        parameter or gradient whose memory is shared between its elements or was freed. Nothing is changed then.
+        Raises RuntimeError for sparse gradients, for a gradient laid out over ranks unlike its parameter, for a
+        parameter or gradient whose memory is shared between its elements or was freed, and in the capture of a CUDA
+        graph without `capturable`. Nothing is changed then.
         """
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,6 +143,8 @@ class ElementwiseOptimizer(Optimizer):
                 weight = param
             else:
                 self._check_gradient(param)
+                if _is_partial(gradient):
+                    gradient = gradient.redistribute(placements=param.placements)
                 weight, gradient = local(param), readable(local(gradient))
             if group.get("fused") and (reason := kernels.refusal((weight, gradient))) is not None:
                 raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
@@ -142,17 +156,15 @@ class ElementwiseOptimizer(Optimizer):
         call = self._kernel_call(group)
         dtype = state_dtype(group) if self.state_names else None
         launches: dict[Any, tuple[Kernel | None, list[Row]]] = {}
-        others: list[tuple[Part, bool]] = []
+        others: list[Part] = []
         for part in parts:
             param, weight, gradient = part
             state = self.state[param]
-            held = not state and float(group["lr"]) == 0.0
-            if not state:
-                state["step"] = _step_count(0, param, group)
-                state.update(self.initial_state(param, group))
+            if (not state or (self._unmoved and param in self._unmoved)) and self._begin(group, part):
+                continue
             self._convert_state(state, param, group, dtype)
-            if call is None or held or not _add_row(launches, self._row(weight, gradient, state)):
-                others.append((part, held))
+            if call is None or not _add_row(launches, self._row(weight, gradient, state)):
+                others.append(part)
         for found, rows in launches.values():
             if found is not None and call is not None:
                 found(rows, call)
@@ -160,6 +172,27 @@ class ElementwiseOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if others and (found_inf is None or not bool(found_inf)):
             self._update_plainly(group, others)
+
+    def _begin(self, group: dict[str, Any], part: Part) -> bool:
+        """Create the state of a parameter in its first step. With a learning rate of 0 make this step; return True."""
+        param, weight, gradient = part
+        state = self.state[param]
+        self._unmoved.discard(param)
+        state["step"] = _step_count(0, param, group)
+        state.update(self.initial_state(param, group))
+        if float(group["lr"]) != 0.0:
+            return False
+        if not gradient.any():
+            self._unmoved.add(param)
+            return True
+        tensors = [weight, *(local(state[name]) for name in self.state_names)]
+        before = [tensor.clone() for tensor in tensors]
+        state["step"].fill_(-1)  # the step counts it up, and it is not to be counted
+        self._update_group(group, [part])
+        state["step"].zero_()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(gradient == 0, old, tensor))
+        return True
 
     def _convert_state(
         self, state: dict[str, Any], param: Tensor, group: dict[str, Any], dtype: torch.dtype | None
@@ -173,19 +206,15 @@ class ElementwiseOptimizer(Optimizer):
             if state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
 
-    def _update_plainly(self, group: dict[str, Any], parts: list[tuple[Part, bool]]) -> None:
-        """Update parts by the plain rule.
-
-        A part that is `held` only creates its state: elements with a zero gradient stay, and the step is not counted.
-        """
+    def _update_plainly(self, group: dict[str, Any], parts: list[Part]) -> None:
+        """Update parts by the plain rule."""
         divisor = getattr(self, "grad_scale", None)
         # The number to multiply gradients with, as torch's GradScaler does.
         scale = None if divisor is None else float(divisor.double().reciprocal().float())
         updates: dict[tuple[int, torch.dtype], ChunkUpdate] = {}
-        for (param, weight, gradient), held in parts:
+        for param, weight, gradient in parts:
             state = self.state[param]
-            if not held:
-                state["step"] += 1
+            state["step"] += 1
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
             key = (int(state["step"]), dtype)
             if key not in updates:
@@ -193,10 +222,15 @@ class ElementwiseOptimizer(Optimizer):
             states = (local(state[name]) for name in self.state_names)
             for chunk, chunk_gradient, *rest in chunks([t.detach() for t in (weight, gradient, *states)]):
                 chunk_gradient = chunk_gradient.to(dtype) if scale is None else chunk_gradient.to(dtype) * scale
-                if held:
-                    _update_moving_elements(updates[key], chunk, chunk_gradient, rest)
-                else:
-                    updates[key](chunk, chunk_gradient, *rest)
+                updates[key](chunk, chunk_gradient, *rest)
+
+    def _check_capture(self) -> None:
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
+                "capturable=True is needed in every group"
+            )
 
     def _check_gradient(self, param: Tensor) -> None:
         gradient = param.grad
@@ -210,7 +244,7 @@ class ElementwiseOptimizer(Optimizer):
             raise RuntimeError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
         if gradient.is_nested or is_cut_short(local(gradient)):
             raise RuntimeError(f"{type(self).__name__}: a gradient is nested, or its storage was resized and freed")
-        if getattr(param, "placements", None) != getattr(gradient, "placements", None):
+        if not _is_partial(gradient) and getattr(param, "placements", None) != getattr(gradient, "placements", None):
             raise RuntimeError(
                 f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
                 f"its parameter, placed {getattr(param, 'placements', None)}"
@@ -255,6 +289,7 @@ class ElementwiseOptimizer(Optimizer):
 
         # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
         # the state before they look at it.
+        self._unmoved.clear()
         before = self.register_load_state_dict_pre_hook(without_tensors)
         after = self.register_load_state_dict_post_hook(lambda _: self._load_states(loaded[-1]), prepend=True)
         try:
@@ -308,9 +343,6 @@ def kernel(device_type: str) -> Kernel | None:
         return None
 
 
-def _update_moving_elements(update: ChunkUpdate, weight: Tensor, gradient: Tensor, states: list[Tensor]) -> None:
-    """Update elements in place, except those with a zero gradient."""
-    before = [t.clone() for t in (weight, *states)]
-    update(weight, gradient, *states)
-    for tensor, old in zip((weight, *states), before, strict=True):
-        tensor.copy_(torch.where(gradient == 0, old, tensor))
+def _is_partial(gradient: Tensor) -> bool:
+    """Return whether a DTensor is still to be summed over ranks, as sequence parallelism leaves gradients."""
+    return any(placement.is_partial() for placement in getattr(gradient, "placements", ()))

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import operator
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ def check_common_settings(optimizer: Optimizer, group: dict[str, Any]) -> None:
         check_finite(optimizer, group, setting)
     check_choice(optimizer, group, "rounding", ("stochastic", "nearest"))
     seed = group["seed"]
-    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    is_integer = hasattr(seed, "__index__") and not isinstance(seed, (bool, Tensor))
     require(optimizer, is_integer and seed >= 0, "seed", seed, "it must be an integer >= 0")
+    group["seed"] = operator.index(seed)
 
 
 def check_finite(optimizer: Optimizer, group: dict[str, Any], setting: str) -> None:

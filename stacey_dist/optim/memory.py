@@ -5,16 +5,35 @@ element, a zero tensor has no memory, a subclass computes its value from other t
 expanded tensor share one address.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-PLAIN_TYPES = (Tensor, Parameter)
+_PLAIN_TYPES: set[type] = {Tensor, Parameter}
+
+
+def is_plain(kind: type) -> bool:
+    """Return whether a type of tensor has its value in its memory: torch's own, or a Parameter that adds names only."""
+    if kind in _PLAIN_TYPES:
+        return True
+    adds_names = issubclass(kind, Parameter) and all(
+        getattr(kind, name) is getattr(Parameter, name) for name in ("__torch_function__", "__torch_dispatch__")
+    )
+    if adds_names:
+        _PLAIN_TYPES.add(kind)
+    return adds_names
+
+
+def whole(tensor: Any) -> Any:
+    """Return a DTensor's whole value, for which all ranks call it together; what is no DTensor, as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, sharing its memory, once it has arrived; any other tensor as it is."""
-    if type(tensor) in PLAIN_TYPES:
+    if is_plain(type(tensor)):
         return tensor
     to_local = getattr(tensor, "to_local", None)
     if to_local is not None:
@@ -31,7 +50,7 @@ def is_simple(tensor: Tensor) -> bool:
     An optimizer calls this for each parameter and gradient in each step, so it is the fastest check here.
     """
     return (
-        type(tensor) in PLAIN_TYPES
+        (type(tensor) in _PLAIN_TYPES or is_plain(type(tensor)))
         and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout is torch.strided
         and not tensor.is_nested
@@ -44,7 +63,7 @@ def is_simple(tensor: Tensor) -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Return whether the memory at `data_ptr()` holds the value, so that a kernel may take it."""
-    if type(tensor) not in PLAIN_TYPES or tensor.is_neg():
+    if not is_plain(type(tensor)) or tensor.is_neg():
         return False
     return tensor.data_ptr() != 0 or tensor.numel() == 0  # zero tensors, and functional ones, have no address
 
@@ -62,7 +81,7 @@ def defect(tensor: Tensor) -> str | None:
         return f"its layout is {tensor.layout}"
     if tensor.is_nested:
         return "it is a nested tensor"
-    if type(tensor) not in PLAIN_TYPES:  # a subclass has its own memory
+    if not is_plain(type(tensor)):  # a subclass has its own memory
         return None
     if tensor._is_zerotensor():
         return "it is a zero tensor without memory; clone() it"

@@ -18,13 +18,14 @@ def check_state(number: int, state: dict[str, Any], names: Collection[str], shap
         names: the states that the optimizer keeps.
         shape: the parameter's.
     """
-    if missing := [name for name in names if state and name not in state]:
-        what = f"{', '.join(state)} and no {' and '.join(missing)}"
+    expected = ("step", *names)
+    if state and set(state) != set(expected):
+        what = f"{', '.join(map(str, state))} and not {', '.join(expected)}"
         raise ValueError(f"the state of parameter {number} has {what}: it is another optimizer's")
-    for name, value in state.items():
-        if name not in names:
-            continue
-        what = f"state {name} of parameter {number}"
+    for name in names if state else ():
+        value, what = state[name], f"state {name} of parameter {number}"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{what} is a {type(value).__name__}, not a tensor")
         if value.layout is not torch.strided or value.is_nested or not value.is_floating_point():
             raise ValueError(f"{what} is not a dense tensor of floating point numbers")
         if value.shape != shape:

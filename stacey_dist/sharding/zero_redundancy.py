@@ -10,7 +10,15 @@ from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
-    """Yield the parameters that this rank updates, as wholes. Its copies of the others have no state."""
+    """Yield the parameters that this rank updates, as wholes. Its copies of the others have no state.
+
+    Raises NotImplementedError for an optimizer of some of the ranks.
+    """
+    if (ranks := dist.get_world_size(optimizer.process_group)) != dist.get_world_size():
+        raise NotImplementedError(
+            f"a ZeroRedundancyOptimizer over {ranks} of the {dist.get_world_size()} ranks is not supported; give it a "
+            "process_group of all ranks"
+        )
     rank = dist.get_rank(optimizer.process_group)
     owner = optimizer._param_to_rank
     for name, param in trainable_parameters(model):

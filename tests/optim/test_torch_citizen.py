@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import lr_scheduler
 
 from stacey_dist import LpDescent, Stacey
+from stacey_dist.optim.memory import is_simple
 from tests.optim.helpers import make_problem, run
 
 BOTH = pytest.mark.parametrize("optimizer_class", [Stacey, LpDescent])
@@ -219,7 +221,7 @@ def test_the_state_dict_of_another_optimizer_is_refused_and_nothing_is_loaded():
     other_model = make_model()
     other = torch.optim.AdamW(other_model.parameters(), lr=0.1)
     train(other_model, other, 1)
-    with pytest.raises(ValueError, match="has step, exp_avg, exp_avg_sq and no z and m: it is another optimizer's"):
+    with pytest.raises(ValueError, match="has step, exp_avg, exp_avg_sq and not step, z, m: it is another optimizer's"):
         optimizer.load_state_dict(other.state_dict())
     bad = copy.deepcopy(before)
     bad["param_groups"][0]["tau"] = 2.0
@@ -312,6 +314,109 @@ def test_taking_a_fresh_state_dict_changes_nothing(optimizer_class, variant, z_i
     assert_equal_runs((model, optimizer), (untouched, untouched_optimizer))
 
 
+@BOTH
+def test_taking_a_fresh_state_dict_changes_nothing_before_a_warm_up_from_zero(optimizer_class):
+    pairs = []
+    for takes in (True, False):
+        model = make_model()
+        optimizer = optimizer_class(model.parameters(), weight_decay=0.1)
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+        if takes:
+            get_optimizer_state_dict(model, optimizer)
+        train(model, optimizer, 6, scheduler=scheduler)
+        pairs.append((model, optimizer))
+    assert_equal_runs(*pairs)
+    assert {int(state["step"]) for state in pairs[0][1].state.values()} == {5}
+
+
+@BOTH
+def test_weights_that_are_loaded_after_a_fresh_state_dict_are_where_training_begins(optimizer_class):
+    pretrained, pairs = make_model(seed=1).state_dict(), []
+    for takes in (True, False):
+        model = make_model()
+        optimizer = optimizer_class(model.parameters())
+        if takes:
+            get_optimizer_state_dict(model, optimizer)
+        model.load_state_dict(pretrained)
+        train(model, optimizer, 4)
+        pairs.append((model, optimizer))
+    assert_equal_runs(*pairs)
+
+
+def test_a_state_of_zeros_that_was_loaded_is_no_fresh_one():
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    saved = get_optimizer_state_dict(model, optimizer)
+    for state in saved["state"].values():
+        state["z"].fill_(0.5)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert all(torch.equal(state["z"], torch.full_like(state["z"], 0.5)) for state in optimizer.state.values())
+    train(model, optimizer, 1)
+    assert all((state["z"] - 0.5).abs().max() < 0.1 for state in optimizer.state.values())
+
+
+@BOTH
+def test_a_capture_needs_capturable(optimizer_class, monkeypatch):
+    model = make_model()
+    optimizer = optimizer_class(model.parameters())
+    train(model, optimizer, 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph.*capturable=True is needed in every group"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Named(torch.nn.Parameter):
+    """As projects tag parameters."""
+
+
+def test_a_parameter_that_adds_names_takes_the_kernel():
+    weight = Named(torch.ones(5))
+    assert is_simple(weight)
+    assert not is_simple(torch.nn.Parameter(torch.ones(5)).as_subclass(Logged))
+    optimizer = Stacey([weight], fused=True)
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    assert (weight < 1).all()
+
+
+class Logged(torch.Tensor):
+    """With a __torch_function__ of its own, Tensor's."""
+
+
+@BOTH
+def test_another_optimizers_state_is_refused(optimizer_class):
+    model = make_model()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, 1)
+    optimizer = optimizer_class(model.parameters())
+    train(model, optimizer, 1)
+    good = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"exp_avg.*another optimizer's"):
+        optimizer.load_state_dict(adamw.state_dict())
+    for state in good["state"].values():
+        del state["step"]
+        state["other"] = torch.ones(1)
+    with pytest.raises(ValueError, match="another optimizer's"):
+        optimizer.load_state_dict(good)
+
+
+def test_a_list_is_no_state():
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["z"] = saved["state"][0]["z"].tolist()
+    with pytest.raises(ValueError, match="state z of parameter 0 is a list, not a tensor"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_seed_of_numpy():
+    assert Stacey(make_model().parameters(), seed=np.int64(3)).param_groups[0]["seed"] == 3
+
+
 def test_distributed_state_dict_round_trip():
     model = make_model()
     optimizer = Stacey(model.parameters(), weight_decay=0.1)
@@ -334,7 +439,7 @@ def test_warm_up_from_zero_keeps_the_first_gradient():
     for g in gradients:
         expected_m = expected_m + 0.01 * (g - expected_m)
     torch.testing.assert_close(state["m"], expected_m, rtol=1e-6, atol=1e-8)
-    assert state["step"] == 2  # updates are counted from the first learning rate above zero
+    assert state["step"] == 2  # the first step with a learning rate of zero is not counted
 
 
 @pytest.fixture(scope="module")

@@ -268,6 +268,15 @@ def test_what_lies_on_the_device_is_read_there(kernel):
     assert ours.step == 6
 
 
+def test_a_kernel_for_gpus_needs_a_compiler(monkeypatch):
+    from stacey_dist.optim.kernels import triton as module
+
+    monkeypatch.setattr(module, "stacey_step", object.__new__(module.triton.JITFunction))
+    if not torch.cuda.is_available():
+        with pytest.raises(NoKernelError, match="Triton cannot compile here: RuntimeError: "):
+            module.find.__wrapped__()
+
+
 def test_a_kernel_for_gpus_needs_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "stacey_dist.optim.kernels.triton", raising=False)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stacey_dist.optim.memory import PLAIN_TYPES, is_readable
+from stacey_dist.optim.memory import is_plain, is_readable
 from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -104,7 +104,7 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
-        if type(tensor) not in PLAIN_TYPES:
+        if not is_plain(type(tensor)):
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not is_readable(tensor):
             return (

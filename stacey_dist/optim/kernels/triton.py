@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stacey_dist.errors import one_line
 from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
@@ -457,11 +458,12 @@ class TritonKernel:
         tables = self._find_tables(rows, call)
         unused = tables.table
         rates = unused if call.lr is None else self._rates(call, tables.table.device)
-        scale = unused if call.grad_scale is None else call.grad_scale.double().reciprocal().float()
+        device = unused.device  # to which torch's fused optimizers move these too
+        scale = unused if call.grad_scale is None else call.grad_scale.to(device).double().reciprocal().float()
         return functools.partial(
             lambda *given, **constants: stacey_step[(tables.programs,)](*given, **constants),
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
-            unused if call.found_inf is None else call.found_inf,
+            unused if call.found_inf is None else call.found_inf.to(device),
             *float_constants(s).values(),
             **compile_time_values(
                 s, first.weight.dtype, first.gradient.dtype, first.z.dtype, stochastic=call.stochastic,
@@ -475,7 +477,7 @@ class TritonKernel:
         """Return lr, which must be there, 1 - tau, tau, lambda, alpha, log2(alpha) in parts: on the device, float64."""
         s = call.settings
         assert call.lr is not None
-        lr = call.lr.detach().reshape(1).float().double()
+        lr = call.lr.detach().to(device).reshape(1).float().double()
         numbers = [1.0 - s.tau, s.tau, s.weight_decay, s.alpha, *log2_in_parts(s.alpha)]
         rest = torch.empty(len(numbers), dtype=torch.float64, device=device)
         self._copy(np.array(numbers), rest)
@@ -500,7 +502,7 @@ class TritonKernel:
             if call.found_inf is None:
                 torch._foreach_add_(steps, 1)
             else:
-                torch._foreach_add_(steps, [(call.found_inf == 0).reshape(()).to(torch.int64)] * len(steps))
+                torch._foreach_add_(steps, [(call.found_inf == 0).reshape(()).to(device, torch.int64)] * len(steps))
             columns = [[0] * len(steps), *addresses, sizes]
         else:
             columns = [found.count(addresses.pop()), *addresses, found.steps, sizes]
@@ -564,5 +566,10 @@ def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def find() -> TritonKernel:
-    """Return the kernel for GPUs."""
+    """Return the kernel for GPUs. Raises NoKernelError where Triton cannot compile, for want of a C compiler."""
+    if isinstance(stacey_step, triton.JITFunction):  # and not Triton's interpreter
+        try:
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # of its driver, the C compiler, the linker
+            raise NoKernelError(f"Triton cannot compile here: {one_line(error)}") from error
     return TritonKernel()
