@@ -1,10 +1,10 @@
 """The experiments by their names."""
 
-from experiments import ablation, cifar, coupling, imagenet, llm, long, synthetic, theorem
+from experiments import ablation, alpha, cifar, coupling, imagenet, llm, long, synthetic, theorem
 from experiments.framework import Experiment
 from stacey_dist.errors import unknown
 
-_MODULES = (synthetic, theorem, cifar, imagenet, llm, long, coupling, ablation)
+_MODULES = (synthetic, theorem, cifar, imagenet, llm, long, alpha, coupling, ablation)
 EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 
 

@@ -1,0 +1,91 @@
+"""Does an alpha that grows over the run help (p,p) in long runs? docs/results/long-runs.md has the protocol."""
+
+from typing import Any
+
+from experiments.comparison import training
+from experiments.comparison_report import curves, report
+from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.long import TASK
+from experiments.result import Result
+from experiments.trial import data_settings
+
+_CONFIG = "sweeps/long/base.yaml"
+
+
+def run(reproduction: Reproduction) -> Outcome:
+    """Compare growths of alpha in short runs with seed 0; compare one in long runs with new seeds."""
+    size = reproduction.scale.settings
+    given = data_settings(TASK.program, reproduction.directory, reproduction.data, {})
+
+    def part(name: str, label: str, seed: int, updates: int, **changed: Any) -> Part:
+        own = {**size["runs"][name], **given, **changed, "seed": seed, "train.max_steps": updates}
+        return training(reproduction, TASK.program, configs() / _CONFIG, own, f"{label}-{updates}-seed{seed}")
+
+    short = {"AdamW": part("adamw", "adamw", 0, size["short"])}
+    for final in size["final_alpha"]:
+        label = f"stacey_pp-alpha{'' if final is None else f'-to-{final:g}'}"
+        changed = {"schedule.final_alpha": final}
+        title = f"STACEY(p,p), α {'constant' if final is None else f'grows to {final:g}'}"
+        short[title] = part("stacey_pp", label, 0, size["short"], **changed)
+    values = reproduction.compute(list(short.values()), in_runs=True)
+    ends = {title: Result(**values[made.name]).final(TASK.metric) for title, made in short.items()}
+    long = {
+        (name, seed): part(name, name, seed, size["long"])
+        for seed in range(1, reproduction.seeds + 1)
+        for name in size["runs"]
+    }
+    values = reproduction.compute(list(long.values()), in_runs=True)
+    found = {key: values[made.name] for key, made in long.items()}
+    told = report(found, TASK.metric, size["runs"], {}, {})
+    lines = [f"| {title} | {loss:.4f} |" for title, loss in ends.items()]
+    heading = f"| {size['short']} updates, seed 0 | held-out loss |"
+    table = "\n".join([told.table, "", heading, "|---|---|", *lines, ""])
+    return Outcome({**told.values, "short": ends}, table, {"curves": curves(found, TASK.metric)})
+
+
+_PP = {
+    "optimizer.name": "stacey",
+    "optimizer.variant": "pp",
+    "optimizer.p": 30,
+    "optimizer.alpha": 0.01,
+    "optimizer.lr": 0.0005814461593583411,
+    "optimizer.tau": 5.027631356600399e-05,
+    "optimizer.weight_decay": 0.42525720804216705,
+    "optimizer.betas": [0.9, 0.95],
+    "schedule.tau": "lr",
+}
+_ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.lr": 0.002188802248607464,
+    "optimizer.weight_decay": 0.06755213191286193,
+    "optimizer.betas": [0.9, 0.99],
+}
+_CHOSEN = 220.0
+"""exp(10) times the first alpha: z averages about the last tenth of the run."""
+
+EXPERIMENT = Experiment(
+    "alpha",
+    "not in the paper: does an alpha that grows help (p,p) in long runs? LLaMA, 20 M tokens",
+    {
+        "cpu": Scale(
+            "0.9 M parameters, 5 short runs of 3 000 updates and 3 long ones of 10 000 for each seed; five hours on "
+            "two cores",
+            3,
+            {
+                # What `reproduce long` has found.
+                "runs": {
+                    "adamw": _ADAMW,
+                    "stacey_pp": _PP,
+                    "stacey_pp_growing": {**_PP, "schedule.final_alpha": _CHOSEN},
+                },
+                # exp(3), exp(10) and exp(30) times the first
+                "final_alpha": (None, 0.2, _CHOSEN, 1.07e11),
+                "short": 3000,
+                "long": 10_000,
+            },
+        ),
+    },
+    run,
+    trains=True,
+    files=(_CONFIG,),
+)

@@ -1,0 +1,42 @@
+"""The experiment on a growing alpha, end to end at a toy scale."""
+
+import json
+
+import pytest
+
+from experiments import alpha, registry
+from experiments.__main__ import main
+from experiments.framework import Scale
+from stacey_dist import yaml_files
+from tests.experiments.tasks import write_sweeps
+
+
+def test_alpha_grows_by_powers_of_e():
+    size = registry.EXPERIMENTS["alpha"].scales["cpu"].settings
+    first = size["runs"]["stacey_pp"]["optimizer.alpha"]
+    _, *finals = size["final_alpha"]
+    assert [final / first for final in finals] == pytest.approx([2.718281828**power for power in (3, 10, 30)], rel=0.01)
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path, monkeypatch):
+    configs = write_sweeps(tmp_path)
+    monkeypatch.setattr(alpha, "configs", lambda: configs)
+    pp = {"optimizer.name": "stacey", "optimizer.variant": "pp"}
+    growing = {**pp, "schedule.final_alpha": 1.0}
+    runs = {"adamw": {"optimizer.name": "adamw"}, "stacey_pp": pp, "stacey_pp_growing": growing}
+    toy = Scale("a toy", 2, {"runs": runs, "final_alpha": (None, 2.0), "short": 20, "long": 30})
+    monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
+    assert main(["reproduce", "alpha", "--scale", "toy", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["seeds"] == [1, 2]
+    assert set(results["optimizers"]) == set(runs)
+    assert set(results["short"]) == {"AdamW", "STACEY(p,p), α constant", "STACEY(p,p), α grows to 2"}
+    finals = {
+        name: yaml_files.read(tmp_path / "out/runs" / name / "config.yaml")["schedule"]["final_alpha"]
+        for name in ("stacey_pp-alpha-20-seed0", "stacey_pp-alpha-to-2-20-seed0", "stacey_pp_growing-30-seed2")
+    }
+    assert list(finals.values()) == [None, 2.0, 1.0]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| STACEY(p,p), α grows |" in table
+    assert "| STACEY(p,p), α grows to 2 |" in table
