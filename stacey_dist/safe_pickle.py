@@ -1,9 +1,9 @@
 """Read pickles of other makers without running them.
 
 A pickle names classes and functions, and asks the reader to call them and to set attributes. Here each name that may
-stand in a pickle leads to an object of this module that only keeps what it is given; no name leads to anything of
-torch's, of Python's, or of the program's. The result is made of dictionaries, lists, tuples, texts, bytes, numbers and
-`Record` objects, which the caller looks at with `type(x) is ...`.
+stand in a pickle leads to an object of this module that only keeps what it is given, and neither copies nor hashes it;
+no name leads to anything of torch's, of Python's, or of the program's. The result is made of dictionaries, lists,
+tuples, texts, bytes, numbers and `Record` objects, which the caller looks at with `type(x) is ...`.
 """
 
 import io
@@ -23,6 +23,11 @@ class _Fixed(type):
         raise pickle.UnpicklingError(f"it deletes {name} of a class")
 
 
+# More than any class or function has, but a path. Each call copies its arguments, and a pickle can ask for many calls.
+_MOST_ARGUMENTS = 8
+_MOST_PARTS = 255
+
+
 class Record(metaclass=_Fixed):
     """Keeps the arguments and the state of an object of another class."""
 
@@ -32,6 +37,8 @@ class Record(metaclass=_Fixed):
 
     def __new__(cls, *arguments: Any) -> "Record":
         """Keep the arguments."""
+        if len(arguments) > _MOST_ARGUMENTS:
+            raise pickle.UnpicklingError(f"{len(arguments)} arguments of a class")
         made = super().__new__(cls)
         made.arguments, made.state = arguments, None
         return made
@@ -58,6 +65,8 @@ class Function(metaclass=_Fixed):
 
     def __call__(self, *arguments: Any) -> Any:
         """Do the work."""
+        if len(arguments) > _MOST_PARTS:
+            raise pickle.UnpicklingError(f"{len(arguments)} arguments of a function")
         return self._work(*arguments)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,16 +79,25 @@ class Function(metaclass=_Fixed):
 
 
 class Ordered(dict[Any, Any], metaclass=_Fixed):
-    """Stands for OrderedDict, which can have attributes (a state dict has); they are left out."""
+    """Stands for OrderedDict, which can have attributes (a state dict has); they are left out.
+
+    It begins empty: Python 3 writes its items as instructions of their own.
+    """
 
     __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         """Leave the attributes out."""
 
 
-# What an instruction of a pickle may change, and how many objects above it on the stack: None for all since a mark.
-_CHANGES: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
+# What an instruction of a pickle works on, and its place from the top of the stack: None for the one before the last
+# mark. Arguments are a tuple, as those in a tensor would each be made into a tensor.
+_MEANT_FOR: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
+    pickle.REDUCE: (tuple, 1),
+    pickle.NEWOBJ: (tuple, 1),
     pickle.BUILD: ((Record, Ordered), 2),
     pickle.SETITEM: (dict, 3),
     pickle.SETITEMS: (dict, None),
@@ -117,7 +135,6 @@ class _Inert(pickle._Unpickler):
         self._known = {**bytes_of_python_2, **known}
         self._load_storage = load_storage
         self._left_to_encode = len(content)
-        self._left_to_copy = 8 * len(content)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a class or function; refuse what is not known."""
@@ -145,41 +162,35 @@ class _Inert(pickle._Unpickler):
             raise pickle.UnpicklingError("it would grow without end")
         return str.encode(text, "latin1")
 
-    def load_reduce(self) -> None:
-        """Call what stands for a function, which may copy what it is given, and can be asked to again and again."""
-        stack: list[Any] = vars(self)["stack"]
-        self._left_to_copy -= sum(len(each) for each in stack[-1] if isinstance(each, (list, tuple)))
-        if self._left_to_copy < 0:
-            raise pickle.UnpicklingError("it would grow without end")
-        super().load_reduce()  # type: ignore[misc]
+    def load_refused(self) -> None:
+        """Refuse instructions that no file needs: they call in other ways, or set aside as many bytes as they say."""
+        raise pickle.UnpicklingError("an instruction that has no place in it")
 
-    def load_bytearray8(self) -> None:
-        """Refuse: memory would be set aside for as many bytes as it says."""
-        raise pickle.UnpicklingError("a bytearray has no place in it")
-
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    dispatch |= dict.fromkeys(b"".join((pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.BYTEARRAY8)), load_refused)
 
 
 def _guarded(instruction: bytes) -> Callable[[Any], None]:
-    """Return what does an instruction if it changes what it is meant for (a tensor is not) and hashes no tuple."""
+    """Return what does an instruction if it works on what it is meant for (not on a tensor) and hashes no tuple."""
     work = pickle._Unpickler.dispatch[instruction[0]]
-    kinds, depth = _CHANGES.get(instruction, (object, 1))
+    kinds, depth = _MEANT_FOR.get(instruction, (object, 1))
 
     def guarded(unpickler: Any) -> None:
-        if instruction in _CHANGES:
-            changed = unpickler.metastack[-1][-1] if depth is None else unpickler.stack[-depth]
-            if not isinstance(changed, kinds):
-                raise pickle.UnpicklingError(f"it changes a {type(changed).__name__}")
+        if instruction in _MEANT_FOR:
+            meant = unpickler.metastack[-1][-1] if depth is None else unpickler.stack[-depth]
+            if not isinstance(meant, kinds):
+                raise pickle.UnpicklingError(f"it has an instruction for a {type(meant).__name__}")
         for key in _HASHED.get(instruction, lambda stack: [])(unpickler.stack):
-            if not isinstance(key, str | bytes | int | float | Record | None):
+            # A number's hash is made anew each time.
+            if not isinstance(key, str | bytes | int | float | Record | None) or (
+                type(key) is int and key.bit_length() > 1000
+            ):
                 raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
         work(unpickler)
 
     return guarded
 
 
-_Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _CHANGES | _HASHED}
+_Inert.dispatch |= {instruction[0]: _guarded(instruction) for instruction in _MEANT_FOR | _HASHED}
 
 
 def unpickle(

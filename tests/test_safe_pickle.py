@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stacey_dist.checkpoint.importers import torch_file
 from stacey_dist.safe_pickle import Function, record, unpickle
 
 ARRAY = record("ndarray")
-NUMPY = {
+KNOWN = {
+    ("torch", "Size"): torch_file.SIZE,
+    ("collections", "OrderedDict"): torch_file.ORDERED,
     ("numpy._core.multiarray", "_reconstruct"): Function(lambda *_: ARRAY()),
     ("numpy", "ndarray"): ARRAY,
     ("numpy", "dtype"): record("dtype"),
@@ -41,7 +44,7 @@ def test_any_bytes_are_plain_data_or_refused(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(Exception):
-        unpickle(bytes(content), NUMPY)
+        unpickle(bytes(content), KNOWN)
 
 
 # What each costs Python's own unpickler: hours for a hash, all memory, or the process.
@@ -50,8 +53,18 @@ DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
 ENCODED_AGAIN = (
     b"\x80\x02(c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"x" * 65536 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
 )
-SIZES_AGAIN = b"\x80\x02cnumpy\ndtype\nq\x00]q\x01(" + b"K\x01" * 100_000 + b"e0(" + b"h\x00h\x01\x85R" * 50_000 + b"l."
 ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
+
+
+SIZE, DTYPE, ORDERED = b"ctorch\nSize\n", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"
+LIST, TUPLE = b"](" + b"K\x01" * 20_000 + b"e", b"(" + b"K\x01" * 20_000 + b"t"
+DICT = b"}(" + b"".join(b"M" + i.to_bytes(2, "little") + b"N" for i in range(20_000)) + b"u"
+
+
+def again(called: bytes, given: bytes, call: bytes, before: bytes = b"") -> bytes:
+    """Return a pickle that calls one thing with another 100 000 times."""
+    once = before + b"h\x00h\x01" + call
+    return b"\x80\x02" + called + b"q\x000" + given + b"q\x010(" + once * 100_000 + b"l."
 
 
 @pytest.mark.parametrize(
@@ -69,9 +82,21 @@ ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
             b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a)" + b"2\x86" * 40 + b"\x86R.",
             r"encoding \(\(\(.*has no place",
         ),
-        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "a bytearray has no place in it"),
-        (SIZES_AGAIN, "it would grow without end"),
-        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "it sets|it changes a _Fixed"),
+        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "an instruction that has no place in it"),
+        (again(SIZE, LIST, b"\x85R"), "the shape of a tensor is not what it has to be"),
+        (again(SIZE, LIST, b"o", before=b"("), "an instruction that has no place in it"),
+        (again(DTYPE, TUPLE, b"\x81"), "20000 arguments of a class"),
+        (again(DTYPE, TUPLE, b"R"), "20000 arguments of a class"),
+        (again(SIZE, TUPLE, b"R"), "20000 arguments of a function"),
+        (again(DTYPE, LIST, b"R"), "it has an instruction for a list"),
+        (again(DTYPE, LIST, b"\x81"), "it has an instruction for a list"),
+        (again(ORDERED, DICT, b"\x85R"), "positional argument"),
+        (b"\x80\x02" + ORDERED + b"]](" + b")" + b"2\x86" * 40 + b"K\x01ea\x85R.", "positional argument"),
+        (b"\x80\x02" + ORDERED + b"]](" + b")" + b"\x85" * 1_000_000 + b"K\x01ea\x85R.", "positional argument"),
+        (b"\x80\x04" + DTYPE + b")}\x92.", "an instruction that has no place in it"),
+        (b"(" + b"inumpy\ndtype\n.", "an instruction that has no place in it"),
+        (again(b"}", b"\x8b" + (10**5).to_bytes(4, "little") + b"\x01" * 10**5, b"K\x01s"), "a key that is a int"),
+        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "it has an instruction for a _Fixed"),
         (b"I" + b"9" * 5000 + b"\n.", "4300 digits"),
         (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", None),
         (b"\x80\x02K\x01", None),
@@ -82,5 +107,5 @@ ENCODED_AGAIN += b"h\x00h\x01h\x02\x86R" * 100_000 + b"l."
 )
 def test_hostile_pickles_end_at_once(content: bytes, reason: str | None) -> None:
     with pytest.raises(Exception, match=reason) as caught:
-        unpickle(content, NUMPY)
+        unpickle(content, KNOWN)
     assert not isinstance(caught.value, MemoryError)

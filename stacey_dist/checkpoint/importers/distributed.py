@@ -25,13 +25,14 @@ T = TypeVar("T")
 
 _METADATA = {name: record(name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")}
 _CHUNK, _TENSOR, _BYTES = (record(f"{kind}StorageMetadata") for kind in ("Chunk", "Tensor", "Bytes"))
-_PROPERTIES, _PLACE, _PATH = record("TensorProperties"), record("_StorageInfo"), record("PosixPath")
+_PROPERTIES, _PLACE = record("TensorProperties"), record("_StorageInfo")
+_PATH = Function(lambda *_: None)  # where it was saved, which is not read
 _KNOWN = {
     **torch_file.DTYPES,
-    ("collections", "OrderedDict"): Function(lambda *pairs: dict(*pairs)),
+    ("collections", "OrderedDict"): torch_file.ORDERED,
     ("pathlib", "PosixPath"): _PATH,
     ("pathlib._local", "PosixPath"): _PATH,
-    ("torch", "Size"): Function(lambda sizes=(): tuple(sizes)),
+    ("torch", "Size"): torch_file.SIZE,
     ("torch.serialization", "_get_layout"): Function(lambda name: name),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _PLACE,
     **{

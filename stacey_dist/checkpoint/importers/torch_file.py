@@ -30,13 +30,25 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 DTYPES = {("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype) and str(v) == f"torch.{n}"}
+
+
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if type(sizes) is not tuple:
+        raise ValueError("the shape of a tensor is not what it has to be")
+    return sizes
+
+
+# What they are given is not copied: a pickle can give one list to a thousand of them.
+SIZE = Function(_size)
+ORDERED = Function(Ordered)
+SET = Function(lambda values=(): values)
 _PLAIN = {
-    ("collections", "OrderedDict"): Function(Ordered),
-    ("collections", "Counter"): Function(Ordered),
-    ("torch", "Size"): Function(lambda sizes=(): tuple(sizes)),
+    ("collections", "OrderedDict"): ORDERED,
+    ("collections", "Counter"): record("Counter"),
+    ("torch", "Size"): SIZE,
     ("torch", "device"): record("torch.device"),
-    ("builtins", "set"): Function(lambda values=(): list(values)),
-    ("__builtin__", "set"): Function(lambda values=(): list(values)),
+    ("builtins", "set"): SET,
+    ("__builtin__", "set"): SET,
 }
 # Classes of DeepSpeed's that are in its files beside the tensors.
 _BESIDE = (
@@ -87,7 +99,7 @@ class _Archive:
 
     def _storage(self, pid: Any) -> Tensor:
         """Return a storage as a flat tensor of its dtype."""
-        kind, dtype, key, _, count = pid
+        kind, dtype, key, _, count = pid if type(pid) is tuple else ()
         if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or not is_count(count):
             raise ValueError(f"it refers to {reprlib.repr(kind)}, which is no storage")
         if key not in self._storages:
@@ -155,7 +167,8 @@ def _with_attributes(rebuild: Any, _: Any, arguments: Any, *__: Any) -> Tensor:
 def load(opened: BinaryIO) -> Any:
     """Return what `torch.save` wrote: tensors in host memory, and dictionaries, lists, tuples, texts and numbers.
 
-    OrderedDict comes back as dict, Size as tuple, set as list; classes of DeepSpeed's as objects that do nothing.
+    OrderedDict comes back as dict, Size as tuple, set as list; Counter and
+    classes of DeepSpeed's as objects that do nothing.
 
     Raises:
         Exception: the file is damaged or something else, or holds what is none of these.
