@@ -201,7 +201,7 @@ def _checkpoint(text: str) -> Path:
     """Return the path of one checkpoint, from the command line: for a run, of its newest."""
     path = Path(text)
     found: list[Path] = []
-    with suppress(OSError):  # the command says what is wrong with it
+    with suppress(OSError, SettingsError):  # the command says what is wrong with it
         found = find_checkpoints(path) or find_checkpoints(path / "checkpoints")
         if not found and (path / "checkpoints").is_dir():
             raise argparse.ArgumentTypeError(f"{path} is a run without checkpoints")

@@ -16,6 +16,8 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 _LARGEST_JSON = 1 << 30
+# What file systems answer that cannot sync a directory, as some of networks and some in user space.
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 # Python's own parser and writers of JSON call themselves for each level.
 _DEEPEST_JSON = 100
 
@@ -62,10 +64,13 @@ def read_json(path: Path) -> Any:
             larger than 1 GiB.
     """
     with open_regular(path) as opened:
-        content = opened.read(_LARGEST_JSON + 1)
-    if len(content) > _LARGEST_JSON:
-        raise ValueError(f"it is larger than {_LARGEST_JSON} bytes")
-    return parse_json(content)
+        # Asked for so many bytes, `read` would allocate them all.
+        if os.fstat(opened.fileno()).st_size > _LARGEST_JSON:
+            raise ValueError(f"it is larger than {_LARGEST_JSON} bytes")
+        try:
+            return parse_json(opened.read())
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -96,12 +101,21 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk."""
+    """Wait until a directory's entries are on the disk, where the file system has a call for that."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def with_name(path: str | os.PathLike[str]) -> Path:
+    """Return a path that ends in a name, as a sibling's name is made of it: `.` and `..` are resolved."""
+    path = Path(path)
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def printable(text: object) -> str:

@@ -1,20 +1,24 @@
 """Save in the background: training waits only for the copy to host memory."""
 
+import atexit
 import datetime
 import os
+import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import world_size
+from stacey_dist.checkpoint.collectives import together, world_size
+from stacey_dist.checkpoint.manifest import as_read
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.shares import Ledger
 from stacey_dist.checkpoint.snapshot import snapshot
 from stacey_dist.checkpoint.write import write
+from stacey_dist.errors import one_line
+from stacey_dist.files import with_name
 
 # How long a rank waits for the one with the slowest disk.
 _TIMEOUT = datetime.timedelta(hours=6)
@@ -24,7 +28,8 @@ class BackgroundSaver:
     """Saves checkpoints beside training, one after the other; all ranks make the same calls.
 
     A thread of each rank writes the copy and talks to the other ranks' threads over a gloo group of its own. The
-    copy's memory is kept for the next one.
+    copy's memory is kept for the next one. A program that ends waits for the last save. Call `wait` before you destroy
+    the process group, and `failure` to learn how the save ended.
 
     Attributes:
         failed_in_a_row: how many of the last saves failed; equal on all ranks after `wait`.
@@ -48,31 +53,38 @@ class BackgroundSaver:
     ) -> None:
         """Copy what this rank holds and start a thread that writes it, after an earlier save has ended.
 
-        See `save_checkpoint`. `then` is called on each rank when the checkpoint is complete. `failure` returns what
-        went wrong.
+        See `save_checkpoint`; `extra` is copied, too. `then` is called on each rank when the checkpoint is complete.
+        `failure` returns what went wrong.
         """
-        path = Path(path)
+        path = with_name(path)
         self.wait()
+        copied = together(lambda: as_read(extra), self._group)
         compare_once(model, optimizer, self._group)
         copies = snapshot(model, optimizer, self._host_memory)
 
         def work() -> None:
             try:
-                write(path, copies, extra or {}, self._group, self._ledger)
+                write(path, copies, copied, self._group, self._ledger)
                 then()
                 self.failed_in_a_row = 0
             except Exception as error:  # `failure` tells the training thread
                 self.failed_in_a_row += 1
                 self._failure = error
 
-        self._thread = threading.Thread(target=work, name=f"writes {path.name}", daemon=True)
+        self._thread = threading.Thread(target=work, name=f"writes {path.name}")  # the interpreter waits for it
         self._thread.start()
+        atexit.register(self._report_at_exit)
 
     def wait(self) -> None:
         """Wait until the last save has ended, also if it fails."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            atexit.unregister(self._report_at_exit)
+
+    def _report_at_exit(self) -> None:
+        if self._failure is not None:
+            print(f"the last checkpoint failed: {one_line(self._failure)}", file=sys.stderr, flush=True)
 
     def failure(self) -> OSError | None:
         """Return why the last save failed, the first time only; None if it did not. Raises what is no OSError."""

@@ -107,7 +107,7 @@ def send_bytes(message: bytes, group: Any = None) -> None:
 
 def receive_bytes(length: int, sender: int, group: Any = None) -> bytes:
     """Return the message of this length that another rank sends to rank 0."""
-    message = torch.empty(length, dtype=torch.uint8)
+    message = torch.empty(length, dtype=torch.uint8, device="cpu")
     dist.recv(message, src=sender, group=cpu_group(group))
     return message.numpy().tobytes()
 
@@ -128,7 +128,7 @@ def _first(value: T | None, group: Any) -> T | None:
     """Return, on every rank, the value of the first rank whose value is not None; None if there is none."""
     if world_size() == 1:
         return value
-    lowest = torch.tensor(world_size() if value is None else rank())
+    lowest = torch.tensor(world_size() if value is None else rank(), device="cpu")
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=cpu_group(group))
     source = int(lowest)
     return _broadcast(value, source, group) if source < world_size() else None

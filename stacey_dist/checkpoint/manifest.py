@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stacey_dist.checkpoint.schema import check_manifest, check_tensors
+from stacey_dist.errors import SettingsError, first_line
 from stacey_dist.files import open_regular, parse_json, read_json
 from stacey_dist.version import __version__
 
@@ -67,11 +68,28 @@ def step_of(path: Path) -> int:
 def find_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints under `directory` by their names, newest (most updates) first; none is opened.
 
-    Raises OSError if the directory may not be read: a run must not take that for a directory without checkpoints.
+    Raises OSError if the directory may not be read, and SettingsError if it is none, or a link that leads nowhere: a
+    run must not take these for a directory without checkpoints.
     """
-    if not directory.is_dir():
+    if not os.path.lexists(directory):
         return []
+    if not directory.is_dir():
+        raise SettingsError(f"{directory} is not a directory, or is a link to one that is not there")
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
+
+
+def as_read(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of what a program adds, as it will be read again: the program may change its own meanwhile.
+
+    Raises SettingsError if JSON can't hold it, or it could not be read again.
+    """
+    try:
+        copy = parse_json(json.dumps(extra or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(f"extra can't be saved: {first_line(error)}") from error
+    if type(copy) is not dict:
+        raise SettingsError(f"extra can't be saved: it is a {type(extra).__name__}, not a dictionary")
+    return copy
 
 
 @dataclass(frozen=True)
@@ -98,9 +116,9 @@ def write_manifest(directory: Path, manifest: dict[str, Any], tensors: TensorEnt
 
     Raises ValueError if it could not be read again, because of what a program has added.
     """
-    as_read = parse_json(json.dumps(manifest))
-    check_manifest(as_read, tensors.size)
-    entries = {key: json.dumps(value, sort_keys=True) for key, value in as_read.items()}
+    read_again = parse_json(json.dumps(manifest))
+    check_manifest(read_again, tensors.size)
+    entries = {key: json.dumps(value, sort_keys=True) for key, value in read_again.items()}
     with (directory / MANIFEST).open("w") as opened:
         opened.write(_with_checksum(entries | {"tensors": tensors.text}))
         opened.flush()

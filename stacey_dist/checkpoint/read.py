@@ -23,6 +23,9 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load weights, buffers and optimizer state in place, bit for bit; return the manifest.
 
+    ZeRO counts updates once for all parameters in a flat tensor. Where these had different counts, all continue with
+    the largest, and a warning names two of them.
+
     All ranks call it together, on any engine and in any number; each reads the ranges that it holds now. The
     optimizer's settings (lr, ...) stay as they are: a checkpoint carries state, the program settings.
 

@@ -5,6 +5,7 @@ parameters and buffers, which every rank has in full, follow in batches.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,12 +37,14 @@ class Allocated:
     Attributes:
         ranges: what to read, by name, most of it directly into weights and states.
         reordered: tensors that are not in row-major order, as checkpoints are, and flat tensors to read in their place.
+        steps: fragments, and the counts of their updates to read. An engine may count once for many parameters.
         unsaved: fragments and keys of states that the checkpoint lacks: a parameter that no update has reached, in one
             tensor with others.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
     reordered: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Fragment, Tensor]] = field(default_factory=list)
     unsaved: list[tuple[Fragment, str]] = field(default_factory=list)
 
     def add(self, name: str, start: int, target: Tensor) -> None:
@@ -121,7 +124,8 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
             else:
                 allocated.unsaved.append((f, key))
         if f.step is not None and "step" in saved.get(f.name, {}):
-            allocated.add(f"optimizer/{f.name}/step", 0, f.step)
+            allocated.steps.append((f, torch.empty((), dtype=f.step.dtype, device="cpu")))
+            allocated.add(f"optimizer/{f.name}/step", 0, allocated.steps[-1][1])
     return allocated
 
 
@@ -146,6 +150,7 @@ def restore(allocated: Allocated, optimizer: Any) -> None:
     """Complete weights and states whose ranges were read: restore the order in memory, and begin states not saved."""
     for target, values in allocated.reordered:
         target.copy_(values.view(target.shape))
+    _restore_steps(allocated.steps)
     base = base_optimizer(optimizer)
     if isinstance(base, ElementwiseOptimizer):  # states of torch's optimizers begin as zeros
         groups = _groups(base)
@@ -153,6 +158,24 @@ def restore(allocated: Allocated, optimizer: Any) -> None:
             dtype = str(f.state[key].dtype).removeprefix("torch.")
             group = groups.get(f.owner, base.param_groups[0]) | {"state_dtype": dtype}
             f.state[key].copy_(base.initial_state(f.weight, group)[key])
+
+
+def _restore_steps(steps: list[tuple[Fragment, Tensor]]) -> None:
+    """Write each count where its fragments' owner has it: the largest, if an engine counts once for many parameters."""
+    by_owner: dict[Tensor, list[tuple[Fragment, Tensor]]] = {}
+    for f, step in steps:
+        by_owner.setdefault(f.owner, []).append((f, step))
+    for counted in by_owner.values():
+        (least, fewest), (most, largest) = (choose(counted, key=lambda one: one[1].item()) for choose in (min, max))
+        if not torch.equal(fewest, largest):
+            warnings.warn(
+                f"{least.name} had {fewest.item():.0f} updates and {most.name} {largest.item():.0f}, but this engine "
+                f"counts them together: they continue with {largest.item():.0f}",
+                stacklevel=2,
+            )
+        for f, _ in counted:
+            assert f.step is not None
+            f.step.copy_(largest)
 
 
 def batches(contents: Contents) -> Iterator[Contents]:
@@ -179,6 +202,6 @@ def whole_batches(contents: Contents, model: nn.Module) -> Iterator[dict[str, Ra
 def empty_ranges(contents: Contents) -> dict[str, Range]:
     """Return flat tensors in host memory to read whole tensors into, by name."""
     return {
-        name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype)))
+        name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype), device="cpu"))
         for name, (shape, dtype) in contents.items()
     }

@@ -1,5 +1,6 @@
 """Delete old checkpoints, after a new one is complete."""
 
+import errno
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,12 +12,14 @@ from stacey_dist.checkpoint.manifest import (
     says_finite,
     step_of,
 )
+from stacey_dist.checkpoint.write import clear_leftovers
 
 
 def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Collection[int] = ()) -> None:
-    """Delete checkpoints older than `saved` from its directory. Only one process calls it.
+    """Delete checkpoints older than `saved` from its directory, and what killed saves of older ones have left there.
 
-    The newest one whose weights and optimizer states are finite is never deleted.
+    Only one process calls it. The newest checkpoint whose weights and optimizer states are finite is never deleted, nor
+    are newer ones that can't be read now.
 
     Args:
         saved: the checkpoint that has just been completed.
@@ -25,6 +28,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
         keep_every: keep those whose number of updates is a multiple of it.
         kept: keep those after so many updates.
     """
+    clear_leftovers(saved.parent, before=step_of(saved))
     counted = [path for path in find_checkpoints(saved.parent) if step_of(path) <= step_of(saved)]
     if len(counted) <= keep_last:
         return
@@ -44,24 +48,34 @@ def newest_usable(directory: Path) -> Path | None:
 
     It is the newest one that is not known to hold weights or states that are not finite. Files are not verified.
     """
-    return next((path for path in find_checkpoints(directory) if _finite(path) is not False), None)
+    return next((path for path in find_checkpoints(directory) if _may_be_finite(path)), None)
 
 
 def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
-    """Return the newest checkpoint that is finite, and the newest that may be, if that is newer."""
+    """Return the newest finite checkpoint; of those newer, the newest that may be, and all that can't be read now."""
     found: list[Path] = []
+    unreadable: list[Path] = []
     for path in checkpoints:
-        finite = _finite(path)
+        try:
+            finite = says_finite(read_manifest(path))
+        except DamagedCheckpointError as error:
+            if _is_an_outage(error.__cause__):
+                unreadable.append(path)
+            continue
         if finite or (finite is None and not found):
             found.append(path)
         if finite:
             break
-    return found
+    return found + unreadable
 
 
-def _finite(path: Path) -> bool | None:
-    """Return whether a checkpoint's weights and states are finite; None if it is not known, False if it is damaged."""
+def _is_an_outage(cause: BaseException | None) -> bool:
+    """Return whether a manifest may be read another time: the disk or a limit failed, not the file."""
+    return isinstance(cause, OSError) and cause.errno not in (errno.ENOENT, errno.ENOTDIR)
+
+
+def _may_be_finite(path: Path) -> bool:
     try:
-        return says_finite(read_manifest(path))
+        return says_finite(read_manifest(path)) is not False
     except DamagedCheckpointError:
         return False

@@ -10,13 +10,11 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from stacey_dist.checkpoint.shard import DTYPES
 
 # The largest number of elements and the largest position that torch can hold.
 _LARGEST = 2**63 - 1
-_ITEM_BYTES = {str(dtype).removeprefix("torch."): torch.empty(0, dtype=dtype).element_size() for dtype in DTYPES}
+_ITEM_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in DTYPES}
 # A plain name: no directory, nothing hidden, and what torch's own reader takes for a part of a checkpoint.
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)

@@ -128,7 +128,7 @@ def _read_shard(
     """Fill those missing elements that one file has; return the range that the file has of each tensor, by name."""
     found = {}
     check_regular(path)
-    with safe_open(path, framework="pt") as opened:
+    with torch.device("cpu"), safe_open(path, framework="pt") as opened:  # it makes tensors on the default device
         offsets = parse_json(opened.metadata()["DCP_SHARDING_INFO"])
         for name in [name for name in offsets if name in missing]:
             (offset,), written, wanted = offsets[name]["saved_offsets"], opened.get_slice(name), ranges[name]

@@ -191,10 +191,10 @@ class Ledger:
         if headless is not None:
             return f"{headless}: its first elements were written by no rank"
         begun = _begun(copies)
-        sums = torch.tensor([(_signed(mine.get(name, 0)), int(name in begun)) for name in wholes])
+        sums = torch.tensor([(_signed(mine.get(name, 0)), int(name in begun)) for name in wholes], device="cpu")
         if world_size() > 1:
             dist.all_reduce(sums, group=cpu_group(group))
-        sums -= torch.tensor([(_signed(whole), 1) for whole in wholes.values()])
+        sums -= torch.tensor([(_signed(whole), 1) for whole in wholes.values()], device="cpu")
         name, (left, _) = next((name, each) for name, each in zip(wholes, sums.tolist(), strict=True) if any(each))
         if left:
             return f"{name}: some of its elements were written by no rank, or by two"

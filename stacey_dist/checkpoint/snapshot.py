@@ -60,7 +60,7 @@ class Snapshot:
         flat = values.detach().reshape(-1)
         memory = self.host_memory.get(name)
         if memory is None or (memory.numel(), memory.dtype) != (flat.numel(), flat.dtype):
-            memory = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+            memory = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=flat.is_cuda)
             self.host_memory[name] = memory
         self.ranges[name] = Range(start, memory.copy_(flat, non_blocking=True), trained)
         self.contents[name] = describe(values.shape if shape is None else shape, flat.dtype)

@@ -1,6 +1,7 @@
 """Write a checkpoint: each rank its own ranges, the manifest last, one rename."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -11,17 +12,18 @@ import torch
 from torch import nn
 
 from stacey_dist.checkpoint.collectives import rank, rank0_call, together, world_size
-from stacey_dist.checkpoint.manifest import FORMAT, write_manifest
+from stacey_dist.checkpoint.manifest import FORMAT, as_read, write_manifest
 from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.shard import all_finite, shard_name, write_shard
 from stacey_dist.checkpoint.shares import Ledger, Share, share
 from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
-from stacey_dist.files import sync_directory
+from stacey_dist.files import sync_directory, with_name
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
+_LEFTOVER = re.compile(r"\.(?P<name>step_(?P<step>\d+))\.tmp(?P<replaced>-replaced)?")
 
 
 def save_checkpoint(
@@ -46,12 +48,14 @@ def save_checkpoint(
 
     Raises:
         NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
-        SettingsError: ranks that count as replicas differ, which is looked at in a model's first save.
+        SettingsError: `extra` can't be saved; or ranks that count as replicas differ, which is looked at in a model's
+            first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
     """
+    copied = together(lambda: as_read(extra))
     compare_once(model, optimizer)
-    return write(Path(path), snapshot(model, optimizer), extra or {})
+    return write(with_name(path), snapshot(model, optimizer), copied)
 
 
 def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None, ledger: Ledger | None = None) -> Path:
@@ -110,12 +114,19 @@ def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-replaced")
 
 
-def clear_leftovers(directory: Path) -> None:
-    """Remove what killed saves have left in a directory that nobody saves into now."""
-    for replaced in directory.glob(".step_*.tmp-replaced"):
-        bring_back(replaced, directory / replaced.name.removeprefix(".").removesuffix(".tmp-replaced"))
-    for stale in directory.glob(".step_*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+def clear_leftovers(directory: Path, before: int | None = None) -> None:
+    """Remove what killed saves have left in a directory that nobody saves into now.
+
+    With `before`, saves of at least so many updates may be going on there, and only what is older is removed.
+    """
+    for hidden in directory.glob(".step_*.tmp*"):
+        match = _LEFTOVER.fullmatch(hidden.name)
+        if match is None or (before is not None and int(match["step"]) >= before):
+            continue
+        if match["replaced"]:
+            bring_back(hidden, directory / match["name"])
+        else:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _wait_for(directory: Path, files: Iterable[str] = ()) -> None:

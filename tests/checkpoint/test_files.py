@@ -1,7 +1,10 @@
 """A checkpoint of one process: what is in it, what is refused, what a failure leaves behind."""
 
 import json
+import os
 import shutil
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -214,8 +217,10 @@ def test_retention_and_strangers(tmp_path):
     for step in (5, 100, 20):
         save(tmp_path, step, model, optimizer, {})
     assert (tmp_path / ".step_00000009.tmp").exists()
-    clear_leftovers(tmp_path)
+    (tmp_path / ".step_00000101.tmp").mkdir()  # a save that goes on in the background
     retain(tmp_path / "step_00000100", keep_last=2)
+    assert [path.name for path in tmp_path.glob(".*")] == [".step_00000101.tmp"]
+    clear_leftovers(tmp_path)
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000020"]
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step_best", "step_00000100", "step_00000020"}
     # 100 was damaged, say, and the run went on from 20: what it saves now is not to be deleted for the sake of 100
@@ -280,6 +285,31 @@ def test_a_file_that_cannot_be_read_for_a_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "sha256", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(DamagedCheckpointError, match="Input/output error"):
         verify(path)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_directory_is_not_called_empty(tmp_path, kind):
+    assert find_checkpoints(tmp_path / "checkpoints") == []
+    if kind == "link":
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "a disk that is away")
+    else:
+        (tmp_path / "checkpoints").touch()
+    with pytest.raises(SettingsError, match="checkpoints is not a directory, or is a link to one that is not there"):
+        find_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("number", "passes"), [(22, True), (95, True), (9, True), (5, False)])
+def test_a_file_system_that_cannot_sync_directories(tmp_path, monkeypatch, number, passes):
+    model, fsync = make_model(), os.fsync
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with nullcontext() if passes else pytest.raises(OSError, match="Input/output error"):
+        verify(save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {}))
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):

@@ -1,14 +1,16 @@
 """A checkpoint remembers whether what is trained in it is finite, and the newest finite one is not deleted."""
 
+import errno
 import functools
 import json
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from stacey_dist import Stacey, cli
-from stacey_dist.checkpoint import find_checkpoints, retain, save_checkpoint, verify
+from stacey_dist import Stacey, cli, files
+from stacey_dist.checkpoint import find_checkpoints, manifest, retain, save_checkpoint, verify
 from stacey_dist.checkpoint.manifest import MANIFEST, digest, read_manifest, step_of
 from stacey_dist.checkpoint.shard import all_finite
 from stacey_dist.sharding import fragments
@@ -101,6 +103,22 @@ def test_where_an_earlier_version_did_not_write_it(tmp_path):
     (tmp_path / "step_00000002" / MANIFEST).write_text("{")
     retain(save(tmp_path, 6, ruined=True), keep_last=1)
     assert steps(tmp_path) == [6, 3]
+
+
+@pytest.mark.parametrize(("number", "stays"), [(errno.EMFILE, True), (errno.EIO, True), (errno.ENOENT, False)])
+def test_one_that_cannot_be_read_now_stays(tmp_path, monkeypatch, number, stays):
+    good = save(tmp_path, 1)
+    newest = save(tmp_path, 2, ruined=True)
+
+    def fail(file):
+        if file.parent == good:
+            raise OSError(number, os.strerror(number))
+        return files.read_json(file)
+
+    monkeypatch.setattr(manifest, "_READ_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(manifest, "read_json", fail)
+    retain(newest, keep_last=1)
+    assert good.exists() == stays
 
 
 def test_the_tool_says_it(tmp_path, capsys):

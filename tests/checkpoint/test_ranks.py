@@ -4,6 +4,7 @@ import functools
 import pickle
 import resource
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,27 @@ def check_parameters_without_state_begin_where_they_are(directory):
         assert found > 0, engine
 
 
+def check_one_count_for_many_parameters_is_the_largest(directory):
+    trainer = make("ddp", steps=2)
+    first = next(p for p in trainer.model.parameters() if p.requires_grad)
+    base_optimizer(trainer.optimizer).state[first]["step"].fill_(500)
+    path = save_checkpoint(directory / "step_00000500", trainer.model, trainer.optimizer)
+    for engine in that_run("zero1", "zero3", "fsdp2"):
+        other = make(engine)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_checkpoint(path, other.model, other.optimizer)
+        said = sum("had 2 updates and" in str(w.message) and "continue with 500" in str(w.message) for w in caught)
+        counts = {}
+        for f in fragments(other.model, other.optimizer):
+            counts.setdefault(f.owner, set()).add(float(f.step))
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (said, [sorted(c) for c in counts.values()]))
+        assert {len(found) for _, owners in everyone for found in owners} == {1}, engine
+        assert {found[0] for _, owners in everyone for found in owners} >= {500.0}, engine
+        assert (sum(said for said, _ in everyone) > 0) == engine.startswith("zero"), engine
+
+
 def check_a_file_that_one_rank_cannot_read(directory):
     trainer = make(steps=1)
     path = save_checkpoint(directory / "step_00000001", trainer.model, trainer.optimizer)
@@ -223,6 +245,7 @@ CHECKS = {
     "objects take a group that host memory has": messages.check_objects_take_a_group_that_host_memory_has,
     "all ranks hear of a failure or a result": messages.check_all_ranks_hear_of_a_failure_or_a_result,
     "a range that is missing or twice is named": messages.check_a_range_that_is_missing_or_written_twice_is_named,
+    "one count for many parameters is the largest": check_one_count_for_many_parameters_is_the_largest,
     "a file that one rank cannot read": check_a_file_that_one_rank_cannot_read,
     "frozen parameters are written in turns": check_frozen_parameters_are_written_in_turns,
     "parameters without state begin where they are": check_parameters_without_state_begin_where_they_are,
