@@ -47,14 +47,15 @@ def make_full_state(source):
     torch.save({"state": states, "param_groups": [{"params": list(SHAPES)}]}, source / "optimizer.bin")
 
 
-def make_zero1(source, ranks=2):
-    """Save as DeepSpeed does with ZeRO-1 on two ranks."""
+def make_zero1(source, ranks=2, gaps=None):
+    """Save as DeepSpeed does with ZeRO-1 on two ranks, with so many elements between parameters."""
     weights, states = tensors()
     (source / "step3").mkdir(parents=True)
     (source / "latest").write_text("step3")
 
     def cut(values):
-        flat = torch.cat([value.reshape(-1) for value in values])
+        spaces = gaps or [0] * len(values)
+        flat = torch.cat([torch.nn.functional.pad(v.reshape(-1), (0, n)) for v, n in zip(values, spaces, strict=True)])
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % ranks))
         return [piece.clone() for piece in padded.chunk(ranks)]
 
@@ -67,6 +68,8 @@ def make_zero1(source, ranks=2):
             "single_partition_of_fp32_groups": [masters[rank]],
             "base_optimizer_state": [state],
         }
+        if gaps is not None:
+            optimizer["param_alignment_paddings"] = [gaps]
         file = source / "step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer}, file)
     shapes = [{name: torch.Size(shape) for name, shape in SHAPES.items()}]

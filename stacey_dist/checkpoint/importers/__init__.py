@@ -8,13 +8,22 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, one_line, renamed
+from stacey_dist.checkpoint.importers.foreign import (
+    ForeignCheckpointError,
+    Imported,
+    check_size,
+    one_line,
+    renamed,
+)
+from stacey_dist.checkpoint.manifest import as_read
 from stacey_dist.checkpoint.shard import DTYPES
 from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
+from stacey_dist.files import with_name
 from stacey_dist.sharding.fragment import canonical_name
 
 T = TypeVar("T")
@@ -44,26 +53,31 @@ def import_checkpoint(
         source: the directory; of DeepSpeed, the one with the file `latest` or a tag's in it.
         path: where the checkpoint is to be; its name is step_ and the number of updates, if a run is to find it.
         parameters: the model's trainable parameters in its own order, each with all names it has (a tied one has
-            several). Needed for one process and DDP, whose optimizer's state knows no names.
+            several). Needed for one process and DDP where the optimizer's state knows no names: it does if the
+            optimizer was made of (name, parameter) pairs.
         groups: for each of the optimizer's parameter groups, patterns of the names of its parameters, as in
             `["*.bias", "*norm*"]`. A parameter is in the first group with a pattern that fits its name. Needed where
             the state knows no names and there are several groups.
         extra: goes into the manifest; "step" is the optimizer's count unless it is given.
 
     Raises:
-        ForeignCheckpointError: it is none of these, not all there, or holds what is not read; or `parameters` or
-            `groups` are needed, or do not fit.
+        ForeignCheckpointError: it is none of these, not all there, or holds what is not read, as several models; or
+            `parameters` or `groups` are needed, or do not fit.
+        SettingsError: `extra` can't be saved.
         OSError: the checkpoint could not be written.
     """
+    added, path = as_read(extra), with_name(path)
     try:
-        directory = deepspeed.find(source)
-        found = accelerate.read(source) if directory is None else deepspeed.read(directory)
-        weights, states = _by_our_names(source, found, parameters, groups)
-        _check_tensors(source, weights, states)
-        step = max(int(state["step"]) for state in states.values() if "step" in state)
-        if not 0 <= step <= _LARGEST_STEP:
-            raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
-        copies = Snapshot.of(_tensors(weights, states))
+        with torch.device("cpu"):  # whatever torch's default device is
+            accelerate.check_single(source)
+            directory = deepspeed.find(source)
+            found = accelerate.read(source) if directory is None else deepspeed.read(directory)
+            weights, states = _by_our_names(source, found, parameters, groups)
+            _check_tensors(source, weights, states)
+            step = max(int(state["step"]) for state in states.values() if "step" in state)
+            if not 0 <= step <= _LARGEST_STEP:
+                raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
+            copies = Snapshot.of(_tensors(weights, states))
     except (ForeignCheckpointError, OSError):
         raise
     except Exception as error:
@@ -72,7 +86,7 @@ def import_checkpoint(
             f"{source}: its files do not fit together, or are not what they are named ({one_line(error)})"
         ) from error
     known = {"step": step, "skipped_steps": 0, "imported_from": found.maker}
-    return write(path, copies, known | (extra or {}))
+    return write(path, copies, known | added)
 
 
 def _by_our_names(
@@ -162,10 +176,7 @@ def _check_tensors(source: Path, weights: dict[str, Tensor], states: dict[str, _
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ForeignCheckpointError(f"{source}: tensors of {tensor.dtype} can't be saved")
-    # A file can have one tensor under many names, and each name is given a copy later.
-    size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
-    if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
-        raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
+    check_size(source, tensors)
 
 
 def _tensors(weights: dict[str, Tensor], states: dict[str, _State]) -> dict[str, Tensor]:

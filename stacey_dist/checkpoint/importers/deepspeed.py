@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, load
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_size, load
 from stacey_dist.checkpoint.schema import is_count
 from stacey_dist.files import open_regular
 
@@ -41,12 +41,18 @@ def read(directory: Path) -> Imported:
         raise ForeignCheckpointError(f"{directory}: param_shapes has what is no shape")
     masters = "fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"
     groups = [[_flat(directory, state, masters, index) for state in states] for index in range(len(states[0][masters]))]
+    flat = [tensor for group in groups for rank in group for tensor in rank.values()]
+    frozen = [fragment for part in described for fragment in (part.get("frozen_param_fragments") or {}).values()]
+    check_size(directory, flat + frozen)
     found = Imported(f"DeepSpeed ZeRO-{3 if stage_3 else '1 or 2'} on {len(states)}", {})
     if stage_3:
-        _split(groups, {name: shape for group in shapes for name, shape in group.items()}, found)
+        every = {name: shape for group in shapes for name, shape in group.items()}
+        _split(directory, groups, every, [0] * len(every), 0, found)
     else:
-        for group, ranks in zip(shapes, groups, strict=True):
-            _split([[_joined(ranks)]], group, found)
+        # `zero_optimization.parameter_alignment` leaves gaps between parameters, and every group has some at its end.
+        gaps = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+        for group, ranks, between in zip(shapes, groups, gaps, strict=True):
+            _split(directory, [[_joined(ranks)]], group, between, 2 * len(states) - 1, found)
     _add_the_rest(described, found.weights, stage_3)
     return found
 
@@ -121,18 +127,41 @@ def _joined(ranks: list[_Flat]) -> _Flat:
     return {key: ranks[0][key] if key == "step" else torch.cat([rank[key] for rank in ranks]) for key in ranks[0]}
 
 
-def _split(groups: list[list[_Flat]], shapes: dict[str, Any], found: Imported) -> None:
+def _split(
+    directory: Path,
+    groups: list[list[_Flat]],
+    shapes: dict[str, Any],
+    gaps: list[int],
+    most_at_end: int,
+    found: Imported,
+) -> None:
     """Take parameters and their states out of flat groups, in each of which some lie one after another.
 
     Each parameter is cut into as many pieces as there are ranks, the last one padded.
 
     Args:
+        directory: where they were read.
         groups: flat tensors by group and rank.
         shapes: the parameters' shapes in the order of the groups.
+        gaps: how many elements are left out after each parameter.
+        most_at_end: how many there may be after the last one.
         found: gets the parameters.
+
+    Raises ForeignCheckpointError unless the flat tensors have the elements of these parameters and no more.
     """
+    if not all(map(is_count, gaps)):
+        raise ForeignCheckpointError(f"{directory}: param_alignment_paddings has what is no number of elements")
+    needed = sum(-(-math.prod(shape) // len(groups[0])) for shape in shapes.values()) + sum(gaps)
+    for rank in range(len(groups[0])):
+        for key in groups[0][rank].keys() - {"step"}:
+            there = sum(group[rank][key].numel() for group in groups)
+            if not needed <= there <= needed + most_at_end:
+                raise ForeignCheckpointError(
+                    f"{directory}: {key or 'the weights'} of rank {rank} should have {needed} elements, but there are "
+                    f"{there}; it was saved in another layout, as that of MiCS, or not completely"
+                )
     index, position = 0, 0
-    for name, shape in shapes.items():
+    for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
         count = math.prod(shape)
         while count and position >= groups[index][0][""].numel():
             index, position = index + 1, 0
@@ -146,4 +175,4 @@ def _split(groups: list[list[_Flat]], shapes: dict[str, Any], found: Imported) -
         }
         found.weights[name] = part.pop("")
         found.states[name] = part
-        position = stop
+        position = stop + gap

@@ -1,6 +1,6 @@
 """Code that the importers share: what they return, and how they read files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,16 @@ def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> d
         names = ", ".join(sorted(values)[:6])
         raise ForeignCheckpointError(f"{path}: two of its tensors would have one name: {names}, ...")
     return by_name
+
+
+def check_size(source: Path, tensors: Iterable[Any]) -> None:
+    """Raise ForeignCheckpointError if tensors are larger than the files: one may be named many times.
+
+    It comes before each name gets a copy.
+    """
+    size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
+    if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
+        raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
 
 
 def one_line(error: Exception) -> str:
