@@ -3,10 +3,14 @@
 import reprlib
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest
+from stacey_dist.checkpoint.model_tensors import Contents
 from stacey_dist.checkpoint.read import read_tensors, tensors
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export_directory import check_output, output_directory
@@ -54,7 +58,7 @@ def export_model(
     """Write the weights of the checkpoint at `path` and its model's configuration to `directory`.
 
     The weights are the fp32 masters where the engine kept them. All of them are in this process's host memory.
-    A failed or killed export leaves `directory` as it was.
+    A failed or killed export leaves `directory` as it was, or so that it does not load: see `output_directory`.
 
     Args:
         path: the checkpoint.
@@ -64,7 +68,8 @@ def export_model(
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read, or says what is no model.
-        SettingsError: it was saved without the model's description, or `directory` holds anything else.
+        SettingsError: it was saved without the model's description or with another model's, or `directory` holds
+            anything else.
         OSError: `directory` cannot be written.
     """
     check_output(directory, unlisted=unlisted)
@@ -82,10 +87,36 @@ def export_model(
         shell = build_shell(described.get("config"), described["class"])
     except ValueError as error:
         raise DamagedCheckpointError(f"{path}: {described['class']}: {error}") from error
-    weights = read_tensors(path, [name for name in tensors(manifest) if name.startswith("model/")])
+    kinds = {name.removeprefix("model/"): kind for name, kind in tensors(manifest).items() if name.startswith("model/")}
+    _check_fit(path, kinds, shell)
+    # transformers writes it into config.json, and loads weights in it.
+    named = shell.named_parameters(remove_duplicate=False)
+    dtypes = [getattr(torch, kinds[name][1]) for name, _ in named if name in kinds]
+    if widths := [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]:
+        shell.to(reduce(torch.promote_types, widths))
+    weights = read_tensors(path, [f"model/{name}" for name in kinds])
     with output_directory(directory, unlisted=unlisted) as new:
         shell.save_pretrained(new, state_dict={name.removeprefix("model/"): t for name, t in weights.items()})
         for file in new.glob("*.safetensors"):  # safetensors makes them for their owner alone, whatever the umask
             shutil.copymode(new / "config.json", file)
         if beside is not None:
             beside(new)
+
+
+def _check_fit(path: Path, kinds: Contents, shell: Any) -> None:
+    """Raise SettingsError naming the first tensor that differs between a checkpoint and the model it says it is of.
+
+    transformers would leave such a tensor out, and begin it at random when it loads the model.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
+    names: dict[int, list[str]] = {}  # of a tied tensor several, of which a checkpoint has one
+    for name, tensor in shell.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    absent = [name for name, *others in names.values() if not {name, *others} & kinds.keys()]
+    wrong = [name for name, (shape, _) in kinds.items() if shape != shapes.get(name)]
+    for name in (*absent, *wrong):
+        there = kinds[name][0] if name in kinds else "absent"
+        raise SettingsError(
+            f"{path}: {name} is {there} there, and {shapes.get(name, 'absent')} in the {type(shell).__name__} that it "
+            "says it is of; describe_model was given another model than was saved, or one that was changed since"
+        )

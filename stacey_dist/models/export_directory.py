@@ -15,7 +15,7 @@ from typing import Any
 
 from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.errors import SettingsError
-from stacey_dist.files import read_json
+from stacey_dist.files import read_json, with_name
 
 MARKER = "stacey_export.json"
 # The files of exports of 0.1.0, which had no such list.
@@ -27,6 +27,8 @@ _UNLISTED = re.compile(
 # Files that are replaced together: none of an older export may stay, if that had more of them.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _INSIDE = ".export-tmp"
+# No model loads without it.
+_CONFIG = "config.json"
 
 
 def check_output(directory: Path, *, unlisted: bool = False) -> None:
@@ -64,19 +66,24 @@ def output_directory(directory: Path, *, unlisted: bool = False) -> Iterator[Pat
     """Yield a new directory to fill, and put it in the place of `directory` if that is done without an error.
 
     A failure or a kill leaves `directory` as it was. A kill between two renames can leave it missing, if it held an
-    export before; the next export to it brings that one back before it begins. What an older export has beside the
-    weights, as a tokenizer, stays unless it is written again.
+    export before; the next export to it brings that one back before it begins. A mount point, the working directory,
+    and a directory in one that can't be written are not renamed: there the files are moved one after another, and a
+    failure or a kill meanwhile leaves no config.json, without which no mixture of two exports loads. What an older
+    export has beside the weights, as a tokenizer, stays unless it is written again.
 
     Raises:
         SettingsError: `directory` is not new, empty, or of an export (see `check_output`).
         OSError: it cannot be written.
     """
+    directory = with_name(directory)
     replaced = directory.with_name(f".{directory.name}.export-replaced")
     bring_back(replaced, directory)
     check_output(directory, unlisted=unlisted)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # A mount point, as in a container, cannot be renamed; it is filled from within.
-    inside = os.path.ismount(directory) or (directory.exists() and not os.access(directory.parent, os.W_OK))
+    # A mount point, as in a container, cannot be renamed; it is filled from within. A shell would stay in the old one.
+    inside = os.path.ismount(directory) or (
+        directory.exists() and (directory.samefile(".") or not os.access(directory.parent, os.W_OK))
+    )
     temporary = directory / _INSIDE if inside else directory.with_name(f".{directory.name}.export-tmp")
     if os.path.lexists(temporary):  # left by a killed export
         shutil.rmtree(temporary)
@@ -109,7 +116,8 @@ def _move_in(temporary: Path, directory: Path) -> None:
     """Move new files from a directory inside `directory` to the place of the older ones."""
     _list(directory, [name for place in (temporary, directory) for name, _ in _entries(place)])
     new, old = set(os.listdir(temporary)), set(os.listdir(directory)) - {_INSIDE}
-    for name in sorted((new | old) - {MARKER}):
+    (directory / _CONFIG).unlink(missing_ok=True)
+    for name in sorted((new | old) - {MARKER}, key=lambda name: (name == _CONFIG, name)):
         if (directory / name).is_dir():
             shutil.rmtree(directory / name)
         if name in new:

@@ -139,6 +139,43 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch, mounte
     assert not (out / export_directory._INSIDE).exists()
 
 
+@pytest.mark.parametrize("moves", range(1, 6))
+def test_a_kill_within_a_mount_point_leaves_no_mixture(tmp_path, monkeypatch, moves):
+    out, replace = tmp_path / "out", os.replace
+    names = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", MARKER]
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    out.mkdir()
+
+    def fill(text):
+        with output_directory(out) as new:
+            for name in names[:-1]:
+                (new / name).write_text(text)
+
+    left = iter(range(moves - 1))
+
+    def killed(source, target):
+        if source.parent.name == export_directory._INSIDE and next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    fill("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill("new")
+    there = {(out / name).read_text() for name in names[:-1] if (out / name).exists()}
+    assert len(there) == 1 or not (out / "config.json").exists()
+    fill("newer")
+    assert sorted(os.listdir(out)) == names
+
+
+def test_the_working_directory_is_filled_from_within(saved, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert main(["checkpoint", "export", str(saved), "."]) == 0
+    assert "config.json" in os.listdir(".")
+
+
 def test_a_kill_between_the_two_renames_is_made_good_by_the_next_export(tmp_path):
     write_text(tmp_path / "out", "1")
     before = contents(tmp_path)
