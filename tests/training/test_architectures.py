@@ -87,8 +87,11 @@ def test_one_process_begins_with_the_weights_of_the_seed_and_learns(one_process,
 
 
 @pytest.mark.parametrize("engine", [
-    "cpu_zero2", "cpu_fsdp2",
-    *(pytest.param(engine, marks=pytest.mark.exhaustive) for engine in ("cpu_ddp", "cpu_zero_redundancy", "cpu_zero3")),
+    "cpu_fsdp2",
+    *(
+        pytest.param(engine, marks=pytest.mark.exhaustive)
+        for engine in ("cpu_ddp", "cpu_zero_redundancy", "cpu_zero2", "cpu_zero3")
+    ),
 ])  # fmt: skip
 def test_engines_train_as_one_process(prepared, one_process, tmp_path, engine):
     place, _ = run_all(tmp_path, prepared, engine, 2)

@@ -56,7 +56,9 @@ def on_engine(engine, *arguments, **options):
     return launch(*arguments, *SMOOTH, processes=2, engine=engine, **options)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=[pytest.mark.exhaustive] * (e in ("cpu_zero1", "cpu_ddp"))) for e in ENGINES]
+)
 def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_path, engine):
     directory, config = one_process
     # Two micro-batches a process: the accumulation is the engine's own.
@@ -178,7 +180,10 @@ def of_deepspeed(stage=2, dtype="float32", precision="no", asked=None, **section
     config = LLMConfig()
     config.model.dtype, config.train.mixed_precision = dtype, asked
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=precision)
-    return SimpleNamespace(config=config, accelerator=accelerator, process_batch_size=8, micro_batch_size=4)
+    said = []
+    run = SimpleNamespace(config=config, accelerator=accelerator, process_batch_size=8, micro_batch_size=4)
+    run.said, run.say = said, said.append
+    return run
 
 
 @pytest.mark.parametrize(
@@ -212,3 +217,23 @@ def test_a_deepspeed_configuration_is_completed(said):
     assert config["train_batch_size"] == 16
     assert config["zero_force_ds_cpu_optimizer"] is False
     assert config["bf16"]["check_grad_overflow"] is True
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload", "expected"),
+    [
+        (2, "bf16", "none", "fp32"),
+        (3, "fp16", "cpu", "fp32"),
+        (2, "no", "none", None),
+        (1, "bf16", "none", None),
+        (2, "bf16", "cpu", None),
+    ],
+)
+def test_micro_batches_are_added_in_float32_where_deepspeed_can(stage, precision, offload, expected):
+    run = of_deepspeed(stage, precision=precision)
+    config = run.accelerator.state.deepspeed_plugin.deepspeed_config
+    config["zero_optimization"]["offload_optimizer"] = {"device": offload}
+    deepspeed_config.complete(run)
+    assert config.get("data_types", {}).get("grad_accum_dtype") == expected
+    told = [f"ZeRO-{stage} adds the 2 micro-batches of an update in {precision}"]
+    assert [line.partition(";")[0] for line in run.said] == (told if precision != "no" and not expected else [])

@@ -33,7 +33,8 @@ def curve(run_dir):
 @pytest.mark.parametrize(
     ("launcher", "engine", "kills"),
     [
-        *(("train_llm", engine, 2) for engine in ("cpu_zero3", "cpu_fsdp2")),
+        ("train_llm", "cpu_zero3", 2),
+        pytest.param("train_llm", "cpu_fsdp2", 2, marks=pytest.mark.exhaustive),
         *(
             pytest.param(launcher, engine, 40, marks=pytest.mark.exhaustive)
             for launcher in ("train_llm", "train_imagenet")
