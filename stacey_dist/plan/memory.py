@@ -68,17 +68,26 @@ def owned_elements(job: Job) -> list[int]:
 
 
 def zero1(job: Job, rank: int) -> RankMemory:
-    """Return what ZeRO-1 keeps: as ZeRO-2, and whole gradients until the last micro-batch reduces them."""
+    """Return what ZeRO-1 keeps: gradients in the weights' dtype, and whole until the last micro-batch reduces them."""
     buffers = {"gradient bucket": BUCKET * job.compute_bytes, "whole gradients": job.model.elements * job.compute_bytes}
-    return replace(zero2(job, rank), buffers=buffers)
+    return replace(_by_parameters(job, rank), buffers=buffers)
 
 
 def zero2(job: Job, rank: int) -> RankMemory:
     """Return what ZeRO-2 keeps: flat groups, padded to 2 elements a rank, and one slice of each a rank's own.
 
-    The gradients of a slice are kept with all of the parameters that it cuts through. From the second micro-batch of
-    an update on, its gradients are added to the first one's: there are two.
+    In mixed precision, the float32 sum of a slice's gradients, on which the update works. Else the gradients of all
+    parameters that a slice cuts through; from the second micro-batch of an update on, its own beside the sum.
     """
+    if job.compute_bytes == MASTER:
+        return _by_parameters(job, rank)
+    owned, compute = sum(flat_slices(job)), job.compute_bytes
+    device = _parts(job, owned * job.ranks * compute, owned * MASTER, owned * MASTER, owned)
+    return RankMemory(device, buffers={"gradient bucket": BUCKET * compute})
+
+
+def _by_parameters(job: Job, rank: int) -> RankMemory:
+    """Return what ZeRO-1 and 2 keep where they add gradients in the weights' dtype."""
     sizes, gradients = flat_slices(job), kept_gradients(job)(rank)
     compute, owned = job.compute_bytes, sum(sizes)
     buffers = {"gradient bucket": BUCKET * compute}
@@ -86,11 +95,12 @@ def zero2(job: Job, rank: int) -> RankMemory:
         buffers["gradients to be added"] = gradients * compute
     device = _parts(job, owned * job.ranks * compute, gradients * compute, owned * MASTER, owned)
     # A group at a time: the slice of its gradients made flat, and in float32.
-    return RankMemory(device, buffers=buffers, update=max(sizes) * _update_bytes(job))
+    flat = compute if compute < MASTER else 0
+    return RankMemory(device, buffers=buffers, update=max(sizes) * (flat + MASTER))
 
 
 def kept_gradients(job: Job) -> Callable[[int], int]:
-    """Return the function of a rank that counts the gradients it keeps under ZeRO-1 and 2, with the padding's."""
+    """Return the function of a rank that counts the gradients it keeps `_by_parameters`, with the padding's."""
     groups = [list(accumulate((p.elements for p in group), initial=0)) for group in job.groups]
     sizes = flat_slices(job)
 
@@ -107,7 +117,7 @@ def kept_gradients(job: Job) -> Callable[[int], int]:
 
 
 def _fullest_slice(job: Job) -> int:
-    """Return the first of the ranks that keep most gradients under ZeRO-1 and 2.
+    """Return the first of the ranks that keep most gradients `_by_parameters`.
 
     Neighbours whose slices lie within the same parameters keep as many: one of them is looked at.
     """
@@ -125,7 +135,7 @@ def flat_slices(job: Job) -> list[int]:
 
 
 def zero3(job: Job, rank: int) -> RankMemory:
-    """Return what ZeRO-3 keeps: each parameter padded to a multiple of the ranks and cut."""
+    """Return what ZeRO-3 keeps: each parameter padded to a multiple of the ranks and cut; gradients in float32."""
     owned, compute = sum(map(sum, cut_parameters(job))), job.compute_bytes
     largest = 0
     for group in cut_parameters(job):
@@ -134,18 +144,18 @@ def zero3(job: Job, rank: int) -> RankMemory:
             current += size
             largest = max(largest, current)
             current = 0 if current >= SUB_GROUP else current
-    device, buffers = _parts(job, owned * compute, owned * compute, owned * MASTER, owned), _zero3_buffers(job)
+    device, buffers = _parts(job, owned * compute, owned * MASTER, owned * MASTER, owned), _zero3_buffers(job)
     not_freed = buffers["gradient bucket"] + buffers["small weights"]
-    return RankMemory(device, buffers=buffers, update=not_freed + largest * _update_bytes(job))
+    return RankMemory(device, buffers=buffers, update=not_freed + largest * MASTER)
 
 
 def zero3_offload(job: Job, rank: int) -> RankMemory:
     """Return what ZeRO-3 keeps with its slices in host memory; the device has gathered weights and the bucket.
 
-    The host has the gradients twice: as they come, and in float32 for the update.
+    The host has the gradients twice: their sum, and a copy for the update.
     """
     owned, compute = sum(map(sum, cut_parameters(job))), job.compute_bytes
-    host = _parts(job, owned * compute, owned * (compute + MASTER), owned * MASTER, owned)
+    host = _parts(job, owned * compute, owned * 2 * MASTER, owned * MASTER, owned)
     return RankMemory(_parts(job, 0, 0, 0, 0), host=host, buffers=_zero3_buffers(job))
 
 
@@ -167,8 +177,9 @@ def fsdp2(job: Job, rank: int) -> RankMemory:
     buffers = {
         # Two layers, of which one is on its way, and the tail, which stays gathered into the backward pass.
         "gathered weights": (2 * layer + tail) * job.compute_bytes,
-        # What an all-gather and a reduce-scatter work on, and the gradients of a unit before they are scattered.
-        "gather and scatter": 3 * max(sum(p.elements for p in unit) for unit in job.model.units) * job.compute_bytes,
+        # What an all-gather works on, the gradients of a unit, and those as the reduce-scatter adds them.
+        "gather and scatter": max(sum(p.elements for p in unit) for unit in job.model.units)
+        * (2 * job.compute_bytes + job.weight_bytes),
     }
     return RankMemory(_parts(job, padded * job.weight_bytes, padded * job.weight_bytes, 0, own), buffers=buffers)
 
@@ -182,7 +193,7 @@ ENGINES: dict[str, Callable[[Job, int], RankMemory]] = {
 def most_loaded_rank(job: Job) -> tuple[int, RankMemory]:
     """Return the rank that keeps most on its device (the first of several), and what it keeps."""
     rank = 0  # on other engines it has no fewer rows than another
-    if job.engine in ("zero1", "zero2"):
+    if job.engine == "zero1" or (job.engine == "zero2" and job.compute_bytes == MASTER):
         rank = _fullest_slice(job)
     elif job.engine == "zero_redundancy" and job.state_bytes:
         owned = owned_elements(job)
@@ -193,11 +204,6 @@ def most_loaded_rank(job: Job) -> tuple[int, RankMemory]:
 def _parts(job: Job, weights: int, gradients: int, masters: int, elements: int) -> dict[str, int]:
     states = {name: size * elements for name, size in job.state_bytes.items()}
     return {"weights": weights, "gradients": gradients, "masters": masters, **states}
-
-
-def _update_bytes(job: Job) -> int:
-    """Return the bytes that DeepSpeed takes for an element that it updates: its gradient, made flat and float32."""
-    return MASTER + (job.compute_bytes if job.compute_bytes < MASTER else 0)
 
 
 def _zero3_buffers(job: Job) -> dict[str, int]:

@@ -138,12 +138,14 @@ def transfers(job: Job, gpu: Gpu) -> list[Transfer]:
                 everywhere(f"gradients, {_times(times)}", "reduce-scatter", padded * times),
             ]
             if job.engine == "zero3_offload":
-                sent = share * 4 * times  # to the GPU twice; gradients to the host, and added there
+                # Weights to the GPU twice; the float32 sum of the gradients to the GPU and back.
+                sent = share // compute * 2 * (compute + MASTER) * times
                 found.append(Transfer("weights and gradients", "copy", sent, sent, sent / gpu.host))
             return found
         case _:
-            units = [_padded_rows(unit, job.shard_ranks) * compute for unit in job.model.units]
-            gathered, scattered = (2 * sum(units) - units[-1]) * times, sum(units) * times
+            units = [_padded_rows(unit, job.shard_ranks) for unit in job.model.units]
+            gathered = (2 * sum(units) - units[-1]) * compute * times
+            scattered = sum(units) * job.weight_bytes * times  # gradients are added in the weights' dtype
             bandwidth = gpu.intra if job.engine == "hsdp" else ring
             what = f"weights, {_times(2 * times)} (tail {_times(times)})"
             found = [
@@ -151,7 +153,7 @@ def transfers(job: Job, gpu: Gpu) -> list[Transfer]:
                 _transfer(f"gradients, {_times(times)}", "reduce-scatter", scattered, job.shard_ranks, bandwidth),
             ]
             if job.engine == "hsdp":
-                size = sum(units) // job.shard_ranks * times
+                size = scattered // job.shard_ranks
                 # The GPUs of a node, each in a ring of its own, share the node's cards.
                 found.append(_transfer("gradients between nodes", "all-reduce", size, job.nodes, gpu.inter))
             return found

@@ -8,7 +8,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,8 @@ class Engine:
     def _shard(self, optimizer: Optimizer) -> None:
         """Have FSDP2 shard the model: one without memory, or the one that rank 0 or each process has."""
         plugin = self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:  # Accelerate would have processes add gradients in bf16
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
         without_memory = any(param.is_meta for param in self.module.parameters())
         sent = not without_memory and loads_weights_from_rank0(self.accelerator, self.module)
         plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
@@ -147,10 +149,11 @@ class Engine:
         """
         agreed = self.hosts.ask(requests)
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
-        # Stacey clips in the pass over the gradients that it makes anyway.
-        clips = isinstance(base, Stacey)
-        outcome = self._outcome(loss, self._gradient_norm() if clips else self._clip_gradients(limit or math.inf))
+        outcome = self._outcome(loss, self._gradient_norm())
         _, norm, skipped = outcome
+        clips = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
+        if limit > 0 and not clips:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         optimizer: Any = self.optimizer.optimizer  # Accelerate's own step waits, to know whether it skips
         if clips or getattr(base, "_step_supports_amp_scaling", False):
             divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips and limit > 0 else None
@@ -181,12 +184,7 @@ class Engine:
 
     def _gradient_norm(self) -> Tensor:
         self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _clip_gradients(self, max_norm: float) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        assert norm is not None
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -294,8 +292,10 @@ class DeepSpeedEngine(Engine):
         agreed = self.hosts.ask(requests)
         outcome = self._outcome(loss, torch.zeros_like(loss))
         self.model.step()
-        outcome[1] = self.model.get_global_grad_norm() or 0.0
-        outcome[2] = getattr(self._zero, "overflow", False)
+        norm = float(self.model.get_global_grad_norm() or 0.0)
+        outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
+        # What it applies though it is not finite counts as well: so the run ends at train.max_skipped_steps.
+        outcome[2] = bool(getattr(self._zero, "overflow", False)) or not outcome[:2].isfinite().all()
         return Update(outcome, agreed())
 
     def scaler_state(self) -> dict[str, Any] | None:

@@ -150,3 +150,18 @@ def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
     assert script.returncode == 0, script.stderr[-3000:]
     assert "resumed from runs/notebook/checkpoints/step_00000020 after 20 updates" in script.stdout
     assert_equal_checkpoints(tmp_path / "runs/notebook", tmp_path / "whole", 40)
+
+
+@pytest.mark.parametrize("engine", ["cpu_zero2", pytest.param("cpu_zero3", marks=pytest.mark.exhaustive)])
+def test_many_micro_batches_have_the_gradient_of_one(tmp_path, engine):
+    """Added in bf16, its norm would be 5 % too small."""
+    norms = []
+    for micro in (1, 512):
+        options = (
+            "--train.max_steps", 1, "--train.global_batch_size", 512, "--train.micro_batch_size", micro,
+            "--train.max_grad_norm", 0, "--train.cpu_threads", 1, "--schedule.warmup_steps", 0,
+        )  # fmt: skip
+        run = tmp_path / str(micro)
+        launch(*options, "--run_dir", run, program=EXAMPLE, engine=engine, ACCELERATE_MIXED_PRECISION="bf16")
+        norms.append(training_rows(run)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)

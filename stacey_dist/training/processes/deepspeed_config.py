@@ -8,7 +8,7 @@ from stacey_dist.training.run import Run
 
 
 def complete(run: Run[Any]) -> None:
-    """Put the run's batch sizes, clipping and safety checks into the DeepSpeed configuration of its accelerator.
+    """Put the run's batch sizes, clipping, sums and checks into the DeepSpeed configuration of its accelerator.
 
     DeepSpeed clips gradients at 1.0 where nothing is said, and takes several settings that belong to the run; a
     file that says the same, or "auto", is fine.
@@ -23,7 +23,7 @@ def complete(run: Run[Any]) -> None:
                 f"{section}: this section of the DeepSpeed configuration is not allowed; "
                 f"{section}.* of the run takes its place ({section}.name and so on)"
             )
-    for section in ("zero_optimization", "bf16", "fp16"):
+    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(config.get(section, {}), dict):
             raise SettingsError(
                 f"{section}: {config[section]} in the DeepSpeed configuration is not allowed; it must hold settings"
@@ -61,8 +61,27 @@ def complete(run: Run[Any]) -> None:
     _set(config, "train_batch_size", run.config.train.global_batch_size, "train.global_batch_size")
     if config.get("bf16", {}).get("enabled"):
         config["bf16"].setdefault("check_grad_overflow", True)  # skip an update that is not finite, as everywhere
+    if found != "no":
+        _sum_in_float32(run, config, stage, accumulation)
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading would exchange the optimizer for CPUAdam
     run.accelerator.gradient_accumulation_steps = accumulation
+
+
+def _sum_in_float32(run: Run[Any], config: dict[str, Any], stage: int, accumulation: int) -> None:
+    """Have DeepSpeed add micro-batches in float32: in the weights' dtype, small gradients are lost in a large sum.
+
+    ZeRO-1 can in bf16 alone, with another optimizer of DeepSpeed's, which keeps all gradients on each process in both
+    dtypes. With the optimizer offloaded, ZeRO-1 and ZeRO-2 keep the sum in the weights' dtype, whatever they are told.
+    """
+    offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    types = config.setdefault("data_types", {})
+    if stage == 3 or (stage == 2 and offload == "none"):
+        types.setdefault("grad_accum_dtype", "fp32")
+    elif accumulation > 1 and types.get("grad_accum_dtype") is None:
+        run.say(
+            f"ZeRO-{stage} adds the {accumulation} micro-batches of an update in {run.accelerator.mixed_precision}; "
+            "configs/accelerate/zero2.yaml and zero3.yaml add them in float32"
+        )
 
 
 def _set(config: dict[str, Any], key: str, value: float, setting: str) -> None:
