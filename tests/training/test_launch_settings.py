@@ -83,6 +83,22 @@ def test_what_deepspeed_may_not_do(name):
         launch_settings.check_unsupported(config)
 
 
+@pytest.mark.parametrize("name", launch_settings._NEEDED_IN_DEEPSPEED)
+def test_what_deepspeed_must_do(name):
+    section, last = name.split(".")
+    launch_settings.check_unsupported({section: {last: True}})
+    with pytest.raises(SettingsError, match=rf"{name}: False in the DeepSpeed configuration is not allowed"):
+        launch_settings.check_unsupported({section: {last: False}})
+
+
+def test_what_deepspeed_has_another_place_for():
+    harmless = {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}}
+    launch_settings.check_unsupported(harmless)
+    for name, instead in launch_settings._INSTEAD.items():
+        with pytest.raises(SettingsError, match=rf"{name}: .*; {instead}"):
+            launch_settings.check_unsupported({name: {"some": 1}})
+
+
 # (a section of DeepSpeed's configuration, what the user reads)
 OF_DEEPSPEED = [
     ({"zero_optimization": {"stage": 7}}, "stage: 7: "),

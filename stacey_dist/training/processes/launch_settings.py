@@ -48,25 +48,34 @@ _CONFIGURATION_ERRORS = (
 _PARALLEL = {"TP": "parallelism_config_tp_size", "CP": "parallelism_config_cp_size", "SP": "parallelism_config_sp_size"}
 
 # DeepSpeed's settings that change how weights or gradients are stored, summed or applied, so that an update would no
-# longer be the rule's.
+# longer be the rule's; and those that the loop would not know of.
 _UNSUPPORTED_IN_DEEPSPEED = (
+    "activation_checkpointing",
     "amp",
+    "bf16.bf16_master_weights_and_grads",
+    "bf16.bf16_optimizer_states",
+    "bfloat16",
     "compression_training",
     "curriculum_learning",
     "data_efficiency",
     "eigenvalue",
     "elasticity",
+    "fp16.fp16_master_weights_and_grads",
     "hybrid_engine",
     "progressive_layer_drop",
     "quantize_training",
     "sparse_gradients",
     "tensor_parallel",
+    "torch_autocast",
     "zero_optimization.offload_optimizer.super_offload",
     "zero_optimization.zenflow",
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_weights",
 )
+_INSTEAD = {"activation_checkpointing": "use train.gradient_checkpointing", "bfloat16": "its name is bf16"}
+# Those without which updates that are not finite are applied, or gradients are not clipped.
+_NEEDED_IN_DEEPSPEED = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 
 
 def flag(name: str) -> bool:
@@ -109,12 +118,17 @@ def check_layer_classes(classes: Callable[[], Collection[str]]) -> None:
 
 def check_unsupported(config: dict[str, Any]) -> None:
     """Raise SettingsError for what DeepSpeed's configuration may not ask for here."""
-    for name in _UNSUPPORTED_IN_DEEPSPEED:
+    for name in (*_UNSUPPORTED_IN_DEEPSPEED, *_NEEDED_IN_DEEPSPEED):
         value: Any = config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value and (not isinstance(value, dict) or value.get("enabled", True)):
-            raise SettingsError(f"{name}: {_short(value)} in the DeepSpeed configuration is not allowed; leave it out")
+        if name in _NEEDED_IN_DEEPSPEED:
+            wrong = value not in (None, True)
+        else:
+            wrong = any(value.values()) and value.get("enabled", True) if isinstance(value, dict) else bool(value)
+        if wrong:
+            instead = _INSTEAD.get(name, "leave it out")
+            raise SettingsError(f"{name}: {_short(value)} in the DeepSpeed configuration is not allowed; {instead}")
 
 
 def check_with_deepspeed(config: dict[str, Any]) -> None:
