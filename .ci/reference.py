@@ -124,7 +124,7 @@ def allowed(kind: Any) -> str:
         words = inner[1].words  # "within [0, 1]" follows the type, "a finite number >= 0" has it
         return words if words.startswith(("a ", "the ")) else f"{allowed(inner[0])} {words}"
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join([*(allowed(one) for one in inner if one is not NoneType), "`null`"])
+        return " or ".join("`null`" if one is NoneType else allowed(one) for one in inner)
     if get_origin(kind) is list:
         return f"list: {allowed(inner[0])}"
     if get_origin(kind) is tuple:

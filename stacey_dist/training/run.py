@@ -149,15 +149,12 @@ class Run(Generic[C]):
     def report(self, exported: str) -> None:
         """Print where everything is, with the line `exported`, and the command that trains longer."""
         config = self.config
-        launch = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
         before_decay = config.train.max_steps - config.schedule.decay_updates(config.train.max_steps)
         kept = self.directory / "checkpoints" / directory_name(before_decay)
-        if self.accelerator.num_processes > 1:
-            launch += " --config_file FILE"
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"{command_to_continue(config, launch, kept if kept.is_dir() else None)}"
+            f"{command_to_continue(config, _launch(), kept if kept.is_dir() else None)}"
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:
@@ -188,6 +185,16 @@ class Run(Generic[C]):
                         raise outcome["error"]
                     sys.exit(2)
                 return result
+
+
+def _launch() -> str:
+    """Return the command that has started this run's processes, without the program."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "accelerate launch" + (" --config_file FILE" if processes > 1 else "")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = f" --nnodes {processes // here}" if processes > here else ""
+    return f"torchrun{nodes} --nproc_per_node {here}" if processes > 1 else "python"
 
 
 def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from stacey_dist import yaml_files
 from stacey_dist.training.continuing import command_to_continue, lr_change
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.optimizers import lr_share, scheduled
+from stacey_dist.training.run import _launch
 from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
@@ -68,6 +69,19 @@ def longer(config, directory):
     words = shlex.split(command)
     assert words[:2] == ["accelerate", "launch"]
     return about, LLM.parse(words[3:])
+
+
+def test_the_command_starts_the_processes_as_they_were_started(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert _launch() == "python"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _launch() == "torchrun --nproc_per_node 8"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert _launch() == "torchrun --nnodes 2 --nproc_per_node 4"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert _launch() == "accelerate launch --config_file FILE"
 
 
 @pytest.mark.parametrize(

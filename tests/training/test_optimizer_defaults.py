@@ -12,8 +12,10 @@ from stacey_dist import yaml_files
 from stacey_dist.training import optimizers
 from stacey_dist.training.launchers import IMAGES, LLM, Launcher
 from stacey_dist.training.run import Run
+from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.config import OptimizerConfig, RunConfig
 from stacey_dist.training.settings.image_config import ImageOptimizerConfig
+from tests.training.forked import ROOT
 
 KINDS = {name: get_type_hints(OptimizerConfig)[name] for name in ("name", "variant")}
 METHODS = [
@@ -48,6 +50,22 @@ def test_the_table_has_what_each_optimizer_reads(config_class, name, variant):
     assert read & set(OptimizerConfig.chosen) == own.keys()
     known = {each(n, variant=v).method for each, n, v in CASES if each is config_class}
     assert set(config_class.defaults) == known
+
+
+def test_another_method_than_a_files_brings_its_own_numbers(tmp_path):
+    """A file, such as a run's config.yaml, has the numbers of its own method: they are not those of another."""
+    quickstart, written = str(ROOT / "configs/llm/quickstart.yaml"), tmp_path / "a.yaml"
+    for options in (["--optimizer.variant", "pp"], ["--optimizer.name", "adamw"]):
+        plain = LLM.parse(options)
+        assert LLM.parse(["--config", quickstart, *options]).optimizer == plain.optimizer
+        written.write_text(yaml_files.dump(to_dict(plain)))
+        back = ["--optimizer.name", "stacey", "--optimizer.variant", "p2"]
+        assert LLM.parse(["--config", str(written), *back]).optimizer == LLM.parse([]).optimizer
+    written.write_text("optimizer: {lr: 0.0012, weight_decay: 0.2}\n")
+    adamw = LLM.parse(["--config", str(written), "--optimizer.name", "adamw", "--optimizer.tau", "0.004"]).optimizer
+    assert (adamw.lr, adamw.weight_decay) == (OptimizerConfig.defaults["adamw"]["lr"], 0.2)
+    given = LLM.parse(["--config", quickstart, "--optimizer.name", "adamw", "--optimizer.lr", "0.0012"]).optimizer
+    assert given.lr == 0.0012
 
 
 def test_a_name_alone_brings_its_numbers_and_a_given_one_wins(tmp_path):

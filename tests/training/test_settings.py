@@ -11,6 +11,7 @@ import yaml
 from stacey_dist import Stacey
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.launchers import LLM
+from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.settings.command_line import flatten, parse, to_dict
 from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.training.forked import ROOT
@@ -65,6 +66,27 @@ def test_options_win_over_files_and_later_files_over_earlier_ones(tmp_path):
     config = parse(LLMConfig, ["--config", a, "--config", b, "--train.eval_every_steps=5"])
     assert (config.train.max_steps, config.train.eval_every_steps) == (9, 5)
     assert config.optimizer.p == math.inf
+
+
+def test_max_steps_that_is_given_later_takes_the_place_of_epochs(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {max_steps: 70, epochs: 2}\n")  # as a run's config.yaml has both
+    (tmp_path / "b.yaml").write_text("train: {max_steps: 90}\n")
+    a, b = (["--config", str(tmp_path / name)] for name in ("a.yaml", "b.yaml"))
+    steps, epochs = ["--train.max_steps", "100"], ["--train.epochs", "3"]
+    found = [(*a, *steps), (*a, *b), (*b, *a), a, (*a, *epochs), (*epochs, *a), (*epochs, *steps), (*steps, *epochs)]
+    trains = [parse(LLMConfig, options).train for options in found]
+    assert [train.epochs for train in trains] == [None, None, 2, 2, 3, 3, None, 3]
+    assert [train.max_steps for train in trains] == [100, 90, 70, 70, 70, 70, 100, 100]
+
+
+def test_of_a_nodes_processes_the_first_tells_of_a_bad_option(monkeypatch, capsys):
+    for rank, lines in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        for options in (["--no.such", "1"], ["--train.micro_batch_size", "3"]):
+            with pytest.raises(SystemExit) as ended, user_errors("train_llm.py"):
+                LLM.parse(options)
+            assert ended.value.code == 2
+            assert len(capsys.readouterr().err.splitlines()) == (lines if options[0] == "--no.such" else lines // 2)
 
 
 def test_options_as_people_type_them():

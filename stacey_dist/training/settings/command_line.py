@@ -7,6 +7,7 @@ name for a mistyped one.
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import shlex
 import sys
@@ -34,7 +35,8 @@ def parse(
     """Return the configuration of `arguments`: defaults, then --config files, then options.
 
     Args:
-        config_class: a dataclass whose fields are settings, or sections of them, which are dataclasses too.
+        config_class: a dataclass whose fields are settings, or sections of them, which are dataclasses too. Its
+            `instead_of` may say which setting becomes null where another is given later.
         arguments: the options; by default those of the command line.
         program: the name in messages; by default the program's own.
         elsewhere: other programs and their configurations, which a message names for a setting that is theirs.
@@ -48,29 +50,47 @@ def parse(
         if any(name in ("help", "h") for name, _ in options):
             parser.parse_args(["--help"])
         settings = parser.get_defaults()
-        given: set[str] = set()
-        for path in [value for name, value in options if name == "config"]:
+        own = values = parser.values(config_class, {}, settings)
+        given: dict[str, int] = {}  # by which file or, after all files, by which option
+        for number, path in enumerate([value for name, value in options if name == "config"]):
             parser.source = f"--config {path}: "
             of_file = _read(path, parser.kinds, elsewhere)
             settings = parser.parse_object(of_file, namespace=settings)
-            given.update(of_file)
+            before, values = values, parser.values(config_class, {}, settings)
+            _forget(given, before, values)
+            given.update(dict.fromkeys(of_file, number))
         parser.source = ""
         typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
-        given.update(typed)
-        values = parser.values(config_class, typed, settings)
-        own = config_class()
-        return config_class(**{name: _choose(value, getattr(own, name), name, given) for name, value in values.items()})
+        before, values = values, parser.values(config_class, typed, settings)
+        _forget(given, before, values)
+        given.update({name: len(options) + number for number, (name, _) in enumerate(options) if name != "config"})
+        config = config_class(**{name: _choose(value, own[name], name, given) for name, value in values.items()})
+        for name, other in getattr(config_class, "instead_of", {}).items():
+            if given.get(name, -1) > given.get(other, -1):
+                section, _, setting = other.rpartition(".")
+                setattr(getattr(config, section), setting, None)
+        return config
     except SettingsError as error:
         parser.error(str(error))
 
 
-def _choose(section: Any, default: Any, name: str, given: set[str]) -> Any:
-    """Return a section with the numbers of what was chosen in it, if that is not the default, where none were given."""
-    if not hasattr(section, "chosen") or section.method == default.method:
+def _forget(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Forget the numbers that were a method's own, as a run's config.yaml has them, where another method is chosen."""
+    for name, section in before.items():
+        if hasattr(section, "chosen") and section.method != after[name].method:
+            own = dataclasses.replace(section, **dict.fromkeys(section.chosen))
+            for each in section.chosen:
+                if getattr(section, each) == getattr(own, each):
+                    given.pop(f"{name}.{each}", None)
+
+
+def _choose(section: Any, default: Any, name: str, given: Mapping[str, int]) -> Any:
+    """Return a section with the numbers of the method that was chosen in it, where none were given."""
+    if not hasattr(section, "chosen"):
         return section
-    return dataclasses.replace(
-        section, **dict.fromkeys(each for each in section.chosen if f"{name}.{each}" not in given)
-    )
+    same = section.method == default.method
+    missing = [each for each in section.chosen if f"{name}.{each}" not in given]
+    return dataclasses.replace(section, **{each: getattr(default, each) if same else None for each in missing})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -148,10 +168,14 @@ class _Parser(ArgumentParser):
         return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error without the usage, and a value of a wrong type in one line; exit with status 2."""
+        """Print the error without the usage, and a value of a wrong type in one line; exit with status 2.
+
+        Of the processes of a node, which all find it, the first prints it.
+        """
         line = self.explained(message).strip().encode("utf-8", "backslashreplace").decode()
-        print(f"{self.prog}: error: {line}", file=sys.stderr)
-        print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: error: {line}", file=sys.stderr)
+            print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
         sys.exit(2)
 
     def explained(self, message: str) -> str:

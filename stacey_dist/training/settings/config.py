@@ -5,6 +5,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -34,7 +35,8 @@ _OWN: Any = None
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults."""
+    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults; so have those
+    that a file sets to one optimizer's defaults, if a later file or option chooses another."""
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
     """The optimizer. muon updates the matrices of hidden layers, and AdamW the other parameters."""
@@ -145,7 +147,7 @@ class TrainConfig:
     max_steps: PositiveInt = 600
     """Updates in the whole run."""
     epochs: PositiveFloat | None = None
-    """Passes over the training data. If set, it determines max_steps."""
+    """Passes over the training data. It determines max_steps, unless a later file or option has max_steps."""
     global_batch_size: PositiveInt = 16
     """Samples (sequences or images) per update, over all processes."""
     micro_batch_size: PositiveInt | None = None
@@ -244,6 +246,8 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
+    instead_of: ClassVar[Mapping[str, str]] = {"train.max_steps": "train.epochs"}
+    """A setting, and the one that becomes null where a later file or option has it."""
     samples: ClassVar[str] = "samples"
     """The name of samples, as in "sequences"."""
     changes_to_allow: ClassVar[tuple[str, ...]] = SHARED_CHANGES
