@@ -87,9 +87,10 @@ class Callback:
     """Looks on while a run trains. Its methods do nothing; a subclass has those that it needs.
 
     Every process calls each of them at the same update, but for `on_checkpoint_saved`: so they may talk to each other.
-    What is for one process alone, such as writing a file, begins with `training.run.accelerator.is_main_process`.
-    Training waits for a callback. An error in one ends the run as an error in the task does; the run resumes from its
-    newest checkpoint.
+    What is for one process alone, such as writing a file, begins with `training.run.accelerator.is_main_process`. If it
+    may take longer than `train.collective_timeout_seconds`, after which processes give up waiting for each other, all
+    call `training.run.call_on_main(work)`. Training waits for a callback. An error in one ends the run as an error in
+    the task does; the run resumes from its newest checkpoint.
     """
 
     def on_run_begin(self, training: Training) -> None:
@@ -112,9 +113,10 @@ class Callback:
         """Called after an evaluation with its figures; the model is in training mode again."""
 
     def on_checkpoint_saved(self, training: Training, path: Path) -> None:
-        """Called on the main process alone, once the checkpoint at `path` is complete.
+        """Called on the main process alone, once the checkpoint at `path` is complete; it may take hours.
 
-        It was written beside training, which may be some updates further by then.
+        The checkpoint was written beside training, which may be some updates further by then. The other processes wait:
+        do not talk to them. With several processes it is called in a thread.
         """
 
     def on_run_end(self, training: Training) -> None:

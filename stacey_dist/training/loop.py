@@ -59,7 +59,8 @@ def train(
     if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
         complete = "is complete with" if progress.step >= trainer.last_step else "has"
         run.say(f"nothing to do: {run.directory} {complete} {progress.step} updates")
-        return checkpoint_path(run, progress.step)
+        saved = checkpoint_path(run, progress.step)
+        return saved if saved.exists() else Path(run.config.checkpoint.resume_from or saved)
     run.write_config()
     run.write_processor()
     trainer.tell("on_run_begin")
@@ -123,7 +124,7 @@ class _Trainer(Training):
         engine.batch_norms.keep()
         count = self.run.process_batch_size // self.run.micro_batch_size
         loss = torch.zeros((), device=self.run.accelerator.device)
-        for number, batch in enumerate(self._micro_batches()):
+        for number, batch in enumerate(self._micro_batches(count)):
             signals.progress()
             self._seed(number)
             with engine.micro_batch(last=number == count - 1):
@@ -145,7 +146,8 @@ class _Trainer(Training):
             self.outcome = self.wait_for_outcome()
             self._check_skipped()
         self.saver.report()
-        self._tell_of_checkpoints()
+        if requests.saved:
+            self._tell_of_checkpoints()
         self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
@@ -226,14 +228,21 @@ class _Trainer(Training):
                 DivergedError,
             )
 
-    def _micro_batches(self) -> Iterator[Any]:
+    def _micro_batches(self, count: int) -> Iterator[Any]:
         """Yield the update's micro-batches; a single process that is told to stop and gets none saves and leaves.
+
+        Raises ValueError if the task does not have `count` of them: the last one has the engine add the gradients of
+        the processes.
 
         Of several, the others are in the middle of an update, which this one cannot finish: it ends with an error, and
         they with it.
         """
         try:
-            yield from self.clock.timed(self.task.micro_batches(self.progress.position))
+            given = 0
+            for given, batch in enumerate(self.clock.timed(self.task.micro_batches(self.progress.position)), 1):
+                if given > count:
+                    break
+                yield batch
         except StoppedWaitingError:
             if self.run.accelerator.num_processes > 1:
                 raise
@@ -241,6 +250,12 @@ class _Trainer(Training):
             self.outcomes.read()
             self._save_and_wait(delete_older=not self.outcomes.last.skipped)
             self.leave()
+        if given != count:
+            raise ValueError(
+                f"{type(self.task).__name__}.micro_batches gave {'at least ' if given > count else ''}{given} of an "
+                f"update on a process; there must be {count}: train.global_batch_size / processes / "
+                "train.micro_batch_size"
+            )
 
     def _seed(self, number: int) -> None:
         """Make the random numbers of a micro-batch, as dropout's, a function of the seed and the data's position.
@@ -256,6 +271,7 @@ class _Trainer(Training):
             save=self.saver.is_due_by_the_clock,
             save_and_wait=self.saver.has_to_succeed,
             directory_gone=self.run.directory_is_gone(),
+            saved=self.saver.has_complete,
         )
 
     def _is_evaluated(self, step: int) -> bool:
@@ -296,8 +312,13 @@ class _Trainer(Training):
         self._tell_of_checkpoints()
 
     def _tell_of_checkpoints(self) -> None:
-        for path in self.saver.take_complete():
-            self.tell("on_checkpoint_saved", path)
+        """Tell the callbacks of the main process; the others wait without a time limit."""
+
+        def tell() -> None:
+            for path in self.saver.take_complete():
+                self.tell("on_checkpoint_saved", path)
+
+        self.run.call_on_main(tell)
 
     def _fail_without_directory(self) -> NoReturn:
         self.end()

@@ -134,6 +134,11 @@ class Saver:
             return "there is no checkpoint with finite weights and states to resume from"
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
+    @property
+    def has_complete(self) -> bool:
+        """Whether `take_complete` has any."""
+        return bool(self._complete)
+
     def take_complete(self) -> Iterator[Path]:
         """Yield the checkpoints that were completed since the last call; none but on the main process."""
         while self._complete:

@@ -27,8 +27,7 @@ def start(config: C) -> Run[C]:
     open_files.raise_limits(int(os.environ.get("WORLD_SIZE", "1")), config.train.heartbeat_timeout_seconds is not None)
     accelerator = start_accelerator(config)
     heartbeat.start(config.train.heartbeat_timeout_seconds)
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(config.train.cpu_threads or cpu_threads())
+    torch.set_num_threads(config.train.cpu_threads or cpu_threads())  # on a GPU, for offloaded updates
     set_seed(config.seed)
     run = Run(config, accelerator)
     run.call_on_main(lambda: check_upload(config.hub))

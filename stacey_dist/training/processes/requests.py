@@ -20,6 +20,8 @@ class Requests:
     """Checkpoints keep failing: the next one has to succeed."""
     directory_gone: bool = False
     """run_dir is gone."""
+    saved: bool = False
+    """A checkpoint is complete, and the callbacks do not know of it."""
 
 
 class Hosts:

@@ -43,7 +43,7 @@ def stop_requested() -> bool:
 
 
 class StopSignal:
-    """While entered, remembers the first SIGTERM or SIGINT in `received`.
+    """While entered, remembers the first SIGTERM or SIGINT in `received`. Off the main thread it hears of none.
 
     SIGTERM may come again while the checkpoint is written: Slurm sends it to every process, and torchrun's agent
     passes its own on. So only a second Ctrl-C, from a person, stops at once; a second SIGTERM that comes 5 seconds
@@ -58,8 +58,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         global _entered
         _entered = self
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         _state.training = True
         _state.progress_at = _state.slowest = _state.slowest_before = 0.0
         return self
