@@ -46,7 +46,7 @@ class Metrics(Callback):
         self.start_step = training.step
         if self.main:
             self.rows.drop_later(training.step, training.progress.evaluated_step)
-        start_trackers(self.run)
+        start_trackers(self.run, training.step)
 
     def needs_outcome(self, step: int) -> bool:
         """Return whether update `step` is one that is written."""

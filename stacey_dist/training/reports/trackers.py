@@ -7,8 +7,13 @@ from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import flatten, to_dict
 
 
-def start_trackers(run: Run[Any]) -> None:
-    """Start the trackers that the settings name; wandb resumes the run it knows. All processes call it together."""
+def start_trackers(run: Run[Any], step: int) -> None:
+    """Start the trackers that the settings name; wandb resumes the run it knows. All processes call it together.
+
+    Args:
+        run: the run.
+        step: the updates it has. TensorBoard hides later ones, which a run that was killed has left.
+    """
     tracking, accelerator = run.config.tracking, run.accelerator
     if not tracking.trackers:
         return
@@ -25,16 +30,21 @@ def start_trackers(run: Run[Any]) -> None:
     accelerator.init_trackers(
         tracking.project,
         config=settings,
-        init_kwargs={"wandb": wandb_settings},
+        init_kwargs={"wandb": wandb_settings, "tensorboard": {"purge_step": step + 1}},
     )
     if "wandb" in tracking.trackers and accelerator.is_main_process:
-        run.tracker_ids = {"wandb": accelerator.get_tracker("wandb", unwrap=True).id}
+        wandb = accelerator.get_tracker("wandb", unwrap=True)
+        wandb.define_metric("*", step_metric="step")  # wandb's own steps only grow: it would drop updates made again
+        run.tracker_ids = {"wandb": wandb.id}
 
 
 def log(run: Run[Any], row: dict[str, Any]) -> None:
     """Log a row to the trackers, if there are any. All processes call it together."""
-    if run.accelerator.trackers:
-        run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log(row)
+        else:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
 def _logged_in_to_wandb() -> bool:
