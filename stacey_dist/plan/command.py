@@ -161,9 +161,10 @@ def _command(options: argparse.Namespace, others: list[str], job: Job) -> str:
     settings = _arguments(options)
     if job.precision == "no" and job.config.train.mixed_precision is None:  # the files say bf16
         others = [*others, "--train.mixed_precision", "no"]
-    if options.search:
+    if options.search:  # last, so that it wins over what the user gave
         checkpointing = str(job.config.train.gradient_checkpointing).lower()
-        settings += ["--train.micro_batch_size", str(job.micro_batch), "--train.gradient_checkpointing", checkpointing]
+        found = ["--train.micro_batch_size", str(job.micro_batch), "--train.gradient_checkpointing", checkpointing]
+        others = [*others, *found]
     lines = [""]
     parts: list[str] = []  # an option with its value, which no line break parts
     for word in [*launch, "train_llm.py", *settings, *others]:

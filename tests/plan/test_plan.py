@@ -151,7 +151,7 @@ def test_the_json_is_in_bytes(capsys):
     stacey, adamw = plans
     slices = stacey["device_bytes"]["masters"] // 4
     assert 0 <= slices * 64 - SIZES["7b"] < 64 * 300  # each of 291 parameters is padded to 64
-    sizes = {"weights": 2, "gradients": 2, "masters": 4, "z": 2, "m": 2}
+    sizes = {"weights": 2, "gradients": 4, "masters": 4, "z": 2, "m": 2}
     assert stacey["device_bytes"] == {name: size * slices for name, size in sizes.items()}
     assert adamw["peak_bytes"] - stacey["peak_bytes"] == 4 * slices
     parts = [sum(stacey[key].values()) for key in ("device_bytes", "buffer_bytes")]
@@ -316,6 +316,10 @@ def test_the_command_that_is_printed_starts_what_was_planned(capsys, tmp_path):
     config = LLM.parse(words[start + 1 :])
     assert (config.train.global_batch_size, config.train.micro_batch_size) == (24, 4)
     assert (config.optimizer.name, config.optimizer.lr) == ("lion", 0.5)
+    micro = plan(capsys, "1b", "--search", "--train.micro_batch_size", "1").replace(" \\\n ", "")
+    words = micro.partition("to start the first one:\n")[2].partition("\n\n")[0].split()
+    best = json.loads(plan(capsys, "1b", "--search", "--json"))["proposals"][0]
+    assert LLM.parse(words[words.index("train_llm.py") + 1 :]).train.micro_batch_size == best["micro_batch_size"] > 1
     assert "configs/accelerate/gpu.yaml train_llm.py" in plan(capsys, "100m_c4", "--gpus-per-node", "1")
     searched = plan(capsys, "1b", "--nodes", "2", "--search")
     nodes = "--num_processes 16 --num_machines 2 --machine_rank RANK --main_process_ip HOST"
@@ -373,5 +377,5 @@ def test_zero3_has_its_bucket_and_small_weights_in_the_update_too():
     job = Job(config, llama(config), "zero3", 1, 2)
     _, found = memory.most_loaded_rank(job)
     moment = sum(found.buffers[name] for name in ("gradient bucket", "small weights"))
-    assert found.update - moment >= 1e9 * 6  # a gradient in bfloat16 and in float32, of a group of 1e9 elements
+    assert found.update - moment >= 1e9 * 4  # the gradient of a group of 1e9 elements, made flat
     assert peak_bytes(job) == sum(found.device.values()) + found.update
