@@ -104,4 +104,4 @@ def flat_part(
 
 def _step(state: Mapping[str, Any]) -> Tensor | None:
     step = state.get("step")
-    return torch.tensor(step) if isinstance(step, int | float) else step
+    return torch.tensor(step, device="cpu") if isinstance(step, int | float) else step
