@@ -15,6 +15,10 @@ LLAMA_3_1 = ("--model.intermediate_size", "14336", "--model.num_key_value_heads"
 DOCUMENTATION = Path(__file__).parents[2] / "docs/how-to/plan.md"
 
 
+# The plan reduces in float32, as torchtitan does, and llm-foundry elsewhere ("DEFAULT", here "PURE").
+REDUCED_IN_BF16 = {("PyTorch", "7b", "a100"), ("llm-foundry", "70b", "a100")}
+
+
 def rows():
     """Cells of the published runs, numbers without the spaces in them."""
     text = DOCUMENTATION.read_text().split("### Published runs")[1].split("\n## ")[0]
@@ -54,7 +58,11 @@ def test_the_ranges_are_what_the_published_runs_reached():
     shares = {}
     for row in rows():
         name, speed, (slow, fast) = plans(row)
-        for end, plan, waited in (("slow", slow, slow.speed.communication), ("fast", fast, 0.0)):
+        communication = slow.speed.communication
+        if (row[0].split()[0], row[1], name[:4]) in REDUCED_IN_BF16:
+            scattered = sum(t.seconds for t in slow.speed.transfers if t.collective == "reduce-scatter")
+            communication -= scattered / 2
+        for end, plan, waited in (("slow", slow, communication), ("fast", fast, 0.0)):
             seconds = plan.speed.tokens / speed / plan.job.ranks - plan.speed.optimizer - waited
             share = plan.speed.arithmetic[0] * find_gpu(name).efficiency[1] / seconds
             shares.setdefault(GPUS[name].flops, {"slow": [], "fast": []})[end].append(share)
