@@ -30,7 +30,7 @@ STAGES = {
     "bf16": "0123",
     "fp16": "123",
     "fp16 unscaled": "0",
-    "bf16 accumulated in fp32": "1",
+    "bf16 accumulated in fp32": "123",
     "offload": "123",
     "offload bf16": "123",
 }
