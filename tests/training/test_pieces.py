@@ -112,6 +112,36 @@ def test_losses_of_an_update_are_divided_by_all_its_labels():
     assert total == pytest.approx(math.log(37), rel=1e-6)  # float32 sums of 29 terms
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_an_evaluation_may_be_limited_to_the_first_sequences(monkeypatch, processes):
+    """On any number of processes to the same ones; a window's loss is its number."""
+
+    def model(input_ids):
+        one_hot = torch.nn.functional.one_hot(input_ids + 1, 38)[..., :37]  # log-probabilities to tell windows by
+        return SimpleNamespace(logits=one_hot * input_ids[..., None].float())
+
+    def looked_at(limit):
+        total, shares = torch.zeros(1, dtype=torch.float64), []
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: shares.append(values.clone()))
+        for index in range(processes):
+            task = make_task(processes, index)
+            task.run.config.train.eval_sequences = limit
+            figures = task.evaluate(model, lambda: False)
+        if processes == 1:
+            return figures["eval_loss"]
+        for share in shares:
+            total += share
+        return float(total) / sum(FakeStream().label_count(i) for i in range(min(limit or 37, 37)))
+
+    for limit in (None, 5, 37, 100):
+        expected = [
+            torch.nn.functional.cross_entropy(model(torch.tensor([i])).logits, torch.tensor([i])).item()
+            for i in range(min(limit or 37, 37))
+            for _ in range(FakeStream().label_count(i))
+        ]
+        assert looked_at(limit) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
 def test_the_learning_rate_over_the_run():
     shape = dict(warmup_steps=10, min_lr_ratio=0.1)
     cosine, linear, constant = (ScheduleConfig(name, **shape) for name in ("cosine", "linear", "constant"))

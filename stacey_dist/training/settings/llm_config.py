@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stacey_dist.errors import settings_errors
-from stacey_dist.training.settings.config import SHARED_CHANGES, RunConfig, TrackingConfig
+from stacey_dist.training.settings.config import SHARED_CHANGES, RunConfig, TrackingConfig, TrainConfig
 from stacey_dist.training.settings.value_types import (
     AtLeastTwo,
     FilePath,
@@ -135,6 +135,14 @@ class TokenizerConfig:
 
 
 @dataclass
+class LLMTrainConfig(TrainConfig):
+    """Length, batches, precision, logging and evaluation."""
+
+    eval_sequences: PositiveInt | None = None
+    """Held-out sequences of each source that an evaluation looks at, the first ones. null: all."""
+
+
+@dataclass
 class LLMTrackingConfig(TrackingConfig):
     """Experiment trackers, through Accelerate, and what else to record."""
 
@@ -149,6 +157,7 @@ class LLMConfig(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: LLMTrainConfig = field(default_factory=LLMTrainConfig)
     tracking: LLMTrackingConfig = field(default_factory=LLMTrackingConfig)
 
     samples = "sequences"

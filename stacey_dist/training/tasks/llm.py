@@ -124,15 +124,18 @@ class LanguageModeling(Task):
         """Return the loss in nats per token and the perplexity over every held-out token, each predicted once.
 
         Of a mixture, they are those over the held-out tokens of all sources, whatever the weights are, and each source
-        has its own loss.
+        has its own loss. `train.eval_sequences` limits the sequences of each source.
         """
-        accelerator, size = self.run.accelerator, self.run.micro_batch_size
+        accelerator, size, limit = self.run.accelerator, self.run.micro_batch_size, self.run.config.train.eval_sequences
+        labels = []
         totals = torch.zeros(len(self.data.corpora), dtype=torch.float64, device=accelerator.device)
         for total, corpus in zip(totals, self.data.corpora, strict=True):
             stream = corpus.validation
-            mine = [(stream, i) for i in range(accelerator.process_index, len(stream), accelerator.num_processes)]
+            count = min(limit or len(stream), len(stream))
+            labels.append(min(count * self.run.config.data.sequence_length, stream.total_labels))
+            mine = [(stream, i) for i in range(accelerator.process_index, count, accelerator.num_processes)]
             # As many forward passes on every process: sharded engines gather weights in each of them.
-            longest = math.ceil(len(stream) / accelerator.num_processes)
+            longest = math.ceil(count / accelerator.num_processes)
             for start in range(0, longest, size):
                 batch = self._on_device(self._read(mine[start : start + size] or [(stream, None)]), 1)
                 total += self._summed_loss(model, batch)[0]
@@ -141,10 +144,10 @@ class LanguageModeling(Task):
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(totals)
         sums = totals.tolist()
-        loss = sum(sums) / sum(corpus.validation.total_labels for corpus in self.data.corpora)
+        loss = sum(sums) / sum(labels)
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))} | {
-            f"eval_loss_of.{corpus.name}": total / corpus.validation.total_labels
-            for corpus, total in zip(self.data.corpora, sums, strict=True)
+            f"eval_loss_of.{corpus.name}": total / count
+            for corpus, total, count in zip(self.data.corpora, sums, labels, strict=True)
             if corpus.name
         }
 
