@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+_UPDATES = (2000, 4000, 6000, 8000, 10000)
 MARKED = re.compile(r"^<!-- figures: (\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -26,24 +27,55 @@ def tables() -> dict[str, list[list[str]]]:
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
-    return whole | columns | {"long-runs": long_runs()}
+    return whole | columns | {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long()}
+
+
+def alpha() -> list[list[str]]:
+    """Return the held-out losses of the short runs of the experiment on alpha."""
+    rows = [["run", "held-out loss"]]
+    directory, finals = ROOT / "docs/results/alpha/parts", {"": "constant", "-to-0.2": "grows by e³"}
+    finals |= {"-to-220": "grows by e¹⁰", "-to-1.07e+11": "grows by e³⁰"}
+    files = {"AdamW": "adamw", **{f"STACEY(p,p), α {how}": f"stacey_pp-alpha{final}" for final, how in finals.items()}}
+    for label, name in files.items():
+        (loss,) = _losses(directory / f"{name}-3000-seed0.json", (3000,))
+        rows.append([label, loss])
+    return rows
+
+
+def alpha_long() -> list[list[str]]:
+    """Return the held-out losses of the long runs of the experiment on alpha that were made."""
+    rows = [["run", *map(_spaced, _UPDATES)]]
+    for name, label in _labels().items():
+        for file in sorted((ROOT / "docs/results/alpha/parts").glob(f"{name}-10000-seed*.json")):
+            rows.append([f"{label}, seed {file.stem.rsplit('seed', 1)[1]}", *_losses(file, _UPDATES)])
+    return rows
 
 
 def long_runs() -> list[list[str]]:
     """Return the held-out losses of the long runs that were made, from the files that the experiment has left."""
-    sys.path.insert(0, str(ROOT))  # `experiments` is not installed
-    from experiments.comparison_report import LABELS
-
-    updates = (2000, 4000, 6000, 8000, 10000)
-    rows = [["run", *(f"{step:,}".replace(",", " ") for step in updates)]]
-    for name, label in LABELS.items():
+    rows = [["run", *map(_spaced, _UPDATES)]]
+    for name, label in _labels().items():
         for file in sorted((ROOT / "docs/results/long-runs/parts").glob(f"{name}-*seed*.json")):
             *choice, seed = file.stem.removeprefix(f"{name}-").rsplit("-", 1)
             how = {"as-found": ", as found", "halved": ", halved", "wsd": ", wsd"}[choice[0]] if choice else ""
-            losses = {row["step"]: row["eval_loss"] for row in json.loads(file.read_text())["evaluations"]}
-            row = [f"{label}{how}, seed {seed.removeprefix('seed')}", *(f"{losses[step]:.4f}" for step in updates)]
-            rows.append(row)
+            rows.append([f"{label}{how}, seed {seed.removeprefix('seed')}", *_losses(file, _UPDATES)])
     return rows
+
+
+def _labels() -> dict[str, str]:
+    sys.path.insert(0, str(ROOT))  # `experiments` is not installed
+    from experiments.comparison_report import LABELS
+
+    return LABELS
+
+
+def _losses(file: Path, updates: tuple[int, ...]) -> list[str]:
+    losses = {row["step"]: row["eval_loss"] for row in json.loads(file.read_text())["evaluations"]}
+    return [f"{losses[step]:.4f}" for step in updates]
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def markdown(rows: list[list[str]]) -> str:
