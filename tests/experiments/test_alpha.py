@@ -18,7 +18,7 @@ def test_alpha_grows_by_powers_of_e():
     assert [final / first for final in finals] == pytest.approx([2.718281828**power for power in (3, 10, 30)], rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_end_to_end(tmp_path, monkeypatch):
     configs = write_sweeps(tmp_path)
     monkeypatch.setattr(alpha, "configs", lambda: configs)

@@ -64,7 +64,7 @@ def test_the_columns_by_hand(tmp_path, monkeypatch):
     assert 0.05 < rows[-1]["share/a"] < 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     configs = write_sweeps(tmp_path)
     monkeypatch.setattr(coupling, "configs", lambda: configs)

@@ -269,11 +269,14 @@ def test_what_lies_on_the_device_is_read_there(kernel):
 
 
 def test_a_kernel_for_gpus_needs_a_compiler(monkeypatch):
-    from stacey_dist.optim.kernels import triton as module
+    with triton_module(interpreted=False) as module:
 
-    monkeypatch.setattr(module, "stacey_step", object.__new__(module.triton.JITFunction))
-    if not torch.cuda.is_available():
-        with pytest.raises(NoKernelError, match="Triton cannot compile here: RuntimeError: "):
+        def fail(_):
+            raise RuntimeError("Failed to find C compiler")
+
+        monkeypatch.setattr(module.triton.runtime.driver, "_active", None, raising=False)
+        monkeypatch.setattr(type(module.triton.runtime.driver), "active", property(fail))
+        with pytest.raises(NoKernelError, match="Triton cannot compile here: RuntimeError: Failed to find C compiler"):
             module.find.__wrapped__()
 
 

@@ -57,7 +57,11 @@ def job_of(engine, precision, tied, processes):
 
 @pytest.mark.parametrize(
     ("processes", "engine", "precision", "tied"),
-    [(processes, *case) for processes, cases in CASES.items() for case in cases],
+    [
+        pytest.param(processes, *case, marks=[pytest.mark.exhaustive] * (processes == 2))
+        for processes, cases in CASES.items()
+        for case in cases
+    ],
 )
 def test_every_byte_that_rests_is_planned(processes, engine, precision, tied):
     job = job_of(engine, precision, tied, processes)

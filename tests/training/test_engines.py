@@ -57,7 +57,8 @@ def on_engine(engine, *arguments, **options):
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(e, marks=[pytest.mark.exhaustive] * (e == "cpu_zero1")) for e in ENGINES]
+    "engine",
+    [pytest.param(e, marks=[pytest.mark.exhaustive] * (e in ("cpu_zero1", "cpu_zero_redundancy"))) for e in ENGINES],
 )
 def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_path, engine):
     directory, config = one_process

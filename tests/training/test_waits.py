@@ -26,7 +26,7 @@ def config(tmp_path_factory):
 @pytest.mark.parametrize(
     ("engine", "arguments"),
     [
-        (None, ()),
+        pytest.param(None, (), marks=pytest.mark.exhaustive),
         pytest.param(None, ("--optimizer.name", "adamw", "--optimizer.lr", 1e-3), marks=pytest.mark.exhaustive),
         pytest.param(
             "cpu_zero_redundancy",
