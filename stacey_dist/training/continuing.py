@@ -54,14 +54,14 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options = {"train.epochs": f"{2 * train.epochs:g}"}
     longer = f"{config.run_dir.rstrip('/')}-longer"
     share = lr_share(train.max_steps, schedule, train.max_steps)
-    finals = [name for name, final in _OVER_THE_RUN.items() if getattr(schedule, final) is not None]
-    finals = [name for name in finals if name in scheduled(config, 0)]  # the optimizer has it
-    options |= {f"schedule.{_OVER_THE_RUN[name]}": "null" for name in finals if share != 0.0 or kept is not None}
+    has = scheduled(config, 0)  # only what the optimizer has
+    finals = [name for name, final in _OVER_THE_RUN.items() if name in has and getattr(schedule, final) is not None]
+    constant = {f"schedule.{_OVER_THE_RUN[name]}": "null" for name in finals}
     if schedule.name == "wsd" and kept is not None:
         about = "from before the decay"
         options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
         then = scheduled(config, step_of(kept))
-        options |= {f"optimizer.{name}": f"{then[name]:.6g}" for name in finals}
+        options |= constant | {f"optimizer.{name}": f"{then[name]:.6g}" for name in finals}
     elif schedule.name == "constant" and not finals:
         about = "at the same lr"
     elif share == 0.0:
@@ -72,7 +72,9 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         names = ("lr", "adamw_lr", "alpha", "tau", "p")
         numbers = {name: f"{at_the_end[name]:.6g}" for name in names if name in at_the_end}
         about = f"at the last lr, {numbers['lr']}"
-        options |= {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
+        options |= (
+            constant | {"schedule.name": "constant"} | {f"optimizer.{name}": value for name, value in numbers.items()}
+        )
     if config.checkpoint.resume == "never":
         options["checkpoint.resume"] = "auto"
     cache = getattr(getattr(config, "data", None), "cache_dir", "")

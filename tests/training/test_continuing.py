@@ -117,6 +117,11 @@ def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
     about, then = longer(make_config(min_lr_ratio=0.0), tmp_path)
     assert about == "to continue, from the beginning, for the lr has come down to 0"
     assert then.run_dir == f"{tmp_path}/a run-longer"
+    # The last checkpoint is where one from before wsd's decay would be.
+    growing = make_config("linear", min_lr_ratio=0.0, final_alpha=9.0, final_p=4.0)
+    command = command_to_continue(growing, "accelerate launch", tmp_path)
+    assert "from the beginning" in command
+    assert "schedule.final" not in command
     config = make_config()
     config.train.epochs = 1.5
     assert "--train.epochs 3 --schedule.name constant" in command_to_continue(config, "accelerate launch", None)
