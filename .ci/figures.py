@@ -1,4 +1,4 @@
-"""The measured figures of the documentation: the pages draw tables from docs/figures.json and docs/results/long-runs.
+"""The measured figures of the documentation: the pages draw tables from docs/figures.json and docs/results.
 
 A page says where a table belongs:
 

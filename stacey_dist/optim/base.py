@@ -142,10 +142,7 @@ class ElementwiseOptimizer(Optimizer):
             if is_simple(param) and is_simple(gradient):
                 weight = param
             else:
-                self._check_gradient(param)
-                if _is_partial(gradient):
-                    gradient = gradient.redistribute(placements=param.placements)
-                weight, gradient = local(param), readable(local(gradient))
+                weight, gradient = local(param), readable(local(self._checked_gradient(param)))
             if group.get("fused") and (reason := kernels.refusal((weight, gradient))) is not None:
                 raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
             parts.append((param, weight, gradient))
@@ -232,7 +229,8 @@ class ElementwiseOptimizer(Optimizer):
                 "capturable=True is needed in every group"
             )
 
-    def _check_gradient(self, param: Tensor) -> None:
+    def _checked_gradient(self, param: Tensor) -> Tensor:
+        """Return the gradient, laid out over ranks as its parameter. Raises what `step` does."""
         gradient = param.grad
         assert gradient is not None
         if gradient.layout is not torch.strided:
@@ -244,11 +242,15 @@ class ElementwiseOptimizer(Optimizer):
             raise RuntimeError(f"{type(self).__name__}: a parameter cannot be updated: {reason}")
         if gradient.is_nested or is_cut_short(local(gradient)):
             raise RuntimeError(f"{type(self).__name__}: a gradient is nested, or its storage was resized and freed")
-        if not _is_partial(gradient) and getattr(param, "placements", None) != getattr(gradient, "placements", None):
+        placed, wanted = getattr(gradient, "placements", None), getattr(param, "placements", None)
+        if placed == wanted:
+            return gradient
+        # As sequence parallelism leaves it, it is still to be summed over ranks.
+        if placed is None or wanted is None or not any(placement.is_partial() for placement in placed):
             raise RuntimeError(
-                f"{type(self).__name__}: a gradient placed {getattr(gradient, 'placements', None)} does not fit "
-                f"its parameter, placed {getattr(param, 'placements', None)}"
+                f"{type(self).__name__}: a gradient placed {placed} does not fit its parameter, placed {wanted}"
             )
+        return gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
 
     @contextmanager
     def scaled_gradients(self, divisor: Tensor) -> Iterator[None]:
@@ -341,8 +343,3 @@ def kernel(device_type: str) -> Kernel | None:
     except NoKernelError as error:
         warnings.warn(f"stacey_dist runs its plain rule, which is slower: {error}", stacklevel=2)
         return None
-
-
-def _is_partial(gradient: Tensor) -> bool:
-    """Return whether a DTensor is still to be summed over ranks, as sequence parallelism leaves gradients."""
-    return any(placement.is_partial() for placement in getattr(gradient, "placements", ()))

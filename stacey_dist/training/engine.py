@@ -17,11 +17,11 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.optim.base import kernel
+from stacey_dist.optim.memory import whole
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
 from stacey_dist.training import loss_scale
@@ -184,8 +184,7 @@ class Engine:
 
     def _gradient_norm(self) -> Tensor:
         self.accelerator.unscale_gradients()
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
     def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return an `Update.outcome` from the shares of the loss and the first process's norm, by one all-reduce."""

@@ -452,6 +452,41 @@ def mesh(tmp_path_factory):
 
 
 @BOTH
+def test_a_gradient_that_is_still_to_be_summed(optimizer_class, mesh):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    values, gradient = torch.randn(5, 3), torch.randn(5, 3)
+    found = []
+    for placement in (Replicate(), Partial()):
+        weight = torch.nn.Parameter(DTensor.from_local(values.clone(), mesh, [Replicate()]))
+        weight.grad = DTensor.from_local(gradient, mesh, [placement])
+        optimizer_class([weight]).step()
+        found.append(weight.to_local())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], values)
+    weight.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+    with pytest.raises(RuntimeError, match=r"a gradient placed .*Shard.* does not fit its parameter"):
+        optimizer_class([weight]).step()
+
+
+@BOTH
+def test_a_norm_that_is_a_dtensor_clips(optimizer_class, mesh):
+    from torch.distributed.tensor import DTensor, Replicate
+
+    values, gradient = torch.randn(40), torch.randn(40)
+    found = []
+    for wrapped in (False, True):
+        weight = torch.nn.Parameter(values.clone())
+        weight.grad = gradient
+        optimizer = optimizer_class([weight])
+        norm = torch.tensor(8.0)
+        with optimizer.scaled_gradients(DTensor.from_local(norm, mesh, [Replicate()]) if wrapped else norm):
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+@BOTH
 def test_dtensor_parameters(optimizer_class, mesh):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

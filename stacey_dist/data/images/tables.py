@@ -186,12 +186,14 @@ def _load_parquet(files: Sequence[Path], features: Any, directory: Path) -> Any:
     import datasets
 
     converted = [(file, directory / _arrow_name(file, features)) for file in files]
-    if not all(_opened(*each) for each in converted):
+    found = [_opened(*each) for each in converted]
+    if any(each is None for each in found):
         with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
-            for file, arrow in converted:
-                if not _opened(file, arrow):
+            for number, (file, arrow) in enumerate(converted):
+                if found[number] is None and _opened(file, arrow) is None:  # nor has another process converted it
                     _convert(file, features, arrow)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(arrow)) for _, arrow in converted])
+        found = [datasets.Dataset.from_file(str(arrow)) for _, arrow in converted]
+    return datasets.concatenate_datasets(found)
 
 
 def _opened(file: Path, arrow: Path) -> Any:
