@@ -167,8 +167,8 @@ def _with_attributes(rebuild: Any, _: Any, arguments: Any, *__: Any) -> Tensor:
 def load(opened: BinaryIO) -> Any:
     """Return what `torch.save` wrote: tensors in host memory, and dictionaries, lists, tuples, texts and numbers.
 
-    OrderedDict comes back as dict, Size as tuple, set as list; Counter and
-    classes of DeepSpeed's as objects that do nothing.
+    OrderedDict comes back as dict, Size as tuple, set as list; Counter and classes of DeepSpeed's as objects that do
+    nothing.
 
     Raises:
         Exception: the file is damaged or something else, or holds what is none of these.
