@@ -164,7 +164,7 @@ class _Parser(ArgumentParser):
 
     def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
         """Return the values of a configuration's fields: what is given, over other settings."""
-        parsed = self.instantiate(self.parse_object(given, namespace=settings))
+        parsed = self.instantiate(self.parse_object(given, namespace=settings) if given else settings)
         return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
