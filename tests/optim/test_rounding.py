@@ -1,5 +1,6 @@
 """Stochastic rounding: unbiased, spread like independent random bits, and the same wherever an element stands."""
 
+import functools
 import math
 
 import pytest
@@ -26,14 +27,19 @@ def neighbours(value, dtype):
     return bits.view(torch.float32), (bits + (1 << drop)).view(torch.float32)
 
 
+@functools.cache
+def keys_of(count):
+    """Return the keys of so many steps."""
+    return torch.tensor([round_key(0, step, STATES) for step in range(count)], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("half", ["upper", "lower"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0123456, -3.3333, 1.0000001, 1e-4, -2.5e-3])
 def test_unbiased_for_a_fixed_value_over_steps(dtype, value, half):
     count = 1_000_000
     x, other = torch.full((count,), value), torch.full((count,), 0.25)
-    keys = torch.tensor([round_key(0, step, STATES) for step in range(count)], dtype=torch.int32)
-    upper, lower = halves(x, other, keys)
+    upper, lower = halves(x, other, keys_of(count))
     draws = round_stochastic(x, dtype, upper if half == "upper" else lower).float()
     below, above = neighbours(x[:1], dtype)
     assert ((draws == below) | (draws == above)).all()

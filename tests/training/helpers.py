@@ -31,6 +31,7 @@ TINY = {
     },
     "schedule": {"warmup_steps": 3},
     "checkpoint": {"every_steps": 20},
+    "tracking": {"sample_tokens": 3},
 }
 
 

@@ -4,6 +4,7 @@ import atexit
 import gc
 import io
 import os
+from pathlib import Path
 
 from tests.training.hidden import HIDDEN
 
@@ -22,6 +23,8 @@ from stacey_dist.training.launchers import LAUNCHERS
 for launcher in LAUNCHERS.values():
     launcher.parse([])
 Figure(layout="constrained").subplots().figure.savefig(io.BytesIO())
+# Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
+Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
 
 # What is loaded stays: else every collection in every process goes through all of it, and copies its pages.
