@@ -1,5 +1,6 @@
 """Does an alpha that grows over the run help (p,p) in long runs? docs/results/long-runs.md has the protocol."""
 
+import math
 from typing import Any
 
 from experiments.comparison import training
@@ -37,10 +38,11 @@ def run(reproduction: Reproduction) -> Outcome:
     values = reproduction.compute(list(long.values()), in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
     told = report(found, TASK.metric, size["runs"], {}, {})
-    lines = [f"| {title} | {loss:.4f} |" for title, loss in ends.items()]
+    lines = [f"| {title} | {f'{loss:.4f}' if math.isfinite(loss) else 'diverged'} |" for title, loss in ends.items()]
     heading = f"| {size['short']} updates, seed 0 | held-out loss |"
     table = "\n".join([told.table, "", heading, "|---|---|", *lines, ""])
-    return Outcome({**told.values, "short": ends}, table, {"curves": curves(found, TASK.metric)})
+    finite = {title: loss if math.isfinite(loss) else None for title, loss in ends.items()}
+    return Outcome({**told.values, "short": finite}, table, {"curves": curves(found, TASK.metric)})
 
 
 _PP = {

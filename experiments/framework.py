@@ -227,6 +227,11 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
     with locked(directory / "lock", announce=True):
         file = directory / "settings.json"
         if not file.exists():
+            if any((directory / name).exists() for name in ("parts", "tuning")):
+                raise SettingsError(
+                    f"--out {directory}: it must be another directory, for this one holds results and no settings.json, "
+                    "which would say of what data and version they are"
+                )
             write(file, dump(settings))
         there = json.loads(file.read_text())
         for name, value in settings.items():

@@ -43,9 +43,9 @@ launch='exec accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" \
 
 # The time is nearly over, or another job is to have the nodes: the processes are told to stop, and the run saves. Not
 # through srun, which kills them when it gets SIGTERM. Not at SIGTERM: a job that is cancelled gets that, and must not
-# come back.
+# come back. $job, not $SLURM_JOB_ID: one element of an array has the number of the whole array for that.
 step='' stopped=''
-trap 'stopped=1; [[ -z $step ]] || scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+trap 'stopped=1; [[ -z $step ]] || scancel --signal=TERM "$job" || true' USR1
 
 echo "job $job on $SLURM_JOB_NODELIST: $PROGRAM with $ENGINE in $RUN_DIR, start ${SLURM_RESTART_COUNT:-0}"
 # Since Slurm 22.05, srun no longer takes the number of cores from sbatch.

@@ -44,7 +44,8 @@ else:
 SCANCEL = """\
 import os, signal, sys
 import psutil
-assert sys.argv[1:] == ["--signal=TERM", "1234"], sys.argv  # to all processes of the job's steps
+with open(os.environ["CALLS"], "a") as calls:
+    print("scancel", *sys.argv[1:], file=calls)  # to all processes of the job's steps
 with open(os.environ["CALLS"] + ".step") as file:
     launchers = [psutil.Process(int(pid)) for pid in file.read().split()]
 for process in [each for launcher in launchers for each in [launcher, *launcher.children(recursive=True)]]:
@@ -116,6 +117,29 @@ def test_what_a_script_names_is_there(script):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+LONG_STEP = """\
+import os, time
+with open(os.environ["CALLS"] + ".step", "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_the_end_of_the_time_of_one_element_of_an_array_ends_no_other(tmp_path):
+    """One element has the array's number for its own, and a signal to that number is one to all elements."""
+    slurm = Slurm(tmp_path, srun=LONG_STEP)
+    array = {"SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": "0"}
+    job = slurm.start(SCRIPTS[0], RUN_DIR=str(tmp_path / "run"), **array)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls.step").exists() or not (tmp_path / "calls.step").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert slurm.calls.read_text() == "scancel --signal=TERM 36_0\nrequeue 36_0\n"
+
+
 def wait_for_step(job, run, step):
     deadline = time.monotonic() + 200
     while job.poll() is None and not any(row["step"] >= step for row in rows(run)):
@@ -146,12 +170,12 @@ def test_a_lost_process_and_a_preemption_change_nothing(tmp_path):
     assert output.count("stopped answering") == 1, output
     assert output.count("resumed from") == 1
     assert output.count("stopped by signal 15 after update") == 1
-    assert slurm.calls.read_text() == "requeue 1234\n"
+    assert slurm.calls.read_text() == "scancel --signal=TERM 1234\nrequeue 1234\n"
 
     job = slurm.start(SCRIPTS[-1], **settings, SLURM_RESTART_COUNT="1")
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
     assert output.count("resumed from") == 1
-    assert slurm.calls.read_text() == "requeue 1234\n"
+    assert slurm.calls.read_text() == "scancel --signal=TERM 1234\nrequeue 1234\n"
     last = "checkpoints/step_00000060"
     assert differences(run / last, whole / last) == []
