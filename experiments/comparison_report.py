@@ -219,9 +219,14 @@ def _shown(end: float | None, metric: str) -> str:
 
 
 def _optimizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the table shows: the optimizer's, but for its name, which stands in the first column."""
+    """Return the settings that the table shows: the optimizer's, and what of it follows a schedule.
+
+    Its name is not among them, which stands in the first column.
+    """
+    shown = ("schedule.alpha", "schedule.tau", "schedule.final_alpha")
     hidden = ("optimizer.name", "optimizer.variant")
-    return {name: value for name, value in settings.items() if name.startswith("optimizer.") and name not in hidden}
+    own = {name: value for name, value in settings.items() if name.startswith("optimizer.") and name not in hidden}
+    return own | {f"schedule of {name[9:]}": settings[name] for name in shown if name in settings}
 
 
 def _short(value: Any) -> str:

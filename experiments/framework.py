@@ -229,8 +229,8 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
         if not file.exists():
             if any((directory / name).exists() for name in ("parts", "tuning")):
                 raise SettingsError(
-                    f"--out {directory}: it must be another directory, for this one holds results and no settings.json, "
-                    "which would say of what data and version they are"
+                    f"--out {directory}: it must be another directory, for this one holds results and no "
+                    "settings.json, which would say of what data and version they are"
                 )
             write(file, dump(settings))
         there = json.loads(file.read_text())
@@ -264,8 +264,11 @@ def launchers_defaults() -> str:
 
 
 def absolute(data: str | None) -> str | None:
-    """Return the user's data, which are the same from wherever they are named."""
-    return None if data is None else ",".join(os.path.abspath(path) for path in data.split(","))
+    """Return the user's data, which are the same from wherever they are named; of a file, with its size."""
+    if data is None:
+        return None
+    paths = [os.path.abspath(path) for path in data.split(",")]
+    return ",".join(f"{path} of {os.path.getsize(path)} bytes" if os.path.isfile(path) else path for path in paths)
 
 
 def digest(content: bytes) -> str:

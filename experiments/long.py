@@ -33,6 +33,7 @@ def run(reproduction: Reproduction) -> Outcome:
         parts = {name: tuning(reproduction, name, sweeps[name], size["proxies"], short) for name in names}
         proxies = reproduction.compute(list(parts.values()), in_runs=True)
         searched |= {name: proxies[part.name] for name, part in parts.items()}
+        names = [name for name in names if searched[name][0]["state"] == "complete"]
         candidates = {name: _candidates(name, sweeps[name], searched[name][0]["settings"]) for name in names}
         long = {
             (name, label): _long(reproduction, sweeps[name], {**settings, **overrides}, 0, f"{name}-{label}")
@@ -56,7 +57,7 @@ def run(reproduction: Reproduction) -> Outcome:
         return Outcome(told.values, told.table, figures)
     values = told.values["optimizers"]
     means = {name: values[name]["mean"] for name in _COUPLED if name in values and values[name]["mean"] is not None}
-    names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in sweeps]
+    names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in chosen]
     wsd = {**overrides, "schedule.name": "wsd"}
     parts = {name: _long(reproduction, sweeps[name], {**chosen[name], **wsd}, 1, f"{name}-wsd") for name in names}
     results = reproduction.compute(list(parts.values()), in_runs=True)
@@ -93,7 +94,7 @@ EXPERIMENT = Experiment(
             },
         ),
         "pair": Scale(
-            "the first two optimizers of `cpu`, which continues from this scale's `parts` and `tuning`; six hours",
+            "the first two optimizers of `cpu`; six hours",
             3,
             {"optimizers": ("adamw", "stacey_pp"), "proxies": 6, "proxy": _PROXY, "wsd": False},
         ),

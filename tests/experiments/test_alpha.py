@@ -1,10 +1,11 @@
 """The experiment on a growing alpha, end to end at a toy scale."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from experiments import alpha, registry
+from experiments import alpha, framework, registry
 from experiments.__main__ import main
 from experiments.framework import Scale
 from stacey_dist import yaml_files
@@ -16,6 +17,29 @@ def test_alpha_grows_by_powers_of_e():
     first = size["runs"]["stacey_pp"]["optimizer.alpha"]
     _, *finals = size["final_alpha"]
     assert [final / first for final in finals] == pytest.approx([2.718281828**power for power in (3, 10, 30)], rel=0.01)
+
+
+def test_a_run_that_diverged_is_told_in_both(monkeypatch):
+    """As parts that were made: one of the short runs has diverged."""
+
+    def made(self, parts, in_runs):
+        return {
+            part.name: {
+                "evaluations": [] if "e+11" in part.name else [{"step": 1, "eval_loss": 2.0}],
+                "diverged": "e+11" in part.name,
+                "seconds_per_update": 1.0,
+                "state_bytes_per_parameter": 4.0,
+                "threads": 1,
+            }
+            for part in parts
+        }
+
+    monkeypatch.setattr(framework.Reproduction, "compute", made)
+    scale = registry.EXPERIMENTS["alpha"].scales["cpu"]
+    outcome = alpha.run(framework.Reproduction(scale, 2, Path("unused"), 1, None))
+    assert [*outcome.results["short"].values()] == [2.0, 2.0, 2.0, 2.0, None]
+    assert "| STACEY(p,p), α grows to 1.07e+11 | diverged |" in outcome.table
+    framework.dump(outcome.results)
 
 
 @pytest.mark.exhaustive

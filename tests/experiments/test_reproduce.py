@@ -200,3 +200,22 @@ def test_bad_settings(arguments, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_results_of_unknown_data_are_not_continued(tmp_path, capsys):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/0.json").write_text("{}")
+    assert main(["reproduce", "theorem", "--scale", "toy", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path}: it must be another directory, for this one holds results and no settings.json" in error
+
+
+def test_data_of_another_size_are_other_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "folder").mkdir()
+    before = framework.absolute("a.txt,folder")
+    assert before == f"{tmp_path}/a.txt of 3 bytes,{tmp_path}/folder"
+    (tmp_path / "a.txt").write_text("more")
+    assert framework.absolute(f"{tmp_path}/a.txt,folder") != before
+    assert framework.absolute(None) is None
