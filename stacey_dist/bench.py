@@ -60,8 +60,11 @@ class Pair:
     peer: list[float]
     extra_bytes: int
     """Memory that the rival's step takes, at most, and gives back."""
-    host: float
-    """Seconds after which the rival's step returns to its caller: on a GPU that works on, how long the host is busy."""
+    host: float | None
+    """Seconds after which the rival's step returns to its caller: on a GPU that works on, how long the host is busy.
+
+    None where it was not measured.
+    """
     launches: int | None
     """Kernels that the rival's step starts on a GPU."""
 
@@ -111,7 +114,7 @@ def run(
             pairs.setdefault(name, []).append(pair)
     copy_seconds = in_a_process(measure_copy, min(count, 1 << 27), device, rounds)
     bandwidth = 8 * min(count, 1 << 27) / copy_seconds
-    peers = [Pair(pair.peer, pair.peer, 0, math.nan, None) for found in pairs.values() for pair in found]
+    peers = [Pair(pair.peer, pair.peer, 0, None, None) for found in pairs.values() for pair in found]
     rows = [
         {"optimizer": name, **_figures(found, count, rivals(slow)[name].bytes_per_element, bandwidth)}
         for name, found in {PEER: peers, **pairs}.items()
@@ -177,7 +180,7 @@ def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: f
 
     median = nanoseconds(statistics.median(statistics.median(pair.rival) for pair in pairs))
     best, best_peer = (min(min(getattr(pair, one)) for pair in pairs) for one in ("rival", "peer"))
-    ratios = [pair.ratio for pair in pairs]
+    ratios, hosts = [pair.ratio for pair in pairs], [pair.host for pair in pairs if pair.host is not None]
     return {
         "ns_median": median,
         "ns_minimum": nanoseconds(best),
@@ -189,7 +192,7 @@ def _figures(pairs: list[Pair], count: int, bytes_per_element: int, bandwidth: f
         "gigabytes_per_second": bytes_per_element / median,
         "share_of_copy": bytes_per_element / median * 1e9 / bandwidth,
         "extra_mebibytes": max(pair.extra_bytes for pair in pairs) / 2**20,
-        "host_microseconds": statistics.median(pair.host for pair in pairs) * 1e6,
+        "host_microseconds": statistics.median(hosts) * 1e6 if hosts else None,
         "launches": pairs[0].launches,
     }
 
@@ -345,10 +348,12 @@ def bench(case: list[str] | None, device: str, rounds: int, processes: int, slow
         raise SettingsError(f"--processes must be at least 1, got {processes}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: torch sees no GPU here")
+    if json is not None and not json.parent.is_dir():
+        raise SettingsError(f"--json {json}: {json.parent} is no directory")
     results = []
     for name in case or CASES:
         results.append(run(name, device, rounds, slow and name == "flat", processes))
         print(table(results[-1]), end="\n\n", flush=True)
-    if json is not None:
-        json.write_text(dumps(results, indent=1))
+        if json is not None:
+            json.write_text(dumps(results, indent=1, allow_nan=False))
     return 0

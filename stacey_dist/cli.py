@@ -1,6 +1,8 @@
 """The program `stacey-dist`."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,9 @@ def exit_status(
         return command()
     except (SettingsError, InputError) as error:
         status, line = 2, f"{error_prefix}{error}"
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush finds no closed pipe
+        return 128 + signal.SIGPIPE
     except DamagedCheckpointError as error:
         status, line = 1, checkpoint_commands.describe_damage(error)
     except (ForeignCheckpointError, OSError) as error:

@@ -51,7 +51,7 @@ class Loader(yaml.SafeLoader):
         """Return the only document, once every alias in it is known to be harmless."""
         node: Node | None = super().get_single_node()
         if node is not None:
-            _count(node, {}, set())
+            _measure(node, {}, set())
         return node
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
@@ -218,16 +218,22 @@ def describe(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(said.split())}"
 
 
-def _count(node: Node, known: dict[int, int], above: set[int]) -> int:
-    """Return how many values a node stands for when every alias is written out."""
+def _measure(node: Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
+    """Return how many values a node stands for, and how deep it is, when every alias is written out."""
     if id(node) in above:
         raise _error("a value that contains itself is not allowed", node)
     if id(node) not in known:
         above.add(id(node))
-        known[id(node)] = total = 1 + sum(_count(child, known, above) for child in _children(node))
+        total, depth = 1, 0
+        for child in _children(node):
+            values, levels = _measure(child, known, above)
+            total, depth = total + values, max(depth, levels)
         above.discard(id(node))
+        known[id(node)] = total, depth + 1
         if total > _MAX_VALUES:
             raise _error(f"more than {_MAX_VALUES:,} values, with aliases written out, are not allowed", node)
+        if depth >= _MAX_DEPTH:
+            raise _error(f"values are nested more than {_MAX_DEPTH} deep, with aliases written out", node)
     return known[id(node)]
 
 

@@ -21,10 +21,11 @@ KNOWN = {
     ("numpy", "dtype"): record("dtype"),
 }
 STATE = {"data": np.arange(100, dtype=np.uint8), "names": [b"a.png", "b"] * 4, "numbers": (1, 2.5, -3), 4: None}
+KEYS = st.integers(-(2**60) + 1, 2**60 - 1)  # larger ones are refused
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300),
     lambda values: (
-        st.lists(values) | st.tuples(values, values) | st.dictionaries(st.text() | st.binary() | st.integers(), values)
+        st.lists(values) | st.tuples(values, values) | st.dictionaries(st.text() | st.binary() | KEYS, values)
     ),
     max_leaves=30,
 )
@@ -109,3 +110,12 @@ def test_hostile_pickles_end_at_once(content: bytes, reason: str | None) -> None
     with pytest.raises(Exception, match=reason) as caught:
         unpickle(content, KNOWN)
     assert not isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize("key", [2**61 - 1, -(2**60), 2.0**61, float("inf")])
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_keys_whose_hashes_can_be_chosen_are_refused(key: float, protocol: int) -> None:
+    """Multiples of 2^61 - 1 have the hash 0, and reading n of them takes n^2 comparisons."""
+    with pytest.raises(pickle.UnpicklingError, match="a key that is"):
+        unpickle(pickle.dumps({key: 1, 1: 2}, protocol), {})
+    assert unpickle(pickle.dumps({2**60 - 1: 1, 1.5: 2}, protocol), {}) == {2**60 - 1: 1, 1.5: 2}

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +25,33 @@ from tests.training.forked import environment
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
         (("--processes", "-1"), "--processes must be at least 1, got -1"),
         (("--device", "cuda"), "torch sees no GPU here"),
+        (("--json", "nowhere/figures.json"), "--json nowhere/figures.json: nowhere is no directory"),
     ],
 )
 def test_bench_refuses_what_it_cannot_measure(arguments, complaint, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+PRINTS = """\
+import sys
+from stacey_dist.cli import exit_status
+def work():
+    for _ in range(10_000):
+        print("a line that is written")
+    return 0
+sys.exit(exit_status(work, "stacey-dist"))
+"""
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As `| head` closes the pipe: nothing is said, and the status is that of a program that the signal ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", PRINTS], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):

@@ -65,6 +65,11 @@ REFUSED = [
     ("a: 1e999", 1, "larger than any number; infinity is .inf"),
     ("a: " + "[" * 3000 + "]" * 3000, 1, "nested more than 100 deep"),
     ("- " * 3000, 1, "nested more than 100 deep"),
+    (
+        "a: &a [1]\n" + "\n".join(f"a{i}: &a{i} [[[*a{i - 1}]]]" for i in range(1, 40)).replace("*a0", "*a"),
+        35,
+        "100 deep",
+    ),
     ("a: 1\n\tb: 2", 2, "'\\t'"),
     ("a: 1\n---\nb: 2", 2, "expected a single document"),
     ("1: 2", 1, "the key 1 is not text"),

@@ -211,16 +211,18 @@ def weight_files(directory: Path) -> list[Path]:
 
 def experts(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters in which a mixture of experts has one expert's weights after the other."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         count = getattr(module, "num_experts", None)
         own = [p for p in module.parameters(recurse=False) if p.shape[:1] == (count,)]
         if any(p.dim() == 3 for p in own):  # a router has a row for each expert
             yield from own
+        elif "experts" in name.split("."):  # which does not say how many they are
+            yield from (p for p in module.parameters(recurse=False) if p.dim() == 3)
 
 
 def active_share(config: Any, model: nn.Module) -> float:
     """Return which share of its experts a token passes through; 1 in a model without any, or that does not say."""
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
     counts = [p.shape[0] for p in experts(model)]
     return min(1.0, chosen / max(counts)) if counts and isinstance(chosen, int) else 1.0
 
@@ -252,10 +254,11 @@ def attended(config: Any, context: int) -> int:
     seen = {
         "sliding_attention": getattr(config, "sliding_window", None),
         "chunked_attention": getattr(config, "attention_chunk_size", None),
-        "linear_attention": 0,
-        "full_attention": context,
+        "hybrid_sliding": getattr(config, "sliding_window", None),
+        "local": getattr(config, "window_size", None),  # of GPT-Neo, which has its own names
+        **dict.fromkeys(("linear_attention", "conv", "moe", "mlp"), 0),
     }
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if not kinds:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     spans = [seen.get(kind, context) for kind in kinds]

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import math
 import shlex
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -27,6 +26,7 @@ SHORT = {
     "--optimizer": "optimizer.name",
 }
 _COLUMNS = 100
+_LARGEST_FIGURE = 1_000_000
 # Options for a GPU's figures: the field of `Gpu`, in units of 10^9, and the help.
 FIGURES = {
     "--memory-gb": ("memory", "memory of a GPU, in 10^9 bytes"),
@@ -221,8 +221,9 @@ def _gpu(options: argparse.Namespace) -> Gpu:
     for option, (figure, _) in FIGURES.items():
         value = _value(options, option)
         if value is not None:
-            if not 0 < value < math.inf:
-                raise SettingsError(f"{option}: {value} is not allowed; it must be > 0, and finite")
+            if not 0 < value <= _LARGEST_FIGURE:
+                allowed = f"it must be > 0, and at most {_LARGEST_FIGURE:,}"
+                raise SettingsError(f"{option}: {value} is not allowed; {allowed}")
             changes[figure] = value * GB
     if options.efficiency is not None:
         changes["efficiency"] = _efficiency(options.efficiency)

@@ -61,7 +61,8 @@ def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
             fitting = [plan for plan in (make_plan(job, gpu) for job in jobs) if plan.peak <= room]
             if fitting:
                 found.append(min(fitting, key=lambda plan: (round(plan.speed.slow, 9), -plan.job.micro_batch)))
-    return sorted(found, key=lambda plan: (round(plan.speed.slow, 3), plan.peak))
+    # To three digits: what is as fast is ordered by its memory.
+    return sorted(found, key=lambda plan: (float(f"{plan.speed.slow:.3g}"), plan.peak))
 
 
 def peak_bytes(job: Job) -> int:

@@ -102,7 +102,7 @@ def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job, command: str) 
         lines.append(
             f"  {plan.job.engine:<16}{plan.job.micro_batch:>11}{plan.job.accumulation:>13}"
             f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}"
-            f"{_gib(sum(plan.memory.host.values()) * plan.job.gpus_per_node):>10}{_rate(plan):>26}{_mfu(plan):>13}"
+            f"{_gib(sum(plan.memory.host.values()) * plan.job.gpus_per_node):>10} {_rate(plan):>25}{_mfu(plan):>13}"
         )
     lines += ["", f"to start the first one:\n{command}", "", NOT_MEASURED]
     return "\n".join(lines)
@@ -226,7 +226,7 @@ def _mfu(plan: Plan) -> str:
 def _count(number: int) -> str:
     """Return 6738415616 as 6.74 B."""
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
+        if float(f"{number:.3g}") >= factor:
             return f"{number / factor:.3g} {unit}"
     return str(number)
 
@@ -237,7 +237,7 @@ def _gib(size: float) -> str:
 
 def _number(value: float) -> str:
     """Return a number in three digits, since no more of them mean something; 0 as a dash."""
-    if value >= 1000:
+    if float(f"{value:.3g}") >= 1000:
         return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:#.3g}".rstrip(".") if value else "–"
 

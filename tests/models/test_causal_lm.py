@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import stacey_dist.training.tasks.llm_model  # noqa: F401  # it registers the attention
 from stacey_dist.errors import InputError
@@ -95,6 +96,28 @@ def test_windows_bound_what_a_token_attends_to():
     assert attended(config, 4) == 2 * 4 * 16 * 4
     assert attended(config, 32) == 4 * 16 * (8 + 32)
     assert attended(causal_config(described("mistral")), 32) == 2 * 32 * 8
+
+
+def test_layers_without_attention_attend_to_nothing():
+    sizes = dict(hidden_size=64, num_attention_heads=2, num_hidden_layers=4)
+    layers = ["conv", "conv", "full_attention", "conv"]
+    lfm2 = causal_config({"model_type": "lfm2", "num_key_value_heads": 2, "layer_types": layers, **sizes})
+    assert attended(lfm2, 128) == 64 * 128
+    neo = causal_config(
+        {"model_type": "gpt_neo", "hidden_size": 64, "num_heads": 2, "num_layers": 4, "window_size": 16,
+         "attention_types": [[["global", "local"], 2]]}
+    )  # fmt: skip
+    assert attended(neo, 128) == 2 * 64 * (128 + 16)
+
+
+def test_experts_whose_number_has_another_name_count_as_well():
+    config = AutoConfig.for_model(
+        "aria_text", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, vocab_size=100,
+    )  # fmt: skip
+    with torch.device("meta"):
+        total, active = count_parameters(AutoModelForCausalLM.from_config(config))
+    assert total - active == 2 * 8 * 3 * 32 * 24 * 6 // 8
 
 
 def test_experts_count_as_far_as_a_token_passes_through_them():

@@ -13,7 +13,7 @@ import torch
 
 from stacey_dist.cli import main
 from stacey_dist.models.causal_lm import causal_config, new_model
-from stacey_dist.plan import Job, checkpoint_bytes, llama, make_plan, memory
+from stacey_dist.plan import Job, checkpoint_bytes, llama, make_plan, memory, report
 from stacey_dist.plan.hardware import GPUS, find_gpu
 from stacey_dist.plan.memory import ENGINES, most_loaded_rank
 from stacey_dist.plan.model import VOCABULARIES
@@ -209,6 +209,20 @@ def test_search_proposes_what_fits_and_divides_the_batch(capsys):
     assert "nothing fits into 3.35 GiB of a h100-80gb" in nothing
 
 
+def test_a_search_of_fast_updates_begins_with_the_fastest(capsys):
+    """Updates of a few milliseconds, which differ by less than one."""
+    found = json.loads(plan(capsys, "100m_c4_p2_paper", "--search", "--json"))
+    speeds = [proposal["tokens_per_second"][0] for proposal in found["proposals"]]
+    assert speeds == pytest.approx(sorted(speeds, reverse=True), rel=1e-2)
+
+
+def test_numbers_have_three_digits():
+    assert [report._number(value) for value in (0, 0.5, 99.96, 999.4, 999.7, 12_345)] == [
+        "–", "0.500", "100", "999", "1,000", "12,300"
+    ]  # fmt: skip
+    assert [report._count(value) for value in (999, 999_400, 999_700, 999_700_000)] == ["999", "999 k", "1 M", "1 B"]
+
+
 def test_every_engine_and_gpu_has_a_table(capsys):
     for engine in ENGINES:
         where = ("--nodes", "2") if engine == "hsdp" else ("--gpus-per-node", "1") if engine == "single" else ()
@@ -233,8 +247,9 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
     ("options", "message"),
     [
         (["--engin", "zero3"], "unknown option --engin; did you mean --engine?"),
-        (["--memory-gb", "inf"], "--memory-gb: inf is not allowed; it must be > 0, and finite"),
-        (["--memory-gb", "nan"], "--memory-gb: nan is not allowed; it must be > 0, and finite"),
+        (["--memory-gb", "inf"], "--memory-gb: inf is not allowed; it must be > 0, and at most 1,000,000"),
+        (["--memory-gb", "1e300"], "--memory-gb: 1e+300 is not allowed; it must be > 0, and at most 1,000,000"),
+        (["--memory-gb", "nan"], "--memory-gb: nan is not allowed; it must be > 0, and at most 1,000,000"),
         (["--engine", "zero33"], "--engine: zero33 is not known; did you mean zero3? there are single, ddp"),
         (["--engine", "FSDP"], "did you mean fsdp2?"),
         (["--gpu", "h100"], "--gpu: h100 is not known; did you mean h100-80gb? there are a100-40gb"),

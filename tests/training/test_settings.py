@@ -102,6 +102,7 @@ def test_options_as_people_type_them():
     assert config.tracking.trackers == ["wandb", "tensorboard"]
     assert config.train.micro_batch_size is None
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
+    assert parse(LLMConfig, ["--data.files", "[0-9].txt,[ab].txt"]).data.files == ["[0-9].txt", "[ab].txt"]
     for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
         assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
     # the shell has replaced a pattern

@@ -263,7 +263,8 @@ def _from_text(where: str, value: str, kind: Any) -> Any:
     if value != "null":
         kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
     if get_origin(kind) in (list, tuple):
-        if get_origin(kind) is list and not _of_sections(kind) and value and not value.startswith("["):
+        is_yaml = value.startswith("[") and value.endswith("]")  # and no pattern, as in [0-9].txt
+        if get_origin(kind) is list and not _of_sections(kind) and value and not is_yaml:
             return value.split(",")
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
