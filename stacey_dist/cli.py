@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -80,12 +81,12 @@ def exit_status(
         return command()
     except (SettingsError, InputError) as error:
         status, line = 2, f"{error_prefix}{error}"
-    except BrokenPipeError:  # as of `| head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush finds no closed pipe
-        return 128 + signal.SIGPIPE
     except DamagedCheckpointError as error:
         status, line = 1, checkpoint_commands.describe_damage(error)
     except (ForeignCheckpointError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush finds no closed pipe
+            return 128 + signal.SIGPIPE
         status, line = 1, printable(error)
     except ModuleNotFoundError as error:
         if (missing := describe_missing(error, extra)) is None:
@@ -95,6 +96,13 @@ def exit_status(
         status, line = 130, "interrupted" + ("; the same command resumes" if resumable else "")
     print(f"{program}: {line}", file=sys.stderr)
     return status
+
+
+def _reader_has_gone() -> bool:
+    """Return whether the reader of what is printed has closed its pipe, as `head` does when it has read enough."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _plan(arguments: list[str]) -> int:

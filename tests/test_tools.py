@@ -1,5 +1,6 @@
 """`stacey-dist bench` and `stacey-dist info`."""
 
+import errno
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import bench, info
-from stacey_dist.cli import main
+from stacey_dist.cli import exit_status, main
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
 from tests.training.forked import environment
@@ -52,6 +53,14 @@ def test_a_reader_that_has_read_enough_is_no_error():
     ended = subprocess.run([sys.executable, "-c", PRINTS], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_pipe_that_is_not_that_of_the_reader_is_an_error(capfd):
+    def work():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert exit_status(work, "stacey-dist") == 1
+    assert capfd.readouterr().err == "stacey-dist: [Errno 32] Broken pipe\n"
 
 
 def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
