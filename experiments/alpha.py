@@ -1,13 +1,11 @@
 """Does an alpha that grows over the run help (p,p) in long runs? docs/results/long-runs.md has the protocol."""
 
-import math
 from typing import Any
 
 from experiments.comparison import training
-from experiments.comparison_report import curves, report
+from experiments.comparison_report import curves, final, report, shown
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.long import TASK
-from experiments.result import Result
 from experiments.trial import data_settings
 
 _CONFIG = "sweeps/long/base.yaml"
@@ -23,13 +21,13 @@ def run(reproduction: Reproduction) -> Outcome:
         return training(reproduction, TASK.program, configs() / _CONFIG, own, f"{label}-{updates}-seed{seed}")
 
     short = {"AdamW": part("adamw", "adamw", 0, size["short"])}
-    for final in size["final_alpha"]:
-        label = f"stacey_pp-alpha{'' if final is None else f'-to-{final:g}'}"
-        changed = {"schedule.final_alpha": final}
-        title = f"STACEY(p,p), α {'constant' if final is None else f'grows to {final:g}'}"
+    for at_end in size["final_alpha"]:
+        label = f"stacey_pp-alpha{'' if at_end is None else f'-to-{at_end:g}'}"
+        changed = {"schedule.final_alpha": at_end}
+        title = f"STACEY(p,p), α {'constant' if at_end is None else f'grows to {at_end:g}'}"
         short[title] = part("stacey_pp", label, 0, size["short"], **changed)
     values = reproduction.compute(list(short.values()), in_runs=True)
-    ends = {title: Result(**values[made.name]).final(TASK.metric) for title, made in short.items()}
+    ends = {title: final(values[made.name], TASK.metric) for title, made in short.items()}
     long = {
         (name, seed): part(name, name, seed, size["long"])
         for seed in range(1, reproduction.seeds + 1)
@@ -38,11 +36,10 @@ def run(reproduction: Reproduction) -> Outcome:
     values = reproduction.compute(list(long.values()), in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
     told = report(found, TASK.metric, size["runs"], {}, {})
-    lines = [f"| {title} | {f'{loss:.4f}' if math.isfinite(loss) else 'diverged'} |" for title, loss in ends.items()]
+    lines = [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in ends.items()]
     heading = f"| {size['short']} updates, seed 0 | held-out loss |"
     table = "\n".join([told.table, "", heading, "|---|---|", *lines, ""])
-    finite = {title: loss if math.isfinite(loss) else None for title, loss in ends.items()}
-    return Outcome({**told.values, "short": finite}, table, {"curves": curves(found, TASK.metric)})
+    return Outcome({**told.values, "short": ends}, table, {"curves": curves(found, TASK.metric)})
 
 
 _PP = {

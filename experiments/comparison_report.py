@@ -48,6 +48,12 @@ LOWER_IS_BETTER = ("eval_loss",)
 NAMES = {"eval_loss": "held-out loss", "eval_top1": "held-out top-1"}
 FORMS = {"eval_loss": "{:.4f}", "eval_top1": "{:.2%}"}
 
+_SCHEDULES = {
+    "schedule.alpha": "schedule of alpha",
+    "schedule.tau": "schedule of tau",
+    "schedule.final_alpha": "alpha at the end",
+}
+
 Found = Mapping[tuple[str, int], dict[str, Any]]
 """A `trial.Result`, as a dictionary, by optimizer and seed."""
 
@@ -205,7 +211,7 @@ def _table_by_p(by_p: ByP, metric: str, seed: int) -> str:
         "|---" * (1 + len(norms)) + "|",
     ]
     for name in names:
-        ends = ["–" if (name, p) not in by_p else _shown(final(by_p[name, p], metric), metric) for p in norms]
+        ends = ["–" if (name, p) not in by_p else shown(final(by_p[name, p], metric), metric) for p in norms]
         lines.append(f"| {LABELS[name]} | {' | '.join(ends)} |")
     return "\n".join(lines) + "\n"
 
@@ -214,7 +220,8 @@ def _with_interval(form: str, value: float, half: float | None) -> str:
     return form.format(value) + ("" if half is None else f" ± {form.replace('+', '').format(half)}")
 
 
-def _shown(end: float | None, metric: str) -> str:
+def shown(end: float | None, metric: str) -> str:
+    """Return the text of a result of `final`."""
     return "diverged" if end is None else FORMS[metric].format(end)
 
 
@@ -223,10 +230,9 @@ def _optimizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
     Its name is not among them, which stands in the first column.
     """
-    shown = ("schedule.alpha", "schedule.tau", "schedule.final_alpha")
     hidden = ("optimizer.name", "optimizer.variant")
     own = {name: value for name, value in settings.items() if name.startswith("optimizer.") and name not in hidden}
-    return own | {f"schedule of {name[9:]}": settings[name] for name in shown if name in settings}
+    return own | {words: settings[name] for name, words in _SCHEDULES.items() if name in settings}
 
 
 def _short(value: Any) -> str:

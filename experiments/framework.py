@@ -174,7 +174,7 @@ def reproduce(
     if data is not None and not experiment.trains:
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     settings: dict[str, Any] = {"experiment": experiment.name, "scale": scale, "seeds": seeds}
-    settings |= {"data": absolute(data), "versions": versions()}
+    settings |= {"data": identity_of_data(data), "versions": versions()}
     settings["scale's sizes and configuration files"] = digest(_statement(experiment, scale))
     with claimed(directory, settings):
         outcome = experiment.run(Reproduction(experiment.scales[scale], seeds, directory, workers, data))
@@ -263,7 +263,7 @@ def launchers_defaults() -> str:
     return "".join(f"{config!r}{config.optimizer.defaults!r}" for config in configs)
 
 
-def absolute(data: str | None) -> str | None:
+def identity_of_data(data: str | None) -> str | None:
     """Return the user's data, which are the same from wherever they are named; of a file, with its size."""
     if data is None:
         return None

@@ -1,10 +1,9 @@
 """Does the coupling pay in long runs? Equal budgets, 10 000 updates; docs/results/long-runs.md has the protocol."""
 
-import math
 from typing import Any
 
 from experiments.comparison import Task, training, tuning
-from experiments.comparison_report import LABELS, curves, report
+from experiments.comparison_report import LABELS, curves, final, report, shown
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.result import Result
 from experiments.sweep import Sweep, read_sweep
@@ -61,11 +60,10 @@ def run(reproduction: Reproduction) -> Outcome:
     wsd = {**overrides, "schedule.name": "wsd"}
     parts = {name: _long(reproduction, sweeps[name], {**chosen[name], **wsd}, 1, f"{name}-wsd") for name in names}
     results = reproduction.compute(list(parts.values()), in_runs=True)
-    losses = {name: Result(**results[part.name]).final(TASK.metric) for name, part in parts.items()}
-    lines = [f"| {LABELS[name]} | {loss:.4f} |" for name, loss in losses.items()]
+    ends = {name: final(results[part.name], TASK.metric) for name, part in parts.items()}
+    lines = [f"| {LABELS[name]} | {shown(loss, TASK.metric)} |" for name, loss in ends.items()]
     table = "\n".join([told.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
-    finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
-    return Outcome({**told.values, "wsd": finite}, table, figures)
+    return Outcome({**told.values, "wsd": ends}, table, figures)
 
 
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from experiments.errors import TrialError
 from experiments.framework import (
     BAR_OF_RUNS,
-    absolute,
     claimed,
     digest,
     dump,
+    identity_of_data,
     launchers_defaults,
     together,
     versions,
@@ -246,7 +246,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     sweep = read_sweep(file)
     files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
     files["launchers' defaults"] = digest(launchers_defaults().encode())
-    identity = {"seed": seed, "data": absolute(data), **files, "versions": versions()}
+    identity = {"seed": seed, "data": identity_of_data(data), **files, "versions": versions()}
     with claimed(directory, identity), tqdm(total=trials, **BAR_OF_RUNS) as bar:
         tuner = Tuner(
             sweep,

@@ -214,8 +214,8 @@ def test_data_of_another_size_are_other_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "folder").mkdir()
-    before = framework.absolute("a.txt,folder")
+    before = framework.identity_of_data("a.txt,folder")
     assert before == f"{tmp_path}/a.txt of 3 bytes,{tmp_path}/folder"
     (tmp_path / "a.txt").write_text("more")
-    assert framework.absolute(f"{tmp_path}/a.txt,folder") != before
-    assert framework.absolute(None) is None
+    assert framework.identity_of_data(f"{tmp_path}/a.txt,folder") != before
+    assert framework.identity_of_data(None) is None
