@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import io
 import os
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import experiments.trial_process  # noqa: F401
 from stacey_dist.training.launchers import LAUNCHERS
 
-# What each process would make for itself, half of a short run's time: parsers, fonts, and a table of transformers.
+# What each process would make for itself, half of a short run's time: parsers, and a table of transformers.
 for launcher in LAUNCHERS.values():
     launcher.parse([])
-Figure(layout="constrained").subplots().figure.savefig(io.BytesIO())
 # Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
 Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
