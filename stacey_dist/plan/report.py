@@ -237,9 +237,10 @@ def _gib(size: float) -> str:
 
 def _number(value: float) -> str:
     """Return a number in three digits, since no more of them mean something; 0 as a dash."""
-    if float(f"{value:.3g}") >= 1000:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:#.3g}".rstrip(".") if value else "–"
+    rounded = float(f"{value:.3g}")
+    if rounded >= 1000:
+        return f"{rounded:,.0f}"
+    return f"{rounded:#.3g}".rstrip(".") if value else "–"
 
 
 def _span(low: float, high: float) -> str:
