@@ -27,7 +27,16 @@ def tables() -> dict[str, list[list[str]]]:
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
-    return whole | columns | {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long()}
+    return (
+        whole
+        | columns
+        | {
+            "long-runs": long_runs(),
+            "alpha": alpha(),
+            "alpha-long": alpha_long(),
+            "alpha-summary": alpha_summary(),
+        }
+    )
 
 
 def alpha() -> list[list[str]]:
@@ -39,6 +48,26 @@ def alpha() -> list[list[str]]:
     for label, name in files.items():
         (loss,) = _losses(directory / f"{name}-3000-seed0.json", (3000,))
         rows.append([label, loss])
+    return rows
+
+
+def alpha_summary() -> list[list[str]]:
+    """Return the mean over the seeds of the long runs of the experiment on alpha, and of the differences from AdamW."""
+    from experiments.comparison_report import final, mean_with_interval
+
+    rows = [["run", "held-out loss", "against AdamW", "bytes of state"]]
+    read = {name: [] for name in ("adamw", "stacey_pp", "stacey_pp_growing")}
+    for name, runs in read.items():
+        for seed in (1, 2, 3):
+            runs.append(json.loads((ROOT / f"docs/results/alpha/parts/{name}-10000-seed{seed}.json").read_text()))
+    ends = {name: [final(run, "eval_loss") for run in runs] for name, runs in read.items()}
+    for name, runs in read.items():
+        differences = [ours - theirs for ours, theirs in zip(ends[name], ends["adamw"], strict=True)]
+        against = "{:+.4f} ± {:.4f}".format(*mean_with_interval(differences))
+        loss = "{:.4f} ± {:.4f}".format(*mean_with_interval(ends[name]))
+        rows.append(
+            [_labels()[name], loss, "–" if name == "adamw" else against, f"{runs[0]['state_bytes_per_parameter']:.0f}"]
+        )
     return rows
 
 
