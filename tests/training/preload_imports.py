@@ -10,7 +10,8 @@ from tests.training.hidden import HIDDEN
 os.environ.update(HIDDEN)
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is imported
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer  # what deepspeed.initialize imports: torch._inductor
 import torch.distributed.checkpoint  # noqa: F401
 from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -24,6 +25,8 @@ for launcher in LAUNCHERS.values():
 # Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
 Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
+# DeepSpeed would compile them for a minute where a process group is made; its inference alone uses them.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # What is loaded stays: else every collection in every process goes through all of it, and copies its pages.
 gc.collect()

@@ -60,14 +60,16 @@ def on_engine(engine, *arguments, **options):
     "engine",
     [pytest.param(e, marks=[pytest.mark.exhaustive] * (e in ("cpu_zero1", "cpu_zero_redundancy"))) for e in ENGINES],
 )
-def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_path, engine):
+def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_path, monkeypatch, engine):
     directory, config = one_process
     # Two micro-batches a process: the accumulation is the engine's own.
     whole, part = tmp_path / "whole", tmp_path / "part"
     accumulated = ("--train.micro_batch_size", 2, *WATCHED)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     output = on_engine(
         engine, "--config", config, "--run_dir", whole, *accumulated, through_accelerate=engine == "cpu_zero3"
     )  # fmt: skip
+    assert not (tmp_path / "compiled").exists(), "DeepSpeed has compiled something"
     assert f"2 processes on cpu (1 thread) with {ENGINES[engine]}, float32, 8 sequences an update" in output
     assert "is deprecated" not in output
     assert output.count("  sample: ") == 2

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.processes import build_locks, launch_settings, rendezvous
+from stacey_dist.training.processes import launch_settings, rendezvous
 from stacey_dist.training.settings.config import RunConfig
 
 ZERO_REDUNDANCY = "zero_redundancy"
@@ -61,8 +61,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
-    if requested == "deepspeed":
-        build_locks.watch()
+        _skip_compilation()
     # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
@@ -83,6 +82,16 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         accelerator.scaler = torch.amp.GradScaler("cpu")
     _check_engine(requested, accelerator)
     return accelerator
+
+
+def _skip_compilation() -> None:
+    """Keep DeepSpeed from compiling its operations for CPUs, which takes a minute: its inference alone uses them.
+
+    A killed compiler would also leave a lock in torch's extensions cache, for which every later run waits forever.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
