@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.parts import stored_ids
-from stacey_dist.data.readahead import Batch, End
+from stacey_dist.data.readahead import End, Record
 from stacey_dist.data.text import BadRecord, Document
 from stacey_dist.data.tokenizer import Tokenizer
 
@@ -61,18 +61,18 @@ class Block:
         return replace(self, first=self.first + count, **rest)  # type: ignore[arg-type]
 
 
-def encode(batch: Batch, tokenizer: Tokenizer, number: int, first: int) -> Iterator[Block]:
+def encode(batch: Sequence[Record], tokenizer: Tokenizer, number: int, first: int) -> Iterator[Block]:
     """Yield the records of a batch, of which the first is record `first` of input `number`.
 
     Raises:
         InputError: an id is not in the vocabulary.
     """
-    texts = [record.text for record in batch.records if isinstance(record, Document)]
+    texts = [record.text for record in batch if isinstance(record, Document)]
     encoded = iter(tokenizer.encode_batch(texts))
-    ends = [at for at, record in enumerate(batch.records) if isinstance(record, End)]
+    ends = [at for at, record in enumerate(batch) if isinstance(record, End)]
     start = 0
-    for at, stop in enumerate((*ends, len(batch.records))):
-        records, ended = batch.records[start:stop], at < len(ends)
+    for at, stop in enumerate((*ends, len(batch))):
+        records, ended = batch[start:stop], at < len(ends)
         if records or ended:
             yield _block(records, encoded, tokenizer, number, first, ended)
         number, first, start = number + 1, 0, stop + 1

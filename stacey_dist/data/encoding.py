@@ -238,8 +238,6 @@ class Encoder:
                     for block in encode(batch, self._tokenizer, number, read):
                         yield block
                         number, read, place, _ = _after(block)
-                    if batch.error is not None:
-                        raise batch.error
 
 
 def _after(block: Block) -> tuple[int, int, Any, bool]:

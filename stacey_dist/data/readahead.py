@@ -7,7 +7,6 @@ import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from stacey_dist.data.source import Input
@@ -24,34 +23,22 @@ class End:
     """Stands where an input ends."""
 
 
-@dataclass
-class Batch:
-    """Records in the order of reading.
-
-    Attributes:
-        records: documents, bad records, and an `End` after the last of each input.
-        size: of the documents' texts, in bytes of UTF-8.
-        error: what reading raised after these records, if it did.
-    """
-
-    records: list[Document | BadRecord | End] = field(default_factory=list)
-    size: int = 0
-    error: InputError | None = None
+Record = Document | BadRecord | End
 
 
 @contextlib.contextmanager
-def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterator[Iterator[Batch]]:
+def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterator[Iterator[list[Record]]]:
     """Give an iterator over batches of the records of ``inputs``, without the first ``skip`` of the first input.
 
-    Where the `place` of the last of these is given, they are not read again.
+    Where the `place` of the last of these is given, they are not read again. An `End` follows the last record of each
+    input.
 
     One batch is read in advance. When the context is left, early or not, the thread has ended and the inputs are
-    closed. An InputError in reading is in the last batch, after what was read before it; what else reading raises,
-    the iterator raises.
+    closed. The iterator raises what reading raises, an InputError after a batch of what was read before it.
     """
     with contextlib.closing(_batches(inputs, skip, place)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
 
-        def ahead() -> Iterator[Batch]:
+        def ahead() -> Iterator[list[Record]]:
             coming = pool.submit(next, batches, None)
             while (batch := coming.result()) is not None:
                 coming = pool.submit(next, batches, None)
@@ -60,24 +47,27 @@ def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterato
         yield ahead()
 
 
-def _batches(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Batch, None, None]:
-    batch = Batch()
+def _batches(inputs: Sequence[Input], skip: int, place: Any) -> Generator[list[Record], None, None]:
+    batch: list[Record] = []
+    size, failure = 0, None
     with contextlib.closing(_records(inputs, skip, place)) as records:
         try:
             for record in records:
-                batch.records.append(record)
+                batch.append(record)
                 if isinstance(record, Document):
-                    batch.size += len(record.text.encode())
-                if batch.size >= BATCH_BYTES or len(batch.records) >= _BATCH_RECORDS:
+                    size += len(record.text.encode())
+                if size >= BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
                     yield batch
-                    batch = Batch()
+                    batch, size = [], 0
         except InputError as error:
-            batch.error = error
-    if batch.records or batch.error:
+            failure = error
+    if batch:
         yield batch
+    if failure is not None:
+        raise failure
 
 
-def _records(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Document | BadRecord | End, None, None]:
+def _records(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Record, None, None]:
     for each in inputs:
         with contextlib.closing(each.records() if place is None else each.records(place)) as records:
             yield from itertools.islice(records, skip if place is None else 0, None)

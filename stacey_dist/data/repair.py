@@ -87,5 +87,3 @@ def _documents(
                 chosen = np.flatnonzero(held_out == (part.split == "validation"))
                 yield from (documents[i] for i in chosen if i >= skip)
                 number, skip = number + len(documents), max(0, skip - len(documents))
-            if batch.error is not None:
-                raise batch.error
