@@ -101,9 +101,7 @@ def prepare(
 
             with lock(meanwhile=check if helpers.running else None):
                 if not _is_complete(directory):
-                    Preparation(
-                        directory, source, tokenizer, max_tokens, validation_every, progress, encoder, helpers
-                    ).run()
+                    Preparation(encoder, helpers, validation_every, progress).run()
     return directory
 
 

@@ -61,11 +61,13 @@ class Encoder:
     Args:
         directory: the one that is being prepared.
         source, tokenizer, max_tokens: as for `prepare`.
+
+    All of them are attributes, too.
     """
 
     def __init__(self, directory: Path, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+        self.directory, self.source, self.tokenizer, self.max_tokens = directory, source, tokenizer, max_tokens
         self._chunks = directory / CHUNKS
-        self._tokenizer = tokenizer
         # A copy that ends at a limit would not know how many of the skipped records came before.
         with_skipped = source.on_bad_record == "skip" and max_tokens is None
         self._find_known = partial(Reuse, directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
@@ -80,7 +82,7 @@ class Encoder:
     def _link_known(self) -> None:
         """Take over the chunks that other directories have, of preparations that were not completed."""
         known: dict[str, list[Path]] = {}
-        for folder in self._chunks.parent.parent.glob(f"*/{CHUNKS}/*/"):
+        for folder in self.directory.parent.glob(f"*/{CHUNKS}/*/"):
             if folder.parent != self._chunks:
                 known.setdefault(folder.name, []).append(folder)
         for group in self.groups:
@@ -229,13 +231,13 @@ class Encoder:
                 continue
             if copying:
                 raise InputError(
-                    f"{self._chunks.parent}: another directory from which it was being filled has gone or is damaged; "
+                    f"{self.directory}: another directory from which it was being filled has gone or is damaged; "
                     "delete it"
                 )
             known = (n for n in range(number + 1, len(inputs)) if self.reuse.knows(inputs[n].identity))
             with read_ahead(inputs[number : next(known, len(inputs))], read, place) as batches:
                 for batch in batches:
-                    for block in encode(batch, self._tokenizer, number, read):
+                    for block in encode(batch, self.tokenizer, number, read):
                         yield block
                         number, read, place, _ = _after(block)
 

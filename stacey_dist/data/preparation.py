@@ -16,8 +16,7 @@ from stacey_dist.data.blocks import BAD, NAMED, Block, unpack
 from stacey_dist.data.encoding import CHUNKS, Encoder, Failure, Group
 from stacey_dist.data.parts import ASIDE, FORMAT_VERSION, INDEX, PROGRESS, SPLITS, PartWriter, held_out_of, token_dtype
 from stacey_dist.data.processes import Helpers
-from stacey_dist.data.source import Input, Source
-from stacey_dist.data.tokenizer import Tokenizer
+from stacey_dist.data.source import Input
 from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, write_json
 
@@ -102,29 +101,17 @@ class Preparation:
     A document is counted, for holding out every so many, if the tokenizer gives it any tokens.
 
     Args:
-        directory: where the tokens go; locked by the caller. An interrupted preparation is resumed there.
-        source, tokenizer, max_tokens, validation_every, progress: as for `prepare`.
-        encoder: gives the chunks.
-        helpers: processes that write them; where there are none, this one does.
+        encoder: gives the chunks. Its directory, where the tokens go, is locked by the caller; an interrupted
+            preparation is resumed there.
+        helpers: processes that write the chunks; where there are none, this one does.
+        validation_every, progress: as for `prepare`.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        source: Source,
-        tokenizer: Tokenizer,
-        max_tokens: int | None,
-        validation_every: int,
-        progress: bool,
-        encoder: Encoder,
-        helpers: Helpers,
-    ) -> None:
-        self._directory = directory
-        self._source = source
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+    def __init__(self, encoder: Encoder, helpers: Helpers, validation_every: int, progress: bool) -> None:
+        self._directory, self._source = encoder.directory, encoder.source
+        self._tokenizer, self._max_tokens = encoder.tokenizer, encoder.max_tokens
         self._every = validation_every
-        self._held_out = validation_every if source.validation_inputs is None else None
+        self._held_out = validation_every if self._source.validation_inputs is None else None
         self._progress = progress
         self._encoder = encoder
         self._helpers = helpers
@@ -135,7 +122,7 @@ class Preparation:
         self._writers: dict[str, PartWriter]
         self._passes: list[_Pass]
         try:
-            self._start(read_json(directory / PROGRESS))
+            self._start(read_json(self._directory / PROGRESS))
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
         for each in self._passes:
