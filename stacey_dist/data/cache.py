@@ -14,10 +14,9 @@ from stacey_dist.data.lock import locked_directory, make_directory
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, read_index
 from stacey_dist.data.preparation import Preparation
 from stacey_dist.data.processes import Helpers
-from stacey_dist.data.repair import repair_parts
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
-from stacey_dist.data.verify import damaged_parts
+from stacey_dist.data.verify import damaged_parts, repair_parts
 from stacey_dist.errors import InputError
 
 _MOST_INPUTS = 2**20
