@@ -41,16 +41,8 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         if self.training:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training,
-            self.momentum,
-            self.eps,
-        )
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight.float(), self.bias.float()
+        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
 def build_resnet(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from stacey_dist.errors import first_line
 
 # Names of code, kernels and quantizers, each of which transformers would import or fetch.
@@ -62,14 +64,15 @@ def build_shell(described: Any, name: Any = None) -> Any:
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
     try:
-        with without_network():
-            return _build(without_code(described), name)
+        with without_network(), torch.device("meta"):
+            model = _build(without_code(described), name)
+            model.tie_weights()  # older versions of transformers leave them untied on meta
+            return model
     except Exception as error:  # of many kinds, as configurations can hold anything
         raise ValueError(first_line(error)) from error
 
 
 def _build(described: dict[str, Any], name: Any) -> Any:
-    import torch
     import transformers
 
     if name is None:
@@ -80,8 +83,7 @@ def _build(described: dict[str, Any], name: Any) -> Any:
         config = made.config_class.from_dict(described)
         if hasattr(config, "use_cache"):
             config.use_cache = True
-        with torch.device("meta"):
-            return _tied(made(config))
+        return made(config)
     kind = described.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -89,15 +91,7 @@ def _build(described: dict[str, Any], name: Any) -> Any:
             "run"
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(described)
-    with torch.device("meta"):
-        return _tied(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-
-
-def _tied(model: Any) -> Any:
-    """Tie the weights that the configuration ties, which older versions of transformers leave untied on meta."""
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return model
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def without_code(value: Any) -> Any:

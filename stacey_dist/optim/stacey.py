@@ -109,24 +109,10 @@ class Stacey(ElementwiseOptimizer):
         capturable: bool = False,
         lr_reference: float | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            p=p,
-            variant=variant,
-            alpha=alpha,
-            tau=tau,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            z_init=z_init,
-            state_dtype=state_dtype,
-            rounding=rounding,
-            seed=seed,
-            fused=fused,
-            capturable=capturable,
-            lr_reference=lr_reference,
-        )
-        super().__init__(params, defaults)
+        rule = dict(lr=lr, p=p, variant=variant, alpha=alpha, tau=tau, betas=betas, eps=eps, weight_decay=weight_decay)
+        states = dict(z_init=z_init, state_dtype=state_dtype, rounding=rounding, seed=seed)
+        launch = dict(fused=fused, capturable=capturable, lr_reference=lr_reference)
+        super().__init__(params, {**rule, **states, **launch})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)

@@ -110,7 +110,8 @@ def _measure(model: Any, sequences: int, length: int, arithmetic: Arithmetic) ->
     hooks = [layer.register_forward_hook(live.enter_layers) for layer in layers[-1:]]
     hooks += [layer.register_forward_pre_hook(live.leave_layers) for layer in layers[:1]]
     # torch's grouped product has no shapes in float32 without memory; transformers' own keeps the same.
-    grouped = patch.object(moe, "_can_use_grouped_mm", lambda _, weight, *rest: weight.dtype == torch.bfloat16)
+    # Some versions of transformers have no such function.
+    grouped = patch.object(moe, "_can_use_grouped_mm", lambda _, w, *rest: w.dtype == torch.bfloat16, create=True)
     with live, grouped:
         with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
             logits = model(input_ids=inputs).logits

@@ -85,13 +85,12 @@ def _model_states(directory: Path, count: int) -> list[dict[str, Any]]:
     """Load what describes the model: ZeRO-3 has a file for each rank, the others one for all."""
     if count == 1 and (directory / "mp_rank_00_model_states.pt").exists():
         return [_load(directory / "mp_rank_00_model_states.pt")]
-    prefixes = ("zero_pp_rank", "bf16_zero_pp_rank")
-    names = [[f"{prefix}_{rank}_mp_rank_00_model_states.pt" for prefix in prefixes] for rank in range(count)]
     described = []
-    for either in names:
-        file = next((directory / name for name in either if (directory / name).exists()), None)
+    for rank in range(count):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+        file = next((file for file in (directory / name, directory / f"bf16_{name}") if file.exists()), None)
         if file is None:
-            raise ForeignCheckpointError(f"{directory / either[0]} is missing")
+            raise ForeignCheckpointError(f"{directory / name} is missing")
         described.append(_load(file))
     return described
 

@@ -120,11 +120,5 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
 
 def _dense(tensor: Tensor) -> bool:
     """Return whether the elements lie side by side, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(by_stride).is_contiguous()

@@ -97,31 +97,31 @@ struct Int {
         return result;                                  \
     }
 
-OPERATOR(Float, Float, +)
-OPERATOR(Float, Float, -)
-OPERATOR(Float, Float, *)
+#define ARITHMETIC(op)                              \
+    OPERATOR(Float, Float, op)                      \
+    OPERATOR_WITH_NUMBER(Float, Float, float, op)   \
+    OPERATOR(Int, Int, op)                          \
+    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
+#define BITWISE(op)                                 \
+    OPERATOR(Int, Int, op)                          \
+    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
+#define COMPARISON(op)                              \
+    OPERATOR(Int, Float, op)                        \
+    OPERATOR_WITH_NUMBER(Int, Float, float, op)     \
+    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
+
+ARITHMETIC(+)
+ARITHMETIC(-)
+ARITHMETIC(*)
 OPERATOR(Float, Float, /)
-OPERATOR(Int, Float, ==)
-OPERATOR_WITH_NUMBER(Float, Float, float, +)
-OPERATOR_WITH_NUMBER(Float, Float, float, -)
-OPERATOR_WITH_NUMBER(Float, Float, float, *)
-OPERATOR_WITH_NUMBER(Int, Float, float, ==)
-OPERATOR_WITH_NUMBER(Int, Float, float, !=)
-OPERATOR_WITH_NUMBER(Int, Float, float, <)
-OPERATOR(Int, Int, +)
-OPERATOR(Int, Int, -)
-OPERATOR(Int, Int, |)
-OPERATOR(Int, Int, &)
-OPERATOR(Int, Int, ^)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, +)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, -)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, *)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, &)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, |)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, ^)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, <)
+BITWISE(&)
+BITWISE(|)
+BITWISE(^)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, <<)
 OPERATOR_WITH_NUMBER(Int, Int, int32_t, >>)
+COMPARISON(==)
+COMPARISON(!=)
+COMPARISON(<)
 
 INLINE Float operator-(Float x) {
     EACH x.of[i] = -x.of[i];
