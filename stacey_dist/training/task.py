@@ -19,10 +19,6 @@ class Task(Protocol):
 
     The data of an update are a function of its position, which counts the samples of all updates before it. So a run
     resumes from one number, on any number of processes.
-
-    A task whose data have parts with epochs of their own can have a method ``epochs(position)``, too. It returns the
-    passes over each part up to there, as in ``{"epoch_of.web": 0.4}``, which are reported. One whose updates differ in
-    units can have a method ``units_before(position)``, which returns the units of all updates before a position.
     """
 
     unit: str = "samples"
@@ -55,6 +51,14 @@ class Task(Protocol):
         """Return how many units all processes together train on in the update at this position."""
         return self.batch_size
 
+    def units_before(self, position: int) -> int:
+        """Return the units of all updates before a position; to be overridden where updates differ in units."""
+        return position * self.units(0) // self.batch_size
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Return the passes up to a position over each part of data with epochs of its own: {"epoch_of.web": 0.4}."""
+        return {}
+
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the micro-batch's share of the update's loss, a scalar.
 
@@ -77,18 +81,6 @@ class Task(Protocol):
 
     def close(self) -> None:
         """End what the task has started, as processes that read data. Called after the last update."""
-
-
-def epochs_of_parts(task: Task, position: int) -> dict[str, float]:
-    """Return the passes over each part of the data up to a position; empty for data without parts."""
-    epochs: Callable[[int], dict[str, float]] | None = getattr(task, "epochs", None)
-    return {} if epochs is None else epochs(position)
-
-
-def units_before(task: Task, position: int) -> int:
-    """Return the units of all updates before a position."""
-    own: Callable[[int], int] | None = getattr(task, "units_before", None)
-    return position * task.units(0) // task.batch_size if own is None else own(position)
 
 
 class DatasetTask(Task):

@@ -14,7 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.training import Callback, Launcher, Parts, RunConfig
+from stacey_dist.training import Callback, Launcher, Parts, RunConfig, Task
 from stacey_dist.training.settings.value_types import PositiveInt, check
 
 
@@ -37,7 +37,7 @@ class RegressionConfig(RunConfig):
         check(self.model.features != 13, "model.features", 13, "it brings bad luck")
 
 
-class Regression:
+class Regression(Task):
     unit = "points"
     flops_per_unit = 60.0
     data_identity = "points on a plane"

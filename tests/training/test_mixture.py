@@ -162,7 +162,6 @@ def test_units_count_the_partial_windows_of_every_source(mixture):
     data, said = opened(config)
     assert "  web: 3 of 4 sequences (75.00%), " in said
     assert "  sums: 1 of 4 sequences (25.00%), " in said
-    from stacey_dist.training.task import units_before
     from stacey_dist.training.tasks.llm import LanguageModeling
 
     task = LanguageModeling.__new__(LanguageModeling)
@@ -175,7 +174,7 @@ def test_units_count_the_partial_windows_of_every_source(mixture):
         drawn = zip(*task.sampler.samples(position, 20), strict=True)
         assert task.units(position) == sum(streams[source].label_count(window) for source, window in drawn)
         counted.append(task.units(position))
-        assert units_before(task, position + 20) == sum(counted)
+        assert task.units_before(position + 20) == sum(counted)
 
 
 def test_the_identity_is_of_tokens_and_weights(mixture, tmp_path):

@@ -1,5 +1,6 @@
 """Reports of a run: the progress line, metrics.jsonl, the trackers."""
 
+import sys
 import time
 from typing import Any
 
@@ -8,11 +9,10 @@ import torch
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.processes.devices import memory_in_use
 from stacey_dist.training.reports.flops import peak_flops
-from stacey_dist.training.reports.progress_line import ProgressLine
+from stacey_dist.training.reports.progress_line import progress_line
 from stacey_dist.training.reports.rows import RowFile
 from stacey_dist.training.reports.trackers import log, start_trackers
 from stacey_dist.training.run import Run
-from stacey_dist.training.task import epochs_of_parts, units_before
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
@@ -33,7 +33,8 @@ class Metrics(Callback):
         device = run.accelerator.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * run.accelerator.num_processes if peak and flops_per_unit else None
-        self.line = ProgressLine(unit, self.max_steps)
+        self.live = sys.stdout.isatty()
+        """On a terminal, the next line takes the place of one that is not due."""
         self.rows = RowFile(run.directory / "metrics.jsonl", self.say)
         self.start_step = 0
         self._units = 0
@@ -64,8 +65,8 @@ class Metrics(Callback):
         row = {
             "step": step,
             "epoch": round(epoch, 4),
-            **epochs_of_parts(task, position),
-            self.unit: units_before(task, position),
+            **task.epochs(position),
+            self.unit: task.units_before(position),
             "loss": outcome.loss,
             "lr": training.lr,
             "grad_norm": outcome.grad_norm,
@@ -73,15 +74,16 @@ class Metrics(Callback):
             "skipped_steps": training.progress.skipped_steps,
         }
         if self.main:
-            seconds_a_step = seconds / (step - self.start_step)
-            self.line.print(row, seconds_a_step * (self.max_steps - step), keep=due)
+            seconds_left = seconds / (step - self.start_step) * (self.max_steps - step)
+            line = progress_line(row, self.unit, self.max_steps, seconds_left)
+            print(f"\r\x1b[K{line}" if self.live else line, end="\n" if due else "", flush=True)
         if due:
             self.write(row)
             self._units, self._waited, self._seconds = 0, training.clock.waited, seconds
 
     def _is_to_be_shown(self) -> bool:
         """Return whether this process has not written its line on a terminal for a second."""
-        return self.main and self.line.live and time.perf_counter() - self._shown > _SHOW_EVERY_SECONDS
+        return self.main and self.live and time.perf_counter() - self._shown > _SHOW_EVERY_SECONDS
 
     def _usage(self, seconds: float, waited: float) -> dict[str, float]:
         """Return the columns for speed, waiting and memory of what was done in so many seconds."""
@@ -95,7 +97,7 @@ class Metrics(Callback):
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
         """Write and print the figures, and the passes over each part of the data."""
-        figures = figures | epochs_of_parts(training.task, training.progress.position)
+        figures = figures | training.task.epochs(training.progress.position)
         self.write({"step": training.step, **figures})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {training.step}/{self.max_steps}  {shown}")
@@ -106,7 +108,7 @@ class Metrics(Callback):
 
     def say(self, message: str) -> None:
         """Print a line of its own, below a live progress line."""
-        self.run.say(self.line.below(message))
+        self.run.say(("\n" if self.live else "") + message)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and log it to the trackers."""

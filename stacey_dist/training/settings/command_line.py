@@ -71,7 +71,11 @@ def parse(
                 setattr(getattr(config, section), setting, None)
         return config
     except SettingsError as error:
-        parser.error(str(error))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a node, which all find it
+            line = str(error).strip().encode("utf-8", "backslashreplace").decode()
+            print(f"{parser.prog}: error: {line}", file=sys.stderr)
+            print(f"Try '{parser.prog} --help' for every setting.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _forget(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -138,11 +142,11 @@ def help_of(config_class: type, program: str, about: str, sections: Sequence[str
 
 
 @functools.cache
-def _parser(config_class: type, program: str | None, kind: "type[_Parser] | None" = None) -> "_Parser":
+def _parser(config_class: type, program: str | None) -> "_Parser":
     """Return the parser of a configuration's settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
-    parser = (kind or _Parser)(
+    parser = _Parser(
         prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
@@ -168,15 +172,8 @@ class _Parser(ArgumentParser):
         return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error without the usage, and a value of a wrong type in one line; exit with status 2.
-
-        Of the processes of a node, which all find it, the first prints it.
-        """
-        line = self.explained(message).strip().encode("utf-8", "backslashreplace").decode()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: error: {line}", file=sys.stderr)
-            print(f"Try '{self.prog} --help' for every setting.", file=sys.stderr)
-        sys.exit(2)
+        """Raise a SettingsError, for a value of a wrong type in one line."""
+        raise SettingsError(self.explained(message))
 
     def explained(self, message: str) -> str:
         """Return the error with a value of a wrong type in one line."""
@@ -186,13 +183,6 @@ class _Parser(ArgumentParser):
             shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
             return f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
         return message
-
-
-class _ItemParser(_Parser):
-    """The parser of an item of a list of sections."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise SettingsError(self.explained(message))
 
 
 def _describe(kind: Any) -> str:
@@ -337,7 +327,7 @@ def _of_sections(kind: Any) -> bool:
 
 def _item(where: str, value: Any, kind: Any) -> Any:
     """Return an item of a list of sections."""
-    parser = _parser(kind, None, _ItemParser)
+    parser = _parser(kind, None)
     if not isinstance(value, dict):
         raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
     for name in value:
