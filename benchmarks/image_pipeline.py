@@ -25,7 +25,7 @@ from stacey_dist.data.images import ImageSet, Transform, cached, read_pixels
 from stacey_dist.data.images.augment import random_rectangle
 from stacey_dist.data.images.decode import FORMATS
 from stacey_dist.data.images.listing import IMAGE_SUFFIXES
-from stacey_dist.data.images.uniform import uniforms
+from stacey_dist.data.sampler import uniforms
 
 CACHE_RESIZE_TO = 256
 

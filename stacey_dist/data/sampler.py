@@ -1,4 +1,4 @@
-"""A global shuffle as a function of the position, without state or a stored permutation."""
+"""A global shuffle and random numbers as functions of their places, without state or a stored permutation."""
 
 import functools
 
@@ -11,6 +11,9 @@ from stacey_dist.errors import InputError
 _ROUNDS = 16
 _LARGEST = 2**40
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = 0xFFFFFFFFFFFFFFFF
+# Keeps the numbers of `uniforms` apart from those of the sampler, which hashes the same seed and epoch.
+_PURPOSE = 0x696D6167657321
 
 
 class GlobalSampler:
@@ -79,27 +82,47 @@ class GlobalSampler:
         return epoch * self.size + int(value[0])
 
     def _keys(self, epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        return mix(epochs + mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+        return _mix(epochs + _mix(np.array([self.seed & _MASK], dtype=np.uint64)))
 
     def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Apply each value's keyed permutation of the power of two, once."""
         high, low = values >> self._low_bits, values & self._low_mask
         for number in range(0, _ROUNDS, 2):
             # Each half in turn is changed by a function of the other: undone by the same steps backwards.
-            high = (high ^ mix(mix(keys + np.uint64(number)) + low)) & self._high_mask
-            low = (low ^ mix(mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+            high = (high ^ _mix(_mix(keys + np.uint64(number)) + low)) & self._high_mask
+            low = (low ^ _mix(_mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
         return (high << self._low_bits) | low
 
     def _permute_back(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Undo `_permute`."""
         high, low = values >> self._low_bits, values & self._low_mask
         for number in range(_ROUNDS - 2, -1, -2):
-            low = (low ^ mix(mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
-            high = (high ^ mix(mix(keys + np.uint64(number)) + low)) & self._high_mask
+            low = (low ^ _mix(_mix(keys + np.uint64(number + 1)) + high)) & self._low_mask
+            high = (high ^ _mix(_mix(keys + np.uint64(number)) + low)) & self._high_mask
         return (high << self._low_bits) | low
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def uniforms(seed: int, epoch: int, sample: int, count: int) -> NDArray[np.float64]:
+    """Return ``count`` numbers uniform in [0, 1), a pure function of the arguments; more begin with the same ones.
+
+    Args:
+        seed: any integer; its lowest 64 bits count.
+        epoch: at least 0.
+        sample: at least 0.
+        count: how many.
+    """
+    key: NDArray[np.uint64] = _mix(_epoch_key(seed & _MASK, epoch) + np.uint64(sample))
+    counter: NDArray[np.uint64] = np.arange(count, dtype=np.uint64)
+    bits: NDArray[np.uint64] = _mix(key + counter)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_key(seed: int, epoch: int) -> NDArray[np.uint64]:
+    return _mix(_mix(_mix(np.array([_PURPOSE], np.uint64)) + np.uint64(seed)) + np.uint64(epoch))
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash 64-bit integers, an array of at least one dimension: other integers that look random, one to one.
 
     A golden-ratio step, so that 0 is not fixed, and murmur3's finalizer.

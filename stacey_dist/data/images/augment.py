@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from stacey_dist.data.images.uniform import uniforms
+from stacey_dist.data.sampler import uniforms
 from stacey_dist.errors import InputError
 
 Crop = Literal["random_resized", "padded", "none"]

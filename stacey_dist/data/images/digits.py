@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.images.image_set import ArrayImages
-from stacey_dist.data.images.uniform import uniforms
+from stacey_dist.data.sampler import uniforms
 
 SIDE = 28
 CLASSES = 10

@@ -13,7 +13,7 @@ from PIL import Image
 from stacey_dist.data import GlobalSampler
 from stacey_dist.data.images import Transform
 from stacey_dist.data.images.augment import central, random_rectangle, resize, resize_shorter_side
-from stacey_dist.data.images.uniform import uniforms
+from stacey_dist.data.sampler import uniforms
 from stacey_dist.errors import InputError
 from tests.data.images.helpers import picture
 
