@@ -6,7 +6,6 @@ import functools
 import mmap
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -210,7 +209,8 @@ class PartWriter:
         self,
         tokens: NDArray[Any],
         lengths: NDArray[np.integer],
-        place: Callable[[int], dict[str, Any]],
+        place: dict[str, Any],
+        skips: NDArray[np.integer],
         sums: dict[str, int],
     ) -> None:
         """Append documents.
@@ -218,14 +218,15 @@ class PartWriter:
         Args:
             tokens: their ids, as they are stored, one document after another, each with the end token.
             lengths: how many each has, at least one.
-            place: returns how to find a document of these again, JSON-able; kept where it begins a part.
+            place: the pass and the input that they are of, JSON-able; kept where one of them begins a part.
+            skips: how many documents of the input come before each; kept there, too.
             sums: ``{"documents": n, "tokens": n, "crc32": n}`` of its input so far (modified in place).
         """
         ends = np.cumsum(lengths)
         first = start = 0
         while first < len(lengths):
             if self._file is None or self._parts[-1]["tokens"] >= PART_TOKENS:
-                self._open_next(place(first))
+                self._open_next(place | {"skip": int(skips[first])})
             assert self._file is not None
             # Up to the document that brings the part to its size.
             full = np.searchsorted(ends, start + PART_TOKENS - self._parts[-1]["tokens"])

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -307,12 +306,13 @@ class Preparation:
                 lengths, held_out, records = lengths[: last + 1].copy(), held_out[: last + 1], int(documents[last]) + 1
                 lengths[last] -= ends[last] - room
         tokens = block.tokens[: lengths.sum()]
-        starts = first - now.current["documents"] + np.arange(len(lengths))
+        skips = first - now.current["documents"] + np.arange(len(lengths))
         for split, mine in zip(SPLITS, (~held_out, held_out), strict=True):
             self._writers[split].append(
                 tokens[np.repeat(mine, lengths)],
                 lengths[mine],
-                partial(_place, now.name, len(now.records), starts[mine].tolist()),
+                {"pass": now.name, "input": len(now.records)},
+                skips[mine],
                 now.current["splits"][split],
             )
         bad, skipped = int((block.lengths[:records] == BAD).sum()), now.current["skipped"]
@@ -337,8 +337,3 @@ class Preparation:
             disable=not self._progress,
             dynamic_ncols=True,
         )
-
-
-def _place(name: str, number: int, starts: list[int], document: int) -> dict[str, Any]:
-    """Return where a part begins: so many documents after the beginning of an input."""
-    return {"pass": name, "input": number, "skip": starts[document]}
