@@ -134,18 +134,15 @@ class Encoder:
         return False
 
     def end(self, group: Group) -> None:
-        """Let nobody encode a group again: all of its chunks were taken."""
+        """Let nobody encode more of a group, on whichever host: all that is needed of it was taken."""
         with suppress(FileNotFoundError):
             self._end(group).touch()
 
     def close(self, name: str) -> None:
-        """Let nobody encode more of a pass, on whichever host."""
-        with suppress(FileNotFoundError):
-            self._closed(name).touch()
-
-    def reopen(self, name: str) -> None:
-        """Undo `close`."""
-        self._closed(name).unlink(missing_ok=True)
+        """Let nobody encode more of a pass."""
+        for group in self.groups:
+            if group.name == name:
+                self.end(group)
 
     def work(self, first: int = 0, step: int = 1) -> Generator[Failure | None, None, None]:
         """Encode what no other process encodes: every `step`-th group from the `first` on, then the others.
@@ -157,14 +154,11 @@ class Encoder:
 
     def work_on(self, group: Group) -> Generator[Failure | None, None, None]:
         """Encode one group, if it is not done and no other process encodes it. Yields what `work` does."""
-        if not self._is_over(group):
+        if not self._end(group).exists():
             # Another process has the group, or the directory is complete.
             with suppress(BlockingIOError, FileNotFoundError), self._locked(group):
-                if not self._is_over(group):
+                if not self._end(group).exists():
                     yield from self._encode(group)
-
-    def _is_over(self, group: Group) -> bool:
-        return self._end(group).exists() or self._closed(group.name).exists()
 
     def _folder(self, group: Group) -> Path:
         return self._chunks / group.key
@@ -173,12 +167,8 @@ class Encoder:
         return locked(self._folder(group) / "lock", False, wait=False)
 
     def _end(self, group: Group) -> Path:
-        """Return the path of the file that says that all chunks of a group were written."""
+        """Return the path of the file that says that no more chunks of a group will be written."""
         return self._folder(group) / _END
-
-    def _closed(self, name: str) -> Path:
-        """Return the path of the file that says that no more of a pass is needed."""
-        return self._chunks / f"{name}.closed"
 
     def _encode(self, group: Group) -> Iterator[Failure | None]:
         number, last = self._last(group)
@@ -192,7 +182,7 @@ class Encoder:
                     replace_file(self.chunk(group, number), pack(pending))
                     number, pending, tokens = number + 1, [], 0
                     yield None
-                    if self._closed(group.name).exists():
+                    if self._end(group).exists():
                         return
         except InputError as error:
             failure = group.key, error

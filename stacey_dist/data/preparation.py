@@ -124,9 +124,6 @@ class Preparation:
             self._start(read_json(self._directory / PROGRESS))
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # there is no commit, or it is damaged
             self._start(None)
-        for each in self._passes:
-            if not each.finished:
-                encoder.reopen(each.name)
         self._committed = self._tokens()
 
     def run(self) -> None:

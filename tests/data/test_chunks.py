@@ -70,6 +70,31 @@ def test_starting_over_after_chunks_were_removed(tmp_path: Path, interrupted: Pa
     assert tree(interrupted) == tree(prepare(SOURCE, ByteTokenizer(), tmp_path / "whole", **SETTINGS))
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("removed", [False, True])
+def test_starting_over_after_a_limit(tmp_path: Path, workers: int, removed: bool) -> None:
+    """The groups of which no more was needed have ended, whatever chunks they have."""
+    source = Source(SOURCE.inputs, "inputs", None, [list_input(texts(200, seed=9))])
+    settings = SETTINGS | {"max_tokens": 4000}
+
+    class FailingLater(ByteTokenizer):
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            if len(list(tmp_path.glob("cache/*/chunks/*/end"))) == 3:
+                raise InputError("enough")
+            return super().encode_batch(texts)
+
+    with pytest.raises(InputError, match="enough"):
+        prepare(source, FailingLater(), tmp_path / "cache", **settings)
+    (directory,) = (tmp_path / "cache").iterdir()
+    assert all((directory / "chunks" / group.key / "end").exists() for group in encoder(directory).groups)
+    (directory / "progress.json").write_text("{")
+    if removed:
+        for path in chunks(directory):
+            (directory / path).unlink()
+    prepare(source, ByteTokenizer(), tmp_path / "cache", **settings, workers=workers)
+    assert tree(directory) == tree(prepare(source, ByteTokenizer(), tmp_path / "whole", **settings))
+
+
 def test_chunks_of_another_directory_leave_no_gap_and_none_is_taken_twice(tmp_path: Path, interrupted: Path) -> None:
     other = encoder(tmp_path / "other")
     assert list(filter(None, other.work())) == []
