@@ -1,10 +1,12 @@
-"""Blocks of encoded records, from text or from existing tokens, and the chunk files that hold them."""
+"""Read records ahead, encode them as blocks, and store blocks, which existing tokens give too, in chunk files."""
 
+import contextlib
 import io
 import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacey_dist.data.parts import stored_ids
-from stacey_dist.data.readahead import End, Record
+from stacey_dist.data.source import Input
 from stacey_dist.data.text import BadRecord, Document
 from stacey_dist.data.tokenizer import Tokenizer
+from stacey_dist.errors import InputError
 
 BAD = -1
 NAMED = 5
 """So many skipped records are named."""
+
+BATCH_BYTES = 4 * 2**20
+"""Text that is encoded at once: enough documents to occupy every core."""
+
+_BATCH_RECORDS = 2**16
+
+
+class End:
+    """Stands where an input ends."""
+
+
+Record = Document | BadRecord | End
+
+
+@contextlib.contextmanager
+def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterator[Iterator[list[Record]]]:
+    """Give an iterator over batches of the records of ``inputs``, without the first ``skip`` of the first input.
+
+    Where the `place` of the last of these is given, they are not read again. An `End` follows the last record of each
+    input.
+
+    A thread reads one batch in advance: one core reads 63 MB/s of gzipped JSON and encodes 1.5 MB/s, and 40 cores would
+    wait half of the time otherwise. When the context is left, early or not, the thread has ended and the inputs are
+    closed. The iterator raises what reading raises, an InputError after a batch of what was read before it.
+    """
+    with contextlib.closing(_batches(inputs, skip, place)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
+
+        def ahead() -> Iterator[list[Record]]:
+            coming = pool.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
+
+        yield ahead()
+
+
+def _batches(inputs: Sequence[Input], skip: int, place: Any) -> Generator[list[Record], None, None]:
+    batch: list[Record] = []
+    size, failure = 0, None
+    with contextlib.closing(_records(inputs, skip, place)) as records:
+        try:
+            for record in records:
+                batch.append(record)
+                if isinstance(record, Document):
+                    size += len(record.text.encode())
+                if size >= BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
+                    yield batch
+                    batch, size = [], 0
+        except InputError as error:
+            failure = error
+    if batch:
+        yield batch
+    if failure is not None:
+        raise failure
+
+
+def _records(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Record, None, None]:
+    for each in inputs:
+        with contextlib.closing(each.records() if place is None else each.records(place)) as records:
+            yield from itertools.islice(records, skip if place is None else 0, None)
+        yield End()
+        skip, place = 0, None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.blocks import Block, encode, pack, unpack
+from stacey_dist.data.blocks import Block, encode, pack, read_ahead, unpack
 from stacey_dist.data.lock import locked
-from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.reuse import Reuse
 from stacey_dist.data.source import Input, Source
 from stacey_dist.data.tokenizer import Tokenizer

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacey_dist.data.blocks import encode
+from stacey_dist.data.blocks import encode, read_ahead
 from stacey_dist.data.parts import ASIDE, INDEX, held_out_of, read_index
-from stacey_dist.data.readahead import read_ahead
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stacey_dist.data import Document, Input, Source, cache, encoding, preparation, prepare, readahead
+from stacey_dist.data import Document, Input, Source, blocks, cache, encoding, preparation, prepare
 from stacey_dist.data.encoding import Encoder
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree
@@ -29,7 +29,7 @@ class Failing(ByteTokenizer):
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 100)
     monkeypatch.setattr(encoding, "_GROUP_BYTES", 2000)  # each input is a group
-    monkeypatch.setattr(readahead, "BATCH_BYTES", 200)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 200)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_chunks_that_somebody_removes_are_an_error(tmp_path: Path, interrupted: 
 
 def test_validation_does_not_wait_for_text_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 2000)
-    monkeypatch.setattr(readahead, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 2000)
     late = time.monotonic() + 20
 
     def endless() -> Iterator[Document]:

@@ -13,12 +13,12 @@ from stacey_dist.data import (
     Input,
     Source,
     TokenStream,
+    blocks,
     encoding,
     files_source,
     parts,
     preparation,
     prepare,
-    readahead,
 )
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts, tree, write_c4
@@ -38,7 +38,7 @@ def expected(documents: list[str]) -> list[int]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_TOKENS", 500)
-    monkeypatch.setattr(readahead, "BATCH_BYTES", 300)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 300)
     monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
     monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
 

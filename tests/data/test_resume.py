@@ -22,14 +22,14 @@ from pathlib import Path
 # The data package alone: the whole one loads torch, which takes seconds.
 sys.modules["stacey_dist"] = types.ModuleType("stacey_dist")
 sys.modules["stacey_dist"].__path__ = ["stacey_dist"]
-from stacey_dist.data import encoding, parts, preparation, prepare, readahead
+from stacey_dist.data import blocks, encoding, parts, preparation, prepare
 from stacey_dist.data import Source, reuse
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts
 reuse._CHUNK = 100
 reuse._DOCUMENTS = 7
 encoding._CHUNK_TOKENS, encoding._GROUP_BYTES = 100, 300
 preparation._COMMIT_TOKENS, preparation._COMMIT_TOKENS_PER_INPUT, preparation._POLL_SECONDS = 700, 0, 0.01
-parts.PART_TOKENS, readahead.BATCH_BYTES = 3000, 200
+parts.PART_TOKENS, blocks.BATCH_BYTES = 3000, 200
 cache, delay, kind, log = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], open(sys.argv[4], "a")
 
 class Slow(ByteTokenizer):

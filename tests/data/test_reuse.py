@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.data import encoding, files_source, parts, preparation, prepare, readahead, reuse
+from stacey_dist.data import blocks, encoding, files_source, parts, preparation, prepare, reuse
 from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
 from stacey_dist.errors import InputError
@@ -21,7 +21,7 @@ Prepared = tuple[Path, int]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_TOKENS", 500)
-    monkeypatch.setattr(readahead, "BATCH_BYTES", 300)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 300)
     monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
     monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
     monkeypatch.setattr(reuse, "_DOCUMENTS", 7)
