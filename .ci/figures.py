@@ -53,6 +53,7 @@ def alpha() -> list[list[str]]:
 
 def alpha_summary() -> list[list[str]]:
     """Return the mean over the seeds of the long runs of the experiment on alpha, and of the differences from AdamW."""
+    labels = _labels()
     from experiments.comparison_report import final, mean_with_interval
 
     rows = [["run", "held-out loss", "against AdamW", "bytes of state"]]
@@ -65,9 +66,8 @@ def alpha_summary() -> list[list[str]]:
         differences = [ours - theirs for ours, theirs in zip(ends[name], ends["adamw"], strict=True)]
         against = "{:+.4f} ± {:.4f}".format(*mean_with_interval(differences))
         loss = "{:.4f} ± {:.4f}".format(*mean_with_interval(ends[name]))
-        rows.append(
-            [_labels()[name], loss, "–" if name == "adamw" else against, f"{runs[0]['state_bytes_per_parameter']:.0f}"]
-        )
+        state = f"{runs[0]['state_bytes_per_parameter']:.0f}"
+        rows.append([labels[name], loss, "–" if name == "adamw" else against, state])
     return rows
 
 

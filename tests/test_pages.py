@@ -74,7 +74,7 @@ def test_the_figures_at_a_glance_are_those_of_the_runs():
         return float(re.search(r"\d+\.\d+", next(r for r in tables[table] if r[0].startswith(row))[column])[0])
 
     shown = [
-        [float(re.search(r"\d[\d.]*", re.sub(r"\(.*?\)", "", cell))[0]) for cell in row[1:3]]
+        [float(re.search(r"\d[\d.]*", re.sub(r"\(.*?\)|p = \d+", "", cell))[0]) for cell in row[1:3]]
         for row in tables["glance"][1:]
     ]
     quickstart = [
@@ -95,8 +95,8 @@ def test_the_figures_at_a_glance_are_those_of_the_runs():
     assert shown[4] == pytest.approx([growing, adamw], abs=6e-4)
     images = "cifar-eight-seeds"
     assert shown[5] == pytest.approx([value(images, "STACEY", 1), value(images, "AdamW", 1)], abs=0.06)
-    costs = [("p2", 2), ("p2", 4), ("pp", 4)]
-    assert shown[6:9] == [[value("cost-of-a-step", f"`Stacey` {name}, p = 2.8", column), 1] for name, column in costs]
+    costs = [("p2, p = 2.8", 2), ("p2, p = 2.8", 4), ("pp, p = 30", 4)]
+    assert shown[6:9] == [[value("cost-of-a-step", f"`Stacey` {name}", column), 1] for name, column in costs]
 
 
 def test_the_readmes_deepspeed_settings_are_settings_of_the_class():

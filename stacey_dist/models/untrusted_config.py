@@ -63,6 +63,8 @@ def build_shell(described: Any, name: Any = None) -> Any:
     """
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
+    import transformers  # noqa: F401  # not first under `torch.device`, where it might make tensors
+
     try:
         with without_network(), torch.device("meta"):
             model = _build(without_code(described), name)

@@ -35,7 +35,7 @@ class Parts:
             whatever the other parts need of the data.
         build_model: Build the model from the run and its data, on the CPU, with the same initial weights on every
             process; or by `stacey_dist.training.initial_weights.make_model`, with which none has more than its share.
-        task: Make the task from the run, its data and its model; a class that implements `Task`.
+        task: Make the task from the run, its data and its model; a subclass of `Task`.
         finish: Export the model of the last checkpoint, from the run, its data, its engine and the checkpoint's
             path; returns a line that says where it is. None: the checkpoints are all that is left.
         callbacks: Return what looks on while the run trains, from the run and its data.

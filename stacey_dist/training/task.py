@@ -15,7 +15,7 @@ from stacey_dist.training.run import Run
 
 
 class Task(Protocol):
-    """The data of each update, its loss, and how to judge the result.
+    """The data of each update, its loss, and how to judge the result. What a subclass may leave out has a default.
 
     The data of an update are a function of its position, which counts the samples of all updates before it. So a run
     resumes from one number, on any number of processes.

@@ -173,16 +173,13 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a SettingsError, for a value of a wrong type in one line."""
-        raise SettingsError(self.explained(message))
-
-    def explained(self, message: str) -> str:
-        """Return the error with a value of a wrong type in one line."""
         key = re.search(r'Parser key "([\w.]+)":', message)
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         if key and value and key[1] in self.kinds:
             shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
-            return f"{self.source}{key[1]}: {shown} is not allowed; it must be {_describe(self.kinds[key[1]])}"
-        return message
+            allowed = _describe(self.kinds[key[1]])
+            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {allowed}"
+        raise SettingsError(message)
 
 
 def _describe(kind: Any) -> str:
