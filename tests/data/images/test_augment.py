@@ -127,7 +127,7 @@ def test_resize_is_pillows_antialiased_bilinear(height: int, width: int, to: tup
     # Both round after each of two passes, one for each dimension: a last place in each, and seldom both at once.
     difference = np.abs(resized.astype(int) - np.asarray(reference))
     assert difference.max() <= 2
-    assert (difference > 1).mean() <= 0.001
+    assert np.count_nonzero(difference > 1) <= 1 + difference.size // 1000
     view = pixels[height // 3 :, width // 4 :]
     assert np.array_equal(resize(view, *to), resize(view.copy(), *to))
 
