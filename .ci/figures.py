@@ -74,7 +74,8 @@ def alpha_summary() -> list[list[str]]:
 def alpha_long() -> list[list[str]]:
     """Return the held-out losses of the long runs of the experiment on alpha that were made."""
     rows = [["run", *map(_spaced, _UPDATES)]]
-    for name, label in _labels().items():
+    controls = {"adamw-lr-0.00109": "AdamW, half of the lr", "adamw-lr-0.00438": "AdamW, twice the lr"}
+    for name, label in (_labels() | controls).items():
         for file in sorted((ROOT / "docs/results/alpha/parts").glob(f"{name}-10000-seed*.json")):
             rows.append([f"{label}, seed {file.stem.rsplit('seed', 1)[1]}", *_losses(file, _UPDATES)])
     return rows

@@ -33,13 +33,20 @@ def run(reproduction: Reproduction) -> Outcome:
         for seed in range(1, reproduction.seeds + 1)
         for name in size["runs"]
     }
-    values = reproduction.compute(list(long.values()), in_runs=True)
+    controls = {
+        title: part("adamw", f"adamw-lr-{lr:.3g}", 1, size["long"], **{"optimizer.lr": lr})
+        for title, lr in size["controls"].items()
+    }
+    values = reproduction.compute([*long.values(), *controls.values()], in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
     told = report(found, TASK.metric, size["runs"], {}, {})
     lines = [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in ends.items()]
     heading = f"| {size['short']} updates, seed 0 | held-out loss |"
+    others = {title: final(values[made.name], TASK.metric) for title, made in controls.items()}
+    lines += ["", f"| {size['long']} updates, seed 1 | held-out loss |", "|---|---|"]
+    lines += [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in others.items()]
     table = "\n".join([told.table, "", heading, "|---|---|", *lines, ""])
-    return Outcome({**told.values, "short": ends}, table, {"curves": curves(found, TASK.metric)})
+    return Outcome({**told.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
 
 
 _PP = {
@@ -67,8 +74,8 @@ EXPERIMENT = Experiment(
     "not in the paper: does an alpha that grows help (p,p) in long runs? LLaMA, 20 M tokens",
     {
         "cpu": Scale(
-            "0.9 M parameters, 5 short runs of 3 000 updates and 3 long ones of 10 000 for each seed; five hours on "
-            "two cores",
+            "0.9 M parameters, 5 short runs of 3 000 updates, 3 long ones of 10 000 for each seed and 2 more; six "
+            "hours on two cores",
             3,
             {
                 # What `reproduce long` has found.
@@ -79,6 +86,11 @@ EXPERIMENT = Experiment(
                 },
                 # exp(3), exp(10) and exp(30) times the first
                 "final_alpha": (None, 0.2, _CHOSEN, 1.07e11),
+                # Whether another learning rate would be better for AdamW over the whole run.
+                "controls": {
+                    "AdamW, half of the learning rate": 0.0010944011243037324,
+                    "AdamW, twice the learning rate": 0.004377604497214929,
+                },
                 "short": 3000,
                 "long": 10_000,
             },

@@ -49,18 +49,23 @@ def test_end_to_end(tmp_path, monkeypatch):
     pp = {"optimizer.name": "stacey", "optimizer.variant": "pp"}
     growing = {**pp, "schedule.final_alpha": 1.0}
     runs = {"adamw": {"optimizer.name": "adamw"}, "stacey_pp": pp, "stacey_pp_growing": growing}
-    toy = Scale("a toy", 2, {"runs": runs, "final_alpha": (None, 2.0), "short": 20, "long": 30})
+    toy = Scale(
+        "a toy", 2, {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": 1e-4}, "short": 20, "long": 30}
+    )
     monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
     assert main(["reproduce", "alpha", "--scale", "toy", "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["seeds"] == [1, 2]
     assert set(results["optimizers"]) == set(runs)
+    assert set(results["controls"]) == {"lower"}
     assert set(results["short"]) == {"AdamW", "STACEY(p,p), α constant", "STACEY(p,p), α grows to 2"}
     finals = {
         name: yaml_files.read(tmp_path / "out/runs" / name / "config.yaml")["schedule"]["final_alpha"]
         for name in ("stacey_pp-alpha-20-seed0", "stacey_pp-alpha-to-2-20-seed0", "stacey_pp_growing-30-seed2")
     }
     assert list(finals.values()) == [None, 2.0, 1.0]
+    assert yaml_files.read(tmp_path / "out/runs/adamw-lr-0.0001-30-seed1/config.yaml")["optimizer"]["lr"] == 1e-4
     table = (tmp_path / "out/table.md").read_text()
+    assert "| lower |" in table
     assert "| STACEY(p,p), α grows |" in table
     assert "| STACEY(p,p), α grows to 2 |" in table
