@@ -27,16 +27,8 @@ def tables() -> dict[str, list[list[str]]]:
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
-    return (
-        whole
-        | columns
-        | {
-            "long-runs": long_runs(),
-            "alpha": alpha(),
-            "alpha-long": alpha_long(),
-            "alpha-summary": alpha_summary(),
-        }
-    )
+    drawn = {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long(), "alpha-summary": alpha_summary()}
+    return whole | columns | drawn
 
 
 def alpha() -> list[list[str]]:
@@ -54,28 +46,27 @@ def alpha() -> list[list[str]]:
 def alpha_summary() -> list[list[str]]:
     """Return the mean over the seeds of the long runs of the experiment on alpha, and of the differences from AdamW."""
     labels = _labels()
-    from experiments.comparison_report import final, mean_with_interval
+    from experiments.comparison_report import report
 
     rows = [["run", "held-out loss", "against AdamW", "bytes of state"]]
-    read = {name: [] for name in ("adamw", "stacey_pp", "stacey_pp_growing")}
-    for name, runs in read.items():
-        for seed in (1, 2, 3):
-            runs.append(json.loads((ROOT / f"docs/results/alpha/parts/{name}-10000-seed{seed}.json").read_text()))
-    ends = {name: [final(run, "eval_loss") for run in runs] for name, runs in read.items()}
-    for name, runs in read.items():
-        differences = [ours - theirs for ours, theirs in zip(ends[name], ends["adamw"], strict=True)]
-        against = "{:+.4f} ± {:.4f}".format(*mean_with_interval(differences))
-        loss = "{:.4f} ± {:.4f}".format(*mean_with_interval(ends[name]))
-        state = f"{runs[0]['state_bytes_per_parameter']:.0f}"
-        rows.append([labels[name], loss, "–" if name == "adamw" else against, state])
+    names, parts = ("adamw", "stacey_pp", "stacey_pp_growing"), ROOT / "docs/results/alpha/parts"
+    runs = {(name, seed): parts / f"{name}-10000-seed{seed}.json" for name in names for seed in (1, 2, 3)}
+    found = {key: json.loads(file.read_text()) for key, file in runs.items()}
+    for name, of in report(found, "eval_loss", {name: {} for name in names}, {}, {}).values["optimizers"].items():
+        against = "–" if name == "adamw" else f"{of['difference']:+.4f} ± {of['interval_of_difference']:.4f}"
+        loss = f"{of['mean']:.4f} ± {of['interval']:.4f}"
+        rows.append([labels[name], loss, against, f"{of['state_bytes_per_parameter']:.0f}"])
     return rows
 
 
 def alpha_long() -> list[list[str]]:
     """Return the held-out losses of the long runs of the experiment on alpha that were made."""
     rows = [["run", *map(_spaced, _UPDATES)]]
-    controls = {"adamw-lr-0.00109": "AdamW, half of the lr", "adamw-lr-0.00438": "AdamW, twice the lr"}
-    for name, label in (_labels() | controls).items():
+    labels = _labels()
+    from experiments.alpha import EXPERIMENT, control
+
+    controls = {control(lr): title for title, lr in EXPERIMENT.scales["cpu"].settings["controls"].items()}
+    for name, label in (labels | controls).items():
         for file in sorted((ROOT / "docs/results/alpha/parts").glob(f"{name}-10000-seed*.json")):
             rows.append([f"{label}, seed {file.stem.rsplit('seed', 1)[1]}", *_losses(file, _UPDATES)])
     return rows

@@ -34,19 +34,26 @@ def run(reproduction: Reproduction) -> Outcome:
         for name in size["runs"]
     }
     controls = {
-        title: part("adamw", f"adamw-lr-{lr:.3g}", 1, size["long"], **{"optimizer.lr": lr})
+        title: part("adamw", control(lr), 1, size["long"], **{"optimizer.lr": lr})
         for title, lr in size["controls"].items()
     }
     values = reproduction.compute([*long.values(), *controls.values()], in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
     told = report(found, TASK.metric, size["runs"], {}, {})
-    lines = [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in ends.items()]
-    heading = f"| {size['short']} updates, seed 0 | held-out loss |"
     others = {title: final(values[made.name], TASK.metric) for title, made in controls.items()}
-    lines += ["", f"| {size['long']} updates, seed 1 | held-out loss |", "|---|---|"]
-    lines += [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in others.items()]
-    table = "\n".join([told.table, "", heading, "|---|---|", *lines, ""])
+    short_table, other_table = _table(size["short"], 0, ends), _table(size["long"], 1, others)
+    table = "\n".join([told.table, "", *short_table, "", *other_table, ""])
     return Outcome({**told.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
+
+
+def control(lr: float) -> str:
+    """Return what a run of AdamW with another learning rate is called."""
+    return f"adamw-lr-{lr:.3g}"
+
+
+def _table(updates: int, seed: int, losses: dict[str, float | None]) -> list[str]:
+    rows = [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in losses.items()]
+    return [f"| {updates} updates, seed {seed} | held-out loss |", "|---|---|", *rows]
 
 
 _PP = {

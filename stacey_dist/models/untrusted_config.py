@@ -5,8 +5,9 @@ the two packages.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,18 +64,18 @@ def build_shell(described: Any, name: Any = None) -> Any:
     """
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
-    import transformers  # noqa: F401  # not first under `torch.device`, where it might make tensors
-
     try:
-        with without_network(), torch.device("meta"):
-            model = _build(without_code(described), name)
-            model.tie_weights()  # older versions of transformers leave them untied on meta
-            return model
+        with without_network():
+            build = _builder(without_code(described), name)
+            with torch.device("meta"):
+                model = build()
+                model.tie_weights()  # older versions of transformers leave them untied on meta
+        return model
     except Exception as error:  # of many kinds, as configurations can hold anything
         raise ValueError(first_line(error)) from error
 
 
-def _build(described: dict[str, Any], name: Any) -> Any:
+def _builder(described: dict[str, Any], name: Any) -> Callable[[], Any]:
     import transformers
 
     if name is None:
@@ -85,7 +86,7 @@ def _build(described: dict[str, Any], name: Any) -> Any:
         config = made.config_class.from_dict(described)
         if hasattr(config, "use_cache"):
             config.use_cache = True
-        return made(config)
+        return partial(made, config)
     kind = described.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -93,7 +94,7 @@ def _build(described: dict[str, Any], name: Any) -> Any:
             "run"
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(described)
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return partial(transformers.AutoModelForCausalLM.from_config, config, trust_remote_code=False)
 
 
 def without_code(value: Any) -> Any:

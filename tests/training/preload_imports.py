@@ -10,14 +10,14 @@ from tests.training.hidden import HIDDEN
 os.environ.update(HIDDEN)
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is imported
 
-import deepspeed.ops
-import deepspeed.runtime.zero.muon.muon_optimizer  # what deepspeed.initialize imports: torch._inductor
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
 import torch.distributed.checkpoint  # noqa: F401
 from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import experiments.trial_process  # noqa: F401
 from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.processes.launch import skip_compilation
 
 # What each process would make for itself, half of a short run's time: parsers, and a table of transformers.
 for launcher in LAUNCHERS.values():
@@ -25,8 +25,8 @@ for launcher in LAUNCHERS.values():
 # Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
 Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
-# DeepSpeed would compile them for a minute where a process group is made; its inference alone uses them.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# For the programs here that use DeepSpeed without a launcher. What DeepSpeed can compile is looked for once.
+skip_compilation()
 
 # What is loaded stays: else every collection in every process goes through all of it, and copies its pages.
 gc.collect()

@@ -67,7 +67,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
     with launch_settings.one_line("what `accelerate launch` was told"):
         if requested == "deepspeed" and on_cpu:
-            _skip_compilation()
+            skip_compilation()
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
@@ -85,7 +85,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _skip_compilation() -> None:
+def skip_compilation() -> None:
     """Keep DeepSpeed from compiling its operations for CPUs, which takes a minute: its inference alone uses them.
 
     A killed compiler would also leave a lock in torch's extensions cache, for which every later run waits forever.
