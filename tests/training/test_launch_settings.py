@@ -91,6 +91,15 @@ def test_what_deepspeed_must_do(name):
         launch_settings.check_unsupported({section: {last: False}})
 
 
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_where_deepspeed_may_not_offload_to(section):
+    for allowed in (None, {}, "cpu", {"device": "cpu"}, {"device": "none"}):
+        launch_settings.check_unsupported({"zero_optimization": {"stage": 3, section: allowed}})
+    config = {"zero_optimization": {"stage": 3, section: {"device": "nvme", "nvme_path": "/local"}}}
+    with pytest.raises(SettingsError, match=rf"zero_optimization\.{section}\.device: nvme .* must be cpu or none"):
+        launch_settings.check_unsupported(config)
+
+
 def test_what_deepspeed_has_another_place_for():
     harmless = {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}}
     launch_settings.check_unsupported(harmless)

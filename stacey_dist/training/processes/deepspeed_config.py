@@ -3,7 +3,7 @@
 from typing import Any
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.processes.launch_settings import check_unsupported
+from stacey_dist.training.processes.launch_settings import check_unsupported, deepspeed_setting
 from stacey_dist.training.run import Run
 
 
@@ -73,9 +73,9 @@ def _sum_in_float32(run: Run[Any], config: dict[str, Any], stage: int, accumulat
     ZeRO-1 can in bf16 alone, with another optimizer of DeepSpeed's, which keeps all gradients on each process in both
     dtypes. With the optimizer offloaded, ZeRO-1 and ZeRO-2 keep the sum in the weights' dtype, whatever they are told.
     """
-    offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    offloads = deepspeed_setting(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     types = config.setdefault("data_types", {})
-    if stage == 3 or (stage == 2 and offload == "none"):
+    if stage == 3 or (stage == 2 and not offloads):
         types.setdefault("grad_accum_dtype", "fp32")
     elif accumulation > 1 and types.get("grad_accum_dtype") is None:
         run.say(

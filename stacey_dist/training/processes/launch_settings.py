@@ -119,9 +119,7 @@ def check_layer_classes(classes: Callable[[], Collection[str]]) -> None:
 def check_unsupported(config: dict[str, Any]) -> None:
     """Raise SettingsError for what DeepSpeed's configuration may not ask for here."""
     for name in (*_UNSUPPORTED_IN_DEEPSPEED, *_NEEDED_IN_DEEPSPEED):
-        value: Any = config
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = deepspeed_setting(config, name)
         if name in _NEEDED_IN_DEEPSPEED:
             wrong = value not in (None, True)
         else:
@@ -129,6 +127,17 @@ def check_unsupported(config: dict[str, Any]) -> None:
         if wrong:
             instead = _INSTEAD.get(name, "leave it out")
             raise SettingsError(f"{name}: {_short(value)} in the DeepSpeed configuration is not allowed; {instead}")
+    for name in ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"):
+        if deepspeed_setting(config, name) == "nvme":  # sharding.deepspeed cannot read what lies there
+            raise SettingsError(f"{name}: nvme in the DeepSpeed configuration is not allowed; it must be cpu or none")
+
+
+def deepspeed_setting(config: dict[str, Any], name: str) -> Any:
+    """Return what DeepSpeed's configuration has by a name with dots, such as "zero_optimization.stage", or None."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def check_with_deepspeed(config: dict[str, Any]) -> None:
