@@ -51,6 +51,11 @@ FILES = [
     ("[" * 5000, "nested more than 100 deep"),
     ("zero_optimization: {stage: 2}", "is not valid JSON"),
     ("[]", "it must hold settings"),
+    ('{"zero_optimization": 2}', "zero_optimization: 2 is not allowed; it must hold settings"),
+    (
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
+        "zero_optimization.offload_optimizer: cpu is not allowed; it must hold settings",
+    ),
     ("", "is not valid JSON"),
 ]
 
@@ -93,7 +98,7 @@ def test_what_deepspeed_must_do(name):
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 def test_where_deepspeed_may_not_offload_to(section):
-    for allowed in (None, {}, "cpu", {"device": "cpu"}, {"device": "none"}):
+    for allowed in (None, {}, {"device": "cpu"}, {"device": "none"}):
         launch_settings.check_unsupported({"zero_optimization": {"stage": 3, section: allowed}})
     config = {"zero_optimization": {"stage": 3, section: {"device": "nvme", "nvme_path": "/local"}}}
     with pytest.raises(SettingsError, match=rf"zero_optimization\.{section}\.device: nvme .* must be cpu or none"):

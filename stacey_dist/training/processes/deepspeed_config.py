@@ -23,11 +23,6 @@ def complete(run: Run[Any]) -> None:
                 f"{section}: this section of the DeepSpeed configuration is not allowed; "
                 f"{section}.* of the run takes its place ({section}.name and so on)"
             )
-    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
-        if not isinstance(config.get(section, {}), dict):
-            raise SettingsError(
-                f"{section}: {config[section]} in the DeepSpeed configuration is not allowed; it must hold settings"
-            )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise SettingsError(

@@ -73,6 +73,14 @@ _UNSUPPORTED_IN_DEEPSPEED = (
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_weights",
 )
+_SECTIONS_OF_DEEPSPEED = (
+    "bf16",
+    "data_types",
+    "fp16",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+)
 _INSTEAD = {"activation_checkpointing": "use train.gradient_checkpointing", "bfloat16": "its name is bf16"}
 # Those without which updates that are not finite are applied, or gradients are not clipped.
 _NEEDED_IN_DEEPSPEED = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
@@ -220,7 +228,7 @@ def _short(value: Any) -> str:
 
 
 def _check_json(path: Path) -> None:
-    """Raise SettingsError for a file that is not JSON, gives a key twice, or holds NaN or infinity."""
+    """Raise SettingsError for a file that is not JSON, repeats a key, holds NaN, or has a section without settings."""
     # JSON is YAML but for its tabs, which no text in it may hold: this finds keys that are given twice, with lines.
     settings = yaml_files.load(yaml_files.read_text(path).replace("\t", " "), str(path))
     try:
@@ -229,6 +237,10 @@ def _check_json(path: Path) -> None:
         raise SettingsError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
         raise SettingsError(f'{path}: it must hold settings, as in {{"zero_optimization": {{"stage": 2}}}}')
+    for section in _SECTIONS_OF_DEEPSPEED:
+        value = deepspeed_setting(settings, section)
+        if not isinstance(value, dict | None):
+            raise SettingsError(f"{path}: {section}: {_short(value)} is not allowed; it must hold settings")
 
 
 def _no_number(text: str) -> float:
