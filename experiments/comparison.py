@@ -1,9 +1,9 @@
 """A fair comparison of optimizers: each is tuned with as many runs, then the best settings are run with new seeds.
 
 The ranges stand in configs/sweeps/TASK/OPTIMIZER.yaml, which `wandb sweep` and `python -m experiments tune` read too.
-Tuning runs have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is judged by the luck it was
-chosen for. Then p is varied, all else as it was found. At the scale of the paper nothing is tuned: its settings are in
-configs.
+Tuning runs have the seed 0; those that are compared have 1, 2, ..., so that no optimizer is judged by the runs that
+selected its settings. Then p is varied, and all else stays as it was found. At the scale of the paper nothing is tuned:
+its settings are in configs.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Size:
     """What a scale makes of a comparison.
 
     Args:
-        optimizers: who is compared, in the order of the table: each has a sweep, or a configuration file.
+        optimizers: the optimizers to compare, in the order of the table. Each has a sweep, or a configuration file.
         sweeps: the directory under configs/ with a sweep for each optimizer; None where nothing is tuned.
         trials: runs to tune an optimizer with.
         configs: the pattern of a configuration file under configs/ for each optimizer, where nothing is tuned; its

@@ -2,12 +2,12 @@
 
 It is installed, unlike benchmarks/, since users compare the optimizers on machines of their own.
 
-Each rival is measured beside torch's fused AdamW, the peer, and beside it alone: in processes of their own, in which
-the two take turns and another one goes first in each round. So neither runs among the memory of many others, whatever
-else the machine does hits both alike, and what one leaves in the caches the other has to clear as often. A process
-gives the median of the ratios of its rounds; several give their median and how far they are apart.
+Each optimizer is measured against torch's fused AdamW, the peer, in processes that run only these two. The two take
+turns, and the order alternates from round to round. So other load on the machine and the state of the caches affect
+both equally. A process gives the median of the ratios of its rounds. The table has the median over the processes, with
+the lowest and the highest.
 
-Bytes are what a step has to move at least: weights, gradients and states, read or written.
+Bytes are the least that a step must move: weights, gradients and states, read or written.
 """
 
 import argparse
@@ -39,8 +39,8 @@ VARIANTS = (("p2", 2.8), ("p2", 3.0), ("pp", 2.8), ("2p", 2.8), ("p2", 30.0), ("
 
 
 PRELOADED = [__name__, "torch._dynamo"]
-"""The modules that the processes have imported: no memory of an optimizer and no thread is in them. torch imports the
-second as an optimizer is made."""
+"""The modules that the fork server imports. They hold no optimizer's memory and start no threads. torch imports the
+second one when an optimizer is created."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ CASES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "llama_100m": llama_100m_shapes,
     "tiny": lambda: [(64,)] * 2000,
 }
-"""One tensor of 32 M elements; a real list of parameters; many tensors that are over before they have begun."""
+"""One tensor of 32 M elements; the parameters of a real model; many tensors so small that overhead dominates."""
 
 
 def run(
@@ -96,9 +96,9 @@ def run(
     Args:
         case: a name in `CASES`.
         device: "cpu" or "cuda".
-        rounds: how often each of a pair steps in a process.
+        rounds: steps of each optimizer per process.
         slow: with the plain rule and the compiled one too.
-        processes: how many measure each pair, one after the other.
+        processes: processes per comparison, one after the other.
         names: which rivals; all of them if there are none.
     """
     shapes = CASES[case]()
@@ -333,8 +333,8 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stacey-dist bench` to its parser."""
     parser.add_argument("--case", action="append", choices=list(CASES), help="one of them; all if not given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each of a pair steps in a process (9)")
-    parser.add_argument("--processes", type=int, default=3, help="how many measure each pair (3)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each optimizer per process (9)")
+    parser.add_argument("--processes", type=int, default=3, help="processes per comparison (3)")
     parser.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     parser.set_defaults(command=bench)

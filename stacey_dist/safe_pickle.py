@@ -23,7 +23,8 @@ class _Fixed(type):
         raise pickle.UnpicklingError(f"it deletes {name} of a class")
 
 
-# More than any class or function has, but a path. Each call copies its arguments, and a pickle can ask for many calls.
+# The most arguments of a class, and of a function: a pickled path passes each of its parts as one. The limits bound
+# memory, because a pickle can ask for many calls, and each call copies its arguments.
 _MOST_ARGUMENTS = 8
 _MOST_PARTS = 255
 
@@ -93,8 +94,8 @@ class Ordered(dict[Any, Any], metaclass=_Fixed):
         """Leave the attributes out."""
 
 
-# What an instruction of a pickle works on, and its place from the top of the stack: None for the one before the last
-# mark. Arguments are a tuple, as those in a tensor would each be made into a tensor.
+# The type that an instruction's operand must have, and the operand's position from the top of the stack (None: the item
+# before the last mark). Arguments must be a tuple: to unpack a tensor would create a tensor for each element.
 _MEANT_FOR: dict[bytes, tuple[type | tuple[type, ...], int | None]] = {
     pickle.REDUCE: (tuple, 1),
     pickle.NEWOBJ: (tuple, 1),
@@ -119,7 +120,7 @@ _HASHED: dict[bytes, Callable[[list[Any]], list[Any]]] = {
 
 
 class _Inert(pickle._Unpickler):
-    """Python's unpickler in Python. That in C sets memory aside for as many objects as a pickle says it has."""
+    """Python's own unpickler in Python. The one in C allocates memory for as many objects as a pickle claims."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
@@ -144,7 +145,7 @@ class _Inert(pickle._Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in it") from None
 
     def get_extension(self, code: int) -> Any:
-        """Refuse classes by number: which they are depends on what the program has loaded."""
+        """Refuse classes by number: what a number means depends on the modules that the program has loaded."""
         raise pickle.UnpicklingError(f"a class by its number ({code}) has no place in it")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -170,7 +171,7 @@ class _Inert(pickle._Unpickler):
 
 
 def _guarded(instruction: bytes) -> Callable[[Any], None]:
-    """Return what does an instruction if it works on what it is meant for (not on a tensor) and hashes no tuple."""
+    """Return a handler that runs an instruction if its operand has an allowed type and its keys are safe to hash."""
     work = pickle._Unpickler.dispatch[instruction[0]]
     kinds, depth = _MEANT_FOR.get(instruction, (object, 1))
 

@@ -84,7 +84,7 @@ def again(called: bytes, given: bytes, call: bytes, before: bytes = b"") -> byte
             r"encoding \(\(\(.*has no place",
         ),
         (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "an instruction that has no place in it"),
-        (again(SIZE, LIST, b"\x85R"), "the shape of a tensor is not what it has to be"),
+        (again(SIZE, LIST, b"\x85R"), "the shape or strides of a tensor are invalid"),
         (again(SIZE, LIST, b"o", before=b"("), "an instruction that has no place in it"),
         (again(DTYPE, TUPLE, b"\x81"), "20000 arguments of a class"),
         (again(DTYPE, TUPLE, b"R"), "20000 arguments of a class"),

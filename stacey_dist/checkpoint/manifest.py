@@ -219,10 +219,10 @@ def _persistently(read: Callable[[], T]) -> T:
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise DamagedCheckpointError if there is a file more that torch's reader would take for a part."""
+    """Raise DamagedCheckpointError if there is an extra file that torch's reader would take for a part."""
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in manifest["files"]:
-            raise DamagedCheckpointError(f"{file}: it is not of this checkpoint")
+            raise DamagedCheckpointError(f"{file}: it does not belong to this checkpoint")
 
 
 def sha256(file: Path) -> str:

@@ -115,11 +115,11 @@ def _read_and_list(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range], replicas: int = 1) -> None:
-    """Fill ranges from the checkpoint's files, opening first those that are likely to have them.
+    """Fill ranges from the checkpoint's files. Open first the files that most likely contain them.
 
-    With as many ranks as wrote it, a rank's own file, and where ranks hold the same and shared the writing those of
-    its replicas, have all it needs but steps. These are with the rank that has a tensor's beginning: the one before
-    this or, where each tensor is split over all, the first.
+    If the number of ranks is unchanged, a rank's own file and those of its replicas contain everything that it needs,
+    except step counts. A step count is in the file of the rank that wrote the first element of the parameter: the
+    preceding rank or, if each parameter is split over all ranks, the first rank.
     """
     files = sorted(manifest["files"])
     own = rank() * len(files) // world_size()

@@ -70,7 +70,8 @@ def incompatibilities(contents: Contents, model: nn.Module, optimizer: Any) -> l
         dtype = dtypes.get(name, saved[1] if saved else "")
         if saved is None or name not in here or saved != (here[name], dtype):
             ours = f"{here[name]} {dtype}" if name in here else "absent"
-            found.append(f"{short} is {f'{saved[0]} {saved[1]}' if saved else 'absent'} there, and {ours} here")
+            theirs = f"{saved[0]} {saved[1]}" if saved else "absent"
+            found.append(f"{short} is {theirs} in the checkpoint, but {ours} in the model")
     return found + _misfit_states(contents, here, optimizer)
 
 
@@ -79,13 +80,13 @@ def _misfit_states(contents: Contents, here: dict[str, tuple[int, ...]], optimiz
     keys = set()
     for name, key, (shape, _) in _states(contents):
         if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
-            found.append(f"the state {name}/{key} does not fit a parameter here")
+            found.append(f"the state {name}/{key} does not fit a parameter of the model")
         keys.add(key)
     keys -= {"step"}
     expected = set(getattr(base_optimizer(optimizer), "state_names", keys))
     if keys and keys != expected:
         there, ours = (", ".join(sorted(names)) for names in (keys, expected))
-        found.append(f"the optimizer's state is {there} there, and {ours} here")
+        found.append(f"the optimizer's state is {there} in the checkpoint, but {ours} in this optimizer")
     return found
 
 

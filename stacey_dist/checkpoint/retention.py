@@ -46,13 +46,17 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
 def newest_usable(directory: Path) -> Path | None:
     """Return the newest checkpoint under `directory` that a run can resume from; None if there is none.
 
-    It is the newest one that is not known to hold weights or states that are not finite. Files are not verified.
+    Checkpoints that are known to be non-finite, or whose manifest cannot be read, are skipped. Files are not verified.
     """
     return next((path for path in find_checkpoints(directory) if _may_be_finite(path)), None)
 
 
 def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
-    """Return the newest finite checkpoint; of those newer, the newest that may be, and all that can't be read now."""
+    """Return the checkpoints that must never be deleted.
+
+    They are the newest finite checkpoint and, among the newer ones, the newest whose finiteness is not known and all
+    that cannot be read now.
+    """
     found: list[Path] = []
     unreadable: list[Path] = []
     for path in checkpoints:
@@ -70,7 +74,7 @@ def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
 
 
 def _is_an_outage(cause: BaseException | None) -> bool:
-    """Return whether a manifest may be read another time: the disk or a limit failed, not the file."""
+    """Return whether reading a manifest again may succeed: the disk or a limit was at fault, not the file."""
     return isinstance(cause, OSError) and cause.errno not in (errno.ENOENT, errno.ENOTDIR)
 
 

@@ -141,9 +141,9 @@ class Ledger:
         return self._entries
 
     def collect(self, mine: Share, copies: Snapshot, group: Any = None) -> None:
-        """Take the shares of all ranks, which call it together with what they have written.
+        """Collect the shares of all ranks. All ranks call it together, each with its own share and snapshot.
 
-        Raises RuntimeError unless every element was written once, for engines that are not what they seem.
+        Raises RuntimeError unless every element was written exactly once: this detects engines that shard unexpectedly.
         """
         records = gather_bytes(mine.record(), group)
         wanted = rank0_call(lambda: self.unknown(records), group)

@@ -48,7 +48,7 @@ def save_checkpoint(
 
     Raises:
         NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
-        SettingsError: `extra` can't be saved; or ranks that count as replicas differ, which is looked at in a model's
+        SettingsError: `extra` can't be saved; or ranks that should hold replicas differ, which is checked in a model's
             first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
@@ -105,7 +105,7 @@ def _finish(path: Path, temporary: Path, ledger: Ledger, extra: dict[str, Any]) 
         finite = {} if ledger.finite is None else {"finite": ledger.finite}
         write_manifest(temporary, manifest | finite, ledger.entries())
     except ValueError as error:
-        raise SettingsError(f"{path}: it can't be saved, as it could not be read: {error}") from error
+        raise SettingsError(f"{path}: can't be saved, because it could not be loaded again: {error}") from error
     sync_directory(temporary)
     put_in_place(temporary, path, _replaced(path))
 
@@ -137,7 +137,7 @@ def _wait_for(directory: Path, files: Iterable[str] = ()) -> None:
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while (missing := _missing(directory, files)) is not None:
         if time.monotonic() > deadline:
-            raise OSError(f"{missing} is not there for rank {rank()}; all ranks must write to one directory")
+            raise OSError(f"rank {rank()} does not see {missing}; all ranks must write to the same directory")
         time.sleep(0.05)
 
 

@@ -22,7 +22,7 @@ from stacey_dist.errors import InputError
 
 BAD = -1
 NAMED = 5
-"""So many skipped records are named."""
+"""The number of skipped records to name in reports."""
 
 BATCH_BYTES = 4 * 2**20
 """Text that is encoded at once: enough documents to occupy every core."""
@@ -39,10 +39,10 @@ Record = Document | BadRecord | End
 
 @contextlib.contextmanager
 def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterator[Iterator[list[Record]]]:
-    """Give an iterator over batches of the records of ``inputs``, without the first ``skip`` of the first input.
+    """Yield an iterator over batches of the records of ``inputs``, after the first ``skip`` records of the first input.
 
-    Where the `place` of the last of these is given, they are not read again. An `End` follows the last record of each
-    input.
+    If ``place``, the place of the last skipped record, is given, the skipped records are not read again. An `End`
+    follows the last record of each input.
 
     A thread reads one batch in advance: one core reads 63 MB/s of gzipped JSON and encodes 1.5 MB/s, and 40 cores would
     wait half of the time otherwise. When the context is left, early or not, the thread has ended and the inputs are
@@ -101,7 +101,8 @@ class Block:
         size: of the text, in bytes of UTF-8.
         place: where the next record begins, for `Input.records`; None where the input names no places.
         ended: whether the input ends here.
-        copying: more of the input is in the directory from which these were copied, whose records have another order.
+        copying: the records were copied from another directory, and the next ones must be copied from it too, because
+            it stores the records in another order.
     """
 
     input: int

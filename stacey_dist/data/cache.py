@@ -90,7 +90,8 @@ def prepare(
     if not (directory / INDEX).exists():
         make_directory(directory, "cache_dir")
         encoder = Encoder(directory, source, tokenizer, max_tokens)
-        # Started before the lock is taken: they would keep it, and they work while another host has it.
+        # The helpers start before the lock is taken: forked later, they would inherit it. They also encode while
+        # another host holds it.
         with _encode_beside(encoder, workers, shard) as helpers:
 
             def check() -> None:

@@ -67,7 +67,8 @@ class Encoder:
     def __init__(self, directory: Path, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
         self.directory, self.source, self.tokenizer, self.max_tokens = directory, source, tokenizer, max_tokens
         self._chunks = directory / CHUNKS
-        # A copy that ends at a limit would not know how many of the skipped records came before.
+        # A copy puts skipped records last, because their positions are not saved. If max_tokens cut the copy, their
+        # number before the cut would be unknown. So inputs with skipped records are not reused with max_tokens.
         with_skipped = source.on_bad_record == "skip" and max_tokens is None
         self._find_known = partial(Reuse, directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
         self.reuse = self._find_known()
@@ -87,10 +88,10 @@ class Encoder:
         for group in self.groups:
             self._folder(group).mkdir(parents=True, exist_ok=True)
             for folder in known.get(group.key, ()):
-                # Another process has the group, or has completed the other directory, whose chunks have gone.
+                # OSError: another process locks the group, or completed the other directory and removed its chunks.
                 with suppress(OSError), self._locked(group):
                     numbers = _numbers(folder)
-                    # A group of which chunks were taken, and removed, has its last one, or has ended.
+                    # If chunks of this group were already used and removed, its last chunk or its end file is left.
                     if 0 in numbers and not self._end(group).exists() and not _numbers(self._folder(group)):
                         for number in numbers:
                             os.link(folder / _chunk_name(number), self.chunk(group, number))
@@ -133,12 +134,12 @@ class Encoder:
         return False
 
     def end(self, group: Group) -> None:
-        """Let nobody encode more of a group, on whichever host: all that is needed of it was taken."""
+        """Stop the encoding of a group on all hosts: everything needed from it was taken."""
         with suppress(FileNotFoundError):
             self._end(group).touch()
 
     def close(self, name: str) -> None:
-        """Let nobody encode more of a pass."""
+        """Stop the encoding of all groups of a pass."""
         for group in self.groups:
             if group.name == name:
                 self.end(group)
@@ -220,8 +221,8 @@ class Encoder:
                 continue
             if copying:
                 raise InputError(
-                    f"{self.directory}: another directory from which it was being filled has gone or is damaged; "
-                    "delete it"
+                    f"{self.directory}: the directory that its tokens were being copied from is missing or damaged; "
+                    f"delete {self.directory}"
                 )
             known = (n for n in range(number + 1, len(inputs)) if self.reuse.knows(inputs[n].identity))
             with read_ahead(inputs[number : next(known, len(inputs))], read, place) as batches:

@@ -120,8 +120,8 @@ class SplitTokens:
         split: ``train`` or ``validation``.
         starts: the place of each part's first token in the split, and the number of all tokens at the end.
         dtype: of the ids.
-        windows: they are read in windows from all over, of complete parts. False: from the first to the last, and a
-            part may hold more than the recorded tokens, as the one that a killed preparation was writing.
+        windows: whether tokens are read in windows at random places; then parts must have their recorded size. If
+            false, tokens are read in order, and a part may be longer, like one that a killed preparation was writing.
     """
 
     def __init__(

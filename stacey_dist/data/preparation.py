@@ -21,7 +21,8 @@ from stacey_dist.files import read_json, write_json
 
 _COMMIT_TOKENS = 2**26
 _COMMIT_TOKENS_PER_INPUT = 2**11
-"""The progress is saved after so many tokens: it has some hundred bytes for each input, and never grows beside them."""
+"""Saves of the progress are at least `_COMMIT_TOKENS` tokens apart, and at least this many per finished input: a save
+writes a few hundred bytes per input."""
 
 _LEAST_VALIDATION = 2**20
 """With max_tokens, separate validation documents are read up to at least this many tokens."""
@@ -64,7 +65,7 @@ class _Pass:
 
     @property
     def done(self) -> int:
-        """How far it is: in tokens where they are limited, and otherwise in bytes of text."""
+        """The progress of the pass: in tokens if they are limited, otherwise in bytes of text."""
         return self.bytes if self.limit is None else self.writer.tokens
 
     def position(self) -> dict[str, Any]:
@@ -84,13 +85,13 @@ class _Pass:
             }
 
     def following(self, group: Group, block: Block) -> Block | None:
-        """Return what was not taken yet of a group's block, or None. Raises ValueError where records before it lack."""
+        """Return the rest of a block, not taken yet, or None. Raises ValueError if earlier records are missing."""
         number = group.first + block.input
         if number < len(self.records):
             return None
         taken = self.current["read"] - block.first
         if number > len(self.records) or taken < 0:
-            raise ValueError("it does not follow the one before")
+            raise ValueError("records before this chunk are missing")
         return block.after(taken) if taken < len(block.lengths) or block.ended else None
 
 
@@ -250,7 +251,7 @@ class Preparation:
                         yield rest
             except ValueError as error:
                 self._encoder.discard(group, number)
-                raise InputError(f"{error}; it was removed, and the same command encodes it again") from error
+                raise InputError(f"{error}; {chunk} was removed, and the same command encodes it again") from error
             self._taken.append(chunk)
             number += 1
             self._commit_if_due()
@@ -259,7 +260,7 @@ class Preparation:
 
     def _wait(self, group: Group) -> None:
         """Wait for another chunk, or write one. Raises InputError where the records that come next cannot be read."""
-        # What was encoded ahead counts for nothing where a limit comes before.
+        # With max_tokens, ignore errors in groups that were encoded ahead: the limit may come before them.
         failed = self._failures if self._max_tokens is None else {group.key: self._failures.get(group.key)}
         for error in failed.values():
             if error is not None:

@@ -12,8 +12,8 @@ from stacey_dist.errors import InputError
 
 _SET_PARENT_DEATH_SIGNAL = 1
 
-# Python 3.14 would take a fork server, which ends by the SIGTERM that a scheduler sends to everyone, and its processes
-# with it. Forked ones share what is in memory, too.
+# Python 3.14 would use a fork server. A scheduler sends SIGTERM to all processes, which ends the fork server and its
+# children. Forked processes also share this process's memory.
 FORK = get_context("fork")
 
 
@@ -28,7 +28,7 @@ def end_with_parent() -> None:
 class Helpers:
     """Forked processes, each of which reports to this one.
 
-    Used as a context manager, which kills them at its end. What they leave has to be whole at any instant.
+    Used as a context manager, which kills them at its end. So their files must be valid at any instant.
 
     Args:
         work: what each process does, given its number. It yields reports, which can be pickled.
@@ -83,7 +83,7 @@ class Helpers:
 
     def _run(self, number: int, sender: connection.Connection) -> None:
         end_with_parent()
-        # A scheduler, or Ctrl-C, signals all processes at once. This one ends with its parent, and has nothing to say.
+        # A scheduler, or Ctrl-C, signals all processes at once. This one ignores signals: it ends with its parent.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         with contextlib.suppress(BrokenPipeError):

@@ -77,7 +77,7 @@ def export_model(
     described = manifest["extra"].get("model")
     if described is None:
         raise SettingsError(
-            f"{path}: it does not say which model it is of: import it again with --model, or save it with "
+            f"{path}: it does not name its model: import it again with --model, or save it with "
             "extra={'model': describe_model(model)}"
         )
     if not isinstance(described, dict) or model_class(described.get("class")) is None:
@@ -104,7 +104,7 @@ def export_model(
 
 
 def _check_fit(path: Path, kinds: Contents, shell: Any) -> None:
-    """Raise SettingsError naming the first tensor that differs between a checkpoint and the model it says it is of.
+    """Raise SettingsError naming the first tensor that differs between a checkpoint and the model that it names.
 
     transformers would leave such a tensor out, and begin it at random when it loads the model.
     """
@@ -117,6 +117,6 @@ def _check_fit(path: Path, kinds: Contents, shell: Any) -> None:
     for name in (*absent, *wrong):
         there = kinds[name][0] if name in kinds else "absent"
         raise SettingsError(
-            f"{path}: {name} is {there} there, and {shapes.get(name, 'absent')} in the {type(shell).__name__} that it "
-            "says it is of; describe_model was given another model than was saved, or one that was changed since"
+            f"{path}: {name} is {there} in the checkpoint, but {shapes.get(name, 'absent')} in {type(shell).__name__}, "
+            "the model that the checkpoint names; describe_model got another model, or the model was changed later"
         )

@@ -180,7 +180,7 @@ def product_parts(whole: Tensor, fraction: Tensor, factor: float) -> tuple[Tenso
 
 
 def product_less(whole: Tensor, fraction: Tensor, factor: float, k: Tensor) -> Tensor:
-    """Return factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself."""
+    """Return factor (whole + fraction) - k, a small difference of large terms, with about one rounding error."""
     high, low = split(factor)
     t = multiply_add(whole, high, -k)
     return multiply_add(fraction, factor, multiply_add(whole, low, t))

@@ -40,7 +40,7 @@ def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
 
     A NaN's bits are not the same on all machines, and adding to them may make a number of it.
     """
-    # The second is turned by 16 bits, so that bits that seldom change meet bits that do.
+    # The second is rotated by 16 bits, so that its rarely changing bits meet often changing bits of the first.
     turned = second.view(torch.int32)
     turned = (turned << 16).bitwise_or_(_upper(turned))
     h = turned.bitwise_xor_(first.view(torch.int32)).bitwise_xor_(key).mul_(_MIX)

@@ -144,7 +144,7 @@ def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[
     gap = multiply_add(z_whole + z_fraction, p - 1.0, -(c_whole + c_fraction))
     k = nearest_integer(gap)
     t = product_less(z_whole, z_fraction, p - 1.0, k + c_whole).sub_(c_fraction)
-    # The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are z's
+    # The smaller term of u over the larger one is 2^-|gap|; below 2^-25 it does not change 1 + ratio. The terms are z's
     # and -c's; the ratio is negative where they oppose each other.
     c_larger = gap < 0.0
     ratio = exp2_parts(-k.abs().clamp_max_(100.0), torch.where(c_larger, t, -t))

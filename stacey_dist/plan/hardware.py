@@ -40,9 +40,9 @@ class Gpu:
     efficiency: tuple[float, float]
 
 
-# From the published runs of which docs/how-to/plan.md has a table: what the slowest reached if none of its
-# communication was hidden, and the fastest if all was, with 5 percentage points of room. An H200 computes as an H100
-# does.
+# From the table of published runs in docs/how-to/plan.md: the efficiency of the slowest run if none of its
+# communication was hidden, and of the fastest if all was, each with a margin of 5 percentage points. An H200 computes
+# like an H100.
 _EFFICIENCY = {"A100": (0.5, 0.8), "H100": (0.4, 0.65), "H200": (0.4, 0.65)}
 _OF_OTHERS = (0.4, 0.8)  # no published run: the whole range of those
 

@@ -24,7 +24,8 @@ from stacey_dist.plan.activations import Activations, Arithmetic
 from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.settings.config import Recomputed
 
-# Bytes are linear in the sequences where one part of an update needs most: with few sequences, and with many.
+# A peak is piecewise linear in the number of sequences. One line is fitted through small numbers and one through large
+# ones; the higher one counts.
 _FEW, _MANY = (1, 2), (64, 128)
 
 
@@ -56,7 +57,7 @@ def _lines(described: str, points: tuple[int, int], *how: Any) -> list[tuple[flo
 
 
 def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, checkpointing: Recomputed) -> list[int]:
-    """Return what `_measure` does of all layers: of one of each kind, and of each further one what it adds."""
+    """Return what `_measure` gives for all layers, from one layer of each kind and what a second one adds."""
     config = causal_config(json.loads(described))
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16 if arithmetic == "low" else torch.float32)

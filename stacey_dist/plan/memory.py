@@ -100,7 +100,7 @@ def _by_parameters(job: Job, rank: int) -> RankMemory:
 
 
 def kept_gradients(job: Job) -> Callable[[int], int]:
-    """Return the function of a rank that counts the gradients it keeps `_by_parameters`, with the padding's."""
+    """Return a function that counts the gradient elements, with padding, that a rank keeps in `_by_parameters`."""
     groups = [list(accumulate((p.elements for p in group), initial=0)) for group in job.groups]
     sizes = flat_slices(job)
 
@@ -117,9 +117,9 @@ def kept_gradients(job: Job) -> Callable[[int], int]:
 
 
 def _fullest_slice(job: Job) -> int:
-    """Return the first of the ranks that keep most gradients `_by_parameters`.
+    """Return the lowest rank among those that keep the most gradients in `_by_parameters`.
 
-    Neighbours whose slices lie within the same parameters keep as many: one of them is looked at.
+    Neighboring ranks whose slices lie within the same parameter keep equally many, so only one of them is tried.
     """
     ranks = {0, job.ranks - 1}
     for group, size in zip(job.groups, flat_slices(job), strict=True):

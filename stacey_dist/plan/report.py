@@ -87,8 +87,8 @@ def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job, command: str) 
     """Return the table of the plans that a search for `job` proposes, and the command of the first."""
     if not plans:
         return (
-            f"nothing fits into {_gib(room)} GiB of a {gpu.name}: more GPUs, a shorter data.sequence_length or "
-            "a smaller model do"
+            f"nothing fits into {_gib(room)} GiB of a {gpu.name}: use more GPUs, a shorter data.sequence_length or "
+            "a smaller model"
         )
     train = job.config.train
     lines = [

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Counts the seconds of training: evaluations and saves are none.
+    """Counts the seconds of training, without evaluations and saves.
 
     Attributes:
         waited: seconds in which this process waited for its data.
@@ -28,7 +28,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """How many there were since this process began to train."""
+        """The seconds of training since this process began to train."""
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def pause(self) -> None:
@@ -84,10 +84,10 @@ class Training:
 
 
 class Callback:
-    """Looks on while a run trains. Its methods do nothing; a subclass has those that it needs.
+    """Observes a run while it trains. Its methods do nothing; a subclass overrides those that it needs.
 
-    Every process calls each of them at the same update, but for `on_checkpoint_saved`: so they may talk to each other.
-    What is for one process alone, such as writing a file, begins with `training.run.accelerator.is_main_process`. If it
+    Every process calls each of them at the same update, but for `on_checkpoint_saved`: so they may use collectives.
+    Work for one process only, such as writing a file, begins with `training.run.accelerator.is_main_process`. If it
     may take longer than `train.collective_timeout_seconds`, after which processes give up waiting for each other, all
     call `training.run.call_on_main(work)`. Training waits for a callback. An error in one ends the run as an error in
     the task does; the run resumes from its newest checkpoint.

@@ -80,14 +80,15 @@ class Engine:
         if self.name == "fsdp2":
             self._shard(optimizer)
             return
-        # The state is made where the parameters are; Accelerate would ask for a ZeroRedundancyOptimizer's.
-        with one_line("what `accelerate launch` was told"):
+        # No device placement of the optimizer: its state is created on the parameters' device, and Accelerate would
+        # call `ZeroRedundancyOptimizer.state_dict`, which raises an error.
+        with one_line("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(
                 self.module, optimizer, device_placement=[True, False]
             )
 
     def _shard(self, optimizer: Optimizer) -> None:
-        """Have FSDP2 shard the model: one without memory, or the one that rank 0 or each process has."""
+        """Have FSDP2 shard the model, which is without memory, or has its weights on rank 0 or on each process."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:  # Accelerate would have processes add gradients in bf16
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
@@ -96,7 +97,7 @@ class Engine:
         plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
         names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
         groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
-        with one_line("what `accelerate launch` was told"):
+        with one_line("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         if without_memory:
             offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
@@ -141,7 +142,7 @@ class Engine:
     def finish_update(self, loss: Tensor, requests: Requests) -> Update:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
-        The host does not wait for the device, but where the optimizer cannot skip an update there.
+        The host waits for the device only if the optimizer cannot skip an update on the device.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
@@ -162,7 +163,7 @@ class Engine:
         elif not skipped:  # it cannot skip an update by itself, so the host waits
             optimizer.step()
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # it has heard of an overflow as the gradients were unscaled
+            self.accelerator.scaler.update()  # it recorded overflows when `_gradient_norm` unscaled the gradients
         self.optimizer.zero_grad()
         return Update(outcome, agreed())
 
@@ -196,9 +197,9 @@ class Engine:
         skipped = shared.isfinite().all().logical_not()
         return torch.cat([shared, skipped.reshape(1).to(shared)])
 
-    def any_process(self, told: bool) -> bool:
-        """Return whether it is so on any process. All processes ask together."""
-        return self.hosts.ask(Requests(stop=told))().stop
+    def any_process(self, value: bool) -> bool:
+        """Return whether `value` is true on any process. All processes call it together."""
+        return self.hosts.ask(Requests(stop=value))().stop
 
     def state_report(self) -> str:
         """Return how much optimizer state a process holds, for people. All processes call it together."""
@@ -293,7 +294,7 @@ class DeepSpeedEngine(Engine):
         self.model.step()
         norm = float(self.model.get_global_grad_norm() or 0.0)
         outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
-        # What it applies though it is not finite counts as well: so the run ends at train.max_skipped_steps.
+        # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
         outcome[2] = bool(getattr(self._zero, "overflow", False)) or not outcome[:2].isfinite().all()
         return Update(outcome, agreed())
 

@@ -19,7 +19,7 @@ def check_upload(hub: HubConfig) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise SettingsError(f"hub.push_to: {hub.push_to} is not allowed with HF_HUB_OFFLINE, which keeps from the hub")
+        raise SettingsError(f"hub.push_to: {hub.push_to} is not allowed with HF_HUB_OFFLINE, which blocks uploads")
     if huggingface_hub.get_token() is None:
         raise SettingsError(
             f"hub.push_to: {hub.push_to} needs a token of the hub; run `hf auth login`, or set HF_TOKEN"

@@ -89,7 +89,7 @@ class InitialWeights:
 
 
 class _Unnoticed(TorchFunctionMode):
-    """Denies that a tensor is on the meta device: some functions of torch.nn.init would leave it as it is."""
+    """Make `Tensor.is_meta` false, because some functions of torch.nn.init skip tensors on the meta device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.writes: dict[int, list[Write] | None] = {}
-        self.alive: list[Tensor] = []  # so that no other storage takes the place of one
+        self.alive: list[Tensor] = []  # keeps storages alive, so that no address is used again
 
     def __enter__(self) -> Any:
         self.register = register = nn.Module.register_parameter
@@ -225,7 +225,7 @@ def _build_without_values(seed: int, build: Callable[[], M]) -> tuple[M, Initial
     try:
         with _Unnoticed(), _Recorder() as recorder:
             model = build()
-    except RuntimeError:  # there are none
+    except RuntimeError:  # the initialization reads values, and tensors on the meta device have none
         return None
     writes = {name: recorder.of(param) for name, param in model.named_parameters()}
     known = {name: found for name, found in writes.items() if found}

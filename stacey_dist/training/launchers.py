@@ -38,7 +38,7 @@ class Parts:
         task: Make the task from the run, its data and its model; a subclass of `Task`.
         finish: Export the model of the last checkpoint, from the run, its data, its engine and the checkpoint's
             path; returns a line that says where it is. None: the checkpoints are all that is left.
-        callbacks: Return what looks on while the run trains, from the run and its data.
+        callbacks: Return the callbacks of the run, from the run and its data.
     """
 
     prepare_data: "Callable[[Run[Any]], Any]"
@@ -58,7 +58,7 @@ class BuiltRun:
         task: What it trains on.
         engine: The model and its optimizer. `engine.module` is the model as it was built.
         parts: What it was built of.
-        callbacks: What looks on while it trains.
+        callbacks: Its callbacks.
     """
 
     run: "Run[Any]"
@@ -102,7 +102,7 @@ class Launcher(Generic[C]):
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
         users_data: Return the settings with which a run trains on what a user names, files separated by commas.
-        callbacks: What else looks on while a run trains.
+        callbacks: Further callbacks of each run.
     """
 
     program: str

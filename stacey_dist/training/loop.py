@@ -38,7 +38,7 @@ def train(
         run: the run, as `Launcher.build` starts it.
         task: the data, the loss and the evaluation.
         engine: the model and its optimizer.
-        callbacks: what looks on, after those that write the run's metrics and plots.
+        callbacks: further callbacks, called after those that write the run's metrics and plots.
         until: the update to stop after, with a checkpoint. None: the last.
 
     Returns:
@@ -153,7 +153,7 @@ class _Trainer(Training):
             self.run.recreate_directory()
         self.tell("on_update_end")
         self.clock.pause()
-        # Whoever asked for a stop kills soon: saving is first.
+        # After a stop request the process is killed soon: it saves, and does not evaluate.
         evaluating = self._is_evaluated(progress.step) and not (self.stopping or self.directory_gone)
         improved = self.evaluate() if evaluating else False
         ending = self.stopping or self.directory_gone or progress.step == self.stop_step
@@ -200,7 +200,7 @@ class _Trainer(Training):
     def leave(self) -> NoReturn:
         """End this process after a signal, once everything is saved."""
         number = int(self.stop.received or 15)
-        # Before the processes part: the first that is gone has the launcher stop the others, whatever they do.
+        # Printed while all processes still run: when the first one exits, the launcher stops the others.
         self.run.say(
             f"stopped by signal {number} after update {self.progress.step}; the same command resumes from here"
         )
@@ -229,13 +229,13 @@ class _Trainer(Training):
             )
 
     def _micro_batches(self, count: int) -> Iterator[Any]:
-        """Yield the update's micro-batches; a single process that is told to stop and gets none saves and leaves.
+        """Yield the update's micro-batches. A single process that waits for one when it has to stop saves and exits.
 
         Raises ValueError if the task does not have `count` of them: the last one has the engine add the gradients of
         the processes.
 
-        Of several, the others are in the middle of an update, which this one cannot finish: it ends with an error, and
-        they with it.
+        With several processes, the others are in the middle of an update that this process cannot finish. So it ends
+        with an error, and they end too.
         """
         try:
             given = 0
@@ -278,7 +278,7 @@ class _Trainer(Training):
         return step == self.last_step or step % self.config.train.eval_every_steps == 0
 
     def _is_to_be_read(self, update: Update) -> bool:
-        """Return whether anything is due for which the host has to know what came of the update: the same on all."""
+        """Return whether the host needs the outcome of the update now; the same on all processes."""
         step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
         if self.save_is_due or ending or step == self.stop_step or self._is_evaluated(step) or step % _READ_EVERY == 0:
             return True
@@ -296,8 +296,8 @@ class _Trainer(Training):
     def _save(self, update: Update, ending: bool, best: bool) -> None:
         """Save at the end, and where it is due.
 
-        Skipped updates may mean that the weights are ruined: a save that is due waits for an update that is applied.
-        What has just been evaluated as the best is not ruined.
+        Skipped updates may mean that the weights have diverged, so a save that is due waits for an applied update.
+        Weights that were just evaluated as the best have not diverged: they are saved at once.
         """
         applied = not self.outcomes.last.skipped
         if ending:

@@ -79,7 +79,7 @@ def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[st
         run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, module, data_identity))  # type: ignore[misc]
         return path, manifest
     if found:
-        # Beginning anew would spend days of work again without being asked to, perhaps for a disk that is away.
+        # Starting from scratch without being asked could repeat days of work, perhaps because a disk is not mounted.
         run.fail(
             f"run_dir: every checkpoint in {run.directory / 'checkpoints'} is {' or '.join(sorted(reasons))} (each is "
             "named above); repair them, or delete them to begin anew, or give another run_dir"
@@ -170,7 +170,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
     saved = flatten(flatten(to_dict(type(run.config)())) | flatten(extra["config"]), items=True)
     now = flatten(to_dict(run.config), items=True)
     changed = {
-        name: f"{name}: {saved.get(name)} there, {now.get(name)} now"
+        name: f"{name}: {saved.get(name)} in the checkpoint, {now.get(name)} now"
         for name in sorted(now.keys() | saved.keys())
         if now.get(name) != saved.get(name) and name != "run_dir" and not name.startswith("checkpoint.")
     }
@@ -204,7 +204,7 @@ def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> 
         return []
     now, there = json.loads(json.dumps(described["config"], default=str)), saved["config"]
     return [
-        f"model: {name} in {source}: {there[name]} there, {now[name]} now"
+        f"model: {name} in {source}: {there[name]} in the checkpoint, {now[name]} now"
         for name in sorted(now.keys() & there.keys())
         if now[name] != there[name] and name not in _NOT_OF_THE_ARCHITECTURE and not name.startswith("_")
     ]

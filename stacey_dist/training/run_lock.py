@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from stacey_dist.errors import SettingsError
 
-# A process that was killed may take a while to end, and one on a node that was lost to be forgotten by NFS.
+# A killed process may take a while to end. After a node is lost, NFS may take a while to release its locks.
 _PATIENCE_HERE_SECONDS = 30.0
 _PATIENCE_ELSEWHERE_SECONDS = 120.0
 
@@ -28,9 +28,9 @@ _held: "WeakValueDictionary[tuple[int, int], IO[str]]" = WeakValueDictionary()
 def acquire_run_lock(directory: Path) -> IO[str]:
     """Take `directory` for this process, until the returned file is closed or the process ends, however it ends.
 
-    Called again, as in a notebook's cell, it returns the same file: a process loses a lock as it closes any file that
-    has it. Waits for a while for another process that has the directory. Where the file system has no locks, prints
-    that and takes none.
+    Called again, as in a notebook's cell, it returns the same file, because a process loses a POSIX lock when it closes
+    any descriptor of the file. It waits for a while for another process that has the directory. If the file system has
+    no locks, it prints that and takes none.
 
     Raises:
         SettingsError: another process has it, and keeps it.

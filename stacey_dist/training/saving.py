@@ -37,7 +37,7 @@ class Progress:
     best_score: float | None = None
     """How good it was: higher is better."""
     kept_best_step: int | None = None
-    """The best of which there is a checkpoint, where `checkpoint.keep_best`."""
+    """With `checkpoint.keep_best`: the best update that has a checkpoint."""
     evaluated_step: int = 0
     """After which update it was last evaluated."""
 
@@ -179,7 +179,7 @@ class Saver:
 
     def _retain(self, saved: Path, best: int | None, progress: Progress, delete_older: bool = True) -> None:
         try:
-            # A better one whose save failed is not there; the best that is stays until the next is complete.
+            # If the save of a new best checkpoint failed, keep the previous best until the next one is complete.
             if best is not None and checkpoint_path(self.run, best).exists():
                 progress.kept_best_step = best
             if delete_older:

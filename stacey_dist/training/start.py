@@ -66,7 +66,7 @@ def _check_precision(run: Run[Any]) -> None:
 def separate_runs_of_a_sweep(config: RunConfig) -> None:
     """Give a run of `wandb agent`, which starts many of one configuration, a run_dir of its own.
 
-    None may resume from another's checkpoint, and trackers write their files there.
+    No run may resume from the checkpoint of another, and trackers write their files to run_dir.
     """
     if sweep := os.environ.get("WANDB_SWEEP_ID"):
         config.run_dir = str(Path(config.run_dir) / f"sweep-{sweep}" / os.environ.get("WANDB_RUN_ID", "run"))

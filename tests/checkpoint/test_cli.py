@@ -181,7 +181,7 @@ def test_export(run, tmp_path, capsys):
     path = save_checkpoint(tmp_path / "step_00000001", model, Stacey(model.parameters()))
     status, _, err = call(capsys, "export", path, tmp_path / "other")
     assert status == 2
-    assert "it does not say which model it is of: import it again with --model" in err
+    assert "it does not name its model: import it again with --model" in err
     (tmp_path / "file").write_text("")
     assert call(capsys, "export", second(run), tmp_path / "file") == (
         2, "", f"stacey-dist: {tmp_path / 'file'} is no directory\n",

@@ -118,7 +118,7 @@ def test_tensors_without_elements_are_a_part_of_the_model(tmp_path):
     assert read_tensors(path)["model/trained"].shape == (0, 3)
     smaller = torch.nn.Linear(2, 1)
     smaller_optimizer = build_optimizer(smaller, OptimizerConfig(), seed=0)
-    with pytest.raises(DamagedCheckpointError, match=r"\(0,\) float32 there, and absent here"):
+    with pytest.raises(DamagedCheckpointError, match=r"\(0,\) float32 in the checkpoint, but absent in the model"):
         load_checkpoint(path, smaller, smaller_optimizer)
 
 
@@ -126,11 +126,11 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
     small, large = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)
     path = save(tmp_path, 1, small, build_optimizer(small, OptimizerConfig(), 0), {})
     before = large.weight.clone()
-    with pytest.raises(DamagedCheckpointError, match=r"bias is \(3,\) float32 there, and \(5,\) float32 here"):
+    with pytest.raises(DamagedCheckpointError, match=r"bias is \(3,\) float32 in the checkpoint, but \(5,\) float32"):
         load_checkpoint(path, large, build_optimizer(large, OptimizerConfig(), 0))
     assert torch.equal(large.weight, before)
     narrow = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
-    with pytest.raises(DamagedCheckpointError, match=r"float32 there, and \(3,\) bfloat16 here"):
+    with pytest.raises(DamagedCheckpointError, match=r"float32 in the checkpoint, but \(3,\) bfloat16 in the model"):
         load_checkpoint(path, narrow, build_optimizer(narrow, OptimizerConfig(), 0))
 
 
@@ -335,7 +335,7 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     path = save(tmp_path, 1, model, optimizer, {})
-    with pytest.raises(DamagedCheckpointError, match="state is exp_avg, exp_avg_sq there, and m, z here"):
+    with pytest.raises(DamagedCheckpointError, match="state is exp_avg, exp_avg_sq in the checkpoint, but m, z"):
         load_checkpoint(path, model, Stacey(model.parameters()))
 
 

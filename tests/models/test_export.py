@@ -31,9 +31,9 @@ def headed(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _: Wrapped(), r"model\.embed_tokens\.weight is absent there, and \(.*\) in the LlamaForCausalLM"),
-        (resized, r"weight is \(.*\) there, and \(.*\) in the LlamaForCausalLM"),
-        (headed, r"head\.\w+ is \(.*\) there, and absent in the LlamaForCausalLM"),
+        (lambda _: Wrapped(), r"model\.embed_tokens\.weight is absent in the checkpoint, but \(.*\) in Llama"),
+        (resized, r"weight is \(.*\) in the checkpoint, but \(.*\) in LlamaForCausalLM"),
+        (headed, r"head\.\w+ is \(.*\) in the checkpoint, but absent in LlamaForCausalLM"),
     ],
 )
 def test_another_model_than_was_described(tmp_path, change, message):

@@ -187,7 +187,7 @@ def test_what_accelerate_refuses_is_one_line(monkeypatch):
     monkeypatch.setattr(launch, "Accelerator", refuse)
     with pytest.raises(
         SettingsError,
-        match=r"^what `accelerate launch` was told is not allowed: Expected a string path to an existing deepspeed",
+        match=r"^the configuration of `accelerate launch` is not allowed: Expected a string path to an existing",
     ):
         launch.start_accelerator(LLMConfig())
 

@@ -335,7 +335,7 @@ def test_other_images_are_another_run(config, on, tmp_path):
     )
     assert "data: the training or held-out data are not those it was trained on" in output
     output = launch("--config", changed, "--data.crop", "none", "--run_dir", run, *SMOOTH, program=PROGRAM, expect=2)
-    assert "data.crop: random_resized there, none now" in output
+    assert "data.crop: random_resized in the checkpoint, none now" in output
     # The same images elsewhere.
     output = launch("--config", changed, "--run_dir", run, *SMOOTH, program=PROGRAM)
     assert "after 20 updates" in output

@@ -133,8 +133,8 @@ def test_another_run_in_the_same_directory_is_refused(uninterrupted, tmp_path):
     before = (run / "config.yaml").read_text()
     output = launch("--config", config, "--run_dir", run, "--seed", 1, "--model.num_hidden_layers", 3, expect=2)
     assert "is of another run" in output
-    assert "seed: 0 there, 1 now" in output
-    assert "model.num_hidden_layers: 2 there, 3 now" in output
+    assert "seed: 0 in the checkpoint, 1 now" in output
+    assert "model.num_hidden_layers: 2 in the checkpoint, 3 now" in output
     output = launch("--config", config, "--run_dir", run, "--checkpoint.resume", "never", expect=2)
     assert "checkpoint.resume: never is not allowed" in output
     assert (run / "config.yaml").read_text() == before
@@ -281,7 +281,7 @@ def test_a_compiled_model_resumes_a_run_that_was_not_compiled(uninterrupted, tmp
     run = tmp_path / "run"
     shutil.copytree(directory / "run" / "checkpoints" / "step_00000020", run / "checkpoints" / "step_00000020")
     output = launch("--config", config, "--run_dir", run, "--train.compile", "true", program=program)
-    assert "changed since the checkpoint: train.compile: False there, True now" in output
+    assert "changed since the checkpoint: train.compile: False in the checkpoint, True now" in output
     losses = [[row["loss"] for row in training_rows(path)[-20:]] for path in (run, directory / "run")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert "traced a graph" in output or losses[0] != losses[1]

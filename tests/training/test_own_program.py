@@ -107,8 +107,8 @@ def test_its_runs_are_guarded_as_the_packages_own(one, tmp_path):
     run = shutil.copytree(one[0] / "run", tmp_path / "run")
     options = (*OPTIONS, "--run_dir", run, "--train.max_steps", "44")
     output = launch(*options, "--seed", "1", "--optimizer.variant", "pp", program=PROGRAM, expect=2)
-    assert "seed: 0 there, 1 now" in output
-    assert "optimizer.variant: p2 there, pp now" in output
+    assert "seed: 0 in the checkpoint, 1 now" in output
+    assert "optimizer.variant: p2 in the checkpoint, pp now" in output
     changed = ("--model.features", "6", "--checkpoint.allow_changes")
     assert "it may name seed, data, " in launch(*options, *changed, "[model.features]", program=PROGRAM, expect=2)
     output = launch(*options, "--seed", "1", "--checkpoint.allow_changes", "[seed, data]", program=PROGRAM)

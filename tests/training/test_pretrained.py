@@ -112,7 +112,7 @@ def test_a_run_does_not_resume_with_another_architecture(published, tmp_path):
     launch(*run)
     (tmp_path / "a.json").write_text(json.dumps(described("gpt_neox") | {"use_parallel_residual": False}))
     output = launch(*run, "--train.max_steps", 2, expect=2)
-    assert f"model: use_parallel_residual in {tmp_path / 'a.json'}: True there, False now" in output
+    assert f"model: use_parallel_residual in {tmp_path / 'a.json'}: True in the checkpoint, False now" in output
     allowed = ("--checkpoint.allow_changes", "model.config")
     assert "after 1 updates" in launch(*run, *allowed, "--train.max_steps", 2)
 

@@ -139,7 +139,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(directory, c
 
 def test_another_shape_is_refused(directory):
     directory.save(30, outputs=5)
-    with pytest.raises(SettingsError, match=r"run_dir: .*step_00000030: bias is \(5,\) float32 there, and \(3,\)"):
+    with pytest.raises(SettingsError, match=r"run_dir: .*step_00000030: bias is \(5,\) float32 in the checkpoint, but"):
         directory.start()
 
 
@@ -151,12 +151,16 @@ def test_a_newer_format_is_not_passed_over(directory):
 
 
 CHANGES = [
-    ({"seed": 1}, "seed", "seed: 0 there, 1 now"),
-    ({"model__rope_theta": 5e4}, "model.rope_theta", "model.rope_theta: 10000.0 there, 50000.0 now"),
-    ({"train__global_batch_size": 32}, "train.global_batch_size", "train.global_batch_size: 16 there, 32 now"),
-    ({"optimizer__variant": "pp"}, "optimizer.variant", "optimizer.variant: p2 there, pp now"),
+    ({"seed": 1}, "seed", "seed: 0 in the checkpoint, 1 now"),
+    ({"model__rope_theta": 5e4}, "model.rope_theta", "model.rope_theta: 10000.0 in the checkpoint, 50000.0 now"),
+    (
+        {"train__global_batch_size": 32},
+        "train.global_batch_size",
+        "train.global_batch_size: 16 in the checkpoint, 32 now",
+    ),
+    ({"optimizer__variant": "pp"}, "optimizer.variant", "optimizer.variant: p2 in the checkpoint, pp now"),
     ({"data": "other data"}, "data", "data: the training or held-out data are not those it was trained on"),
-    ({"data__sequence_length": 64}, "data.sequence_length", "data.sequence_length: 128 there, 64 now"),
+    ({"data__sequence_length": 64}, "data.sequence_length", "data.sequence_length: 128 in the checkpoint, 64 now"),
 ]
 
 
@@ -189,7 +193,7 @@ def test_all_differences_are_listed_and_some_are_never_allowed(directory):
 def test_other_changes_are_said(directory, capsys):
     directory.start(optimizer__lr=1.0, checkpoint__keep_last=7)
     out = capsys.readouterr().out
-    assert "changed since the checkpoint: optimizer.lr: 0.0012 there, 1.0 now" in out
+    assert "changed since the checkpoint: optimizer.lr: 0.0012 in the checkpoint, 1.0 now" in out
     assert "keep_last" not in out
 
 
@@ -203,7 +207,7 @@ def test_changes_of_a_mixture_are_named(tmp_path, capsys):
         directory.start("other data", data__sources=others)
     lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
     assert lines[0].startswith("data: the training or held-out data are not those")
-    assert lines[1:] == ["data.sources[0].weight: 3.0 there, 2.0 now"]
+    assert lines[1:] == ["data.sources[0].weight: 3.0 in the checkpoint, 2.0 now"]
     directory.start("other data", data__sources=others, checkpoint__allow_changes=["data"])
     assert f"changed since the checkpoint: {lines[1]}" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
-"""Import checkpoints of other makers, of runs that used Stacey.
+"""Import checkpoints that Accelerate or DeepSpeed saved in runs that used Stacey.
 
-These files are pickles. Here they are read with a list of harmless classes alone, so that nothing in them runs.
+Most of these files are pickles. They are read with an allowlist of harmless classes, so that no code in them runs.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def import_checkpoint(
 ) -> Path:
     """Write what `source` holds as the checkpoint `path`, bit for bit; return `path`. One process calls it.
 
-    Known are what `Accelerator.save_state` makes on one process, DDP, FSDP2 and DeepSpeed, and what DeepSpeed's
-    `save_checkpoint` makes, of ZeRO-1, 2 and 3. All tensors are in this process's host memory.
+    `source` is what `Accelerator.save_state` saved (one process, DDP, FSDP2 or DeepSpeed), or what DeepSpeed's
+    `save_checkpoint` saved (ZeRO-1, 2 or 3). All tensors must fit into this process's host memory.
 
     Args:
         source: the directory; of DeepSpeed, the one with the file `latest` or a tag's in it.
@@ -61,8 +61,8 @@ def import_checkpoint(
         extra: goes into the manifest; "step" is the optimizer's count unless it is given.
 
     Raises:
-        ForeignCheckpointError: it is none of these, not all there, or holds what is not read, as several models; or
-            `parameters` or `groups` are needed, or do not fit.
+        ForeignCheckpointError: `source` is not such a checkpoint, is incomplete, or holds something unsupported, such
+            as several models; or `parameters` or `groups` are missing, or do not match.
         SettingsError: `extra` can't be saved.
         OSError: the checkpoint could not be written.
     """

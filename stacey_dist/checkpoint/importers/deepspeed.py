@@ -38,7 +38,7 @@ def read(directory: Path) -> Imported:
     described = _model_states(directory, len(states) if stage_3 else 1)
     shapes = described[0]["param_shapes"]
     if not all(is_count(n) for group in shapes for shape in group.values() for n in shape):
-        raise ForeignCheckpointError(f"{directory}: param_shapes has what is no shape")
+        raise ForeignCheckpointError(f"{directory}: param_shapes holds something that is not a shape")
     masters = "fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"
     groups = [[_flat(directory, state, masters, index) for state in states] for index in range(len(states[0][masters]))]
     flat = [tensor for group in groups for rank in group for tensor in rank.values()]
@@ -149,7 +149,7 @@ def _split(
     Raises ForeignCheckpointError unless the flat tensors have the elements of these parameters and no more.
     """
     if not all(map(is_count, gaps)):
-        raise ForeignCheckpointError(f"{directory}: param_alignment_paddings has what is no number of elements")
+        raise ForeignCheckpointError(f"{directory}: param_alignment_paddings holds something that is not a count")
     needed = sum(-(-math.prod(shape) // len(groups[0])) for shape in shapes.values()) + sum(gaps)
     for rank in range(len(groups[0])):
         for key in groups[0][rank].keys() - {"step"}:

@@ -83,7 +83,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             values[region] = _load_piece(directory, name, piece, tensor.dtype)
             filled[region] = True
         if not filled.all():
-            raise ValueError(f"{name}: it is not all there")
+            raise ValueError(f"{name}: some of its elements are missing")
         tensors[name] = values
     return tensors
 
@@ -125,12 +125,12 @@ def _piece(name: str, chunk: dict[str, Any], whole: tuple[int, ...], places: dic
         raise ValueError(f"{name}: a piece is not within it")
     place = places.get((name, offsets))
     if place is None:
-        raise ValueError(f"{name}: it is not said where a piece of it is")
+        raise ValueError(f"{name}: no location is given for a piece of it")
     file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
     if type(file) is not str or file in ("", ".", "..") or "/" in file or "\0" in file:
         raise ValueError(f"{name}: {str(file)!a} is not the name of a file in the directory")
     if type(start) is not int or type(length) is not int or not is_count(start) or not is_count(length):
-        raise ValueError(f"{name}: it is not said where a piece of it is")
+        raise ValueError(f"{name}: no location is given for a piece of it")
     if place.get("transform_descriptors"):
         raise ValueError(f"{name}: it is compressed or encrypted, which is not read")
     return _Piece(offsets, sizes, file, start, start + length)
@@ -164,7 +164,7 @@ def _load_piece(directory: Path, name: str, piece: _Piece, dtype: torch.dtype) -
         content = opened.read(piece.stop - piece.start)
     values = torch_file.load(io.BytesIO(content))
     if type(values) is not Tensor or values.dtype != dtype or tuple(values.shape) != piece.sizes:
-        raise ValueError(f"{name}: {piece.file} holds something else than a piece of it")
+        raise ValueError(f"{name}: {piece.file} does not hold a piece of it")
     return values
 
 

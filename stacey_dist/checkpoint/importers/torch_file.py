@@ -34,11 +34,11 @@ DTYPES = {("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
     if type(sizes) is not tuple:
-        raise ValueError("the shape of a tensor is not what it has to be")
+        raise ValueError("the shape or strides of a tensor are invalid")
     return sizes
 
 
-# What they are given is not copied: a pickle can give one list to a thousand of them.
+# These do not copy their arguments: a pickle can pass the same list to a thousand calls.
 SIZE = Function(_size)
 ORDERED = Function(Ordered)
 SET = Function(lambda values=(): values)
@@ -135,16 +135,16 @@ def _tensor_v3(
 def _tensor(storage: Tensor, offset: Any, size: Any, stride: Any) -> Tensor:
     """Return a tensor in a storage; no element may lie outside of it, and no two elements in one place."""
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 64:
-        raise ValueError("the shape of a tensor is not what it has to be")
+        raise ValueError("the shape or strides of a tensor are invalid")
     if not is_count(offset) or not all(map(is_count, size + stride)):
-        raise ValueError("the shape of a tensor is not what it has to be")
+        raise ValueError("the shape or strides of a tensor are invalid")
     if 0 in size:
         return torch.empty(size, dtype=storage.dtype)
     # From the shortest stride to the longest, each step has to be longer than all before it taken together.
     reach = 0
     for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count > 1):
         if step <= reach:
-            raise ValueError("elements of a tensor lie in one place")
+            raise ValueError("two elements of a tensor share one location")
         reach += step * (count - 1)
     if offset + reach >= storage.numel():
         raise ValueError("a tensor lies outside of its storage")
@@ -160,7 +160,7 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 def _with_attributes(rebuild: Any, _: Any, arguments: Any, *__: Any) -> Tensor:
     """Return a tensor without its attributes (DeepSpeed gives it some)."""
     if type(rebuild) is not Function or type(arguments) is not tuple:
-        raise ValueError("a tensor is made by something that makes none")
+        raise ValueError("a tensor is rebuilt by something other than a known function")
     return _parameter(rebuild(*arguments))
 
 

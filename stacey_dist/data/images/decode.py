@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are decoded, told by content. Pillow knows many more: for EPS it starts Ghostscript."""
 
 MOST_PIXELS = 178_956_970
-"""Of an image: Pillow's limit, twice the number from which on it warns of files made to fill the memory."""
+"""The most pixels of an image: Pillow's limit, twice the number above which it warns of a decompression bomb."""
 
 # CMYK and YCCK are converted by Pillow in its own way.
 _ORDINARY = ("YCbCr", "RGB", "Gray")
@@ -82,7 +82,7 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     # Pillow scales the numbers of PGM to 16 bits where they have more than 8, and has them as 32-bit integers.
     if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PPM"):
-        # TIFF may store negatives. Pillow turns those of 8 bits round, and not those of 16.
+        # TIFF may store white as 0. Pillow inverts such images with 8 bits, but not with 16.
         negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
         wide = 65535 - values.astype(np.int64) if negative else values.astype(np.int64)
         return ((wide * 255 + 32767) // 65535).astype(np.uint8)

@@ -1,7 +1,7 @@
 """The image files of class folders, remembered on a disk: later starts look at the folders alone.
 
-A folder that had changed would have another time of change. Files that were overwritten in place, of which a folder
-knows nothing, are seen by those whose content is in the identity of the images.
+A folder whose modification time is unchanged is not listed again. A file that is overwritten in place does not change
+that time: it is noticed only if its content is part of the images' identity.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _SETTLED_NS = 10 * 10**9
 """A folder that changed so shortly before it was listed may have changed again without another time."""
 
 _KEPT_SECONDS = 90 * 24 * 3600
-"""Rows are kept so long after the last start of a run that maps them: of a removed file, other hosts cannot read."""
+"""Rows are kept this long after the last start of a run that maps them: other hosts cannot read a removed file."""
 
 # Network file systems answer one question after another slowly and many at once well.
 _THREADS = 16
@@ -146,10 +146,10 @@ def _images(folder: Path) -> tuple[NDArray[np.void], list[str]]:
     """Return the names and sizes of a folder's images, and the names of what is none, both sorted."""
     found, others = [], []
     for entry in entries(folder):
-        named_so = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        has_image_name = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
         try:
-            # Only where it is named so: the status of a file is a question to the disk.
-            status = entry.stat() if named_so else None
+            # Only for files with an image suffix, because reading a file's status is a request to the disk.
+            status = entry.stat() if has_image_name else None
         except OSError as error:
             raise InputError(f"path: {error.filename} cannot be read: {error.strerror}") from error
         if status is not None and stat.S_ISREG(status.st_mode):

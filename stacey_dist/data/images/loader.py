@@ -19,7 +19,7 @@ from stacey_dist.data.tokens import IGNORED_LABEL
 from stacey_dist.errors import InputError
 
 _MOST_BROKEN = 1000
-"""After so many broken images one after another, it is not the images that are broken."""
+"""After this many consecutive broken images the run stops: the cause is then not the images."""
 
 Broken = dict[int, str]
 """The numbers of broken images, and why they cannot be read."""

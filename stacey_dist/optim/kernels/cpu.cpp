@@ -6,7 +6,7 @@
 //
 // Elements go through the rule a tile at a time, in short stages whose results lie in buffers that stay in the L1 cache.
 // A processor looks some hundred instructions ahead, so it finds independent work only where the chain of operations from
-// loading an element to storing it is short. Each vector of a tile takes the same road, the last, incomplete one
+// loading an element to storing it is short. Each vector of a tile takes the same path, the last, incomplete one
 // through a padded copy, so an element's bits do not depend on its position, on the alignment, or on how many threads
 // there are.
 
@@ -68,7 +68,7 @@ struct Tensors {
 
 // ------------------------------------------------------------------------------------------------------ vectors
 
-// DEPTH registers that go through each operation one after the other, so that none waits for its own last result.
+// DEPTH registers. Each operation is issued for all of them, so that independent operations hide its latency.
 constexpr int LANES = DEPTH * WIDTH;
 
 typedef float FloatRegister __attribute__((vector_size(4 * WIDTH)));
@@ -345,7 +345,7 @@ INLINE Float exp2_times(Float x, Float k, Float t) {
     return multiply_add(product, polynomial(t, EXP2) * t, product);
 }
 
-// factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself.
+// factor (whole + fraction) - k, a small difference of large terms, with about one rounding error.
 INLINE Float product_less(Log2 x, Factor factor, Float k) {
     Float t = multiply_add(x.whole, factor.high, -k);
     return multiply_add(x.fraction, factor.value, multiply_add(x.whole, factor.low, t));
@@ -377,7 +377,7 @@ struct Random {
 };
 
 INLINE Random random_bits(Float first, Float second, int32_t key) {
-    // The second is turned by 16 bits, so that bits that seldom change meet bits that do.
+    // The second is rotated by 16 bits, so that its rarely changing bits meet often changing bits of the first.
     Int turned = (bits(second) << 16) | upper(bits(second));
     Int h = turned ^ bits(first) ^ key;
 #if defined(__AVX512F__)
@@ -451,7 +451,7 @@ INLINE void store_upper(void *to, int64_t index, Int x) {
 constexpr int GROUPS = 192 / LANES;
 constexpr int64_t TILE = GROUPS * LANES;
 
-// What one stage leaves for the next; two names where one array serves two pairs of stages.
+// The results that a stage passes to later ones. A union names one array twice if later stages reuse it.
 struct Buffers {
     Float z[GROUPS], c[GROUPS], m_new[GROUPS], c_whole[GROUPS], c_fraction[GROUPS], direction[GROUPS];
     union {
@@ -556,8 +556,8 @@ STAGE gap_stage(Buffers &b, int groups, const Settings &s) {
 // 1 + ratio
 STAGE ratio_stage(Buffers &b, int groups) {
     EACH_GROUP {
-        // The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are
-        // z's and -c's; the ratio is negative where they oppose each other.
+        // The smaller term of u over the larger one is 2^-|gap|; below 2^-25 it does not change 1 + ratio. The terms
+        // are z's and -c's; the ratio is negative where they oppose each other.
         Float k = number(bits(b.k[i]) | INT32_MIN);
 #if !defined(__AVX512F__)  // with it, a power takes any k
         k = select(k < -100.0f, all(-100.0f), k);

@@ -130,7 +130,7 @@ def _exp2_less_one(t):
 
 @triton.jit
 def _product_less(whole, fraction, high, low, factor, k):
-    """Return factor (whole + fraction) - k, small beside its terms, with little more than the rounding of itself."""
+    """Return factor (whole + fraction) - k, a small difference of large terms, with about one rounding error."""
     return tl.fma(fraction, factor, tl.fma(whole, low, tl.fma(whole, high, -k)))
 
 
@@ -145,8 +145,8 @@ def _product_parts(whole, fraction, high, low, factor):
 def _power(whole, fraction, high, low, factor):
     """Return 2^(factor (whole + fraction)), rounded once where it is subnormal; for float32 and a factor < 1."""
     k, t = _product_parts(whole, fraction, high, low, factor)
-    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents. MAGIC's
-    # bits, and half of them, end in so many zeros that nothing is left of them.
+    # 2^k as a product of two powers, the first of which is exact, since k alone may lie outside the exponents. k still
+    # contains MAGIC's bits. They, and half of them, end in so many zeros that the shift by 23 discards them.
     half = k >> 1
     first = _bits(tl.fma(_exp2_less_one(t), t, 1.0)) + (half << 23)
     return _number(first) * _number(((k - half) << 23) + 0x3F800000)
@@ -186,7 +186,7 @@ def _mirror_step(
     gap = tl.fma(z_whole + z_fraction, inner, -(c_whole + c_fraction))
     k = (gap + _MAGIC) - _MAGIC
     t = _product_less(z_whole, z_fraction, inner_high, inner_low, inner, k + c_whole) - c_fraction
-    # The smaller term of u over the larger one is 2^-|gap|, which beside 1 is nothing below 2^-25. The terms are z's
+    # The smaller term of u over the larger one is 2^-|gap|; below 2^-25 it does not change 1 + ratio. The terms are z's
     # and -c's; the ratio is negative where they oppose each other.
     c_larger = gap < 0.0
     t = tl.where(c_larger, t, -t)
@@ -215,7 +215,7 @@ def _round_key(base, step):
 @triton.jit
 def _random_bits(first, second, key):
     """Return twice 16 random bits an element: a hash of two of its numbers and a key; 0 where one is NaN."""
-    # The second is turned by 16 bits, so that bits that seldom change meet bits that do.
+    # The second is rotated by 16 bits, so that its rarely changing bits meet often changing bits of the first.
     turned = (_bits(second) << 16) | _upper(_bits(second))
     h = (turned ^ _bits(first) ^ key) * -1640531535  # 0x9E3779B1
     h = tl.where((first == first) & (second == second), h, 0)

@@ -65,8 +65,8 @@ def complete(run: Run[Any]) -> None:
 def _sum_in_float32(run: Run[Any], config: dict[str, Any], stage: int, accumulation: int) -> None:
     """Have DeepSpeed add micro-batches in float32: in the weights' dtype, small gradients are lost in a large sum.
 
-    ZeRO-1 can in bf16 alone, with another optimizer of DeepSpeed's, which keeps all gradients on each process in both
-    dtypes. With the optimizer offloaded, ZeRO-1 and ZeRO-2 keep the sum in the weights' dtype, whatever they are told.
+    ZeRO-1 can do so only in bf16, with another of DeepSpeed's optimizers, which keeps all gradients on each process in
+    both dtypes. With an offloaded optimizer, ZeRO-1 and ZeRO-2 ignore the setting and sum in the weights' dtype.
     """
     offloads = deepspeed_setting(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     types = config.setdefault("data_types", {})

@@ -35,9 +35,10 @@ from stacey_dist.training.processes import rendezvous
 
 EXIT_STATUS = 75
 _AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"
-# Added to a counter: as a word in its place, it could not be read as one that may not be there yet.
+# A process says goodbye by adding this to its counter. A separate text value would not do: `_read` creates missing keys
+# with `add(key, 0)`, which needs a number.
 _GOODBYE = 10**15
-# In the message of an error that another process may be the cause of: gloo's, NCCL's and the store's.
+# Matches the messages of errors that another process may have caused: those of gloo, NCCL and the store.
 _BY_ANOTHER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE)
 
 
@@ -58,8 +59,8 @@ class Heartbeat:
         # A connection of its own: an operation that waits would hold up all others.
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
         self.store = PrefixStore(f"stacey_dist/heartbeat_{rendezvous.attempt()}", store)
-        # Nothing is sent over this one. Where it ends, the store has gone; its own client would print a C++ stack
-        # (as it does, once, where the store dies in the middle of an answer).
+        # Nothing is sent over this connection. When it closes, the store is gone. Asking through the store's own client
+        # would print a C++ stack trace, which still happens once if the store dies while it answers.
         self._line = socket.create_connection(address, timeout=60)
         self._watched = list(range(processes)) if rank == 0 else [0]
         self._counters: dict[int, int] = {}
@@ -78,7 +79,7 @@ class Heartbeat:
         threading.Thread(target=self._watch_the_store, name="heartbeat: store", daemon=True).start()
 
     def stop(self) -> None:
-        """Say goodbye: from here on nobody takes this process for dead."""
+        """Say goodbye: from now on no process takes this one for dead."""
         self._stopping.set()
         self._beats.join(timeout=5)
         if not self._beats.is_alive() and not self._gone():
@@ -92,13 +93,13 @@ class Heartbeat:
         self._line.close()
 
     def report(self, error: Exception) -> bool:
-        """Return whether to raise the error that ends this process: no other process has failed before.
+        """Return whether to raise the error that ends this process: true if no other process failed first.
 
-        Does not return if another process is the cause.
+        Does not return if another process caused the error.
         """
         line = f"rank {self.rank} on {self.host} failed: {one_line(error)}"
         if is_by_another(error):
-            # The launcher stops its processes when one has died; until that one is named, this one stays.
+            # When a process dies, the launcher stops the others. This process ignores that until the dead one is named.
             handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._doubt = line
             self._no_other_fell_silent.wait()
@@ -132,14 +133,16 @@ class Heartbeat:
             self._store_silent = 0.0
 
     def _round(self, elapsed: float) -> None:
-        """Beat, listen to the verdict, and to the others."""
+        """Send a heartbeat, then check for a verdict and for silent processes."""
         self.store.add(f"beat/{self.rank}", 1)
         if self.store.check(["verdict"]):
             self._accept()
         if self._doubt and not self._hurry:
-            self.store.set("doubt", "")  # for process 0, which watches all: if each did, the store had N^2 to answer
+            # Process 0 reads it, because it watches all others. If each process did, the store would get N^2 requests.
+            self.store.set("doubt", "")
         hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
-        if hurry and not self._hurry:  # silence is measured anew, or one that is only slow would be blamed at once
+        # With the shorter patience, a process that is only slow would be blamed at once: measure silence from now on.
+        if hurry and not self._hurry:
             self._silent.clear()
         self._hurry = hurry
         for other, counter in zip(self._watched, self._read(), strict=True):
@@ -172,7 +175,7 @@ class Heartbeat:
 
     @property
     def _patience(self) -> float:
-        """Less where a process has lost a connection: then a few missed beats tell enough."""
+        """Seconds of silence to tolerate: fewer after a process has lost a connection."""
         return min(self.timeout, 4 * self.interval) if self._hurry else self.timeout
 
     def _gone(self) -> bool:
@@ -199,13 +202,13 @@ class Heartbeat:
         return ", ".join(f"rank{'s'[: len(r) > 1]} {', '.join(r)} on {host}" for host, r in by_host.items())
 
     def _agree(self, line: str) -> tuple[bool, str]:
-        """Leave a verdict, unless there is one: (whether it is this one, what is said)."""
+        """Store a verdict, unless there is one already. Return whether it was stored, and the line of the verdict."""
         mine = json.dumps({"line": line, "by": self.rank, "host": self.host})
         verdict = self.store.compare_set("verdict", "", mine).decode()
         return verdict == mine, json.loads(verdict)["line"]
 
     def _accept(self) -> NoReturn:
-        """Stop for another's verdict, and say it where that one's words are not seen."""
+        """Stop because of another process's verdict. Print it once on each other host."""
         verdict = json.loads(self.store.get("verdict"))
         elsewhere = verdict["host"] != self.host and os.environ.get("LOCAL_RANK", "0") == "0"
         self._leave(verdict["line"] if elsewhere else None)

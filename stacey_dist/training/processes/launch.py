@@ -61,16 +61,16 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         PartialState(cpu=True, **joining).distributed_type = DistributedType.MULTI_GPU
     if requested == "deepspeed" and on_cpu:
         joining["backend"] = "gloo"
-    # DeepSpeed and Accelerate call torch by names that 2.13 has replaced: hundreds of lines amid those of progress.
+    # DeepSpeed and Accelerate use names that torch 2.13 deprecates: hundreds of warnings between the progress lines.
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    with launch_settings.one_line("what `accelerate launch` was told"):
+    with launch_settings.one_line("the configuration of `accelerate launch`"):
         if requested == "deepspeed" and on_cpu:
             skip_compilation()
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
-            cpu=on_cpu and requested != "deepspeed",  # Accelerate has DeepSpeed only where it does not know of a CPU
+            cpu=on_cpu and requested != "deepspeed",  # with cpu=True, Accelerate does not use DeepSpeed
             kwargs_handlers=handlers,
             log_with=list(config.tracking.trackers) or None,
             project_dir=config.run_dir,

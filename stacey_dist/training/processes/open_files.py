@@ -34,7 +34,7 @@ def raise_limits(processes: int, heartbeat: bool) -> None:
     groups = 0 if lazy else _GROUPS * processes
     is_first = os.environ.get("RANK", "0") == "0"
     in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    hint = "" if lazy else "; TORCH_GLOO_LAZY_INIT=1 has gloo connect the processes that talk to each other alone"
+    hint = "" if lazy else "; TORCH_GLOO_LAZY_INIT=1 makes gloo connect only processes that communicate"
     _raise_limit(os.getpid(), groups + (store if is_first and not in_launcher else 0), processes, hint)
     if is_first and in_launcher:
         _raise_limit(os.getppid(), store, processes, "")

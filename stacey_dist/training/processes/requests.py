@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Requests:
-    """The requests of one process to all; of an update: those of any process, the same on each."""
+    """Requests of one process to all processes; in an `Update`, those of all processes combined, equal on each."""
 
     stop: bool = False
     """It was told to stop by a signal."""
@@ -25,7 +25,7 @@ class Requests:
 
 
 class Hosts:
-    """The processes' hosts, which talk over a gloo group of their own. All processes make it together.
+    """Combine requests between hosts, over a gloo group of its own. All processes create it together.
 
     Args:
         processes: how many there are.
@@ -36,7 +36,10 @@ class Hosts:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes > 1 else None
 
     def ask(self, requests: Requests) -> Callable[[], Requests]:
-        """Ask all processes, which do so together; returns what waits for the answer: what any of them asks for."""
+        """Start to combine the requests of all processes. Return a function that waits for the result.
+
+        All processes call it together.
+        """
         if self._group is None:
             return lambda: requests
         asked = torch.tensor(astuple(requests), dtype=torch.uint8, device="cpu")

@@ -21,7 +21,7 @@ import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# A person who presses Ctrl-C again has read the first answer; a launcher that forwards the same Ctrl-C is faster.
+# A SIGINT within this time is the same Ctrl-C, forwarded by a launcher. A person who presses Ctrl-C again is slower.
 _SAME_CTRL_C_SECONDS = 1.0
 # Slurm sends SIGTERM to every process, and torchrun's agent passes its own on.
 _SAME_SIGTERM_SECONDS = 5.0
@@ -43,7 +43,7 @@ def stop_requested() -> bool:
 
 
 class StopSignal:
-    """While entered, remembers the first SIGTERM or SIGINT in `received`. Off the main thread it hears of none.
+    """While entered, remembers the first SIGTERM or SIGINT in `received`. Outside the main thread it receives none.
 
     SIGTERM may come again while the checkpoint is written: Slurm sends it to every process, and torchrun's agent
     passes its own on. So only a second Ctrl-C, from a person, stops at once; a second SIGTERM that comes 5 seconds
@@ -69,7 +69,7 @@ class StopSignal:
         _entered = None
         _state.training = False
         if self.received is not None and kind is not None and _state.listening:
-            signal.alarm(int(_PATIENCE_SECONDS))  # whatever keeps the interpreter from ending
+            signal.alarm(int(_PATIENCE_SECONDS))  # kills the process if the interpreter does not end
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -93,7 +93,7 @@ class _State:
     def __init__(self) -> None:
         self.listening = False
         self.training = False
-        """A signal is taken notice of at the end of an update."""
+        """A `StopSignal` is entered, so signals take effect at the end of an update."""
         self.writing = False
         """The main thread waits for a checkpoint."""
         self.progress_at = 0.0
@@ -101,7 +101,7 @@ class _State:
         """The most seconds without progress, since this update and the one before began."""
 
     def patience(self) -> float:
-        """Return for how many seconds without progress the main thread still works, and does not wait in vain.
+        """Return after how many seconds without progress the main thread counts as stuck.
 
         On a CPU a micro-batch can take minutes, as can an optimizer's step with its states in host memory.
         """
@@ -182,7 +182,7 @@ class _Listener:
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """Leave what the main thread does; its children are remembered while they are still its own."""
         self._children = self._children or _children()
-        signal.alarm(2 * int(_UNWINDING_SECONDS))  # whatever keeps the interpreter from ending
+        signal.alarm(2 * int(_UNWINDING_SECONDS))  # kills the process if the interpreter does not end
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):

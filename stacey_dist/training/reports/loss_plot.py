@@ -48,9 +48,9 @@ def column(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return a running mean of a curve, which weighs a value less by the factor e for each 2 % of all that are later.
+    """Return an exponential moving average of a curve, with a time constant of 2 % of its points.
 
-    As in Adam it is a mean of the values so far, not one that begins at 0.
+    The bias toward 0 at the start is corrected, as in Adam.
     """
     decay = max(0.0, 1 - 50 / max(1, len(points)))
     total = weight = 0.0

@@ -134,7 +134,7 @@ def _key(part: Fragment) -> tuple[str, int]:
 
 
 def _same_part(part: Fragment, gradient: Tensor) -> Tensor:
-    """Return the part of a gradient of `part.owner` that `part` is of the owner itself."""
+    """Return the slice of `part.owner`'s gradient that corresponds to `part`."""
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     if local.numel() == part.weight.numel():
         return local

@@ -79,7 +79,7 @@ def parse(
 
 
 def _forget(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Forget the numbers that were a method's own, as a run's config.yaml has them, where another method is chosen."""
+    """Treat settings as not given if they equal the previous optimizer's defaults, and another optimizer is chosen."""
     for name, section in before.items():
         if hasattr(section, "chosen") and section.method != after[name].method:
             own = dataclasses.replace(section, **dict.fromkeys(section.chosen))

@@ -35,8 +35,9 @@ _OWN: Any = None
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults; so have those
-    that a file sets to one optimizer's defaults, if a later file or option chooses another."""
+    """The optimizer and its hyperparameters. Settings that are not given take the chosen optimizer's defaults. If a
+    later file or option chooses another optimizer, settings that equal the previous optimizer's defaults count as not
+    given."""
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
     """The optimizer. muon updates the matrices of hidden layers, and AdamW the other parameters."""

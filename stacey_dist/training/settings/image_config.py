@@ -89,7 +89,7 @@ class ImageDataConfig:
 
 @dataclass
 class ImageOptimizerConfig(OptimizerConfig):
-    """The optimizer and its hyperparameters. Those that are not set have the optimizer's own defaults."""
+    """The optimizer and its hyperparameters. Settings that are not given take the optimizer's defaults."""
 
     defaults: ClassVar[optimizer_defaults.Defaults] = optimizer_defaults.IMAGES
     """The numbers of each optimizer."""
@@ -132,7 +132,7 @@ class ImageConfig(RunConfig):
         """Raise SettingsError for values that do not go together."""
         name, data = self.optimizer.name, self.data
         known = name in self.optimizer.defaults or name == "stacey"
-        self.require(known, "optimizer.name", "it is for language models here")
+        self.require(known, "optimizer.name", "train_imagenet.py does not support it")
         super().check_rules()
         allowed = "give either data.path or data.dataset, not both (--data.dataset null)"
         self.require(not (data.path and data.dataset), "data.dataset", allowed)

@@ -108,9 +108,9 @@ def check_attention(run: Run[LLMConfig]) -> None:
 
 
 def implementation(config: LLMConfig, model_config: Any) -> str | None:
-    """Return transformers' name of the attention of a model that is about to be built; None leaves it to transformers.
+    """Return transformers' name for the attention of the model to build; None leaves the choice to transformers.
 
-    `sdpa` stands for it where the model has no other of its own, as one whose scores are capped.
+    `sdpa` gives another attention if the model needs one, such as eager attention to cap scores.
 
     Raises SettingsError if transformers' model cannot attend as `model.attention` says.
     """

@@ -32,7 +32,7 @@ from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.tasks.attention import check_attention
 from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
 
-# The settings that give the arguments of data functions, of a source and of all.
+# Which setting gives an argument of the data functions: for one source, and (`_SETTINGS`) for all sources.
 _OF_A_SOURCE = {
     "files": "files",
     "validation_files": "validation_files",
@@ -42,7 +42,7 @@ _OF_A_SOURCE = {
     "max_tokens": "max_tokens",
     "validation_every": "validation_every",
 }
-# Those of a source's text for training and for validation: a dataset's, and files'.
+# The settings for a source's training and validation text: those of a dataset, and those of files.
 _SETTING_NAMES = ("dataset", "dataset_validation_split"), ("files", "validation_files")
 _SETTINGS = {
     "cache_dir": "data.cache_dir",
@@ -57,9 +57,9 @@ class Corpus:
     """The tokens of a source."""
 
     name: str
-    """Of a source of a mixture; empty where there is one source."""
+    """The source's name in a mixture; empty if there is only one source."""
     share: int
-    """So many of a number of training windows are of this source; the number is the sum over the sources."""
+    """The source's number of windows per period of the mixture; the period is the sum of all shares."""
     train: TokenStream
     validation: TokenStream
 
