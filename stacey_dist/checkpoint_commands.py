@@ -148,6 +148,8 @@ def export(path: Path, out: Path) -> int:
         write_card(new, manifest, run)
 
     export_model(path, out, beside=beside)
+    if says_finite(manifest) is False:
+        print(f"warning: {path}{_note_on_finiteness(manifest)}", file=sys.stderr)
     print(describe_export(manifest["extra"]["model"]["class"], out))
     if run is None or not (run / PROCESSOR).is_dir():
         place = "the checkpoint is not in a run directory" if run is None else f"{run / PROCESSOR} is not there"

@@ -79,18 +79,26 @@ def shard_name(rank: int) -> str:
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
-    """Write ranges in host memory and wait until they are on the disk; return the file's size and SHA-256.
+def write_shard(path: Path, ranges: dict[str, Range]) -> tuple[dict[str, Any], bool | None]:
+    """Write ranges in host memory and wait until they are on the disk.
+
+    Returns the file's size and SHA-256, and whether all `trained` ranges are finite; None if there are none.
 
     Raises OSError naming the file, TypeError for a dtype that safetensors lacks.
     """
     # The widest first, so that each tensor is aligned.
     ordered = sorted(ranges.items(), key=lambda item: (-item[1].values.element_size(), item[0]))
-    pieces: list[Any] = [_header(ordered), *(part.values.view(torch.uint8).numpy() for _, part in ordered)]
     digest = hashlib.sha256()
+    finite: bool | None = None
     try:
         with path.open("wb") as opened:
-            for piece in pieces:
+            header = _header(ordered)
+            opened.write(header)
+            digest.update(header)
+            for _, part in ordered:
+                if part.trained:  # between writes: bytes that are written show a launcher that is to stop that it works
+                    finite = finite is not False and all_finite(part.values)
+                piece: Any = part.values.view(torch.uint8).numpy()
                 opened.write(piece)
                 digest.update(piece)
             opened.flush()
@@ -98,7 +106,7 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> dict[str, Any]:
             size = opened.tell()
     except OSError as error:
         raise OSError(f"{path}: {error}") from error
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}, finite
 
 
 def read_shards(directory: Path, files: Iterable[str], ranges: dict[str, Range]) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from stacey_dist.checkpoint.collectives import rank, rank0_call, together, world_size
-from stacey_dist.checkpoint.manifest import FORMAT, as_read, write_manifest
+from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, as_read, write_manifest
 from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.checkpoint.replicas import compare_once
-from stacey_dist.checkpoint.shard import all_finite, shard_name, write_shard
+from stacey_dist.checkpoint.shard import shard_name, write_shard
 from stacey_dist.checkpoint.shares import Ledger, Share, share
 from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
@@ -35,7 +35,7 @@ def save_checkpoint(
     but frozen parameters, one after another.
     The directory appears under its name when every file in it is complete and on the disk. A directory that is there
     already is replaced, which takes two renames. A kill between them leaves none under the name, until the next save
-    there brings the old one back: a name for each save is safer.
+    there brings the old one back: a name for each save is safer. Only a checkpoint or an empty directory is replaced.
     The manifest's entry `finite` says whether all trainable weights and optimizer states are finite. Buffers and frozen
     parameters do not count.
 
@@ -48,8 +48,8 @@ def save_checkpoint(
 
     Raises:
         NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
-        SettingsError: `extra` can't be saved; or ranks that should hold replicas differ, which is checked in a model's
-            first save.
+        SettingsError: `extra` can't be saved; or there is something else than a checkpoint at `path`; or ranks that
+            should hold replicas differ, which is checked in a model's first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
     """
@@ -80,16 +80,24 @@ def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None
 def _begin(path: Path, temporary: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     bring_back(_replaced(path), path)
+    if os.path.lexists(path) and not _is_replaceable(path):
+        raise SettingsError(f"{path}: is there already and is not a checkpoint; name a new directory")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Return whether a directory is empty, or holds a checkpoint, perhaps without its manifest."""
+    if not path.is_dir():
+        return False
+    return (path / MANIFEST).exists() or all(name.endswith(".safetensors") for name in os.listdir(path))
 
 
 def _write_share(temporary: Path, copies: Snapshot) -> Share:
     _wait_for(temporary)
     ranges = copies.ranges
-    file = write_shard(temporary / shard_name(rank()), ranges) if ranges else None
-    trained = [part.values for part in ranges.values() if part.trained]
-    return share(copies, file, all(map(all_finite, trained)) if trained else None)
+    file, finite = write_shard(temporary / shard_name(rank()), ranges) if ranges else (None, None)
+    return share(copies, file, finite)
 
 
 def _finish(path: Path, temporary: Path, ledger: Ledger, extra: dict[str, Any]) -> None:

@@ -148,17 +148,27 @@ class Reuse:
         return next((found for found in self._found.get(_key(identity), ()) if found.intact()), None)
 
     def remove_outdated(self, identities: Iterable[Any]) -> None:
-        """Remove directories that nothing will complete: they are incomplete, and their files have changed.
+        """Remove directories that nothing will complete, because a file has changed, and whose tokens were copied.
 
         Args:
-            identities: the inputs; only directories that have tokens of one of these are removed.
+            identities: the inputs whose tokens were copied. A directory that has tokens of others stays, unless their
+                files have changed.
         """
-        for directory in {each.directory for identity in identities for each in self._found.get(_key(identity), ())}:
+        copied = set(map(_key, identities))
+        for directory in {each.directory for key in copied for each in self._found.get(key, ())}:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
                 locked(directory / "lock", announce=False, wait=False),
             ):
-                if not (directory / INDEX).exists() and _has_changed(_header(directory)["source"]):
+                header = _header(directory)
+                others = [
+                    found.record["input"]["file"]
+                    for found in _inputs(directory, header)
+                    if _key(found.record["input"]) not in copied
+                ]
+                source = header["source"]
+                is_outdated = any(map(_has_changed, [*source["files"], *source["validation_files"]]))
+                if not (directory / INDEX).exists() and is_outdated and all(map(_has_changed, others)):
                     shutil.rmtree(directory)
 
 
@@ -188,8 +198,8 @@ def _inputs(directory: Path, header: dict[str, Any]) -> Iterator[TokenizedInput]
                 starts[split] += sums["tokens"]
 
 
-def _has_changed(source: dict[str, Any]) -> bool:
+def _has_changed(file: dict[str, Any]) -> bool:
     try:
-        return any(file != file_identity(file["path"]) for key in ("files", "validation_files") for file in source[key])
+        return file != file_identity(file["path"])
     except FileNotFoundError:
         return True

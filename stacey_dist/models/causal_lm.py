@@ -142,7 +142,7 @@ def attention_of(config: Any, length: int) -> str | None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    active = {name: value for name, value in config.to_dict().items() if value}
+    active = _active(config)
     if any(_EAGER_ALONE.search(name) for name in active):
         return "eager"
     return CAUSAL if _attends_to_all_before(active, length) and takes_any_mask(made) else None
@@ -155,7 +155,7 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    active = {name: value for name, value in config.to_dict().items() if value}
+    active = _active(config)
     window = active.pop("sliding_window", None)
     active.pop("use_sliding_window", None)
     kinds = set(active.get("layer_types") or ["sliding_attention" if window else "full_attention"])
@@ -166,6 +166,25 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
         return None
     spans = {"full_attention": None, "sliding_attention": window if window and window < length else None}
     return {kind: spans[kind] for kind in sorted(kinds)}
+
+
+def _active(config: Any) -> dict[str, Any]:
+    """Return the settings of a configuration that are set and that its class knows; the model ignores the others."""
+    known = type(config)().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value and name in known}
+
+
+def router_weight(config: Any) -> float | None:
+    """Return the weight of a router's balancing loss; None where the configuration does not ask for that loss.
+
+    Raises InputError where it asks for one and its class has none.
+    """
+    if not getattr(config, "output_router_logits", False):
+        return None
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if isinstance(weight := getattr(config, name, None), int | float):
+            return float(weight)
+    raise InputError(f"output_router_logits: true is not allowed; {config.model_type} has no router_aux_loss_coef")
 
 
 def _attends_to_all_before(active: dict[str, Any], length: int) -> bool:
@@ -251,14 +270,15 @@ def attended(config: Any, context: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if hasattr(config, "qk_nope_head_dim"):  # latent attention: keys and values have widths of their own
         size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
+    active = _active(config)
     seen = {
-        "sliding_attention": getattr(config, "sliding_window", None),
-        "chunked_attention": getattr(config, "attention_chunk_size", None),
-        "hybrid_sliding": getattr(config, "sliding_window", None),
-        "local": getattr(config, "window_size", None),  # of GPT-Neo, which has its own names
+        "sliding_attention": active.get("sliding_window"),
+        "chunked_attention": active.get("attention_chunk_size"),
+        "hybrid_sliding": active.get("sliding_window"),
+        "local": active.get("window_size"),  # of GPT-Neo, which has its own names
         **dict.fromkeys(("linear_attention", "conv", "moe", "mlp"), 0),
     }
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = active.get("layer_types") or active.get("attention_layers")
     if not kinds:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     spans = [seen.get(kind, context) for kind in kinds]

@@ -8,7 +8,7 @@ from typing import Any
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.model import Llama, Parameter, grouped, llama, vocabulary_size
 from stacey_dist.training.reports.flops import flops_per_token
-from stacey_dist.training.settings.llm_config import LLMConfig, described_model
+from stacey_dist.training.settings.llm_config import LLMConfig, check_length, described_model
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def planned_model(config: LLMConfig, vocabulary: int | None = None) -> Llama | M
         vocabulary = vocabulary_size(config, vocabulary)
     if vocabulary is not None:
         described["vocab_size"] = vocabulary
+    from stacey_dist.models.causal_lm import causal_config, longest_sequence
+
     try:
+        check_length(config, longest_sequence(causal_config(described)))
         return modules(described)
     except ValueError as error:
         setting = "config" if config.model.config else "pretrained"

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.checkpoint.manifest import step_of
+from stacey_dist.checkpoint.manifest import directory_name, step_of
 from stacey_dist.training.optimizers import lr_share, scheduled
 from stacey_dist.training.settings.config import RunConfig, ScheduleConfig, data_directory
 
@@ -39,13 +39,31 @@ def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | N
     return f"lr {before:.3g} at update {step}, {after:.3g} at update {step + 1}{reason}"
 
 
+def updates_before_decay(config: RunConfig) -> tuple[int, ...]:
+    """Return after how many updates a checkpoint still belongs to a longer run with wsd: those before the decay, or one
+    more, as the first update of the decay has the full learning rate. Empty for another schedule.
+    """
+    last = config.train.max_steps
+    before = last - config.schedule.decay_updates(last)
+    return (before, before + 1) if config.schedule.name == "wsd" else ()
+
+
+def checkpoint_before_decay(config: RunConfig, checkpoints: Path) -> Path | None:
+    """Return the checkpoint from which a longer run with wsd begins; None if there is none.
+
+    Where the update before the decay was skipped, the checkpoint is saved one update later.
+    """
+    paths = (checkpoints / directory_name(step) for step in updates_before_decay(config))
+    return next((path for path in paths if path.is_dir()), None)
+
+
 def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> str:
     """Return the command that trains a finished run longer without raising its learning rate, and what it does.
 
     Args:
         config: the run's settings.
         launch: what starts a program.
-        kept: the checkpoint from before wsd's decay, if it is there.
+        kept: the checkpoint from before wsd's decay, if there is one.
     """
     train, schedule = config.train, config.schedule
     if train.epochs is None:
@@ -57,7 +75,7 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
     has = scheduled(config, 0)  # only what the optimizer has
     finals = [name for name, final in _OVER_THE_RUN.items() if name in has and getattr(schedule, final) is not None]
     constant = {f"schedule.{_OVER_THE_RUN[name]}": "null" for name in finals}
-    if schedule.name == "wsd" and kept is not None:
+    if kept is not None:
         about = "from before the decay"
         options |= {"run_dir": longer, "checkpoint.resume_from": str(kept)}
         then = scheduled(config, step_of(kept))

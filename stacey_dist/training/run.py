@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from stacey_dist import yaml_files
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, find_checkpoints, read_manifest
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError, find_checkpoints, read_manifest
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 from stacey_dist.models.export_directory import check_output, output_directory
-from stacey_dist.training.continuing import command_to_continue
+from stacey_dist.training.continuing import checkpoint_before_decay, command_to_continue
 from stacey_dist.training.reports.card import PROCESSOR
 from stacey_dist.training.run_lock import acquire_run_lock
 from stacey_dist.training.settings.command_line import to_dict
@@ -149,12 +149,11 @@ class Run(Generic[C]):
     def report(self, exported: str) -> None:
         """Print where everything is, with the line `exported`, and the command that trains longer."""
         config = self.config
-        before_decay = config.train.max_steps - config.schedule.decay_updates(config.train.max_steps)
-        kept = self.directory / "checkpoints" / directory_name(before_decay)
+        kept = checkpoint_before_decay(config, self.directory / "checkpoints")
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"{command_to_continue(config, _launch(), kept if kept.is_dir() else None)}"
+            f"{command_to_continue(config, _launch(), kept)}"
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:

@@ -9,9 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, directory_name, read_manifest, says_finite
+from stacey_dist.checkpoint.manifest import (
+    DamagedCheckpointError,
+    directory_name,
+    read_manifest,
+    says_finite,
+    step_of,
+)
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.models.export import describe_model, export_model
+from stacey_dist.training.continuing import checkpoint_before_decay, updates_before_decay
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.hub import push
 from stacey_dist.training.processes import signals
@@ -99,22 +106,18 @@ class Saver:
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` updates: by `checkpoint.every_steps`, or for wsd's decay."""
         by_count = self.settings.every_steps is not None and step % self.settings.every_steps == 0
-        return by_count or step == self._before_decay
-
-    @property
-    def _before_decay(self) -> int | None:
-        """The updates before wsd's decay: a run that is made longer begins from there."""
-        schedule, last = self.run.config.schedule, self.run.config.train.max_steps
-        return last - schedule.decay_updates(last) if schedule.name == "wsd" else None
+        return by_count or step in updates_before_decay(self.run.config)[:1]
 
     def save(self, progress: Progress, *, delete_older: bool = True) -> None:
         """Save, beside training if the settings say so. A failure is reported, and training continues.
 
         `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
         """
-        self._begin(progress, delete_older)
+        with signals.writing():  # an earlier save may be waited for
+            self._begin(progress, delete_older)
+            if not self.settings.asynchronous:
+                self._background.wait()
         if not self.settings.asynchronous:
-            self._background.wait()
             self.report()
 
     def save_and_wait(self, progress: Progress, *, delete_older: bool = True) -> Path:
@@ -140,9 +143,11 @@ class Saver:
         return bool(self._complete)
 
     def take_complete(self) -> Iterator[Path]:
-        """Yield the checkpoints that were completed since the last call; none but on the main process."""
+        """Yield the checkpoints that were completed since the last call and are still there, on the main process."""
         while self._complete:
-            yield self._complete.popleft()
+            path = self._complete.popleft()
+            if path.exists():
+                yield path
 
     def report(self) -> None:
         """Print why the last save failed, if it did and this was not printed yet."""
@@ -183,7 +188,9 @@ class Saver:
             if best is not None and checkpoint_path(self.run, best).exists():
                 progress.kept_best_step = best
             if delete_older:
-                kept = [step for step in (progress.kept_best_step, self._before_decay) if step is not None]
+                kept = [] if progress.kept_best_step is None else [progress.kept_best_step]
+                if (before_decay := checkpoint_before_decay(self.run.config, saved.parent)) is not None:
+                    kept.append(step_of(before_decay))
                 retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)

@@ -190,6 +190,23 @@ def test_a_failed_write_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     verify(tmp_path / "step_00000001")
 
 
+def test_nothing_but_a_checkpoint_is_replaced(tmp_path, monkeypatch):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    (folder := tmp_path / "out").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    save(folder, 1, model, optimizer, {})
+    monkeypatch.chdir(folder)
+    for path in (folder, ".", folder / "notes.txt"):
+        with pytest.raises(SettingsError, match="is there already and is not a checkpoint; name a new directory"):
+            save_checkpoint(path, model, optimizer)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["notes.txt", "step_00000001"]
+    (tmp_path / "empty").mkdir()
+    (folder / "step_00000001/manifest.json").unlink()
+    for path in (tmp_path / "empty", folder / "step_00000001"):
+        assert verify(save_checkpoint(path, model, optimizer, {"number": 4}))["extra"] == {"number": 4}
+
+
 def test_one_of_the_same_name_is_replaced_once_the_new_one_is_complete(tmp_path, monkeypatch):
     model = make_model()
     optimizer = build_optimizer(model, OptimizerConfig(), 0)

@@ -16,7 +16,8 @@ def test_a_shard_is_what_torchs_storage_writes(tmp_path):
     ranges = {
         f"tensor/{index}": Range(7 * index, torch.arange(5 + index).to(dtype)) for index, dtype in enumerate(kinds)
     }
-    described = write_shard(tmp_path / shard_name(2), ranges)
+    described, finite = write_shard(tmp_path / shard_name(2), ranges)
+    assert finite is None  # none of them is trained
     assert described == {
         "bytes": (tmp_path / shard_name(2)).stat().st_size,
         "sha256": sha256(tmp_path / shard_name(2)),

@@ -203,6 +203,19 @@ def test_a_directory_in_use_is_not_removed(make: Callable[..., Prepared], corpus
     assert (unfinished / "progress.json").exists()
 
 
+def test_tokens_that_were_not_copied_stay(make: Callable[..., Prepared], corpus: list[Path]) -> None:
+    good = corpus[2].read_text()
+    break_line(corpus[2], 31)
+    with pytest.raises(InputError):
+        make(corpus[:3])
+    (unfinished,) = corpus[0].parent.parent.joinpath("cache").iterdir()
+    corpus[2].write_text(good)
+    assert make(corpus[:1])[1] == 0  # copied
+    assert unfinished.exists()  # it has the second file's tokens, too
+    assert make(corpus[:3])[1] == 40
+    assert not unfinished.exists()
+
+
 def test_many_small_files_are_encoded_together(tmp_path: Path) -> None:
     sizes = []
 

@@ -19,6 +19,7 @@ from stacey_dist.models.causal_lm import (
     multiplied_parameters,
     new_model,
     read_description,
+    router_weight,
 )
 from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.reports.flops import flops_per_token
@@ -91,11 +92,34 @@ def test_operations_are_those_that_torch_counts(kind):
     assert ours == pytest.approx(3 * counter.get_total_flops() / LENGTH, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "weight"),
+    [
+        ("mixtral", {"router_aux_loss_coef": 0.5}, 0.5),
+        ("mixtral", {"output_router_logits": False}, None),
+        ("jetmoe", {"output_router_logits": True, "aux_loss_coef": 0.25}, 0.25),
+        ("llama", {}, None),
+    ],
+)
+def test_the_weight_of_a_routers_loss(kind, changes, weight):
+    own = {"model_type": "jetmoe"} if kind == "jetmoe" else described(kind)
+    assert router_weight(causal_config(own | changes)) == weight
+
+
+def test_a_routers_loss_that_a_model_does_not_have_is_refused():
+    with pytest.raises(
+        InputError, match=r"output_router_logits: true is not allowed; llama has no router_aux_loss_coef"
+    ):
+        router_weight(causal_config(described("llama") | {"output_router_logits": True}))
+
+
 def test_windows_bound_what_a_token_attends_to():
     config = causal_config(described("gemma3_text"))
     assert attended(config, 4) == 2 * 4 * 16 * 4
     assert attended(config, 32) == 4 * 16 * (8 + 32)
     assert attended(causal_config(described("mistral")), 32) == 2 * 32 * 8
+    windows = {"sliding_window": 8}  # LLaMA has none
+    assert attended(causal_config(described("llama") | windows), 32) == attended(causal_config(described("llama")), 32)
 
 
 def test_layers_without_attention_attend_to_nothing():

@@ -7,6 +7,7 @@ import torch
 
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import save_checkpoint
+from stacey_dist.cli import main
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_model, export_model
 from tests.test_docs import tiny_llama
@@ -44,6 +45,20 @@ def test_another_model_than_was_described(tmp_path, change, message):
     with pytest.raises(SettingsError, match=message):
         export_model(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_exported_with_a_warning(tmp_path, capsys):
+    model = tiny_llama()
+    extra = {"model": describe_model(model)}
+    good = save_checkpoint(tmp_path / "good", model, Stacey(model.parameters()), extra)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    ruined = save_checkpoint(tmp_path / "ruined", model, Stacey(model.parameters()), extra)
+    for path, warning in ((good, ""), (ruined, f"warning: {ruined}, with weights or optimizer states that are not f")):
+        assert main(["checkpoint", "export", str(path), f"{path}-model"]) == 0
+        said = capsys.readouterr().err
+        assert ("not finite" in said) == bool(warning)
+        assert warning in said
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -269,6 +269,10 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
         (["--host-gbs", "0"], "--host-gbs: 0.0 is not allowed; it must be > 0"),
         (["--vocab-size", "0"], "--vocab-size: 0 is not allowed; it must be >= 1"),
         (["--tokenizer.name", "gpt2"], "the vocabulary of gpt2 is not known without loading it"),
+        (
+            ["--model.config", str(CONFIGS.parent / "models/qwen3_small.json"), "--data.sequence_length", "100000"],
+            "data.sequence_length: 100000 is not allowed; ",
+        ),
         (["--model.dtype", "bfloat16"], "model.dtype: bfloat16 is planned without mixed precision"),
     ],
 )

@@ -171,6 +171,39 @@ def test_sliding_windows_are_kept_without_documents(name, kind):
     torch.testing.assert_close(found, model(input_ids=torch.from_numpy(inputs)).logits, **CLOSE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2"], indirect=True)
+def test_a_window_that_a_module_does_not_pass_is_kept(name):
+    """Qwen2-MoE's attention has its window in the masks of transformers alone."""
+    settings = dict(
+        sliding_window=40, use_sliding_window=True, max_window_layers=0, num_experts=2, num_experts_per_tok=1
+    )
+    model, own = make(name, "Qwen2Moe", masked=False, **settings, moe_intermediate_size=16)
+    inputs = make_windows()
+    found = logits(model, own, inputs)
+    model.config._attn_implementation = "eager"
+    torch.testing.assert_close(found, model(input_ids=torch.from_numpy(inputs)).logits, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("foreign", [{"sliding_window": 40}, {"layer_types": ["sliding_attention", "full_attention"]}])
+def test_a_setting_that_a_class_does_not_have_changes_nothing(foreign):
+    model, own = make("sdpa", masked=False, **foreign)
+    (plain, without), inputs = make("sdpa", masked=False), make_windows()
+    assert torch.equal(logits(model, own, inputs), logits(plain, without, inputs))
+    model, own = make("sdpa", **foreign)
+    torch.testing.assert_close(logits(model, own, inputs), one_by_one(model, inputs), **CLOSE)
+
+
+@torch.no_grad()
+def test_layers_that_pass_nothing_on_are_named(flash):
+    model, own = make("flash_attention_2", "Nemotron")
+    with pytest.raises(
+        SettingsError, match=r"flash_attention_2 is not allowed; Nemotron\w*Attention is not told where"
+    ):
+        logits(model, own, make_windows())
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager", pytest.param("flex", marks=pytest.mark.exhaustive)])
 def test_the_loss_of_a_router_takes_no_mask_of_layers(name):
     inputs = make_windows()

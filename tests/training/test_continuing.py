@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from stacey_dist import yaml_files
-from stacey_dist.training.continuing import command_to_continue, lr_change
+from stacey_dist.training.continuing import checkpoint_before_decay, command_to_continue, lr_change
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.optimizers import lr_share, scheduled
 from stacey_dist.training.run import _launch
@@ -119,7 +119,8 @@ def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
     assert then.run_dir == f"{tmp_path}/a run-longer"
     # The last checkpoint is where one from before wsd's decay would be.
     growing = make_config("linear", min_lr_ratio=0.0, final_alpha=9.0, final_p=4.0)
-    command = command_to_continue(growing, "accelerate launch", tmp_path)
+    (tmp_path / "step_00000200").mkdir()
+    command = command_to_continue(growing, "accelerate launch", checkpoint_before_decay(growing, tmp_path))
     assert "from the beginning" in command
     assert "schedule.final" not in command
     config = make_config()

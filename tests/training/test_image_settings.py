@@ -83,6 +83,10 @@ def test_help_explains_every_setting_with_its_default(capsys):
     [
         ("--model.width 0", "model.width: 0 is not allowed; it must be > 0"),
         ("--data.min_scale 1.5", "data.min_scale: 1.5 is not allowed; it must be within (0, 1]"),
+        (
+            "--data.cache resized --data.image_size 384 --data.eval_resize 438",
+            "data.cache_resize: 256 is not allowed; images of the cache would be enlarged; it must be at least 438",
+        ),
         ("--data.crop random_resized", "data.eval_resize: None is not allowed; data.crop random_resized needs it"),
         ("--data.workers -1", "data.workers: -1 is not allowed; it must be >= 0"),
         ("--data.path x --data.dataset y", "data.dataset: y is not allowed; give either data.path or data.dataset"),

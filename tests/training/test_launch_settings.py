@@ -6,6 +6,7 @@ import pytest
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.processes import launch_settings
+from stacey_dist.training.settings.config import RunConfig
 from stacey_dist.training.settings.image_config import ImageConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.training.helpers import launch, write_config
@@ -51,6 +52,7 @@ FILES = [
     ("[" * 5000, "nested more than 100 deep"),
     ("zero_optimization: {stage: 2}", "is not valid JSON"),
     ("[]", "it must hold settings"),
+    ('{"zero_optimization": {"stage": 2}, "fp16": null}', "fp16: None is not allowed; it must hold settings"),
     ('{"zero_optimization": 2}', "zero_optimization: 2 is not allowed; it must hold settings"),
     (
         '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
@@ -156,6 +158,7 @@ def test_layer_classes_are_those_of_the_model(config, monkeypatch):
     known = {"LlamaDecoderLayer", "LlamaMLP"} if isinstance(config, LLMConfig) else {"ResNetStage", "BatchNorm"}
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(known))
     launch_settings.check_layer_classes(config.layer_classes)
+    launch_settings.check_layer_classes(RunConfig().layer_classes)  # Accelerate looks for them in a program's own model
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training import engine as engine_module
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
+from stacey_dist.training.continuing import checkpoint_before_decay
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.outcomes import Outcomes
@@ -71,6 +72,7 @@ def make_task(processes, index, micro=2, batch=8):
     task.run, task.batch_size, task.data = run, batch, SimpleNamespace(corpora=[corpus()], verification=None)
     task.sampler, task._transfer = MixedSampler([37], [1], seed=3), Transfer(torch.device("cpu"))
     task._ahead = Ahead(task._share, batch)
+    task._router_weight = None
     task._attention = SimpleNamespace(numbers=lambda inputs: (), arguments=lambda numbers: {})
     return task
 
@@ -110,6 +112,9 @@ def test_losses_of_an_update_are_divided_by_all_its_labels():
     tasks = [make_task(2, i) for i in range(2)]
     total = sum(float(task.loss(uniform, b)) for task in tasks for b in task.micro_batches(position))
     assert total == pytest.approx(math.log(37), rel=1e-6)  # float32 sums of 29 terms
+    tasks[0]._router_weight = 0.1
+    with pytest.raises(SettingsError, match=r"output_router_logits: true is not allowed; .* gives no balancing loss"):
+        tasks[0].loss(uniform, next(tasks[0].micro_batches(position)))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -464,13 +469,44 @@ def test_runs_of_a_wandb_sweep_have_directories_of_their_own(monkeypatch):
     assert directory(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="b") == "runs/sweep-s1/b"
 
 
-def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
-    config = RunConfig(run_dir=str(tmp_path))
+def make_saver(directory):
+    config = RunConfig(run_dir=str(directory))
     config.checkpoint.keep_last = 1
-    run = SimpleNamespace(config=config, directory=tmp_path, accelerator=SimpleNamespace(is_main_process=True))
-    saver, progress = Saver(run, None, "data"), Progress()  # a run that goes on has it from its checkpoint
+    run = SimpleNamespace(config=config, directory=directory, accelerator=SimpleNamespace(is_main_process=True))
+    return run, Saver(run, None, "data")
+
+
+def left(run):
+    return sorted(int(path.name[5:]) for path in (run.directory / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_the_checkpoint_before_wsds_decay_stays_if_it_came_an_update_later(tmp_path, skipped):
+    run, saver = make_saver(tmp_path)
+    run.config.schedule = ScheduleConfig("wsd", decay_steps=4)
+    run.config.train.max_steps = 10
+    assert [step for step in range(1, 11) if saver.is_due(step)] == [6]
+    for step in (5, 7, 9, 10) if skipped else (5, 6, 7, 9, 10):
+        checkpoint_path(run, step).mkdir(parents=True)
+        saver._retain(checkpoint_path(run, step), None, Progress())
+    before_decay = 7 if skipped else 6
+    assert left(run) == [before_decay, 10]
+    assert lr_share(before_decay - 1, run.config.schedule, 10) == 1.0
+    assert checkpoint_before_decay(run.config, tmp_path / "checkpoints") == checkpoint_path(run, before_decay)
+
+
+def test_callbacks_hear_of_no_checkpoint_that_is_deleted_already(tmp_path):
+    run, saver = make_saver(tmp_path)
+    checkpoint_path(run, 2).mkdir(parents=True)
+    saver._complete.extend([checkpoint_path(run, 1), checkpoint_path(run, 2)])
+    assert list(saver.take_complete()) == [checkpoint_path(run, 2)]
+    assert not saver.has_complete
+
+
+def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
+    run, saver = make_saver(tmp_path)
+    progress = Progress()  # a run that goes on has it from its checkpoint
     for step, best in ((1, 1), (2, 1), (4, 3), (5, 5)):  # the best after update 3 was not saved
         checkpoint_path(run, step).mkdir(parents=True)
         saver._retain(checkpoint_path(run, step), best, progress)
-        left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
-        assert left == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]
+        assert left(run) == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]

@@ -122,9 +122,11 @@ def test_a_collective_that_another_process_does_not_come_to(config, tmp_path):
 
 
 def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
-    """Bytes that are written count as progress, and nothing else does."""
+    """Bytes that are written count as progress, and nothing else does: in a save, or in the wait for an earlier one."""
     code = (
         "import os, signal, sys, threading, time\n"
+        "from types import SimpleNamespace\n"
+        "from stacey_dist.training.saving import Saver\n"
         "from stacey_dist.training.processes import signals\n"
         "signals._PATIENCE_SECONDS = 1.0\n"
         "def write():\n"
@@ -134,12 +136,13 @@ def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
         "    print('saved', flush=True)\n"
         "    time.sleep(100 if sys.argv[2] == 'then hangs' else 0)\n"
         "file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "def begin(*_):\n"
+        "    thread = threading.Thread(target=write, daemon=True)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
         "with signals.listening(), signals.StopSignal():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    with signals.writing():\n"
-        "        thread = threading.Thread(target=write, daemon=True)\n"
-        "        thread.start()\n"
-        "        thread.join()\n"
+        "    Saver.save(SimpleNamespace(_begin=begin, settings=SimpleNamespace(asynchronous=True)), None)\n"
     )
     for then, status in (("ends", 0), ("then hangs", 128 + signal.SIGTERM)):
         how = ["python", "-c", code, tmp_path / "file", then]

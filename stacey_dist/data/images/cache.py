@@ -143,6 +143,8 @@ def cached(
             pixels = read_pixels(images, i)
         except BrokenImageError:
             return None
+        except OSError as error:
+            raise InputError(f"{images.name(i)} can no longer be read: {error}") from error
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
 
     if not (place / COMPLETE).exists():

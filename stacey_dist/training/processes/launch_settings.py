@@ -110,18 +110,19 @@ def check_environment() -> None:
         _check_json(Path(path))
 
 
-def check_layer_classes(classes: Callable[[], Collection[str]]) -> None:
+def check_layer_classes(classes: Callable[[], Collection[str] | None]) -> None:
     """Raise SettingsError where FSDP is to wrap layers of a class that the model does not have.
 
     Args:
-        classes: gives the names of the model's classes.
+        classes: gives the names of the model's classes, or None where Accelerate looks for them in the built model.
     """
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     if named and os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP":
-        known = sorted(classes())
+        if (known := classes()) is None:
+            return
         for name in named.split(","):
             if name not in known:
-                refuse("fsdp_transformer_layer_cls_to_wrap", name, f"the model has {', '.join(known)}")
+                refuse("fsdp_transformer_layer_cls_to_wrap", name, f"the model has {', '.join(sorted(known))}")
 
 
 def check_unsupported(config: dict[str, Any]) -> None:
@@ -239,7 +240,7 @@ def _check_json(path: Path) -> None:
         raise SettingsError(f'{path}: it must hold settings, as in {{"zero_optimization": {{"stage": 2}}}}')
     for section in _SECTIONS_OF_DEEPSPEED:
         value = deepspeed_setting(settings, section)
-        if not isinstance(value, dict | None):
+        if not isinstance(value, dict) and (value is not None or section in settings):
             raise SettingsError(f"{path}: {section}: {_short(value)} is not allowed; it must hold settings")
 
 

@@ -284,9 +284,9 @@ class RunConfig:
         """The dtype of the weights before the engine casts them."""
         return "float32"
 
-    def layer_classes(self) -> set[str]:
-        """Return the names of the classes of the model's layers, without weights."""
-        raise NotImplementedError
+    def layer_classes(self) -> set[str] | None:
+        """Return the names of the model's classes; None if they are not known before it is built."""
+        return None
 
 
 def data_directory(run_dir: str) -> Path:

@@ -146,6 +146,9 @@ class ImageConfig(RunConfig):
         self.require(data.eval_resize is not None or data.crop != "random_resized", "data.eval_resize", allowed)
         allowed = f"it must be at least data.image_size = {data.image_size}"
         self.require(data.eval_resize is None or data.eval_resize >= data.image_size, "data.eval_resize", allowed)
+        needed = data.eval_resize or data.image_size
+        allowed = f"images of the cache would be enlarged; it must be at least {needed}, as evaluation resizes them"
+        self.require(data.cache != "resized" or data.cache_resize >= needed, "data.cache_resize", allowed)
         allowed = "transformers' ResNet has none; a smaller train.micro_batch_size saves memory"
         self.require(not self.train.gradient_checkpointing, "train.gradient_checkpointing", allowed)
 

@@ -81,7 +81,8 @@ class CorpusConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """Handling of a line or row without valid text. error: stop the run. skip: skip, count and report it."""
     max_tokens: PositiveInt | None = None
-    """Largest number of training tokens to prepare. null: all."""
+    """Largest number of training tokens to prepare. null: all. Of a separate validation set, max_tokens /
+    validation_every tokens are prepared then, or 2^20 if that is more."""
     validation_every: AtLeastTwo = 50
     """If there is no validation set, one document in this many is held out."""
 
@@ -214,6 +215,22 @@ def described_model(model: ModelConfig) -> dict[str, Any] | None:
 
     with settings_errors({"config": f"model.{'config' if model.config else 'pretrained'}"}):
         return read_description(name)
+
+
+def check_length(config: LLMConfig, longest: int | None) -> None:
+    """Raise SettingsError if a described model takes no sequences of the data's length.
+
+    Args:
+        config: the run's settings.
+        longest: the tokens of the longest sequence that the model is declared for; None if it declares none.
+    """
+    if longest is not None:
+        name = config.model.config or config.model.pretrained
+        config.require(
+            config.data.sequence_length <= longest,
+            "data.sequence_length",
+            f"{name} has max_position_embeddings = {longest}",
+        )
 
 
 def _check_corpus(corpus: CorpusConfig, prefix: str) -> None:

@@ -44,7 +44,8 @@ def _flash_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
-    cu_seq_lens: Tensor,
+    cu_seq_lens: Tensor | None = None,
+    span: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attend within documents, as transformers' `AttentionInterface` calls it.
@@ -53,7 +54,13 @@ def _flash_attention(
     (windows, length, heads, head size).
 
     transformers' own function would look at the positions, and wait for the device, in every layer.
+
+    `span` is the sliding window of all layers. Some modules have one, and do not pass it as `sliding_window`.
     """
+    if cu_seq_lens is None:
+        allowed = f"{type(module).__name__} is not told where documents end; use sdpa or eager"
+        raise SettingsError(f"model.attention: flash_attention_2 is not allowed; {allowed}")
+    window = span if sliding_window is None else sliding_window
     from flash_attn import flash_attn_varlen_func
 
     for name in ("s_aux", "softcap", "position_bias"):
@@ -72,7 +79,7 @@ def _flash_attention(
         dropout_p=dropout,
         softmax_scale=scaling,
         causal=True,
-        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        window_size=(-1, -1) if window is None else (window - 1, 0),
     )
     return output.unflatten(0, (windows, length)), None
 
@@ -200,7 +207,8 @@ class Attention:
         places, *others = numbers
         given: dict[str, Any] = {"position_ids": places}  # a model that is not given them may count a mask's rows
         if self._how == _VARLEN:
-            return {**given, "cu_seq_lens": others[0]}
+            (span,) = set(self._spans.values()) if len(self._spans) == 1 else (None,)
+            return {**given, "cu_seq_lens": others[0], "span": span}
         count = len(others) // len(self._spans)
         masks = [self._mask(*others[start : start + count]) for start in range(0, len(others), count)]
         mask = masks[0] if len(masks) == 1 else dict(zip(self._spans, masks, strict=True))

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from stacey_dist.data.mixture import MixedSampler
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.data.tokens import IGNORED_LABEL, TokenStream
-from stacey_dist.models.causal_lm import attended, multiplied_parameters
+from stacey_dist.errors import SettingsError, settings_errors
+from stacey_dist.models.causal_lm import attended, multiplied_parameters, router_weight
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
@@ -62,7 +63,8 @@ class LanguageModeling(Task):
         self._transfer = Transfer(run.accelerator.device)
         self._ahead = Ahead(self._share, self.batch_size)
         context = run.config.data.sequence_length
-        self._router_weight = getattr(model.config, "router_aux_loss_coef", 0.0)
+        with settings_errors({}):
+            self._router_weight = router_weight(model.config)
         self.flops_per_unit = flops_per_token(multiplied_parameters(model), attended(model.config, context))
 
     def units(self, position: int) -> int:
@@ -116,9 +118,13 @@ class LanguageModeling(Task):
         """
         loss, output = self._summed_loss(model, batch)
         loss = loss / batch.update_labels
-        if (auxiliary := getattr(output, "aux_loss", None)) is not None:
-            loss = loss + self._router_weight * (len(batch.inputs) / self.batch_size) * auxiliary
-        return loss
+        if self._router_weight is None:
+            return loss
+        if (auxiliary := getattr(output, "aux_loss", None)) is None:
+            raise SettingsError(
+                "output_router_logits: true is not allowed; transformers' model gives no balancing loss"
+            )
+        return loss + self._router_weight * (len(batch.inputs) / self.batch_size) * auxiliary
 
     def evaluate(self, model: nn.Module, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Return the loss in nats per token and the perplexity over every held-out token, each predicted once.

@@ -26,7 +26,7 @@ from stacey_dist.models.causal_lm import (
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
 from stacey_dist.training.processes.launch import loads_weights_from_rank0
 from stacey_dist.training.run import Run
-from stacey_dist.training.settings.llm_config import LLMConfig, described_model
+from stacey_dist.training.settings.llm_config import LLMConfig, check_length, described_model
 from stacey_dist.training.tasks.attention import implementation
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ def check_model(config: LLMConfig) -> None:
     """Raise SettingsError if the configured architecture cannot be had, or takes no sequences of the data's length."""
     if (described := described_model(config.model)) is None:
         return
-    longest, length = longest_sequence(causal_config(described)), config.data.sequence_length
-    if longest is not None and length > longest:
-        name = config.model.config or config.model.pretrained
-        raise SettingsError(
-            f"data.sequence_length: {length} is not allowed; {name} has max_position_embeddings = {longest}"
-        )
+    check_length(config, longest_sequence(causal_config(described)))
     if config.model.pretrained:
         with settings_errors(_SETTINGS):
             weight_files(model_directory(config.model.pretrained))

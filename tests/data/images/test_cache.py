@@ -225,6 +225,15 @@ def test_damage_is_found(tmp_path: Path, damage: Any, reason: str) -> None:
         make(Photos(), tmp_path)
 
 
+def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
+    class Gone(Photos):
+        def read(self, i: int) -> Any:
+            raise FileNotFoundError(2, "No such file or directory")
+
+    with pytest.raises(InputError, match=r"can no longer be read: .*No such file or directory"):
+        make(Gone(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("cache", "resize_to", "message"),
     [
