@@ -137,6 +137,8 @@ class Launcher(Generic[C]):
         Raises:
             SettingsError: The data, the model or the engine cannot be had as the settings ask for.
         """
+        from accelerate.utils import set_seed
+
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.optimizers import build_optimizer, check_engine
         from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
@@ -148,6 +150,7 @@ class Launcher(Generic[C]):
         config.require(parts.finish is not None or config.hub.push_to is None, "hub.push_to", "no model is exported")
         run = start(config)
         data = parts.prepare_data(run)
+        set_seed(config.seed)  # the main process may have drawn random numbers for the data
         model = parts.build_model(run, data)
         compute_again(model, config.train.gradient_checkpointing)
         if config.train.compile:

@@ -57,6 +57,13 @@ def test_a_users_own_task_trains(one, tmp_path):
     assert second == [event for event in first if event[0] != "saved"]
 
 
+def test_a_model_begins_with_the_seed_whatever_was_drawn_for_the_data(tmp_path):
+    outputs = [launch(tmp_path / str(n), program="tests/training/draws.py", DRAWS=n).splitlines() for n in (0, 3)]
+    first, second = ([line for line in output if line.startswith("weights: ")] for output in outputs)
+    assert first == second
+    assert len(first) == 1
+
+
 def test_what_a_callback_is_told(one):
     told, run = one[0] / "events.0", one[0] / "run"
     assert events(told)[0][:2] == ["run begins", 0]

@@ -173,8 +173,9 @@ class _Worker:
         # How many batches may be filled. A semaphore of Python's lies in /dev/shm.
         self._free = os.eventfd(self._prefetch, os.EFD_SEMAPHORE)
         self.reports, sender = connection.Pipe(duplex=False)
-        self._process = FORK.Process(target=self._work, args=(fill, places, sender), daemon=True)
-        self._process.start()
+        process = FORK.Process(target=self._work, args=(fill, places, sender), daemon=True)
+        process.start()
+        self._process = process  # which `kill` may end
         sender.close()  # so that the pipe ends with the process
 
     def _work(self, fill: Fill, places: Iterable[Place], sender: connection.Connection) -> None:

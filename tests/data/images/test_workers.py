@@ -85,6 +85,15 @@ def test_a_process_that_fails_ends_with_its_workers() -> None:
     assert done.stderr.splitlines()[-1] == "RuntimeError: failed"
 
 
+def test_the_error_of_a_process_that_cannot_start_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(process: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(workers.FORK.Process, "start", fail)
+    with pytest.raises(BlockingIOError, match="Resource temporarily unavailable"):
+        list(make(photos(), workers=Workers(1)).micro_batches(0))
+
+
 def test_a_forgotten_loader_ends_its_workers() -> None:
     before = children()
     loader = make(photos(), workers=Workers(1))
