@@ -22,7 +22,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
     are newer ones that can't be read now.
 
     Args:
-        saved: the checkpoint that has just been completed.
+        saved: the checkpoint that has just been completed, named by its updates as `step_00000100`.
         keep_last: how many to keep, with `saved`. Checkpoints of later steps, which resuming skipped, do not count
             and are not deleted.
         keep_every: keep those whose number of updates is a multiple of it.
