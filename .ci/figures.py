@@ -65,7 +65,7 @@ def alpha_long() -> list[list[str]]:
     labels = _labels()
     from experiments.alpha import EXPERIMENT, control
 
-    controls = {control(lr): title for title, lr in EXPERIMENT.scales["cpu"].settings["controls"].items()}
+    controls = {control(*of): title for title, of in EXPERIMENT.scales["cpu"].settings["controls"].items()}
     for name, label in (labels | controls).items():
         for file in sorted((ROOT / "docs/results/alpha/parts").glob(f"{name}-10000-seed*.json")):
             rows.append([f"{label}, seed {file.stem.rsplit('seed', 1)[1]}", *_losses(file, _UPDATES)])

@@ -9,6 +9,7 @@ from experiments.long import TASK
 from experiments.trial import data_settings
 
 _CONFIG = "sweeps/long/base.yaml"
+_RATES = ("optimizer.lr", "optimizer.tau")  # tau of (p,p) is a learning rate at large p
 
 
 def run(reproduction: Reproduction) -> Outcome:
@@ -33,10 +34,10 @@ def run(reproduction: Reproduction) -> Outcome:
         for seed in range(1, reproduction.seeds + 1)
         for name in size["runs"]
     }
-    controls = {
-        title: part("adamw", control(lr), 1, size["long"], **{"optimizer.lr": lr})
-        for title, lr in size["controls"].items()
-    }
+    controls = {}
+    for title, (name, factor) in size["controls"].items():
+        rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}
+        controls[title] = part(name, control(name, factor), 1, size["long"], **rates)
     values = reproduction.compute([*long.values(), *controls.values()], in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
     told = report(found, TASK.metric, size["runs"], {}, {})
@@ -46,9 +47,9 @@ def run(reproduction: Reproduction) -> Outcome:
     return Outcome({**told.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
 
 
-def control(lr: float) -> str:
-    """Return what a run of AdamW with another learning rate is called."""
-    return f"adamw-lr-{lr:.3g}"
+def control(name: str, factor: float) -> str:
+    """Return what the run of an optimizer with so many times its learning rates is called."""
+    return f"{name}-rates-{factor:g}"
 
 
 def _table(updates: int, seed: int, losses: dict[str, float | None]) -> list[str]:
@@ -81,7 +82,7 @@ EXPERIMENT = Experiment(
     "not in the paper: does an alpha that grows help (p,p) in long runs? LLaMA, 20 M tokens",
     {
         "cpu": Scale(
-            "0.9 M parameters, 5 short runs of 3 000 updates, 3 long ones of 10 000 for each seed and 2 more; six "
+            "0.9 M parameters, 5 short runs of 3 000 updates, 3 long ones of 10 000 for each seed and 3 more; six "
             "hours on two cores",
             3,
             {
@@ -93,10 +94,11 @@ EXPERIMENT = Experiment(
                 },
                 # exp(3), exp(10) and exp(30) times the first
                 "final_alpha": (None, 0.2, _CHOSEN, 1.07e11),
-                # Whether another learning rate would be better for AdamW over the whole run.
+                # Whether another learning rate would be better over the whole run.
                 "controls": {
-                    "AdamW, half of the learning rate": 0.0010944011243037324,
-                    "AdamW, twice the learning rate": 0.004377604497214929,
+                    "AdamW, half of the learning rate": ("adamw", 0.5),
+                    "AdamW, twice the learning rate": ("adamw", 2.0),
+                    "STACEY(p,p), twice lr and τ": ("stacey_pp", 2.0),
                 },
                 "short": 3000,
                 "long": 10_000,

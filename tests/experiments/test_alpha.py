@@ -50,7 +50,9 @@ def test_end_to_end(tmp_path, monkeypatch):
     growing = {**pp, "schedule.final_alpha": 1.0}
     runs = {"adamw": {"optimizer.name": "adamw"}, "stacey_pp": pp, "stacey_pp_growing": growing}
     toy = Scale(
-        "a toy", 2, {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": 1e-4}, "short": 20, "long": 30}
+        "a toy",
+        2,
+        {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": ("adamw", 0.5)}, "short": 20, "long": 30},
     )
     monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
     assert main(["reproduce", "alpha", "--scale", "toy", "--out", str(tmp_path / "out")]) == 0

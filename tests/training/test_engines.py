@@ -37,7 +37,7 @@ ENGINES = {
 
 # Every update's gradient is longer than this.
 CLIPPED = ("--train.max_grad_norm", "0.3")
-WATCHED = (*CLIPPED, "--tracking.histogram_every", "20")
+WATCHED = (*CLIPPED, "--tracking.histogram_every", "12")
 
 
 def train_on_one(directory):
@@ -78,18 +78,18 @@ def test_an_engine_trains_as_one_process_and_resumes_exactly(one_process, tmp_pa
     assert output.count("  sample: ") == 2
     assert_nearly_equal_runs(whole, directory / "run")
     assert_norms(whole, directory / "run", clipped=0.3)
-    for name, tensor in checkpoint(directory / "run", 40).items():
-        ours = checkpoint(whole, 40)[name]
+    for name, tensor in checkpoint(directory / "run", 24).items():
+        ours = checkpoint(whole, 24)[name]
         assert ours.dtype == tensor.dtype
         assert ours.shape == tensor.shape
     shutil.copytree(whole, part)
-    shutil.rmtree(part / "checkpoints" / "step_00000040")
+    shutil.rmtree(part / "checkpoints" / "step_00000024")
     output = on_engine(engine, "--config", config, "--run_dir", part, *accumulated)
-    assert "after 20 updates" in output
-    assert_equal_checkpoints(part, whole, 40)
+    assert "after 12 updates" in output
+    assert_equal_checkpoints(part, whole, 24)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_the_first_processs_initial_weights_are_given_out(one_process, tmp_path, tied):
     """Where it is not known how weights begin, the others have none: what is in memory there is anything."""
     still = ("--config", one_process[1], "--optimizer.lr", 0, "--optimizer.tau", 0, "--schedule.warmup_steps", 0)
@@ -122,7 +122,7 @@ def test_a_run_goes_on_from_engine_to_engine(one_process, tmp_path):
     [
         pytest.param("cpu_zero2", "bf16", marks=pytest.mark.exhaustive),
         ("cpu_zero3", "bf16"),
-        ("cpu_fsdp2", "bf16"),
+        pytest.param("cpu_fsdp2", "bf16", marks=pytest.mark.exhaustive),
         pytest.param("cpu_fsdp2", "fp16", marks=pytest.mark.exhaustive),
         ("cpu_zero_redundancy", "fp16"),
     ],
@@ -132,14 +132,14 @@ def test_mixed_precision(one_process, tmp_path, engine, precision):
     run = tmp_path / "run"
     output = on_engine(
         engine, "--config", config, "--run_dir", run, "--train.mixed_precision", precision,
-        "--model.tie_word_embeddings", "true", "--checkpoint.every_steps", 40, *CLIPPED,
+        "--model.tie_word_embeddings", "true", "--checkpoint.every_steps", 24, *CLIPPED,
     )  # fmt: skip
     assert f"mixed precision {precision}" in output
     ours, reference = training_rows(run), training_rows(directory / "run")
     assert ours[-1]["loss"] == pytest.approx(reference[-1]["loss"], abs=0.3)
-    states = checkpoint(run, 40)
+    states = checkpoint(run, 24)
     if precision == "fp16":
-        assert verify(run / "checkpoints" / "step_00000040")["extra"]["scaler"]["scale"] > 1
+        assert verify(run / "checkpoints" / "step_00000024")["extra"]["scaler"]["scale"] > 1
     # Master weights are what is saved.
     assert {str(t.dtype) for name, t in states.items() if name.startswith("model")} == {"torch.float32"}
 

@@ -68,10 +68,10 @@ def on(config):
 @pytest.mark.parametrize(
     "engine",
     [
-        *("cpu_ddp", "cpu_fsdp2"),
+        "cpu_fsdp2",
         *(
             pytest.param(engine, marks=pytest.mark.exhaustive)
-            for engine in ("cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3")
+            for engine in ("cpu_ddp", "cpu_zero_redundancy", "cpu_zero1", "cpu_zero2", "cpu_zero3")
         ),
     ],
 )
@@ -131,7 +131,13 @@ def evaluate_by_hand(model, directory):
     return np.mean(figures, axis=0)
 
 
-@pytest.mark.parametrize(("processes", "arguments"), [(1, ()), (2, ()), (4, ("--train.micro_batch_size", "2"))])
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        *(pytest.param(processes, (), marks=pytest.mark.exhaustive) for processes in (1, 2)),
+        (4, ("--train.micro_batch_size", "2")),
+    ],
+)
 def test_each_held_out_image_counts_once(config, on, tmp_path, processes, arguments):
     run, _ = on("cpu_ddp", processes, *arguments)
     export_model(run / "checkpoints" / "step_00000020", tmp_path)
@@ -152,7 +158,7 @@ def test_each_held_out_image_counts_once(config, on, tmp_path, processes, argume
         ("cpu", 1, "bf16"),
         pytest.param("cpu", 1, "fp16", marks=pytest.mark.exhaustive),
         pytest.param("cpu_zero3", 2, "bf16", marks=pytest.mark.exhaustive),
-        ("cpu_fsdp2", 2, "bf16"),
+        pytest.param("cpu_fsdp2", 2, "bf16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_mixed_precision(on, engine, processes, precision):
@@ -395,9 +401,9 @@ def test_the_exported_processor_does_what_evaluation_does(tmp_path, size, resize
 
 def test_quickstart(tmp_path):
     """`accelerate launch train_imagenet.py` in an empty directory."""
-    output = launch_as_typed(tmp_path, PROGRAM, "--train.max_steps", "60")
+    output = launch_as_typed(tmp_path, PROGRAM, "--train.max_steps", "40")
     run = tmp_path / "runs" / "digits"
-    assert evaluations(run)[-1]["eval_top1"] > 0.65  # guessing: .10; measured: .784
+    assert evaluations(run)[-1]["eval_top1"] > 0.45  # guessing: .10; measured: .581
     assert all(0 <= row["data_wait"] <= 1 for row in training_rows(run))
     assert "  data " in output
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/config.json"):

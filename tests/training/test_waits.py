@@ -26,14 +26,14 @@ def config(tmp_path_factory):
 @pytest.mark.parametrize(
     ("engine", "arguments"),
     [
-        pytest.param(None, (), marks=pytest.mark.exhaustive),
+        (None, ()),
         pytest.param(None, ("--optimizer.name", "adamw", "--optimizer.lr", 1e-3), marks=pytest.mark.exhaustive),
         pytest.param(
             "cpu_zero_redundancy",
             ("--train.micro_batch_size", 2, "--data.document_mask", "true"),
             marks=pytest.mark.exhaustive,
         ),
-        ("cpu_fsdp2", ()),
+        pytest.param("cpu_fsdp2", (), marks=pytest.mark.exhaustive),
         pytest.param("cpu_ddp", (), marks=pytest.mark.exhaustive),
         pytest.param("cpu_fsdp2", ("--optimizer.name", "adamw"), marks=pytest.mark.exhaustive),
         pytest.param(None, ("--train.mixed_precision", "fp16"), marks=pytest.mark.exhaustive),
