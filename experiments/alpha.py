@@ -40,11 +40,11 @@ def run(reproduction: Reproduction) -> Outcome:
         controls[title] = part(name, control(name, factor), 1, size["long"], **rates)
     values = reproduction.compute([*long.values(), *controls.values()], in_runs=True)
     found = {key: values[made.name] for key, made in long.items()}
-    told = report(found, TASK.metric, size["runs"], {}, {})
+    results = report(found, TASK.metric, size["runs"], {}, {})
     others = {title: final(values[made.name], TASK.metric) for title, made in controls.items()}
     short_table, other_table = _table(size["short"], 0, ends), _table(size["long"], 1, others)
-    table = "\n".join([told.table, "", *short_table, "", *other_table, ""])
-    return Outcome({**told.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
+    table = "\n".join([results.table, "", *short_table, "", *other_table, ""])
+    return Outcome({**results.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
 
 
 def control(name: str, factor: float) -> str:

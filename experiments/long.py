@@ -50,11 +50,11 @@ def run(reproduction: Reproduction) -> Outcome:
         }
         results = reproduction.compute(list(runs.values()), in_runs=True)
         found |= {key: results[part.name] for key, part in runs.items()}
-    told = report(found, TASK.metric, chosen, searched, {})
+    compared = report(found, TASK.metric, chosen, searched, {})
     figures = {"curves": curves(found, TASK.metric), "time": curves(found, TASK.metric, over_time=True)}
     if not size["wsd"]:
-        return Outcome(told.values, told.table, figures)
-    values = told.values["optimizers"]
+        return Outcome(compared.values, compared.table, figures)
+    values = compared.values["optimizers"]
     means = {name: values[name]["mean"] for name in _COUPLED if name in values and values[name]["mean"] is not None}
     names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in chosen]
     wsd = {**overrides, "schedule.name": "wsd"}
@@ -62,8 +62,8 @@ def run(reproduction: Reproduction) -> Outcome:
     results = reproduction.compute(list(parts.values()), in_runs=True)
     ends = {name: final(results[part.name], TASK.metric) for name, part in parts.items()}
     lines = [f"| {LABELS[name]} | {shown(loss, TASK.metric)} |" for name, loss in ends.items()]
-    table = "\n".join([told.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
-    return Outcome({**told.values, "wsd": ends}, table, figures)
+    table = "\n".join([compared.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
+    return Outcome({**compared.values, "wsd": ends}, table, figures)
 
 
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:

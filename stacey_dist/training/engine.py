@@ -74,7 +74,7 @@ class Engine:
         fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
         if isinstance(initial := getattr(model, "initial_weights", None), InitialWeights):
             initial.fill(self.model, self.optimizer, self.accelerator.device)
-        self._let_the_kernel_skip()
+        self._make_capturable()
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
@@ -167,14 +167,14 @@ class Engine:
         self.optimizer.zero_grad()
         return Update(outcome, agreed())
 
-    def _let_the_kernel_skip(self) -> None:
+    def _make_capturable(self) -> None:
         """Have Stacey's kernel read on the GPU whether an update is skipped, and count updates there."""
         base = base_optimizer(self.optimizer)
-        if isinstance(base, Stacey) and self._reads_on_the_device():
+        if isinstance(base, Stacey) and self._kernel_runs_on_gpu():
             for group in (*self.optimizer.param_groups, *base.param_groups):
                 group["capturable"] = True
 
-    def _reads_on_the_device(self) -> bool:
+    def _kernel_runs_on_gpu(self) -> bool:
         device = self._update_device(self.accelerator.device)
         return device.type == "cuda" and kernel("cuda") is not None
 

@@ -88,7 +88,7 @@ class InitialWeights:
         return found
 
 
-class _Unnoticed(TorchFunctionMode):
+class _HideMetaDevice(TorchFunctionMode):
     """Make `Tensor.is_meta` false, because some functions of torch.nn.init skip tensors on the meta device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -223,7 +223,7 @@ def _build_without_values(seed: int, build: Callable[[], M]) -> tuple[M, Initial
     """
     torch.manual_seed(seed)  # of values that an initialization computes by itself
     try:
-        with _Unnoticed(), _Recorder() as recorder:
+        with _HideMetaDevice(), _Recorder() as recorder:
             model = build()
     except RuntimeError:  # the initialization reads values, and tensors on the meta device have none
         return None

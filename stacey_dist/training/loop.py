@@ -63,10 +63,10 @@ def train(
         return saved if saved.exists() else Path(run.config.checkpoint.resume_from or saved)
     run.write_config()
     run.write_processor()
-    trainer.tell("on_run_begin")
+    trainer.call_callbacks("on_run_begin")
     with trainer.stop, trainer.saver:
         if trainer.evaluation_is_missing():
-            trainer.make_up_for_the_evaluation()
+            trainer.evaluate_resumed_update()
         trainer.clock.resume()
         while progress.step < trainer.stop_step:
             update = trainer.train_step()
@@ -99,14 +99,14 @@ class _Trainer(Training):
         self.callbacks = [self.metrics, *callbacks_of(run.config), *callbacks]
         self.save_is_due = False
         self.stopping = False
-        """A process was told to stop."""
+        """A process has to stop."""
         self.directory_gone = False
         engine.model.train()
 
-    def tell(self, what: str, *values: Any) -> None:
+    def call_callbacks(self, method: str, *values: Any) -> None:
         """Call a method of all callbacks."""
         for callback in self.callbacks:
-            getattr(callback, what)(self, *values)
+            getattr(callback, method)(self, *values)
 
     def train_step(self) -> Update:
         """Make one update: forward and backward of each micro-batch, then clip and apply the gradients.
@@ -115,7 +115,7 @@ class _Trainer(Training):
         """
         engine, progress = self.engine, self.progress
         signals.update_begins()
-        self.tell("on_update_begin")
+        self.call_callbacks("on_update_begin")
         if depends_on_skipped(self.config, progress.step - progress.skipped_steps - self.outcomes.unread):
             self.outcomes.read()
         settings = scheduled(self.config, progress.step, progress.skipped_steps)
@@ -142,16 +142,16 @@ class _Trainer(Training):
         progress, requests = self.progress, update.requests
         self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(progress.step)
         self.outcome = None
-        if self._is_to_be_read(update):
+        if self._needs_outcome(update):
             self.outcome = self.wait_for_outcome()
             self._check_skipped()
         self.saver.report()
         if requests.saved:
-            self._tell_of_checkpoints()
+            self._report_saved_checkpoints()
         self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
-        self.tell("on_update_end")
+        self.call_callbacks("on_update_end")
         self.clock.pause()
         # After a stop request the process is killed soon: it saves, and does not evaluate.
         evaluating = self._is_evaluated(progress.step) and not (self.stopping or self.directory_gone)
@@ -181,7 +181,7 @@ class _Trainer(Training):
             return False
         self.progress.evaluated_step = self.progress.step
         improved = self.progress.improves(self.task.score(figures))
-        self.tell("on_evaluation_end", figures)
+        self.call_callbacks("on_evaluation_end", figures)
         return improved
 
     def evaluation_is_missing(self) -> bool:
@@ -189,7 +189,7 @@ class _Trainer(Training):
         step = self.progress.step
         return self.progress.evaluated_step < step <= self.last_step and self._is_evaluated(step)
 
-    def make_up_for_the_evaluation(self) -> None:
+    def evaluate_resumed_update(self) -> None:
         """Evaluate the update that the run resumed from."""
         self.evaluate()
         if self.stopping:
@@ -210,7 +210,7 @@ class _Trainer(Training):
 
     def end(self) -> None:
         """Tell the callbacks that the run ends, and wait for those of the main process."""
-        self.tell("on_run_end")
+        self.call_callbacks("on_run_end")
         # The launcher stops all processes when the first has left.
         self.run.call_on_main(lambda: None)
 
@@ -277,7 +277,7 @@ class _Trainer(Training):
     def _is_evaluated(self, step: int) -> bool:
         return step == self.last_step or step % self.config.train.eval_every_steps == 0
 
-    def _is_to_be_read(self, update: Update) -> bool:
+    def _needs_outcome(self, update: Update) -> bool:
         """Return whether the host needs the outcome of the update now; the same on all processes."""
         step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
         if self.save_is_due or ending or step == self.stop_step or self._is_evaluated(step) or step % _READ_EVERY == 0:
@@ -309,16 +309,16 @@ class _Trainer(Training):
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
-        self._tell_of_checkpoints()
+        self._report_saved_checkpoints()
 
-    def _tell_of_checkpoints(self) -> None:
+    def _report_saved_checkpoints(self) -> None:
         """Tell the callbacks of the main process; the others wait without a time limit."""
 
-        def tell() -> None:
+        def report() -> None:
             for path in self.saver.take_complete():
-                self.tell("on_checkpoint_saved", path)
+                self.call_callbacks("on_checkpoint_saved", path)
 
-        self.run.call_on_main(tell)
+        self.run.call_on_main(report)
 
     def _fail_without_directory(self) -> NoReturn:
         self.end()

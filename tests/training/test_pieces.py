@@ -418,7 +418,7 @@ def test_the_statistics_are_those_of_the_model_that_an_engine_has_moved(monkeypa
         self.model, self.optimizer = self.module._apply(torch.clone), optimizer
 
     monkeypatch.setattr(Engine, "_prepare", prepare)
-    monkeypatch.setattr(Engine, "_let_the_kernel_skip", lambda self: None)
+    monkeypatch.setattr(Engine, "_make_capturable", lambda self: None)
     monkeypatch.setattr(engine_module, "fragments", lambda *sharded: [])
     model = torch.nn.BatchNorm1d(2)
     engine = Engine(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), config=RunConfig()), model, None)

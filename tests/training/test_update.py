@@ -76,7 +76,7 @@ def test_the_others_wait_without_a_limit_for_what_is_told_of_a_checkpoint():
     trainer.saver = SimpleNamespace(take_complete=lambda: [Path("step_1"), Path("step_2")])
     trainer.callbacks = [SimpleNamespace(on_checkpoint_saved=lambda training, path: told.append(path.name))]
     trainer.run = SimpleNamespace(call_on_main=called.append)
-    trainer._tell_of_checkpoints()
+    trainer._report_saved_checkpoints()
     assert told == []
     called[0]()
     assert told == ["step_1", "step_2"]

@@ -39,7 +39,9 @@ _AGAIN = "all processes stop; started again, the run resumes from its newest che
 # with `add(key, 0)`, which needs a number.
 _GOODBYE = 10**15
 # Matches the messages of errors that another process may have caused: those of gloo, NCCL and the store.
-_BY_ANOTHER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE)
+_CAUSED_BY_ANOTHER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE
+)
 
 
 class Heartbeat:
@@ -67,8 +69,8 @@ class Heartbeat:
         self._silent: dict[int, float] = {}
         self._store_silent = 0.0
         self._store_gone = False
-        self._doubt: str | None = None
-        self._hurry = False
+        self._pending_error: str | None = None
+        self._short_patience = False
         self._no_other_fell_silent = threading.Event()
         self._stopping = threading.Event()
         self._leaving = threading.Lock()
@@ -98,16 +100,16 @@ class Heartbeat:
         Does not return if another process caused the error.
         """
         line = f"rank {self.rank} on {self.host} failed: {one_line(error)}"
-        if is_by_another(error):
+        if caused_by_another_process(error):
             # When a process dies, the launcher stops the others. This process ignores that until the dead one is named.
             handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._doubt = line
+            self._pending_error = line
             self._no_other_fell_silent.wait()
             signal.signal(signal.SIGTERM, handler)
             return True
         self._stopping.set()
         with contextlib.suppress(dist.DistError):
-            first, found = (True, line) if self._gone() else self._agree(line)
+            first, found = (True, line) if self._gone() else self._store_verdict(line)
             if not first:
                 if one_line(error) not in found:
                     say(line)
@@ -122,10 +124,10 @@ class Heartbeat:
             elapsed = min(elapsed, 2 * self.interval)
             try:
                 self._round(elapsed)
-                in_doubt += elapsed if self._doubt else 0.0
-                if self._doubt and in_doubt > 10 * self.interval:
-                    if not self._agree(self._doubt)[0]:
-                        self._accept()
+                in_doubt += elapsed if self._pending_error else 0.0
+                if self._pending_error and in_doubt > 10 * self.interval:
+                    if not self._store_verdict(self._pending_error)[0]:
+                        self._stop_for_verdict()
                     self._stopping.set()
                     self._no_other_fell_silent.set()
             except dist.DistError:
@@ -136,15 +138,15 @@ class Heartbeat:
         """Send a heartbeat, then check for a verdict and for silent processes."""
         self.store.add(f"beat/{self.rank}", 1)
         if self.store.check(["verdict"]):
-            self._accept()
-        if self._doubt and not self._hurry:
+            self._stop_for_verdict()
+        if self._pending_error and not self._short_patience:
             # Process 0 reads it, because it watches all others. If each process did, the store would get N^2 requests.
             self.store.set("doubt", "")
-        hurry = bool(self._doubt) or (self.rank == 0 and self.store.check(["doubt"]))
+        hurry = bool(self._pending_error) or (self.rank == 0 and self.store.check(["doubt"]))
         # With the shorter patience, a process that is only slow would be blamed at once: measure silence from now on.
-        if hurry and not self._hurry:
+        if hurry and not self._short_patience:
             self._silent.clear()
-        self._hurry = hurry
+        self._short_patience = hurry
         for other, counter in zip(self._watched, self._read(), strict=True):
             alive = counter >= _GOODBYE or counter != self._counters.get(other) or other == self.rank
             self._silent[other] = 0.0 if alive else self._silent.get(other, 0.0) + elapsed
@@ -154,9 +156,9 @@ class Heartbeat:
             # Those of one host fall silent at once, and not all between the same two beats.
             dead = [other for other, silent in self._silent.items() if silent > longest - 2 * self.interval]
             line = f"{self._names(dead)} stopped answering {longest:.0f} s ago; {_AGAIN}"
-            if self._agree(line)[0]:
+            if self._store_verdict(line)[0]:
                 self._leave(line)
-            self._accept()
+            self._stop_for_verdict()
 
     def _watch_the_store(self) -> None:
         before = time.monotonic()
@@ -176,7 +178,7 @@ class Heartbeat:
     @property
     def _patience(self) -> float:
         """Seconds of silence to tolerate: fewer after a process has lost a connection."""
-        return min(self.timeout, 4 * self.interval) if self._hurry else self.timeout
+        return min(self.timeout, 4 * self.interval) if self._short_patience else self.timeout
 
     def _gone(self) -> bool:
         if not self._store_gone and self._line.fileno() >= 0:
@@ -201,13 +203,13 @@ class Heartbeat:
             by_host.setdefault(host, []).append(str(other))
         return ", ".join(f"rank{'s'[: len(r) > 1]} {', '.join(r)} on {host}" for host, r in by_host.items())
 
-    def _agree(self, line: str) -> tuple[bool, str]:
+    def _store_verdict(self, line: str) -> tuple[bool, str]:
         """Store a verdict, unless there is one already. Return whether it was stored, and the line of the verdict."""
         mine = json.dumps({"line": line, "by": self.rank, "host": self.host})
         verdict = self.store.compare_set("verdict", "", mine).decode()
         return verdict == mine, json.loads(verdict)["line"]
 
-    def _accept(self) -> NoReturn:
+    def _stop_for_verdict(self) -> NoReturn:
         """Stop because of another process's verdict. Print it once on each other host."""
         verdict = json.loads(self.store.get("verdict"))
         elsewhere = verdict["host"] != self.host and os.environ.get("LOCAL_RANK", "0") == "0"
@@ -245,10 +247,10 @@ def report(error: Exception) -> bool:
     return _running is None or _running.report(error)
 
 
-def is_by_another(error: Exception) -> bool:
+def caused_by_another_process(error: Exception) -> bool:
     """Return whether another process may be the cause of this error."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(_BY_ANOTHER.search(str(error)))
+        isinstance(error, RuntimeError) and bool(_CAUSED_BY_ANOTHER.search(str(error)))
     )
 
 

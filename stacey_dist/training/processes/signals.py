@@ -174,8 +174,8 @@ class _Listener:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._heard: dict[int, float] = {}
-        self._insists = False
+        self._first_received: dict[int, float] = {}
+        self._second_ctrl_c = False
         self._thread = threading.Thread(target=self._listen, name="listens for signals", daemon=True)
         self._thread.start()
 
@@ -201,16 +201,16 @@ class _Listener:
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
             if number in SIGNALS:
-                if not self._heard:
+                if not self._first_received:
                     threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
                 else:
-                    self._hear_again(number)
-                self._heard.setdefault(number, time.monotonic())
+                    self._on_repeated_signal(number)
+                self._first_received.setdefault(number, time.monotonic())
 
-    def _hear_again(self, number: int) -> None:
-        ago = time.monotonic() - min(self._heard.values())
+    def _on_repeated_signal(self, number: int) -> None:
+        ago = time.monotonic() - min(self._first_received.values())
         if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
-            self._insists = True  # the handler raises, if it comes to run
+            self._second_ctrl_c = True  # the handler raises, if it comes to run
         elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
             self._end(number)
 
@@ -226,7 +226,7 @@ class _Listener:
             if _state.writing and (written + _WRITTEN_BYTES <= _bytes_written() or _waits_for_a_disk()):
                 written = _bytes_written()
                 _state.progress_at = now
-            if self._insists or not _state.training:
+            if self._second_ctrl_c or not _state.training:
                 patience = _UNWINDING_SECONDS
             elif _state.writing and _waits_for_others():
                 patience = _PATIENCE_WITH_OTHERS_SECONDS

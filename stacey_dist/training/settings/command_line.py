@@ -57,12 +57,12 @@ def parse(
             of_file = _read(path, parser.kinds, elsewhere)
             settings = parser.parse_object(of_file, namespace=settings)
             before, values = values, parser.values(config_class, {}, settings)
-            _forget(given, before, values)
+            _drop_previous_defaults(given, before, values)
             given.update(dict.fromkeys(of_file, number))
         parser.source = ""
         typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
         before, values = values, parser.values(config_class, typed, settings)
-        _forget(given, before, values)
+        _drop_previous_defaults(given, before, values)
         given.update({name: len(options) + number for number, (name, _) in enumerate(options) if name != "config"})
         config = config_class(**{name: _choose(value, own[name], name, given) for name, value in values.items()})
         for name, other in getattr(config_class, "instead_of", {}).items():
@@ -78,7 +78,7 @@ def parse(
         sys.exit(2)
 
 
-def _forget(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
+def _drop_previous_defaults(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
     """Treat settings as not given if they equal the previous optimizer's defaults, and another optimizer is chosen."""
     for name, section in before.items():
         if hasattr(section, "chosen") and section.method != after[name].method:
