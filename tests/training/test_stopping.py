@@ -1,6 +1,5 @@
 """SIGTERM and Ctrl-C end a run in time, and its children with it, whatever the main process waits for."""
 
-import os
 import re
 import signal
 import subprocess
@@ -144,9 +143,12 @@ def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    Saver.save(SimpleNamespace(_begin=begin, settings=SimpleNamespace(asynchronous=True)), None)\n"
     )
+    started = {}
+    for then in ("ends", "then hangs"):
+        how = ["python", "-c", code, tmp_path / then, then]
+        started[then] = subprocess.Popen(how, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for then, status in (("ends", 0), ("then hangs", 128 + signal.SIGTERM)):
-        how = ["python", "-c", code, tmp_path / "file", then]
-        result = subprocess.run(how, capture_output=True, text=True, timeout=50, env=os.environ)
-        assert "saved" in result.stdout, result
-        assert result.returncode == status
-        assert ("SIGTERM: stopped in " in result.stderr) == (status != 0)
+        output, errors = started[then].communicate(timeout=50)
+        assert "saved" in output, errors
+        assert started[then].returncode == status
+        assert ("SIGTERM: stopped in " in errors) == (status != 0)
