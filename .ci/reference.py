@@ -49,8 +49,9 @@ def settings() -> str:
     ]
     for section in SHARED:
         lines += ["", f"### {section}", "", summary(getattr(llm, section)), ""]
-        both = list(zip(rows(getattr(llm, section), section), rows(getattr(images, section), section), strict=False))
-        cells = [[name, here, there, allowed, about] for (name, here, allowed, about), (_, there, _, _) in both]
+        there = {row[0]: row[1] for row in rows(getattr(images, section), section)}
+        of_text = rows(getattr(llm, section), section)
+        cells = [[name, here, there[name], allowed, about] for name, here, allowed, about in of_text if name in there]
         lines += table(["setting", "text", "images", "allowed", "meaning"], cells)
         if section == "optimizer":
             for what, config in (("text", llm), ("images", images)):

@@ -96,7 +96,7 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> tuple[dict[str, Any], b
             opened.write(header)
             digest.update(header)
             for _, part in ordered:
-                if part.trained:  # between writes: bytes that are written show a launcher that is to stop that it works
+                if part.trained:  # between writes: written bytes show the thread that listens for signals progress
                     finite = finite is not False and all_finite(part.values)
                 piece: Any = part.values.view(torch.uint8).numpy()
                 opened.write(piece)

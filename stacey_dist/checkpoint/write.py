@@ -48,7 +48,7 @@ def save_checkpoint(
 
     Raises:
         NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
-        SettingsError: `extra` can't be saved; or there is something else than a checkpoint at `path`; or ranks that
+        SettingsError: `extra` can't be saved; or there is something other than a checkpoint at `path`; or ranks that
             should hold replicas differ, which is checked in a model's first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
@@ -79,18 +79,17 @@ def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None
 
 def _begin(path: Path, temporary: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    bring_back(_replaced(path), path)
     if os.path.lexists(path) and not _is_replaceable(path):
         raise SettingsError(f"{path}: is there already and is not a checkpoint; name a new directory")
+    bring_back(_replaced(path), path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Return whether a directory is empty, or holds a checkpoint, perhaps without its manifest."""
-    if not path.is_dir():
-        return False
-    return (path / MANIFEST).exists() or all(name.endswith(".safetensors") for name in os.listdir(path))
+    """Return whether there is a directory without other files than those of a checkpoint."""
+    own = re.compile(rf"{re.escape(MANIFEST)}|shard-\d+-model-\d+-of-\d+\.safetensors")
+    return path.is_dir() and not path.is_symlink() and all(map(own.fullmatch, os.listdir(path)))
 
 
 def _write_share(temporary: Path, copies: Snapshot) -> Share:

@@ -155,7 +155,7 @@ class Preparation:
             damaged.unlink()
         # Other hosts may be writing chunks that are no longer needed.
         shutil.rmtree(self._directory / CHUNKS, ignore_errors=True)
-        self._encoder.reuse.remove_outdated(each.identity for now in self._passes for each in now.inputs)
+        self._encoder.reuse.remove_outdated(record["input"] for now in self._passes for record in now.records)
 
     def _start(self, saved: dict[str, Any] | None) -> None:
         """Open the writers and the passes where the last commit left them, or at the beginning."""

@@ -151,8 +151,8 @@ class Reuse:
         """Remove directories that nothing will complete, because a file has changed, and whose tokens were copied.
 
         Args:
-            identities: the inputs whose tokens were copied. A directory that has tokens of others stays, unless their
-                files have changed.
+            identities: the inputs that were copied or encoded as a whole. A directory that has tokens of others stays,
+                unless their files have changed.
         """
         copied = set(map(_key, identities))
         for directory in {each.directory for key in copied for each in self._found.get(key, ())}:

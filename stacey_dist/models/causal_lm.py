@@ -169,9 +169,26 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
 
 
 def _active(config: Any) -> dict[str, Any]:
-    """Return the settings of a configuration that are set and that its class knows; the model ignores the others."""
-    known = type(config)().to_dict()
-    return {name: value for name, value in config.to_dict().items() if value and name in known}
+    """Return the settings of a configuration that are set and that its class knows.
+
+    A config.json may hold others, such as a window of which the model knows nothing.
+    """
+    default = _default(config.model_type)
+    return {name: value for name, value in config.to_dict().items() if value and hasattr(default, name)}
+
+
+@functools.cache
+def _default(model_type: str) -> Any:
+    """Return the default configuration of a `model_type`."""
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # some defaults do not fit together
+    try:
+        return CONFIG_MAPPING[model_type]()
+    finally:
+        logging.set_verbosity(before)
 
 
 def router_weight(config: Any) -> float | None:
@@ -270,15 +287,18 @@ def attended(config: Any, context: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if hasattr(config, "qk_nope_head_dim"):  # latent attention: keys and values have widths of their own
         size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
-    active = _active(config)
+
+    def setting(name: str) -> Any:  # not of `_active`: the class may have it under another name
+        return getattr(config, name, None) if hasattr(_default(config.model_type), name) else None
+
     seen = {
-        "sliding_attention": active.get("sliding_window"),
-        "chunked_attention": active.get("attention_chunk_size"),
-        "hybrid_sliding": active.get("sliding_window"),
-        "local": active.get("window_size"),  # of GPT-Neo, which has its own names
+        "sliding_attention": setting("sliding_window"),
+        "chunked_attention": setting("attention_chunk_size"),
+        "hybrid_sliding": setting("sliding_window"),
+        "local": setting("window_size"),  # of GPT-Neo, which has its own names
         **dict.fromkeys(("linear_attention", "conv", "moe", "mlp"), 0),
     }
-    kinds = active.get("layer_types") or active.get("attention_layers")
+    kinds = setting("layer_types") or setting("attention_layers")
     if not kinds:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     spans = [seen.get(kind, context) for kind in kinds]

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -43,10 +44,9 @@ class ElementwiseOptimizer(Optimizer):
     gradients are multiplied on the way (they themselves are not changed); and `found_inf`, one that makes the step
     change nothing where it is not 0. `scaled_gradients` sets the first for the steps within it.
 
-    In the first step of a parameter, if `lr` is 0, an element with a zero gradient stays exactly as it is and the step
-    is not counted. `torch.distributed.checkpoint` takes such a step, with zero gradients, to make an optimizer create
-    its state; it must change nothing. So the next step is the first one again, and its state begins from the weights
-    of then.
+    Until a parameter's first step with `lr` > 0, no step is counted, and an element without a gradient so far stays
+    exactly as it is: its state begins from the weight of the next step. `torch.distributed.checkpoint` takes a step
+    with `lr` 0 and zero gradients to make an optimizer create its state; it must change nothing.
     """
 
     state_names: tuple[str, ...] = ()
@@ -54,13 +54,13 @@ class ElementwiseOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
         super().__init__(params, defaults)
-        self._unmoved: set[Tensor] = set()
-        """Parameters with a state that no gradient has reached."""
+        self._uncounted: set[Tensor] = set()
+        """Parameters all of whose steps had a learning rate of 0."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled."""
         super().__setstate__(state)
-        self._unmoved = set()
+        self._uncounted = set()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
@@ -109,6 +109,7 @@ class ElementwiseOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # it reads addresses, of which a compiler knows nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place. Return what `closure` returns, if it is given.
@@ -157,7 +158,7 @@ class ElementwiseOptimizer(Optimizer):
         for part in parts:
             param, weight, gradient = part
             state = self.state[param]
-            if (not state or (self._unmoved and param in self._unmoved)) and self._begin(group, part):
+            if (not state or (self._uncounted and param in self._uncounted)) and self._begin(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
             if call is None or not _add_row(launches, self._row(weight, gradient, state)):
@@ -171,25 +172,39 @@ class ElementwiseOptimizer(Optimizer):
             self._update_plainly(group, others)
 
     def _begin(self, group: dict[str, Any], part: Part) -> bool:
-        """Create the state of a parameter in its first step. With a learning rate of 0 make this step; return True."""
+        """Create the state of a parameter. With a learning rate of 0 make its step, without counting it; return True.
+
+        Whether a step counts, and what it changes, must not depend on other elements: ranks have different ones.
+        """
         param, weight, gradient = part
         state = self.state[param]
-        self._unmoved.discard(param)
-        state["step"] = _step_count(0, param, group)
-        state.update(self.initial_state(param, group))
+        self._uncounted.discard(param)
+        if not state:
+            state["step"] = _step_count(0, param, group)
+            state.update(self.initial_state(param, group))
+        elif int(state["step"]) != 0:  # it was loaded into the tensors of the state
+            return False
+        else:
+            unreached = self._unreached(state)
+            for name, fresh in self.initial_state(param, group).items():
+                torch.where(unreached, local(fresh), local(state[name]), out=local(state[name]))
         if float(group["lr"]) != 0.0:
             return False
-        if not gradient.any():
-            self._unmoved.add(param)
-            return True
-        tensors = [weight, *(local(state[name]) for name in self.state_names)]
-        before = [tensor.clone() for tensor in tensors]
-        state["step"].fill_(-1)  # the step counts it up, and it is not to be counted
-        self._update_group(group, [part])
-        state["step"].zero_()
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(gradient == 0, old, tensor))
+        unreached = self._unreached(state) & (gradient == 0)
+        if not unreached.all():
+            tensors = [weight, *(local(state[name]) for name in self.state_names)]
+            before = [tensor.clone() for tensor in tensors]
+            state["step"].fill_(-1)  # the step counts it up, and it is not to be counted
+            self._update_group(group, [part])
+            state["step"].zero_()
+            for tensor, old in zip(tensors, before, strict=True):
+                torch.where(unreached, old, tensor, out=tensor)
+        self._uncounted.add(param)
         return True
+
+    def _unreached(self, state: dict[str, Any]) -> Tensor:
+        """Return which elements have had no gradient other than 0; a scalar stands for all."""
+        return torch.tensor(True)
 
     def _convert_state(
         self, state: dict[str, Any], param: Tensor, group: dict[str, Any], dtype: torch.dtype | None
@@ -291,7 +306,7 @@ class ElementwiseOptimizer(Optimizer):
 
         # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
         # the state before they look at it.
-        self._unmoved.clear()
+        self._uncounted.clear()
         before = self.register_load_state_dict_pre_hook(without_tensors)
         after = self.register_load_state_dict_post_hook(lambda _: self._load_states(loaded[-1]), prepend=True)
         try:

@@ -150,6 +150,9 @@ class Stacey(ElementwiseOptimizer):
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
 
+    def _unreached(self, state: dict[str, Any]) -> Tensor:
+        return local(state["m"]) == 0
+
     def _check_fused(self, group: dict[str, Any]) -> None:
         try:
             for device_type in {param.device.type for param in group["params"]}:

@@ -81,6 +81,8 @@ def planned_model(config: LLMConfig, vocabulary: int | None = None) -> Llama | M
     try:
         check_length(config, longest_sequence(causal_config(described)))
         return modules(described)
+    except SettingsError:
+        raise
     except ValueError as error:
         setting = "config" if config.model.config else "pretrained"
         raise SettingsError(f"model.{setting}: {getattr(config.model, setting)}: {error}") from error

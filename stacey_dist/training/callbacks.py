@@ -115,8 +115,9 @@ class Callback:
     def on_checkpoint_saved(self, training: Training, path: Path) -> None:
         """Called on the main process alone, once the checkpoint at `path` is complete; it may take hours.
 
-        The checkpoint was written beside training, which may be some updates further by then. The other processes wait:
-        do not talk to them. With several processes it is called in a thread.
+        It is not called for a checkpoint that was deleted before, as `checkpoint.keep_last` asks. The checkpoint was
+        written beside training, which may be some updates further by then. The other processes wait: do not talk to
+        them. With several processes it is called in a thread.
         """
 
     def on_run_end(self, training: Training) -> None:

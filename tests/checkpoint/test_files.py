@@ -201,6 +201,12 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path, monkeypatch):
         with pytest.raises(SettingsError, match="is there already and is not a checkpoint; name a new directory"):
             save_checkpoint(path, model, optimizer)
     assert sorted(entry.name for entry in folder.iterdir()) == ["notes.txt", "step_00000001"]
+    (weights := tmp_path / "weights").mkdir()
+    (weights / "model.safetensors").write_text("mine")
+    (tmp_path / "link").symlink_to(folder / "step_00000001")
+    for path in (weights, tmp_path / "link"):
+        with pytest.raises(SettingsError, match="is there already and is not a checkpoint"):
+            save_checkpoint(path, model, optimizer)
     (tmp_path / "empty").mkdir()
     (folder / "step_00000001/manifest.json").unlink()
     for path in (tmp_path / "empty", folder / "step_00000001"):

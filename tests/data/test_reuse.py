@@ -212,6 +212,8 @@ def test_tokens_that_were_not_copied_stay(make: Callable[..., Prepared], corpus:
     corpus[2].write_text(good)
     assert make(corpus[:1])[1] == 0  # copied
     assert unfinished.exists()  # it has the second file's tokens, too
+    make(corpus[:3], limit=600)  # within the first file
+    assert unfinished.exists()
     assert make(corpus[:3])[1] == 40
     assert not unfinished.exists()
 

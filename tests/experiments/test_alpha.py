@@ -48,7 +48,7 @@ def test_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(alpha, "configs", lambda: configs)
     pp = {"optimizer.name": "stacey", "optimizer.variant": "pp"}
     growing = {**pp, "schedule.final_alpha": 1.0}
-    runs = {"adamw": {"optimizer.name": "adamw"}, "stacey_pp": pp, "stacey_pp_growing": growing}
+    runs = {"adamw": {"optimizer.name": "adamw", "optimizer.lr": 2e-4}, "stacey_pp": pp, "stacey_pp_growing": growing}
     toy = Scale(
         "a toy",
         2,
@@ -66,7 +66,7 @@ def test_end_to_end(tmp_path, monkeypatch):
         for name in ("stacey_pp-alpha-20-seed0", "stacey_pp-alpha-to-2-20-seed0", "stacey_pp_growing-30-seed2")
     }
     assert list(finals.values()) == [None, 2.0, 1.0]
-    assert yaml_files.read(tmp_path / "out/runs/adamw-lr-0.0001-30-seed1/config.yaml")["optimizer"]["lr"] == 1e-4
+    assert yaml_files.read(tmp_path / "out/runs/adamw-rates-0.5-30-seed1/config.yaml")["optimizer"]["lr"] == 1e-4
     table = (tmp_path / "out/table.md").read_text()
     assert "| lower |" in table
     assert "| STACEY(p,p), α grows |" in table

@@ -23,7 +23,7 @@ from stacey_dist.models.causal_lm import (
 )
 from stacey_dist.training.recomputation import compute_again
 from stacey_dist.training.reports.flops import flops_per_token
-from tests.models.architectures import ARCHITECTURES, OTHERS, described
+from tests.models.architectures import ARCHITECTURES, OTHERS, SHAPE, described
 
 LENGTH = 16
 TRIED = {"gemma2", "mistral", "falcon", "doge", "bert-generation"}
@@ -118,6 +118,9 @@ def test_windows_bound_what_a_token_attends_to():
     assert attended(config, 4) == 2 * 4 * 16 * 4
     assert attended(config, 32) == 4 * 16 * (8 + 32)
     assert attended(causal_config(described("mistral")), 32) == 2 * 32 * 8
+    # Its layers are `layers_block_type` in the file, and its window `attention_window_size`.
+    griffin = {"model_type": "recurrent_gemma", **SHAPE, "num_hidden_layers": 3, "attention_window_size": 8}
+    assert attended(causal_config(griffin), 32) == 32 * 8
     windows = {"sliding_window": 8}  # LLaMA has none
     assert attended(causal_config(described("llama") | windows), 32) == attended(causal_config(described("llama")), 32)
 

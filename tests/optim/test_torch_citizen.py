@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import lr_scheduler
 
 from stacey_dist import LpDescent, Stacey
+from stacey_dist.checkpoint import load_checkpoint, save_checkpoint
 from stacey_dist.optim.memory import is_simple
 from tests.optim.helpers import make_problem, run
 
@@ -440,6 +441,72 @@ def test_warm_up_from_zero_keeps_the_first_gradient():
         expected_m = expected_m + 0.01 * (g - expected_m)
     torch.testing.assert_close(state["m"], expected_m, rtol=1e-6, atol=1e-8)
     assert state["step"] == 2  # the first step with a learning rate of zero is not counted
+
+
+@pytest.mark.parametrize("z_init", ["params", "zeros"])
+@pytest.mark.parametrize("rates", [(0.0, 0.01), (0.0, 0.0, 0.0, 0.01, 0.01), (0.01, 0.0, 0.01)], ids=str)
+def test_a_warm_up_from_zero_is_the_same_on_any_split(rates, z_init):
+    """Rows get their first gradient at different updates, as embeddings do."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(4, 64, generator=generator)
+    gradients = [torch.randn(4, 64, generator=generator) for _ in rates]
+    for update, gradient in enumerate(gradients):
+        gradient[update + 1 :] = 0.0
+    settings = dict(lr=0.01, z_init=z_init, alpha=0.1, tau=0.1, seed=1)
+
+    def train(parts):
+        params = [torch.nn.Parameter(part.clone().bfloat16()) for part in parts]
+        optimizer = Stacey(params, **settings, rounding="nearest")
+        for rate, gradient in zip(rates, gradients, strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            for param, part in zip(params, gradient.chunk(len(params)), strict=True):
+                param.grad = part.bfloat16()
+            optimizer.step()
+        counts = {int(optimizer.state[param]["step"]) for param in params}
+        tensors = [params, *([optimizer.state[param][name] for param in params] for name in ("z", "m"))]
+        return counts, [torch.cat([tensor.detach() for tensor in each]) for each in tensors]
+
+    (counts, expected), (split_counts, found) = train([whole]), train(whole.chunk(4))
+    assert counts == split_counts == {len(rates) if rates[0] else sum(rate > 0 for rate in rates)}
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("load", ["in place", "load_checkpoint"])
+def test_a_state_that_was_loaded_after_torch_has_made_one(load, tmp_path):
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    train(model, optimizer, 4)
+    other = copy.deepcopy(model)
+    other_optimizer = Stacey(other.parameters())
+    get_optimizer_state_dict(other, other_optimizer)  # takes a step with a learning rate of 0
+    if load == "in place":
+        for param, saved in zip(other.parameters(), model.parameters(), strict=True):
+            for name, value in optimizer.state[saved].items():
+                other_optimizer.state[param][name].copy_(value)
+    else:
+        load_checkpoint(save_checkpoint(tmp_path / "saved", model, optimizer), other, other_optimizer)
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 2, seed=1)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's
+def test_a_step_within_a_compiled_function():
+    model = make_model()
+    compiled_model = copy.deepcopy(model)
+    optimizer, compiled_optimizer = (Stacey(each.parameters()) for each in (model, compiled_model))
+
+    def update(model, optimizer, x):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compiled = torch.compile(update, backend="eager")
+    for step in range(3):
+        x = torch.randn(2, next(model.parameters()).shape[1], generator=torch.Generator().manual_seed(step))
+        update(model, optimizer, x)
+        compiled(compiled_model, compiled_optimizer, x)
+    assert_equal_runs((model, optimizer), (compiled_model, compiled_optimizer))
 
 
 @pytest.fixture(scope="module")

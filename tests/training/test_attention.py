@@ -173,12 +173,28 @@ def test_sliding_windows_are_kept_without_documents(name, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2"], indirect=True)
-def test_a_window_that_a_module_does_not_pass_is_kept(name):
+@pytest.mark.parametrize(
+    "kinds", [["sliding_attention"] * 2, ["sliding_attention", "full_attention"]], ids=["all", "one"]
+)
+def test_a_window_that_a_module_does_not_pass_is_kept(name, kinds):
     """Qwen2-MoE's attention has its window in the masks of transformers alone."""
-    settings = dict(
-        sliding_window=40, use_sliding_window=True, max_window_layers=0, num_experts=2, num_experts_per_tok=1
-    )
-    model, own = make(name, "Qwen2Moe", masked=False, **settings, moe_intermediate_size=16)
+    experts = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    windows = dict(sliding_window=40, use_sliding_window=True, layer_types=kinds)
+    model, own = make(name, "Qwen2Moe", masked=False, **windows, **experts)
+    inputs = make_windows()
+    found = logits(model, own, inputs)
+    model.config._attn_implementation = "eager"
+    expected = model(input_ids=torch.from_numpy(inputs)).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
+    windowless, without = make("sdpa", "Qwen2Moe", masked=False, **experts)
+    assert (logits(windowless, without, inputs) - expected).abs().max() > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2"], indirect=True)
+def test_a_window_that_a_class_does_not_have_is_not_passed(name):
+    """OLMoE's attention passes `sliding_window` of any configuration; its masks have no window."""
+    model, own = make(name, "Olmoe", masked=False, sliding_window=40, num_experts=2, num_experts_per_tok=1)
     inputs = make_windows()
     found = logits(model, own, inputs)
     model.config._attn_implementation = "eager"

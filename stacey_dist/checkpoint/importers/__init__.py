@@ -63,7 +63,7 @@ def import_checkpoint(
     Raises:
         ForeignCheckpointError: `source` is not such a checkpoint, is incomplete, or holds something unsupported, such
             as several models; or `parameters` or `groups` are missing, or do not match.
-        SettingsError: `extra` can't be saved.
+        SettingsError: `extra` can't be saved, or there is something other than a checkpoint at `path`.
         OSError: the checkpoint could not be written.
     """
     added, path = as_read(extra), with_name(path)

@@ -55,12 +55,16 @@ def _flash_attention(
 
     transformers' own function would look at the positions, and wait for the device, in every layer.
 
-    `span` is the sliding window of all layers. Some modules have one, and do not pass it as `sliding_window`.
+    `span` is the sliding window of all layers, 0 for none; None where layers differ. A module's own argument may lack a
+    window that it has, or be of a setting that its model does not have.
     """
     if cu_seq_lens is None:
         allowed = f"{type(module).__name__} is not told where documents end; use sdpa or eager"
         raise SettingsError(f"model.attention: flash_attention_2 is not allowed; {allowed}")
-    window = span if sliding_window is None else sliding_window
+    if span is None:
+        window = getattr(module, "sliding_window", None) if sliding_window is None else sliding_window
+    else:
+        window = span or None
     from flash_attn import flash_attn_varlen_func
 
     for name in ("s_aux", "softcap", "position_bias"):
@@ -207,7 +211,7 @@ class Attention:
         places, *others = numbers
         given: dict[str, Any] = {"position_ids": places}  # a model that is not given them may count a mask's rows
         if self._how == _VARLEN:
-            (span,) = set(self._spans.values()) if len(self._spans) == 1 else (None,)
+            span = next(iter(self._spans.values())) or 0 if len(self._spans) == 1 else None
             return {**given, "cu_seq_lens": others[0], "span": span}
         count = len(others) // len(self._spans)
         masks = [self._mask(*others[start : start + count]) for start in range(0, len(others), count)]
