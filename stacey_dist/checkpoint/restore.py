@@ -109,6 +109,8 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     """
     base = base_optimizer(optimizer)
     base.state.clear()
+    if isinstance(base, ElementwiseOptimizer):
+        base.forget_begun()
     groups = _groups(base)
     saved: dict[str, dict[str, str]] = {}
     for name, key, (_, dtype) in _states(contents):

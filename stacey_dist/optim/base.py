@@ -54,13 +54,18 @@ class ElementwiseOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
         super().__init__(params, defaults)
-        self._uncounted: set[Tensor] = set()
-        """Parameters all of whose steps had a learning rate of 0."""
+        self.forget_begun()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled."""
         super().__setstate__(state)
-        self._uncounted = set()
+        self.forget_begun()
+
+    def forget_begun(self) -> None:
+        """Have the next step look again at which parameters have made a step that counts: the state was replaced."""
+        self._begun: set[Tensor] = set()
+        self._fresh: set[Tensor] = set()
+        """Parameters whose state was made here, in a step that did not count."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
@@ -158,7 +163,7 @@ class ElementwiseOptimizer(Optimizer):
         for part in parts:
             param, weight, gradient = part
             state = self.state[param]
-            if (not state or (self._uncounted and param in self._uncounted)) and self._begin(group, part):
+            if (param not in self._begun or not state) and self._begin(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
             if call is None or not _add_row(launches, self._row(weight, gradient, state)):
@@ -178,13 +183,14 @@ class ElementwiseOptimizer(Optimizer):
         """
         param, weight, gradient = part
         state = self.state[param]
-        self._uncounted.discard(param)
+        self._begun.add(param)
         if not state:
             state["step"] = _step_count(0, param, group)
             state.update(self.initial_state(param, group))
-        elif int(state["step"]) != 0:  # it was loaded into the tensors of the state
+            self._fresh.add(param)
+        elif _is_capturing() or int(state["step"]) != 0:  # it was loaded
             return False
-        else:
+        elif param in self._fresh:
             unreached = self._unreached(state)
             for name, fresh in self.initial_state(param, group).items():
                 torch.where(unreached, local(fresh), local(state[name]), out=local(state[name]))
@@ -199,7 +205,7 @@ class ElementwiseOptimizer(Optimizer):
             state["step"].zero_()
             for tensor, old in zip(tensors, before, strict=True):
                 torch.where(unreached, old, tensor, out=tensor)
-        self._uncounted.add(param)
+        self._begun.discard(param)
         return True
 
     def _unreached(self, state: dict[str, Any]) -> Tensor:
@@ -237,8 +243,7 @@ class ElementwiseOptimizer(Optimizer):
                 updates[key](chunk, chunk_gradient, *rest)
 
     def _check_capture(self) -> None:
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if capturing and not all(group.get("capturable") for group in self.param_groups):
+        if _is_capturing() and not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
                 "capturable=True is needed in every group"
@@ -306,7 +311,7 @@ class ElementwiseOptimizer(Optimizer):
 
         # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
         # the state before they look at it.
-        self._uncounted.clear()
+        self.forget_begun()
         before = self.register_load_state_dict_pre_hook(without_tensors)
         after = self.register_load_state_dict_post_hook(lambda _: self._load_states(loaded[-1]), prepend=True)
         try:
@@ -331,6 +336,11 @@ class ElementwiseOptimizer(Optimizer):
                         self.state[param][name] = like_parameter(saved[name], param, state_dtype(group))
                 if "step" in saved:
                     self.state[param]["step"] = _step_count(int(saved["step"]), param, group)
+
+
+def _is_capturing() -> bool:
+    """Return whether steps become part of a CUDA graph, in which the host cannot read what is on the device."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:

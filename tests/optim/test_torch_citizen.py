@@ -490,6 +490,32 @@ def test_a_state_that_was_loaded_after_torch_has_made_one(load, tmp_path):
     assert_equal_runs((model, optimizer), (other, other_optimizer))
 
 
+@pytest.mark.parametrize("way", ["state dict", "deepcopy", "checkpoint"])
+def test_a_warm_up_from_zero_resumes_as_if_it_had_not_stopped(way, tmp_path):
+    def warm_up(model, optimizer, rates, seed):
+        for number, rate in enumerate(rates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            train(model, optimizer, 1, seed=seed + number)
+
+    model = make_model()
+    optimizer = Stacey(model.parameters())
+    warm_up(model, optimizer, (0.0, 0.0), seed=0)
+    if way == "deepcopy":
+        other, other_optimizer = copy.deepcopy((model, optimizer))
+    else:
+        other = copy.deepcopy(model)
+        other_optimizer = Stacey(other.parameters())
+        if way == "state dict":
+            other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        else:
+            load_checkpoint(save_checkpoint(tmp_path / "saved", model, optimizer), other, other_optimizer)
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        warm_up(*pair, (0.0, 0.01, 0.01), seed=2)
+    assert_equal_runs((model, optimizer), (other, other_optimizer))
+    assert {int(state["step"]) for state in other_optimizer.state.values()} == {2}
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.compile's
 def test_a_step_within_a_compiled_function():
     model = make_model()
