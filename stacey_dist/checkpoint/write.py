@@ -23,6 +23,7 @@ from stacey_dist.files import sync_directory, with_name
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
+_FILE = re.compile(rf"{re.escape(MANIFEST)}|shard-\d+-model-\d+-of-\d+\.safetensors")
 _LEFTOVER = re.compile(r"\.(?P<name>step_(?P<step>\d+))\.tmp(?P<replaced>-replaced)?")
 
 
@@ -88,8 +89,7 @@ def _begin(path: Path, temporary: Path) -> None:
 
 def _is_replaceable(path: Path) -> bool:
     """Return whether there is a directory without other files than those of a checkpoint."""
-    own = re.compile(rf"{re.escape(MANIFEST)}|shard-\d+-model-\d+-of-\d+\.safetensors")
-    return path.is_dir() and not path.is_symlink() and all(map(own.fullmatch, os.listdir(path)))
+    return path.is_dir() and not path.is_symlink() and all(map(_FILE.fullmatch, os.listdir(path)))
 
 
 def _write_share(temporary: Path, copies: Snapshot) -> Share:

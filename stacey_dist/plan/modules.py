@@ -76,16 +76,13 @@ def planned_model(config: LLMConfig, vocabulary: int | None = None) -> Llama | M
         vocabulary = vocabulary_size(config, vocabulary)
     if vocabulary is not None:
         described["vocab_size"] = vocabulary
-    from stacey_dist.models.causal_lm import causal_config, longest_sequence
-
     try:
-        check_length(config, longest_sequence(causal_config(described)))
-        return modules(described)
-    except SettingsError:
-        raise
+        planned = modules(described)
     except ValueError as error:
         setting = "config" if config.model.config else "pretrained"
         raise SettingsError(f"model.{setting}: {getattr(config.model, setting)}: {error}") from error
+    check_length(config, described)
+    return planned
 
 
 def modules(described: dict[str, Any]) -> Modules:

@@ -117,8 +117,7 @@ class Saver:
             self._begin(progress, delete_older)
             if not self.settings.asynchronous:
                 self._background.wait()
-        if not self.settings.asynchronous:
-            self.report()
+                self.report()
 
     def save_and_wait(self, progress: Progress, *, delete_older: bool = True) -> Path:
         """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""

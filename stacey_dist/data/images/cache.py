@@ -19,7 +19,7 @@ from tqdm import tqdm
 from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError
-from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
+from stacey_dist.data.images.image_set import ImageSet, load_pixels, sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, replace_file, write_json
@@ -140,11 +140,9 @@ def cached(
 
     def load(i: int) -> NDArray[np.uint8] | None:
         try:
-            pixels = read_pixels(images, i)
+            pixels = load_pixels(images, i)
         except BrokenImageError:
             return None
-        except OSError as error:
-            raise InputError(f"{images.name(i)} can no longer be read: {error}") from error
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
 
     if not (place / COMPLETE).exists():

@@ -112,6 +112,14 @@ def read_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
     return decode(content) if isinstance(content, bytes) else content
 
 
+def load_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
+    """Return what `read_pixels` does. Raises InputError naming an image whose file cannot be read, BrokenImageError."""
+    try:
+        return read_pixels(images, i)
+    except OSError as error:
+        raise InputError(f"{images.name(i)} can no longer be read: {error}") from error
+
+
 def read_file(path: str) -> bytes:
     """Return the content of an image file.
 

@@ -217,14 +217,11 @@ def described_model(model: ModelConfig) -> dict[str, Any] | None:
         return read_description(name)
 
 
-def check_length(config: LLMConfig, longest: int | None) -> None:
-    """Raise SettingsError if a described model takes no sequences of the data's length.
+def check_length(config: LLMConfig, described: dict[str, Any]) -> None:
+    """Raise SettingsError if a model, as in a config.json, is declared for shorter sequences than the data's."""
+    from stacey_dist.models.causal_lm import causal_config, longest_sequence
 
-    Args:
-        config: the run's settings.
-        longest: the tokens of the longest sequence that the model is declared for; None if it declares none.
-    """
-    if longest is not None:
+    if (longest := longest_sequence(causal_config(described))) is not None:
         name = config.model.config or config.model.pretrained
         config.require(
             config.data.sequence_length <= longest,

@@ -18,7 +18,6 @@ from stacey_dist.errors import InputError, SettingsError, first_line, settings_e
 from stacey_dist.models.causal_lm import (
     causal_config,
     count_parameters,
-    longest_sequence,
     model_directory,
     new_model,
     weight_files,
@@ -39,7 +38,7 @@ def check_model(config: LLMConfig) -> None:
     """Raise SettingsError if the configured architecture cannot be had, or takes no sequences of the data's length."""
     if (described := described_model(config.model)) is None:
         return
-    check_length(config, longest_sequence(causal_config(described)))
+    check_length(config, described)
     if config.model.pretrained:
         with settings_errors(_SETTINGS):
             weight_files(model_directory(config.model.pretrained))
