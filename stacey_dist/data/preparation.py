@@ -1,6 +1,6 @@
 """Prepare one source: join the chunks of its inputs, in order, into the parts of a directory."""
 
-import itertools
+import contextlib
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -115,8 +115,6 @@ class Preparation:
         self._progress = progress
         self._encoder = encoder
         self._helpers = helpers
-        self._awaited: tuple[str, Generator[Failure | None, None, None]] | None = None
-        self._others = encoder.work()
         self._failures: dict[str, InputError] = {}
         self._taken: list[Path] = []
         self._writers: dict[str, PartWriter]
@@ -133,14 +131,10 @@ class Preparation:
             # An input that cannot be read is found before the hours that the others take.
             for each in self._passes:
                 next(iter(each.inputs[0].records()), None)
-        try:
-            for each in self._passes:
-                self._run(each)
-                # What is left of it is not needed: its limit was reached.
-                self._encoder.close(each.name)
-        finally:
-            self._leave_awaited()
-            self._others.close()
+        for each in self._passes:
+            self._run(each)
+            # What is left of it is not needed: its limit was reached.
+            self._encoder.close(each.name)
         for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
@@ -221,75 +215,65 @@ class Preparation:
             return
         if not now.current:
             now.begin_input(self._documents())
-        with self._bar(now) as bar:
-            for group in self._encoder.groups:
-                if group.name == now.name:
-                    for block in self._blocks(now, group):
-                        self._take(now, block)
-                        bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
-                        bar.update(now.done - bar.n)
-                        if now.full:
-                            break
+        with self._bar(now) as bar, contextlib.closing(self._blocks(now)) as blocks:
+            for block in blocks:
+                self._take(now, block)
+                bar.set_postfix_str(f"{now.writer.tokens / 1e6:.1f}M tokens", refresh=False)
+                bar.update(now.done - bar.n)
+                if now.full:
+                    break
         now.finished = True
         self._commit()
 
-    def _blocks(self, now: _Pass, group: Group) -> Iterator[Block]:
-        """Yield what is left of a group, chunk after chunk, as they are written."""
+    def _blocks(self, now: _Pass) -> Generator[Block, None, None]:
+        """Yield what is left of a pass, chunk after chunk, as they are written."""
+        for group in self._encoder.groups:
+            if group.name == now.name:
+                yield from self._blocks_of(group, now)
+
+    def _blocks_of(self, group: Group, now: _Pass) -> Iterator[Block]:
         within = len(now.records) > group.first or now.current.get("read")
         number = self._encoder.first_chunk(group) if within else 0
-        while not now.full and len(now.records) < group.first + len(group.inputs):
-            chunk = self._encoder.chunk(group, number)
-            if not chunk.exists():
-                if self._encoder.discard_if_lost(group, number):
-                    number = 0
-                else:
-                    self._wait(group)
-                continue
-            try:
-                for block in unpack(chunk):
-                    if (rest := now.following(group, block)) is not None:
-                        yield rest
-            except ValueError as error:
-                self._encoder.discard(group, number)
-                raise InputError(f"{error}; {chunk} was removed, and the same command encodes it again") from error
-            self._taken.append(chunk)
-            number += 1
-            self._commit_if_due()
-        if not now.full:
+        with contextlib.closing(self._reports(group)) as reports:
+            while len(now.records) < group.first + len(group.inputs):
+                chunk = self._encoder.chunk(group, number)
+                if not chunk.exists():
+                    if self._encoder.discard_if_lost(group, number):
+                        number = 0
+                    else:
+                        self._raise_failure(group)
+                        self._failures |= dict(next(reports))
+                    continue
+                try:
+                    for block in unpack(chunk):
+                        if (rest := now.following(group, block)) is not None:
+                            yield rest
+                except ValueError as error:
+                    self._encoder.discard(group, number)
+                    raise InputError(f"{error}; {chunk} was removed, and the same command encodes it again") from error
+                self._taken.append(chunk)
+                number += 1
+                self._commit_if_due()
             self._encoder.end(group)
 
-    def _wait(self, group: Group) -> None:
-        """Wait for another chunk, or write one. Raises InputError where the records that come next cannot be read."""
+    def _raise_failure(self, group: Group) -> None:
+        """Raise InputError where the records that come next cannot be read."""
         # With max_tokens, ignore errors in groups that were encoded ahead: the limit may come before them.
-        failed = self._failures if self._max_tokens is None else {group.key: self._failures.get(group.key)}
-        for error in failed.values():
-            if error is not None:
-                self._commit()
-                raise error
-        if self._helpers.running:
-            reports: list[Failure | None] = self._helpers.reports(_POLL_SECONDS)
-        else:
-            reports = self._work(group)
-        self._failures |= dict(report for report in reports if report is not None)
+        failed = [error for key, error in self._failures.items() if key == group.key or self._max_tokens is None]
+        if failed:
+            self._commit()
+            raise failed[0]
 
-    def _work(self, group: Group) -> list[Failure | None]:
-        """Write a chunk of a group, or of another one while another process has the group."""
-        if self._awaited is None or self._awaited[0] != group.key:
-            self._leave_awaited()
-            self._awaited = group.key, self._encoder.work_on(group)
-        reports = list(itertools.islice(self._awaited[1], 1))
-        if not reports:
-            self._leave_awaited()
-            reports = list(itertools.islice(self._others, 1))
-        if not reports:  # what is left is in the hands of other processes
-            time.sleep(_POLL_SECONDS)
-            self._others = self._encoder.work()
-        return reports
-
-    def _leave_awaited(self) -> None:
-        if self._awaited is not None:
-            self._awaited[1].close()
-        self._awaited = None
+    def _reports(self, group: Group) -> Generator[list[Failure], None, None]:
+        """Yield what the helpers report while a group's chunks are awaited. Without helpers, write these chunks."""
+        while True:
+            if self._helpers.running:
+                yield self._helpers.reports(_POLL_SECONDS)
+            else:
+                for failure in self._encoder.work_on(group):
+                    yield [] if failure is None else [failure]
+                time.sleep(_POLL_SECONDS)  # another process has the group
+                yield []
 
     def _take(self, now: _Pass, block: Block) -> None:
         """Append the documents of a block, up to the limit, and count its records."""
