@@ -96,10 +96,10 @@ def prepare(
 
             def check() -> None:
                 for failure in helpers.reports(1.0):
-                    if failure is not None and max_tokens is None:
+                    if max_tokens is None:
                         raise failure[1]
 
-            with lock(meanwhile=check if helpers.running else None):
+            with lock(wait=check):
                 if not _is_complete(directory):
                     Preparation(encoder, helpers, validation_every, progress).run()
     return directory

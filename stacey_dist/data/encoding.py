@@ -164,7 +164,7 @@ class Encoder:
         return self._chunks / group.key
 
     def _locked(self, group: Group) -> AbstractContextManager[None]:
-        return locked(self._folder(group) / "lock", False, wait=False)
+        return locked(self._folder(group) / "lock", False, wait=None)
 
     def _end(self, group: Group) -> Path:
         """Return the path of the file that says that no more chunks of a group will be written."""
