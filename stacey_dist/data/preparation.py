@@ -309,10 +309,11 @@ class Preparation:
             now.begin_input(self._documents())
 
     def _bar(self, now: _Pass) -> "tqdm[Any]":
-        total = now.limit if now.limit is not None else self._source.size_bytes if now.name == "train" else None
+        sizes = [each.size_bytes for each in now.inputs]
+        size = None if None in sizes else sum(filter(None, sizes))
         return tqdm(
             desc=f"tokenizing {now.name}",
-            total=total,
+            total=size if now.limit is None else now.limit,
             initial=now.done,
             unit="B" if now.limit is None else "tok",
             unit_scale=True,

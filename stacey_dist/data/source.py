@@ -45,14 +45,12 @@ class Source:
     Attributes:
         inputs: the parts of the text, in order.
         identity: a JSON-able value that differs wherever the documents may differ.
-        size_bytes: about how many bytes of text there are, for the progress bar; None where unknown.
         validation_inputs: like inputs, for validation; None to hold some of the documents of ``inputs`` out.
         on_bad_record: what ``inputs`` do with a bad record.
     """
 
     inputs: Sequence[Input]
     identity: Any
-    size_bytes: int | None = None
     validation_inputs: Sequence[Input] | None = None
     on_bad_record: OnBadRecord = "error"
 
@@ -98,7 +96,6 @@ def files_source(
     return Source(
         inputs=inputs,
         identity=identity | _if_skipping(on_bad_record),
-        size_bytes=sum(each.size_bytes or 0 for each in inputs),
         validation_inputs=held_out or None,
         on_bad_record=on_bad_record,
     )
@@ -160,7 +157,7 @@ def embedded_source() -> Source:
     """Return the text that every Python carries: about 3 MB; see ``standard_library_documents``."""
     # The patch release too: docstrings differ between them.
     identity = {"embedded": EXTRACTOR_VERSION, "python": platform.python_version()}
-    return Source([Input(standard_library_documents, identity)], identity, size_bytes=3_200_000)
+    return Source([Input(standard_library_documents, identity, size_bytes=3_200_000)], identity)
 
 
 def file_identity(file: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def list_input(texts: list[str], name: str = "list") -> Input:
 
 def list_source(texts: list[str], validation: list[str] | None = None) -> Source:
     held_out = None if validation is None else [list_input(validation)]
-    return Source([list_input(texts)], [texts, validation], None, held_out)
+    return Source([list_input(texts)], [texts, validation], held_out)
 
 
 def write_c4(path: Path, texts: list[str], **changes: Any) -> Path:

@@ -74,7 +74,7 @@ def test_starting_over_after_chunks_were_removed(tmp_path: Path, interrupted: Pa
 @pytest.mark.parametrize("removed", [False, True])
 def test_starting_over_after_a_limit(tmp_path: Path, workers: int, removed: bool) -> None:
     """The groups of which no more was needed have ended, whatever chunks they have."""
-    source = Source(SOURCE.inputs, "inputs", None, [list_input(texts(200, seed=9))])
+    source = Source(SOURCE.inputs, "inputs", [list_input(texts(200, seed=9))])
     settings = SETTINGS | {"max_tokens": 4000}
 
     class FailingLater(ByteTokenizer):
@@ -134,7 +134,7 @@ def test_validation_does_not_wait_for_text_beyond_the_limit(tmp_path: Path, monk
             yield Document("abc" * 50, f"endless:{i}")
 
     # As many as workers: each would be in one of them for ever.
-    source = Source([Input(endless, i) for i in range(3)], "endless", None, [list_input(texts(50))])
+    source = Source([Input(endless, i) for i in range(3)], "endless", [list_input(texts(50))])
     settings = SETTINGS | {"max_tokens": 9000}
     alone, helped = (prepare(source, ByteTokenizer(), tmp_path / str(n), **settings, workers=n) for n in (1, 3))
     assert tree(alone) == tree(helped)
@@ -146,7 +146,7 @@ def test_no_process_waits_beside_the_one_that_reads_all_training_text(
     monkeypatch.setattr(encoding, "_GROUP_BYTES", 1)
     validation = [list_input(texts(5))]
     for inputs, count in ((1, 0), (3, 3)):
-        source = Source([list_input(texts(5)) for _ in range(inputs)], "source", None, validation)
+        source = Source([list_input(texts(5)) for _ in range(inputs)], "source", validation)
         encoder = encoding.Encoder(tmp_path / str(inputs), source, ByteTokenizer(), None)
         with cache._encode_beside(encoder, 64, (0, 1)) as helpers:
             assert len(helpers._running) == count
