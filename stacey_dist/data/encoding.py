@@ -208,11 +208,9 @@ class Encoder:
         inputs = group.inputs
         number, read, place, copying = (0, 0, None, False) if last is None else _after(last)
         while number < len(inputs):
-            found = self.reuse.find(inputs[number].identity) if copying or not read else None
-            if found is None and copying:
-                # The other directory may have been completed meanwhile.
+            if copying:  # another process began it, perhaps from a directory that came later
                 self.reuse = self._find_known()
-                found = self.reuse.find(inputs[number].identity)
+            found = self.reuse.find(inputs[number].identity) if copying or not read else None
             if found is not None:
                 for block in found.blocks(number):
                     if block.first >= read:
