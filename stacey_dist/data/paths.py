@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from stacey_dist.data.text import ENDINGS
 from stacey_dist.errors import InputError
 
 # All but what `datasets`, and fsspec below it, certainly take for a name. They know patterns, chains of file systems,
@@ -15,8 +16,8 @@ from stacey_dist.errors import InputError
 _SPECIAL = re.compile(r"[^\w./ ,+@=-]")
 
 
-def expand_files(argument: str, patterns: Sequence[str], endings: Sequence[str]) -> list[str]:
-    """Return the files that paths and glob patterns name, each pattern's matches sorted, each file once.
+def expand_files(argument: str, patterns: Sequence[str]) -> list[str]:
+    """Return the text files that paths and glob patterns name, each pattern's matches sorted, each file once.
 
     A file that has several names, through links, has the first of them.
 
@@ -26,25 +27,21 @@ def expand_files(argument: str, patterns: Sequence[str], endings: Sequence[str])
     Args:
         argument: the name of the argument that the patterns come from, for messages.
         patterns: paths or patterns; ``**`` matches any directories, ``~`` is the home directory.
-        endings: what a file's name may end with.
 
     Raises:
         InputError: there are no patterns, one matches nothing, or a match is not a file with text in a known format.
     """
     if not patterns:
         raise InputError(f"{argument}: no files were given")
-    files: list[str] = []
+    files: dict[str, str] = {}
     for pattern in patterns:
         matches = _matches(pattern)
         if not matches:
             raise InputError(f"{argument}: {pattern!r} matches no file")
-        files += matches
-    for file in files:
-        _check_file(argument, file, endings)
-    once: dict[str, str] = {}
-    for file in files:
-        once.setdefault(os.path.realpath(file), file)
-    return list(once.values())
+        for file in matches:
+            _check_file(argument, file)
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
 def _matches(pattern: str) -> list[str]:
@@ -59,11 +56,11 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob.glob(os.sep.join([*escaped, *folders[existing:]]), recursive=True))
 
 
-def _check_file(argument: str, file: str, endings: Sequence[str]) -> None:
+def _check_file(argument: str, file: str) -> None:
     if os.path.isdir(file):
         raise InputError(f"{argument}: {file} is a directory; to take its files, write {file}/*.json.gz")
-    if not Path(file).name.endswith(tuple(endings)):
-        raise InputError(f"{argument}: {file} has none of the endings that can be read: {', '.join(endings)}")
+    if not Path(file).name.endswith(ENDINGS):
+        raise InputError(f"{argument}: {file} has none of the endings that can be read: {', '.join(ENDINGS)}")
     if not os.path.exists(file):
         raise InputError(f"{argument}: {file} is a link to a file that is not there")
     if not os.path.isfile(file):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
 from stacey_dist.data.paths import expand_files, literal_directory
-from stacey_dist.data.text import ENDINGS, BadRecord, Document, Records, document_of, read_records
+from stacey_dist.data.text import BadRecord, Document, Records, document_of, read_records
 from stacey_dist.errors import InputError, one_line
 
 OnBadRecord = Literal["error", "skip"]
@@ -77,8 +77,8 @@ def files_source(
     Raises:
         InputError: a pattern matches nothing or a file that cannot be read, or both match the same one.
     """
-    training = expand_files("files", files, ENDINGS)
-    validation = expand_files("validation_files", validation_files, ENDINGS) if validation_files else []
+    training = expand_files("files", files)
+    validation = expand_files("validation_files", validation_files) if validation_files else []
     both = {os.path.realpath(file) for file in training} & {os.path.realpath(file) for file in validation}
     if both:
         raise InputError(f"validation_files: {min(both)} is one of `files` too: it would be trained on")
@@ -133,22 +133,21 @@ def hub_source(
         "text_column": text_column,
     }
 
-    def validation_records(split: str) -> Records:
-        try:
-            yield from _hub_records(dataset, config, split, text_column, streaming)
-        except InputError as error:
-            raise InputError(f"validation_split: {error}; without one, training documents are held out") from error
+    def input_of(split: str) -> Input:
+        def records() -> Records:
+            try:
+                yield from _hub_records(dataset, config, split, text_column, streaming)
+            except InputError as error:
+                if split != validation_split:
+                    raise
+                raise InputError(f"validation_split: {error}; without one, training documents are held out") from error
 
-    def input_of(split: str, records: Callable[[], Records]) -> Input:
         return Input(_opening(on_bad_record, records), identity | {"split": split})
 
-    training = partial(_hub_records, dataset, config, split, text_column, streaming)
-    held_out = [input_of(validation_split, partial(validation_records, validation_split))] if validation_split else None
-
     return Source(
-        inputs=[input_of(split, training)],
+        inputs=[input_of(split)],
         identity=identity | {"split": split, "validation_split": validation_split} | _if_skipping(on_bad_record),
-        validation_inputs=held_out,
+        validation_inputs=[input_of(validation_split)] if validation_split else None,
         on_bad_record=on_bad_record,
     )
 

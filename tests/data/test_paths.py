@@ -19,7 +19,6 @@ from stacey_dist.data import (
     train_sentencepiece,
 )
 from stacey_dist.data.paths import expand_files
-from stacey_dist.data.text import ENDINGS
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, hub_documents, list_source, texts
 
@@ -76,7 +75,7 @@ def test_patterns_in_a_folder_with_such_a_name(name: str, tmp_path: Path) -> Non
     for pattern in ("*.jsonl", "t?ain.jsonl", "train.[j]sonl", "**/*.jsonl"):
         assert read(f"{name}/{pattern}") == read(f"{tmp_path}/{name}/{pattern}") == ["right"]
     with pytest.raises(InputError, match="matches no file"):
-        expand_files("files", [f"{name}/nothing*.jsonl"], ENDINGS)
+        expand_files("files", [f"{name}/nothing*.jsonl"])
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -145,7 +144,7 @@ def test_the_home_directory_and_a_folder_of_that_name(tmp_path: Path, monkeypatc
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match=r"a\.jsonl is not a regular file"):
-        expand_files("files", [f"{tmp_path}/*.jsonl"], ENDINGS)
+        expand_files("files", [f"{tmp_path}/*.jsonl"])
     os.mkfifo(tmp_path / "a.model")
     with pytest.raises(InputError, match=r"^path: .*a\.model is not a file"):
         load_sentencepiece(tmp_path / "a.model")

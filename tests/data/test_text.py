@@ -14,7 +14,7 @@ import pytest
 
 from stacey_dist.data import Document, files_source, hub_source
 from stacey_dist.data.paths import expand_files
-from stacey_dist.data.text import ENDINGS, PLAIN_TEXT_DOCUMENT, read_records
+from stacey_dist.data.text import PLAIN_TEXT_DOCUMENT, read_records
 from stacey_dist.errors import InputError
 from tests.data.helpers import hub_documents, read_documents, write_c4
 
@@ -164,7 +164,7 @@ def test_expand_files(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text("x")
     expand = lambda *names: [  # noqa: E731
-        Path(f).relative_to(tmp_path).as_posix() for f in expand_files("s", [f"{tmp_path}/{n}" for n in names], ENDINGS)
+        Path(f).relative_to(tmp_path).as_posix() for f in expand_files("s", [f"{tmp_path}/{n}" for n in names])
     ]
     assert expand("*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert expand("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
@@ -183,7 +183,7 @@ def test_expand_files_errors(tmp_path: Path) -> None:
         (".",): "is a directory",
     }.items():
         with pytest.raises(InputError, match=rf"^files: .*{message}"):
-            expand_files("files", [f"{tmp_path}/{pattern}" for pattern in patterns], ENDINGS)
+            expand_files("files", [f"{tmp_path}/{pattern}" for pattern in patterns])
 
 
 def test_files_source_names_the_setting(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_held_out_text_that_would_be_trained_on_is_refused(tmp_path: Path) -> No
 def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.json.gz").symlink_to("annex/a.json.gz")
     with pytest.raises(InputError, match=r"^files: .*a\.json\.gz is a link to a file that is not there"):
-        expand_files("files", [f"{tmp_path}/*.json.gz"], ENDINGS)
+        expand_files("files", [f"{tmp_path}/*.json.gz"])
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -275,7 +275,7 @@ def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
     file = write_c4(tmp_path / "v3" / "a.jsonl", TEXTS)
     (tmp_path / "latest").symlink_to("v3")
     (tmp_path / "b.jsonl").symlink_to("v3/a.jsonl")
-    found = expand_files("files", [f"{tmp_path}/b.jsonl", f"{tmp_path}/**/*.jsonl", str(file)], ENDINGS)
+    found = expand_files("files", [f"{tmp_path}/b.jsonl", f"{tmp_path}/**/*.jsonl", str(file)])
     assert found == [f"{tmp_path}/b.jsonl"]
 
 
