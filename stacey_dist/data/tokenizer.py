@@ -11,7 +11,7 @@ from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
 from stacey_dist.data.special import read_literally, special_tokens, spelled
 from stacey_dist.errors import InputError, one_line
-from stacey_dist.files import replace_file
+from stacey_dist.files import open_regular, replace_file
 
 TRAINING_TEXT = 20_000_000
 """Characters of text that a tokenizer is trained on, at most."""
@@ -93,9 +93,8 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
         InputError: the file cannot be read, is no sentencepiece model, or has no end-of-sentence token.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise InputError(f"path: {path} is not a file")
-        model = Path(path).read_bytes()
+        with open_regular(Path(path)) as file:
+            model = file.read()
     except OSError as error:
         raise InputError(f"path: {path} cannot be read: {error.strerror}") from error
     return _SentencePieceTokenizer(model, str(path))
@@ -189,9 +188,16 @@ class _SentencePieceTokenizer:
     """A sentencepiece model. Exports hold its conversion where that gives the same ids, and otherwise the model."""
 
     def __init__(self, model: bytes, name: str) -> None:
+        import sentencepiece
+
         self._model = model
         self._name = name
-        self._processor = _processor(model, name)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(f"path: {name} is not a sentencepiece model: {one_line(error)}") from error
+        if self._processor.eos_id() < 0:
+            raise InputError(f"path: {name} has no end-of-sentence token, which ends each document")
         self.vocab_size = len(self._processor)
         self.end_token_id: int = self._processor.eos_id()
         self._converted: Any = None
@@ -199,7 +205,7 @@ class _SentencePieceTokenizer:
             self._converted = convert(model)
         except Inconvertible as error:
             self._inconvertible = str(error)
-            self._warn(self._inconvertible)
+            self._warn()
         # The prefix is 0.1.0's, so that its caches are found where its ids were these.
         prefix = b"sentencepiece " if self._converted is None else b"native "
         self.fingerprint = hashlib.sha256(prefix + model).hexdigest()
@@ -217,30 +223,26 @@ class _SentencePieceTokenizer:
     def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if self._converted is None:
-            self._save_model_alone(directory, self._inconvertible)
-            return
-        self._pretrained().save_pretrained(directory)
-        special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
-        if difference := _export_difference(self, directory, [*spelled(special), *texts]):
-            reason = f"ids differ on {difference!r}"
-            self._warn(reason)
-            self._save_model_alone(directory, reason)
-        else:
-            (directory / "tokenizer.model").write_bytes(self._model)
-
-    def _save_model_alone(self, directory: Path, reason: str) -> None:
+        if self._converted is not None:
+            self._pretrained().save_pretrained(directory)
+            special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
+            difference = _export_difference(self, directory, [*spelled(special), *texts])
+            if difference is None:
+                (directory / "tokenizer.model").write_bytes(self._model)
+                return
+            self._inconvertible = f"ids differ on {difference!r}"
+            self._warn()
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             (directory / name).unlink(missing_ok=True)
         (directory / "sentencepiece.model").write_bytes(self._model)
         (directory / "README.txt").write_text(
-            f"transformers.AutoTokenizer cannot reproduce this tokenizer ({reason!a}). Load it with\n"
+            f"transformers.AutoTokenizer cannot reproduce this tokenizer ({self._inconvertible!a}). Load it with\n"
             'sentencepiece.SentencePieceProcessor(model_file="sentencepiece.model").\n'
         )
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self) -> None:
         warnings.warn(
-            f"tokenizer {self._name}: transformers cannot reproduce this sentencepiece model ({reason}). "
+            f"tokenizer {self._name}: transformers cannot reproduce this sentencepiece model ({self._inconvertible}). "
             "Sentencepiece itself encodes, and exports hold sentencepiece.model instead of a tokenizer for "
             "AutoTokenizer.",
             stacklevel=4,
@@ -260,18 +262,6 @@ class _SentencePieceTokenizer:
             split_special_tokens=True,
             **{token: self._processor.id_to_piece(i) for token, i in names.items() if i >= 0},
         )
-
-
-def _processor(model: bytes, name: str) -> Any:
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"path: {name} is not a sentencepiece model: {one_line(error)}") from error
-    if processor.eos_id() < 0:
-        raise InputError(f"path: {name} has no end-of-sentence token, which ends each document")
-    return processor
 
 
 def _export_difference(tokenizer: Tokenizer, directory: Path, texts: Sequence[str]) -> str | None:
