@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from stacey_dist.data.cache import prepare, skipped_records
@@ -32,18 +32,9 @@ from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.tasks.attention import check_attention
 from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
 
-# Which setting gives an argument of the data functions: for one source, and (`_SETTINGS`) for all sources.
-_OF_A_SOURCE = {
-    "files": "files",
-    "validation_files": "validation_files",
-    "dataset": "dataset",
-    "validation_split": "dataset_validation_split",
-    "on_bad_record": "on_bad_record",
-    "max_tokens": "max_tokens",
-    "validation_every": "validation_every",
-}
 # The settings for a source's training and validation text: those of a dataset, and those of files.
 _SETTING_NAMES = ("dataset", "dataset_validation_split"), ("files", "validation_files")
+# Which setting gives an argument of the data functions, beside those of a source.
 _SETTINGS = {
     "cache_dir": "data.cache_dir",
     "vocab_size": "tokenizer.vocab_size",
@@ -164,16 +155,14 @@ def tokenize(
 
 def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source]) -> None:
     """Raise SettingsError where a source trains on what another one holds out."""
-    named = list(zip(corpora, sources, strict=True))
-    for (one, holding), (other, training) in itertools.permutations(named, 2):
-        alike = corpora[one].validation_every == corpora[other].validation_every
+    named = zip(corpora.items(), sources, strict=True)
+    for ((one, corpus), holding), ((other, other_corpus), training) in itertools.permutations(named, 2):
+        alike = corpus.validation_every == other_corpus.validation_every
         if alike and holding.identity == training.identity:  # they hold the same documents out
             continue
         trained = set(map(_text_of, training.inputs))
-        (read, held), (also_read, _) = (
-            _SETTING_NAMES[bool(corpora[one].files)],
-            _SETTING_NAMES[bool(corpora[other].files)],
-        )
+        read, held = _SETTING_NAMES[bool(corpus.files)]
+        also_read, _ = _SETTING_NAMES[bool(other_corpus.files)]
         if both := trained.intersection(map(_text_of, holding.validation_inputs or ())):
             raise SettingsError(f"{one}{held}: {min(both)} is one of {other}{also_read}: it would be trained on")
         if holding.validation_inputs is None and (both := trained.intersection(map(_text_of, holding.inputs))):
@@ -198,7 +187,9 @@ def _text_of(text: Input) -> str:
 
 def _settings_errors(prefix: str) -> AbstractContextManager[None]:
     """Name the settings of the source, which begin with a prefix, in errors."""
-    return settings_errors(_SETTINGS | {argument: prefix + setting for argument, setting in _OF_A_SOURCE.items()})
+    of_source = {setting.name: prefix + setting.name for setting in fields(CorpusConfig)}
+    of_source["validation_split"] = f"{prefix}dataset_validation_split"
+    return settings_errors(_SETTINGS | of_source)
 
 
 def _source(corpus: CorpusConfig) -> Source:
