@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data import Document, Input, Source, hub_source
+from stacey_dist.data import BadRecord, Document, Input, Source, hub_source
 from stacey_dist.data.source import _opening
 from stacey_dist.data.text import Records, read_records
 
@@ -41,6 +41,15 @@ def read_documents(files: Sequence[str], column: str) -> Iterator[Document]:
     """Yield the documents of files, and raise InputError for the first bad record, as a source does."""
     for file in files:
         yield from _opening("error", lambda file=file: read_records(file, column))()  # type: ignore[misc]
+
+
+def records(file: Path) -> tuple[list[str], list[str]]:
+    """Return the texts of a file, and the messages of its bad records."""
+    found = list(read_records(str(file), "text"))
+    return (
+        [record.text for record in found if isinstance(record, Document)],
+        [record.message for record in found if isinstance(record, BadRecord)],
+    )
 
 
 def hub_documents(dataset: str, config: str | None, split: str, column: str, streaming: bool) -> Records:

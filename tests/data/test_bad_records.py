@@ -9,16 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stacey_dist.data import BadRecord, Document, TokenStream, files_source, prepare, read_records
+from stacey_dist.data import TokenStream, files_source, prepare
 from stacey_dist.data.cache import skipped_records
 from stacey_dist.data.source import OnBadRecord
 from stacey_dist.errors import InputError
-from tests.data.helpers import ByteTokenizer
+from tests.data.helpers import ByteTokenizer, records
 
 GOOD = b'{"text": "good"}\n'
 LINES = {
     "no JSON": (b'{"text": "b"', "not one JSON object a line"),
     "two on a line": (GOOD[:-1] + GOOD, "not one JSON object a line"),
+    "the beginning of a list": (b"[", "not one JSON object a line"),
     "a list": (b'["text"]', "expected one JSON object a line, got list"),
     "a string": (b'"text"', "expected one JSON object a line, got str"),
     "no text": (b'{"body": "b", "url": "c"}', "no column 'text' (text_column); it has body, url"),
@@ -35,15 +36,6 @@ LINES = {
     "a NUL byte": (b'{"text": "a\0b"}', "a NUL byte"),
     "a control character": (b'{"text": "a\x01b"}', "not one JSON object a line (Invalid control character"),
 }
-
-
-def records(file: Path) -> tuple[list[str], list[str]]:
-    """Return the texts and the messages of a file."""
-    found = list(read_records(str(file), "text"))
-    return (
-        [record.text for record in found if isinstance(record, Document)],
-        [record.message for record in found if isinstance(record, BadRecord)],
-    )
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])

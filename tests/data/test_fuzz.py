@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stacey_dist.data import BadRecord, Document, files_source, read_records
+from stacey_dist.data import files_source
 from stacey_dist.errors import InputError
+from tests.data.helpers import records
 
 CASES = [
     pytest.param(range(300), id="300"),
@@ -85,16 +86,12 @@ def documents_of_json_lines(content: bytes) -> tuple[list[str], int]:
 
 
 def read(file: Path) -> tuple[list[str], list[str]]:
-    records = list(read_records(str(file), "text"))
-    for record in records:
-        if isinstance(record, BadRecord):
-            assert record.message.startswith(str(file))
-            assert "\n" not in record.message
-            assert len(record.message) < 1000
-    return (
-        [record.text for record in records if isinstance(record, Document)],
-        [record.message for record in records if isinstance(record, BadRecord)],
-    )
+    texts, messages = records(file)
+    for message in messages:
+        assert message.startswith(str(file))
+        assert "\n" not in message
+        assert len(message) < 1000
+    return texts, messages
 
 
 def check_the_error(file: Path, has_bad: bool) -> None:

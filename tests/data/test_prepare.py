@@ -13,8 +13,6 @@ from stacey_dist.data import (
     Input,
     Source,
     TokenStream,
-    blocks,
-    encoding,
     files_source,
     parts,
     preparation,
@@ -33,14 +31,6 @@ def tokens_of(directory: Path, split: str) -> list[int]:
 
 def expected(documents: list[str]) -> list[int]:
     return [token for text in documents for token in [*text.encode(), 256]]
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_TOKENS", 500)
-    monkeypatch.setattr(blocks, "BATCH_BYTES", 300)
-    monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
-    monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
 
 
 @pytest.mark.usefixtures("small")

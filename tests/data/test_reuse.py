@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.data import blocks, encoding, files_source, parts, preparation, prepare, reuse
+from stacey_dist.data import Source, files_source, preparation, prepare, reuse
 from stacey_dist.data.cache import skipped_records
+from stacey_dist.data.lock import locked
 from stacey_dist.data.source import OnBadRecord
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree, write_c4
@@ -19,11 +20,7 @@ Prepared = tuple[Path, int]
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_TOKENS", 500)
-    monkeypatch.setattr(blocks, "BATCH_BYTES", 300)
-    monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
-    monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
+def small_copies(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reuse, "_DOCUMENTS", 7)
     monkeypatch.setattr(reuse, "_CHUNK", 77)
 
@@ -190,8 +187,6 @@ def test_skipped_records_are_not_taken_for_an_error(make: Callable[..., Prepared
 
 
 def test_a_directory_in_use_is_not_removed(make: Callable[..., Prepared], corpus: list[Path]) -> None:
-    from stacey_dist.data.lock import locked
-
     good = corpus[3].read_text()
     break_line(corpus[3], 31)
     with pytest.raises(InputError):
@@ -225,8 +220,6 @@ def test_many_small_files_are_encoded_together(tmp_path: Path) -> None:
         def encode_batch(self, texts: object) -> list[list[int]]:
             sizes.append(len(texts))  # type: ignore[arg-type]
             return super().encode_batch(texts)  # type: ignore[arg-type]
-
-    from stacey_dist.data import Source
 
     inputs = [list_input(["abc" * 5], f"file {i}") for i in range(300)]
     prepare(Source(inputs, "many"), Counting(), tmp_path, max_tokens=None, validation_every=10, progress=False)

@@ -79,11 +79,6 @@ def test_plain_text_without_blank_lines(tmp_path: Path) -> None:
     assert "\n".join(documents).split("\n") == lines
 
 
-def test_blank_lines_and_empty_texts_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n  \n{"text": ""}\n{"text": "b"}\n\n')
-    assert read(tmp_path / "a.jsonl") == ["a", "b"]
-
-
 def test_files_follow_one_another(tmp_path: Path) -> None:
     files = [write_c4(tmp_path / f"{name}.json.gz", [name]) for name in "ba"]
     assert read(*files) == ["b", "a"]
@@ -101,10 +96,7 @@ BAD = {
     "damaged.json.gz": (SCRAMBLED, "truncated or damaged gzip"),
     "foreign.json.gz": (gzip.compress(GOOD) + b"tail", "truncated or damaged gzip"),
     "notgzip.txt.gz": (b"plain", "truncated or damaged gzip after line 0"),
-    "array.json": (b'[\n{"text": "a"}]\n', "line 1: not one JSON object a line"),
     "latin.txt": ("a\né".encode("latin-1"), "line 2: not UTF-8"),
-    "blank.jsonl": (b"\n\n", "no text in it"),
-    "blank.txt": (b"\n \n", "no text in it"),
     "junk.parquet": (b"PAR1 junk junk junk", "cannot be read as parquet"),
 }
 

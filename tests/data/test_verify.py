@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stacey_dist.data import Source, TokenStream, blocks, encoding, parts, preparation, prepare, verify
+from stacey_dist.data import Source, TokenStream, prepare, verify
 from stacey_dist.data.verify import Verification, damaged_parts
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, texts, tree
@@ -21,11 +21,7 @@ class Dropping(ByteTokenizer):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_TOKENS", 500)
-    monkeypatch.setattr(blocks, "BATCH_BYTES", 300)
-    monkeypatch.setattr(preparation, "_COMMIT_TOKENS", 1000)
-    monkeypatch.setattr(encoding, "_CHUNK_TOKENS", 200)
+def small_reads(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_CHUNK", 258)
 
 
