@@ -122,18 +122,18 @@ def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> He
     if groups <= shard[0]:
         print("this host waits: the text has too few files for it", file=sys.stderr, flush=True)
     workers = min(workers, groups)
+
+    def work(number: int) -> Iterator[Failure]:
+        return filter(None, encoder.work(shard[0] * workers + number, shard[1] * workers))
+
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        return Helpers(partial(_encode, encoder, workers, shard), workers if workers > 1 else 0)
+        return Helpers(work, workers if workers > 1 else 0)
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _encode(encoder: Encoder, workers: int, shard: tuple[int, int], number: int) -> Iterator[Failure]:
-    return filter(None, encoder.work(shard[0] * workers + number, shard[1] * workers))
 
 
 def skipped_records(directory: Path) -> str | None:
