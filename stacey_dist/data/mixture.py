@@ -68,36 +68,29 @@ class MixedSampler:
         self._source = _layout(shares)
         order = np.argsort(self._source, kind="stable")
         self._places = np.split(order, np.cumsum(shares)[:-1])
-        self._number = np.empty_like(order)
-        """How many samples of its source come before, within the layout."""
-        self._number[order] = np.concatenate([np.arange(share) for share in shares])
-
-    def locate(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return which source stands at each position, and how many samples of that source come before it."""
-        rounds, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self._source))
-        sources = self._source[places]
-        return sources, rounds * self._shares[sources] + self._number[places]
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the sources and their samples at the positions [position, position + count), of length count each."""
-        sources, numbers = self.locate(np.arange(position, position + count, dtype=np.int64))
-        samples = np.empty_like(numbers)
+        positions = np.arange(position, position + count, dtype=np.int64)
+        sources = self._source[positions % len(self._source)]
+        samples = np.empty_like(positions)
         for i, sampler in enumerate(self.samplers):
-            samples[sources == i] = sampler.sample(numbers[sources == i])
+            samples[sources == i] = sampler.sample(self._before(i, positions[sources == i]))
         return sources, samples
 
     def counts(self, position: int) -> list[int]:
         """Return how many samples of each source stand before a position."""
-        return [self._count(source, position) for source in range(len(self.samplers))]
+        return [int(self._before(source, position)) for source in range(len(self.samplers))]
 
-    def _count(self, source: int, position: int) -> int:
-        rounds, place = divmod(position, len(self._source))
-        return rounds * int(self._shares[source]) + int(np.searchsorted(self._places[source], place))
+    def _before(self, source: int, positions: ArrayLike) -> NDArray[np.int64]:
+        """Return how many samples of a source stand before each position."""
+        rounds, places = np.divmod(positions, len(self._source))
+        return rounds * self._shares[source] + np.searchsorted(self._places[source], places)
 
     def times(self, source: int, sample: int, position: int, count: int) -> int:
         """Return how often a sample of a source stands at the positions [position, position + count)."""
         sampler = self.samplers[source]
-        first, stop = self._count(source, position), self._count(source, position + count)
+        first, stop = int(self._before(source, position)), int(self._before(source, position + count))
         begun, ended = first // sampler.size, stop // sampler.size
         # It stands once in each epoch; in the first and the last one perhaps before or behind the positions.
         return ended - begun - (sampler.position(sample, begun) < first) + (sampler.position(sample, ended) < stop)

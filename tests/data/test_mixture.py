@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +20,11 @@ def test_counts_are_within_one_of_their_shares_after_any_number_of_samples(share
     period = sum(shares)
     first = periods * period
     mixed = MixedSampler([7] * len(shares), shares, 0)
-    sources, numbers = mixed.locate(np.arange(first, first + period + 3))
+    sources, samples = mixed.samples(first, period + 3)
     counts = [periods * share for share in shares]
     assert mixed.counts(first) == counts
-    for n, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True), start=first + 1):
-        assert number == counts[source]
+    for n, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True), start=first + 1):
+        assert sample == mixed.samplers[source].sample(counts[source])
         counts[source] += 1
         assert mixed.counts(n) == counts
         assert sum(counts) == n

@@ -237,9 +237,10 @@ def _texts(prefix: str, source: Source) -> Iterator[str]:
 
 
 def _identity(corpora: list[Corpus]) -> str:
-    shares = [corpus.share for corpus in corpora] if len(corpora) > 1 else []
     text = "".join(corpus.train.identity + corpus.validation.identity for corpus in corpora)
-    return hashlib.sha256((text + json.dumps(shares) * bool(shares)).encode()).hexdigest()
+    if len(corpora) > 1:
+        text += json.dumps([corpus.share for corpus in corpora])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _described(data: TextData) -> str:
