@@ -119,9 +119,8 @@ class Encoder:
         """
 
         def lost() -> bool:
-            names = os.listdir(self._folder(group))
-            others = [each for each in names if each == _END or (each.endswith(".npz") and each > _chunk_name(number))]
-            return bool(others) and _chunk_name(number) not in names
+            numbers = _numbers(self._folder(group))
+            return number not in numbers and (self._end(group).exists() or max(numbers, default=0) > number)
 
         try:
             if lost():

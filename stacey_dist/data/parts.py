@@ -1,7 +1,6 @@
 """The layout of a prepared directory: parts of tokens, progress.json during preparation, index.json when complete."""
 
 import contextlib
-import copy
 import functools
 import mmap
 import os
@@ -200,7 +199,7 @@ class PartWriter:
         self._split = split
         self._itemsize = dtype.itemsize
         self._file: BinaryIO | None = None
-        self._parts: list[dict[str, Any]] = copy.deepcopy(state["parts"]) if state else []
+        self._parts: list[dict[str, Any]] = state["parts"] if state else []
         self.documents: int = state["documents"] if state else 0
         self.tokens: int = sum(part["tokens"] for part in self._parts)
         self._cut()
@@ -255,8 +254,8 @@ class PartWriter:
             self._file = None
 
     def state(self) -> dict[str, Any]:
-        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n, "start": …}, …]}``."""
-        return {"documents": self.documents, "parts": copy.deepcopy(self._parts)}
+        """Return ``{"documents": n, "parts": [{"name": …, "tokens": n, "crc32": n, "start": …}, …]}`` to be saved."""
+        return {"documents": self.documents, "parts": self._parts}
 
     def _open_next(self, place: dict[str, Any]) -> None:
         self.close()
