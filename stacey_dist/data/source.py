@@ -113,7 +113,7 @@ def hub_source(
     """Return the documents of a dataset of the Hugging Face Hub, or of a local directory that ``datasets`` loads.
 
     Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read. It is
-    raised at once where both splits are the same.
+    raised at once where both splits are the same, or a local directory has no files.
 
     Args:
         dataset: its name, such as ``allenai/c4``, which alone identifies it; or a local directory, which is taken
@@ -222,6 +222,8 @@ def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
     """Return the identities of all files in a local directory that ``datasets`` loads, at any depth."""
     files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names]
+    if not files:
+        raise InputError(f"dataset: the directory {directory} has no files")
     return [file_identity(file) for file in sorted(files)]
 
 

@@ -233,6 +233,11 @@ def test_a_local_dataset_is_told_by_its_files(tmp_path: Path) -> None:
     assert len({json.dumps(each) for each in (first, second, identity())}) == 3
 
 
+def test_a_local_dataset_without_files_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^dataset: the directory {tmp_path} has no files"):
+        hub_source(str(tmp_path), None, "train", None, "text", True)
+
+
 def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
