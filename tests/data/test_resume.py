@@ -86,7 +86,10 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) 
     kills, generator = 0, random.Random(kind)
     while kills < 4 or not (killed / "progress.json").exists():
         child = start(tmp_path / "killed", 0.003, kind)
-        time.sleep(generator.uniform(0.02, 0.2))
+        # By what it has encoded: on a busy machine, every child would be killed before it has done anything.
+        enough = encoded(tmp_path / "killed") + generator.randint(0, 80)
+        while encoded(tmp_path / "killed") < enough and child.poll() is None:
+            time.sleep(generator.uniform(0, 0.02))
         child.kill()
         if child.wait() == 0:  # it was done before it was killed: from the beginning
             shutil.rmtree(tmp_path / "killed")
