@@ -265,15 +265,19 @@ class Preparation:
             raise failed[0]
 
     def _reports(self, group: Group) -> Generator[list[Failure], None, None]:
-        """Yield what the helpers report while a group's chunks are awaited. Without helpers, write these chunks."""
+        """Yield what the helpers report while a group's chunks are awaited.
+
+        Without helpers, write these chunks, or those of other groups while another process has this one.
+        """
         while True:
             if self._helpers.running:
                 yield self._helpers.reports(_POLL_SECONDS)
-            else:
-                for failure in self._encoder.work_on(group):
+                continue
+            for work in (self._encoder.work_on(group), self._encoder.work()):
+                for failure in work:
                     yield [] if failure is None else [failure]
-                time.sleep(_POLL_SECONDS)  # another process has the group
-                yield []
+            time.sleep(_POLL_SECONDS)  # what is left is in the hands of other processes
+            yield []
 
     def _take(self, now: _Pass, block: Block) -> None:
         """Append the documents of a block, up to the limit, and count its records."""
