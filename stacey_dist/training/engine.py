@@ -8,7 +8,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,17 +37,6 @@ from stacey_dist.training.processes.launch import (
 from stacey_dist.training.processes.launch_settings import one_line
 from stacey_dist.training.processes.requests import Hosts, Requests
 from stacey_dist.training.run import Run
-
-
-@dataclass(frozen=True)
-class Update:
-    """An update that was launched. The host knows its outcome only after it has waited for the device."""
-
-    outcome: Tensor
-    """On the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm, and 1 where one of
-    them is not finite, else 0. With 1 the update is skipped: weights and states are as they were."""
-    requests: Requests
-    """The requests of all processes together."""
 
 
 class Engine:
@@ -139,16 +128,18 @@ class Engine:
         # Engines average gradients over processes.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
+    def finish_update(self, loss: Tensor) -> Tensor:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
         The host waits for the device only if the optimizer cannot skip an update on the device.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
-            requests: what this process asks for.
+
+        Returns:
+            The outcome, on the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm,
+            and 1 where one of them is not finite, else 0. With 1, weights and states are as they were.
         """
-        agreed = self.hosts.ask(requests)
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
         outcome = self._outcome(loss, self._gradient_norm())
         _, norm, skipped = outcome
@@ -165,7 +156,7 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it recorded overflows when `_gradient_norm` unscaled the gradients
         self.optimizer.zero_grad()
-        return Update(outcome, agreed())
+        return outcome
 
     def _make_capturable(self) -> None:
         """Have Stacey's kernel read on the GPU whether an update is skipped, and count updates there."""
@@ -188,7 +179,7 @@ class Engine:
         return whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
     def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Return an `Update.outcome` from the shares of the loss and the first process's norm, by one all-reduce."""
+        """Return an update's outcome from the shares of the loss and the first process's norm, by one all-reduce."""
         # Replicas on unlike processors may sum the norm in another order, and would drift apart.
         norm = norm if self.accelerator.is_main_process else torch.zeros_like(norm)
         shared = torch.stack([loss, norm.to(loss)])
@@ -287,16 +278,15 @@ class DeepSpeedEngine(Engine):
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
+    def finish_update(self, loss: Tensor) -> Tensor:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
-        agreed = self.hosts.ask(requests)
         outcome = self._outcome(loss, torch.zeros_like(loss))
         self.model.step()
         norm = float(self.model.get_global_grad_norm() or 0.0)
         outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
         # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
         outcome[2] = bool(getattr(self._zero, "overflow", False)) or not outcome[:2].isfinite().all()
-        return Update(outcome, agreed())
+        return outcome
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Return the loss scale and what moves it; None without loss scaling."""

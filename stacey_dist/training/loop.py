@@ -11,7 +11,7 @@ import torch
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.engine import Engine, Update
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import depends_on_skipped, scheduled
 from stacey_dist.training.processes import signals
 from stacey_dist.training.processes.requests import Requests
@@ -69,8 +69,8 @@ def train(
             trainer.evaluate_resumed_update()
         trainer.clock.resume()
         while progress.step < trainer.stop_step:
-            update = trainer.train_step()
-            trainer.after_step(update)
+            requests = trainer.train_step()
+            trainer.after_step(requests)
         trainer.end()
     trainer.check_result()
     run.say(engine.state_report())
@@ -108,10 +108,10 @@ class _Trainer(Training):
         for callback in self.callbacks:
             getattr(callback, method)(self, *values)
 
-    def train_step(self) -> Update:
+    def train_step(self) -> Requests:
         """Make one update: forward and backward of each micro-batch, then clip and apply the gradients.
 
-        The host does not wait for the device.
+        The host does not wait for the device. Returns what all processes together ask for.
         """
         engine, progress = self.engine, self.progress
         signals.update_begins()
@@ -131,24 +131,25 @@ class _Trainer(Training):
                 share = self.task.loss(engine.model, batch)
                 engine.backward(share)
             loss += share.detach()
-        update = engine.finish_update(loss, self._requests())
-        engine.batch_norms.restore(update.outcome[2])
+        agreed = engine.hosts.ask(self._requests())
+        outcome = engine.finish_update(loss)
+        engine.batch_norms.restore(outcome[2])
         progress.advance(self.task.batch_size)
-        self.outcomes.add(update.outcome)
-        return update
+        self.outcomes.add(outcome)
+        return agreed()
 
-    def after_step(self, update: Update) -> None:
+    def after_step(self, requests: Requests) -> None:
         """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
-        progress, requests = self.progress, update.requests
+        progress = self.progress
+        self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(progress.step)
         self.outcome = None
-        if self._needs_outcome(update):
+        if self._needs_outcome():
             self.outcome = self.wait_for_outcome()
             self._check_skipped()
         self.saver.report()
         if requests.saved:
             self._report_saved_checkpoints()
-        self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
         self.call_callbacks("on_update_end")
@@ -160,7 +161,16 @@ class _Trainer(Training):
         if ending and not self.directory_gone and self.engine.any_process(self.run.directory_is_gone()):
             self.directory_gone = True  # during the evaluation
             self.run.recreate_directory()
-        self._save(update, ending, best=improved and self.config.checkpoint.keep_best)
+        # Skipped updates may mean that the weights have diverged, so a save that is due waits for an applied update.
+        # Weights that were just evaluated as the best have not diverged: they are saved at once.
+        applied = not self.outcomes.last.skipped
+        best = improved and self.config.checkpoint.keep_best
+        if ending:
+            self._save_and_wait(delete_older=applied)
+        elif best or (self.save_is_due and applied):
+            save = self.saver.save_and_wait if requests.save_and_wait else self.saver.save
+            save(progress, delete_older=applied)
+            self.save_is_due = False
         if self.directory_gone:
             self._fail_without_directory()
         if self.stopping:
@@ -277,9 +287,9 @@ class _Trainer(Training):
     def _is_evaluated(self, step: int) -> bool:
         return step == self.last_step or step % self.config.train.eval_every_steps == 0
 
-    def _needs_outcome(self, update: Update) -> bool:
+    def _needs_outcome(self) -> bool:
         """Return whether the host needs the outcome of the update now; the same on all processes."""
-        step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
+        step, ending = self.step, self.stopping or self.directory_gone
         if self.save_is_due or ending or step == self.stop_step or self._is_evaluated(step) or step % _READ_EVERY == 0:
             return True
         return any(callback.needs_outcome(step) for callback in self.callbacks)
@@ -292,20 +302,6 @@ class _Trainer(Training):
                 f"{self.saver.describe_resume_point()}",
                 DivergedError,
             )
-
-    def _save(self, update: Update, ending: bool, best: bool) -> None:
-        """Save at the end, and where it is due.
-
-        Skipped updates may mean that the weights have diverged, so a save that is due waits for an applied update.
-        Weights that were just evaluated as the best have not diverged: they are saved at once.
-        """
-        applied = not self.outcomes.last.skipped
-        if ending:
-            self._save_and_wait(delete_older=applied)
-        elif best or (self.save_is_due and applied):
-            save = self.saver.save_and_wait if update.requests.save_and_wait else self.saver.save
-            save(self.progress, delete_older=applied)
-            self.save_is_due = False
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")

@@ -41,7 +41,7 @@ class Outcomes:
         return len(self._unread)
 
     def add(self, outcome: Tensor) -> None:
-        """Take an `Update.outcome`; `progress` counts the update already."""
+        """Take what `Engine.finish_update` returned; `progress` counts the update already."""
         self._unread.append(outcome)
 
     def read(self) -> None:
