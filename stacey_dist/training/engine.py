@@ -24,7 +24,6 @@ from stacey_dist.optim.base import kernel
 from stacey_dist.optim.memory import whole
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
-from stacey_dist.training import loss_scale
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.initial_weights import InitialWeights, allocate
 from stacey_dist.training.processes import heartbeat
@@ -213,15 +212,10 @@ class Engine:
         gc.collect()
         self.accelerator.end_training()
 
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scale and what moves it; None without loss scaling."""
-        scaler = self.accelerator.scaler
-        return loss_scale.of_torch(scaler) if scaler is not None else None
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Load what `scaler_state` returned, of whichever engine."""
-        if self.accelerator.scaler is not None:
-            loss_scale.to_torch(state, self.accelerator.scaler)
+    @property
+    def scaler(self) -> Any:
+        """The dynamic loss scaler, torch's or DeepSpeed's; None without one. See `loss_scale`."""
+        return self.accelerator.scaler
 
 
 class DeepSpeedEngine(Engine):
@@ -260,11 +254,6 @@ class DeepSpeedEngine(Engine):
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 
-    @property
-    def _zero(self) -> Any:
-        """DeepSpeed's own optimizer."""
-        return self.model.optimizer
-
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
@@ -285,22 +274,13 @@ class DeepSpeedEngine(Engine):
         norm = float(self.model.get_global_grad_norm() or 0.0)
         outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
         # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
-        outcome[2] = bool(getattr(self._zero, "overflow", False)) or not outcome[:2].isfinite().all()
+        outcome[2] = bool(getattr(self.model.optimizer, "overflow", False)) or not outcome[:2].isfinite().all()
         return outcome
 
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scale and what moves it; None without loss scaling."""
-        scaler = self._dynamic_scaler
-        return loss_scale.of_deepspeed(scaler) if scaler else None
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Load what `scaler_state` returned, of whichever engine."""
-        if scaler := self._dynamic_scaler:
-            loss_scale.to_deepspeed(state, scaler)
-
     @property
-    def _dynamic_scaler(self) -> Any:
-        scaler = getattr(self._zero, "loss_scaler", None)
+    def scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None without one."""
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
 

@@ -10,6 +10,7 @@ from stacey_dist.checkpoint.read import load_verified, verify_together
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_model
+from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.progress import check_progress
@@ -42,8 +43,8 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
         run.fail(f"{_setting(run, path)}: {error}")
     extra = manifest["extra"]
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"], evaluated_step=extra["step"])
-    if extra.get("scaler"):
-        engine.load_scaler_state(extra["scaler"])
+    if extra.get("scaler") and engine.scaler:
+        loss_scale.load(extra["scaler"], engine.scaler)
     if _setting(run, path) == "run_dir":  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
         progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")

@@ -18,6 +18,7 @@ from stacey_dist.checkpoint.manifest import (
 )
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.models.export import describe_model, export_model
+from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import checkpoint_before_decay, updates_before_decay
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.hub import push
@@ -163,7 +164,7 @@ class Saver:
             "data_identity": self.data_identity,
             "engine": self.engine.name,
             "model": describe_model(self.engine.module),
-            "scaler": self.engine.scaler_state(),
+            "scaler": loss_scale.state_of(self.engine.scaler) if self.engine.scaler else None,
             "trackers": self.run.tracker_ids,
         }
         path = checkpoint_path(self.run, progress.step)
