@@ -16,11 +16,12 @@ from stacey_dist.training.optimizers import depends_on_skipped, scheduled
 from stacey_dist.training.processes import signals
 from stacey_dist.training.processes.requests import Requests
 from stacey_dist.training.processes.signals import StopSignal
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.reports.inside import callbacks_of
 from stacey_dist.training.reports.metrics import Metrics
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Progress, Saver, checkpoint_path, is_finite
+from stacey_dist.training.saving import Saver, checkpoint_path, is_finite
 from stacey_dist.training.task import Task
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes

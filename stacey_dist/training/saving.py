@@ -1,11 +1,10 @@
 """Save a run's checkpoints: when to save, what to keep, and what to do after a failed save."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
@@ -23,43 +22,12 @@ from stacey_dist.training.continuing import checkpoint_before_decay, updates_bef
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.hub import push
 from stacey_dist.training.processes import signals
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.reports.card import write_card
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import to_dict
 
 _GIVE_UP_AFTER = 2
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what a checkpoint says besides its tensors."""
-
-    step: int = 0
-    """Updates made, with those that were skipped."""
-    position: int = 0
-    """Samples that all processes together have trained on: the next one is the sample at this global position."""
-    skipped_steps: int = 0
-    """Updates that changed nothing, for a loss or gradient that was not finite."""
-    best_step: int | None = None
-    """After which update the evaluation was best."""
-    best_score: float | None = None
-    """How good it was: higher is better."""
-    kept_best_step: int | None = None
-    """With `checkpoint.keep_best`: the best update that has a checkpoint."""
-    evaluated_step: int = 0
-    """After which update it was last evaluated."""
-
-    def advance(self, samples: int) -> None:
-        """Count an update of this many samples."""
-        self.step += 1
-        self.position += samples
-
-    def improves(self, score: float) -> bool:
-        """Return whether an evaluation is the best so far, and remember it if it is."""
-        better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
-        if better:
-            self.best_step, self.best_score = self.step, score
-        return better
 
 
 def checkpoint_path(run: Run, step: int) -> Path:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from stacey_dist.optim import base
 from stacey_dist.training import engine, loop
 from stacey_dist.training.launchers import LAUNCHERS
-from stacey_dist.training.saving import Progress
+from stacey_dist.training.progress import Progress
 
 META = torch.device("meta")
 seen = set()

@@ -11,7 +11,7 @@ from stacey_dist.training import loop, start
 from stacey_dist.training.callbacks import Clock
 from stacey_dist.training.engine import DeepSpeedEngine, Engine
 from stacey_dist.training.processes import signals
-from stacey_dist.training.saving import Progress
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.settings.config import RunConfig
 
 
