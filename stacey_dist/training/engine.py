@@ -33,7 +33,7 @@ from stacey_dist.training.processes.launch import (
     requested_engine,
     shards_weights,
 )
-from stacey_dist.training.processes.launch_settings import one_line
+from stacey_dist.training.processes.launch_settings import configuration_errors
 from stacey_dist.training.processes.requests import Hosts, Requests
 from stacey_dist.training.run import Run
 
@@ -70,7 +70,7 @@ class Engine:
             return
         # No device placement of the optimizer: its state is created on the parameters' device, and Accelerate would
         # call `ZeroRedundancyOptimizer.state_dict`, which raises an error.
-        with one_line("the configuration of `accelerate launch`"):
+        with configuration_errors("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(
                 self.module, optimizer, device_placement=[True, False]
             )
@@ -85,7 +85,7 @@ class Engine:
         plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
         names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
         groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
-        with one_line("the configuration of `accelerate launch`"):
+        with configuration_errors("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         if without_memory:
             offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
@@ -223,7 +223,7 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
-        with one_line("the DeepSpeed configuration"):
+        with configuration_errors("the DeepSpeed configuration"):
             if shards_weights(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)

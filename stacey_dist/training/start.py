@@ -34,7 +34,7 @@ def start(config: C) -> Run[C]:
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)
-        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+        deepspeed_config.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
     elif requested_engine() == "fsdp2":
         launch_settings.check_layer_classes(config.layer_classes)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision
