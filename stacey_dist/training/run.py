@@ -153,7 +153,7 @@ class Run(Generic[C]):
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"{command_to_continue(config, _launch(), kept)}"
+            f"{command_to_continue(config, kept)}"
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:
@@ -184,16 +184,6 @@ class Run(Generic[C]):
                         raise outcome["error"]
                     sys.exit(2)
                 return result
-
-
-def _launch() -> str:
-    """Return the command that has started this run's processes, without the program."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "accelerate launch" + (" --config_file FILE" if processes > 1 else "")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = f" --nnodes {processes // here}" if processes > here else ""
-    return f"torchrun{nodes} --nproc_per_node {here}" if processes > 1 else "python"
 
 
 def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:

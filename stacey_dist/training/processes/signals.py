@@ -34,14 +34,6 @@ _PATIENCE_WITH_OTHERS_SECONDS = 300.0
 _WRITTEN_BYTES = 4096
 
 
-_entered: "StopSignal | None" = None
-
-
-def stop_requested() -> bool:
-    """Return whether this process was told to stop, while a `StopSignal` is entered."""
-    return _entered is not None and _entered.received is not None
-
-
 class StopSignal:
     """While entered, remembers the first SIGTERM or SIGINT in `received`. Outside the main thread it receives none.
 
@@ -56,18 +48,14 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        global _entered
-        _entered = self
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        _state.training = True
+        _state.stop = self
         _state.progress_at = _state.slowest = _state.slowest_before = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        global _entered
-        _entered = None
-        _state.training = False
+        _state.stop = None
         if self.received is not None and kind is not None and _state.listening:
             signal.alarm(int(_PATIENCE_SECONDS))  # kills the process if the interpreter does not end
         for number, handler in self._before.items():
@@ -92,8 +80,8 @@ class _State:
 
     def __init__(self) -> None:
         self.listening = False
-        self.training = False
-        """A `StopSignal` is entered, so signals take effect at the end of an update."""
+        self.stop: StopSignal | None = None
+        """The one that is entered, if there is one: signals take effect at the end of an update."""
         self.writing = False
         """The main thread waits for a checkpoint."""
         self.progress_at = 0.0
@@ -113,6 +101,11 @@ class _State:
 
 
 _state = _State()
+
+
+def stop_requested() -> bool:
+    """Return whether this process was told to stop, while a `StopSignal` is entered."""
+    return _state.stop is not None and _state.stop.received is not None
 
 
 def update_begins() -> None:
@@ -218,7 +211,7 @@ class _Listener:
         """End the process where the main thread makes no progress after a signal."""
         _state.progress_at = time.monotonic()
         written = _bytes_written()
-        if not _state.training:
+        if _state.stop is None:
             self._children = self._children or _children()
         while _state.listening:
             time.sleep(0.2)
@@ -226,7 +219,7 @@ class _Listener:
             if _state.writing and (written + _WRITTEN_BYTES <= _bytes_written() or _waits_for_a_disk()):
                 written = _bytes_written()
                 _state.progress_at = now
-            if self._second_ctrl_c or not _state.training:
+            if self._second_ctrl_c or _state.stop is None:
                 patience = _UNWINDING_SECONDS
             elif _state.writing and _waits_for_others():
                 patience = _PATIENCE_WITH_OTHERS_SECONDS
@@ -239,7 +232,7 @@ class _Listener:
         """End this process and its children at once, with a line that says where the main thread was."""
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         place = _place(sys._current_frames().get(self._main or 0))
-        saved = "without a save; the same command resumes from the newest checkpoint" if _state.training else "at once"
+        saved = "without a save; the same command resumes from the newest checkpoint" if _state.stop else "at once"
         with contextlib.suppress(OSError):
             os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
         _end_all([*self._children, *_children()])
