@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from stacey_dist.errors import one_line
 from stacey_dist.training.processes import rendezvous
+from stacey_dist.training.processes.signals import say
 
 EXIT_STATUS = 75
 _AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"
@@ -252,8 +253,3 @@ def caused_by_another_process(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and bool(_CAUSED_BY_ANOTHER.search(str(error)))
     )
-
-
-def say(line: str) -> None:
-    """Print a line on standard error from any thread, also while another one holds the streams."""
-    os.write(2, f"{line}\n".encode())

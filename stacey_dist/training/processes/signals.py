@@ -34,6 +34,16 @@ _PATIENCE_WITH_OTHERS_SECONDS = 300.0
 _WRITTEN_BYTES = 4096
 
 
+def say(line: str, descriptor: int = 2) -> None:
+    """Print a line, by default on standard error, from any thread and in a signal's handler.
+
+    `print` raises an error where it is called in the middle of another one, and waits for a thread that holds the
+    stream. What cannot be written, as to a pipe that is closed, is no error: the process that says it has to end.
+    """
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())
+
+
 class StopSignal:
     """While entered, remembers the first SIGTERM or SIGINT in `received`. Outside the main thread it receives none.
 
@@ -65,11 +75,9 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
-            line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)\n"
+            line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)"
             if os.environ.get("RANK", "0") == "0":  # a launcher passes the signal on to all
-                with contextlib.suppress(OSError):
-                    # Not print: it raises where the signal came in the middle of another one, as when a pipe is full.
-                    os.write(1, line.encode())
+                say(line, 1)
         elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
@@ -178,8 +186,7 @@ class _Listener:
         signal.alarm(2 * int(_UNWINDING_SECONDS))  # kills the process if the interpreter does not end
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        with contextlib.suppress(OSError):
-            os.write(2, f"{signal.Signals(number).name}: stopped\n".encode())
+        say(f"{signal.Signals(number).name}: stopped")
         sys.exit(128 + number)
 
     def close(self) -> None:
@@ -233,8 +240,7 @@ class _Listener:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         place = _place(sys._current_frames().get(self._main or 0))
         saved = "without a save; the same command resumes from the newest checkpoint" if _state.stop else "at once"
-        with contextlib.suppress(OSError):
-            os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
+        say(f"{rank}{signal.Signals(number).name}: stopped {place} {saved}")
         _end_all([*self._children, *_children()])
         os._exit(128 + number)
 
