@@ -7,7 +7,7 @@ the loss scale.
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -113,14 +113,12 @@ class Engine:
                 else:
                     group[name] = value
 
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
-        with self.accelerator.no_sync(self.model) if wait else nullcontext():
-            yield
+        return self.accelerator.no_sync(self.model) if wait else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
@@ -254,11 +252,10 @@ class DeepSpeedEngine(Engine):
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
-        yield
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
