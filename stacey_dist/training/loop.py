@@ -135,7 +135,8 @@ class _Trainer(Training):
         agreed = engine.hosts.ask(self._requests())
         outcome = engine.finish_update(loss)
         engine.batch_norms.restore(outcome[2])
-        progress.advance(self.task.batch_size)
+        progress.step += 1
+        progress.position += self.task.batch_size
         self.outcomes.add(outcome)
         return agreed()
 

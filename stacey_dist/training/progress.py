@@ -32,11 +32,6 @@ class Progress:
     evaluated_step: int = 0
     """After which update it was last evaluated."""
 
-    def advance(self, samples: int) -> None:
-        """Count an update of this many samples."""
-        self.step += 1
-        self.position += samples
-
     def improves(self, score: float) -> bool:
         """Return whether an evaluation is the best so far, and remember it if it is."""
         better = math.isfinite(score) and (self.best_score is None or score > self.best_score)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,12 @@ from stacey_dist.checkpoint.manifest import (
     step_of,
 )
 from stacey_dist.checkpoint.retention import newest_usable, retain
-from stacey_dist.models.export import describe_model, export_model
+from stacey_dist.models.export import describe_model
 from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import checkpoint_before_decay, updates_before_decay
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.hub import push
 from stacey_dist.training.processes import signals
 from stacey_dist.training.progress import Progress
-from stacey_dist.training.reports.card import write_card
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import to_dict
 
@@ -162,28 +160,6 @@ class Saver:
                 retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
-
-
-def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
-    """Write the model of a checkpoint and its card as `transformers` loads it into run_dir/model, which is returned.
-    `hub.push_to` has it uploaded.
-
-    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
-
-    Args:
-        run: the run.
-        checkpoint: one of its checkpoints.
-        beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
-    """
-    directory = run.directory / "model"
-
-    def write_beside(new: Path) -> None:
-        beside(new)
-        write_card(new, read_manifest(checkpoint), run.directory)
-
-    run.call_on_main(lambda: export_model(checkpoint, directory, beside=write_beside, unlisted=True))
-    push(run, directory)
-    return directory
 
 
 def is_finite(saved: Path) -> bool | None:

@@ -9,7 +9,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.hub import check_upload
+from stacey_dist.training.export import check_upload
 from stacey_dist.training.processes import deepspeed_config, heartbeat, launch_settings, open_files
 from stacey_dist.training.processes.devices import cpu_threads, device_name
 from stacey_dist.training.processes.launch import describe_engine, requested_engine, start_accelerator
