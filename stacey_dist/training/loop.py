@@ -54,7 +54,6 @@ def train(
     if until is not None and until < 1:
         raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
     run.samples_per_epoch = task.samples_per_epoch
-    run.resolve_max_steps()
     progress = restore(run, engine, task.data_identity)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
     if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
@@ -170,8 +169,7 @@ class _Trainer(Training):
         if ending:
             self._save_and_wait(delete_older=applied)
         elif best or (self.save_is_due and applied):
-            save = self.saver.save_and_wait if requests.save_and_wait else self.saver.save
-            save(progress, delete_older=applied)
+            self.saver.save(progress, delete_older=applied, must_succeed=requests.save_and_wait)
             self.save_is_due = False
         if self.directory_gone:
             self._fail_without_directory()
@@ -306,7 +304,7 @@ class _Trainer(Training):
             )
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
-        self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
+        self.metrics.say(f"saved {self.saver.save(self.progress, delete_older=delete_older, must_succeed=True)}")
         self._report_saved_checkpoints()
 
     def _report_saved_checkpoints(self) -> None:

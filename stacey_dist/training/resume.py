@@ -27,7 +27,8 @@ _NOT_OF_THE_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "t
 def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
 
-    One whose weights or optimizer states are not finite is skipped: no update from it could be applied.
+    One whose weights or optimizer states are not finite is skipped: no update from it could be applied. The updates
+    that are left of `train.epochs` are counted with the batch of now, which may not be the checkpoint's.
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
@@ -35,12 +36,13 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     """
     chosen = _choose(run)
     if chosen is None:
+        run.resolve_max_steps(0, 0)
         return Progress()
     path, manifest = chosen
     extra, setting = manifest["extra"], _setting(run, path)
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
         run.fail(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
-    run.resolve_max_steps(extra["step"], extra["position"])  # with the batch of now, which may not be the checkpoint's
+    run.resolve_max_steps(extra["step"], extra["position"])
     run.call_on_main(lambda: _check(run, path, extra, engine.module, data_identity))
     try:
         load_verified(path, manifest, engine.model, engine.optimizer)

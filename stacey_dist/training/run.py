@@ -43,7 +43,6 @@ class Run(Generic[C]):
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
         self.samples_per_epoch = 0
-        self._warmup_steps = config.schedule.warmup_steps
         self.tracker_ids: dict[str, str] = {}
         """The run's names in the trackers, under which a resumed run continues there."""
         self.save_processor: Callable[[Path], object] | None = None
@@ -102,7 +101,7 @@ class Run(Generic[C]):
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
-    def resolve_max_steps(self, step: int = 0, position: int = 0) -> None:
+    def resolve_max_steps(self, step: int, position: int) -> None:
         """Set `train.max_steps` from `train.epochs`, where that is given, and `schedule.warmup_steps` to updates.
 
         So config.yaml has the warm-up in updates, and it stays as it was where the run is made longer.
@@ -114,7 +113,6 @@ class Run(Generic[C]):
         Raises SettingsError if the run is over before the warm-up is.
         """
         train, schedule = self.config.train, self.config.schedule
-        schedule.warmup_steps = self._warmup_steps
         if train.epochs is not None:
             if position == step * train.global_batch_size:
                 step = position = 0

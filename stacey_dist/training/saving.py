@@ -75,23 +75,19 @@ class Saver:
         by_count = self.settings.every_steps is not None and step % self.settings.every_steps == 0
         return by_count or step in updates_before_decay(self.run.config)[:1]
 
-    def save(self, progress: Progress, *, delete_older: bool = True) -> None:
-        """Save, beside training if the settings say so. A failure is reported, and training continues.
+    def save(self, progress: Progress, *, delete_older: bool = True, must_succeed: bool = False) -> Path:
+        """Save, beside training if the settings say so, and return the path. A failure is reported later.
 
-        `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
+        Args:
+            progress: of the run.
+            delete_older: have the settings decide which older checkpoints are deleted afterwards; else none is.
+            must_succeed: wait for it, and raise SettingsError if it cannot be written.
         """
         with signals.writing():  # an earlier save may be waited for
-            self._begin(progress, delete_older)
-            if not self.settings.asynchronous:
-                self._background.wait()
-                self.report()
-
-    def save_and_wait(self, progress: Progress, *, delete_older: bool = True) -> Path:
-        """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
-        with signals.writing():
             path = self._begin(progress, delete_older)
-            self._background.wait()
-        if (error := self._background.failure()) is not None:
+            if must_succeed or not self.settings.asynchronous:
+                self._background.wait()
+        if must_succeed and (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path
 

@@ -86,8 +86,7 @@ def test_an_earlier_update_than_that_of_the_source_gives_the_source(monkeypatch,
     monkeypatch.setattr(loop, "restore", lambda *_: Progress(step=10))
     trainer = SimpleNamespace(stop_step=5, last_step=20, evaluation_is_missing=lambda: False)
     monkeypatch.setattr(loop, "_Trainer", lambda *_: trainer)
-    nothing = dict(resolve_max_steps=lambda: None, say=lambda message: None)
-    run = SimpleNamespace(config=config, directory=tmp_path / "run", **nothing)
+    run = SimpleNamespace(config=config, directory=tmp_path / "run", say=lambda message: None)
     task = SimpleNamespace(samples_per_epoch=1, data_identity="")
     assert loop.train(run, task, None, until=5) == tmp_path / "step_00000010"
 
