@@ -147,7 +147,8 @@ class _Trainer(Training):
         self.outcome = None
         if self._needs_outcome():
             self.outcome = self.wait_for_outcome()
-            self._check_skipped()
+            if self.outcomes.too_many:
+                self._fail_diverged(f"train.max_skipped_steps: {self.outcomes.too_many}")
         self.saver.report()
         if requests.saved:
             self._report_saved_checkpoints()
@@ -232,10 +233,8 @@ class _Trainer(Training):
                 f"run_dir: {rows.path} could not be written to the end; the checkpoint of update {last} is complete"
             )
         if run.call_on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
-            run.fail(
-                f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
-                f"optimizer.lr, or look at the data; {self.saver.describe_resume_point()}",
-                DivergedError,
+            self._fail_diverged(
+                f"after the last update, {last}, the run has weights or optimizer states that are not finite"
             )
 
     def _micro_batches(self, count: int) -> Iterator[Any]:
@@ -294,14 +293,9 @@ class _Trainer(Training):
             return True
         return any(callback.needs_outcome(step) for callback in self.callbacks)
 
-    def _check_skipped(self) -> None:
-        """End the run if too many updates in a row were skipped. All processes call it together."""
-        if self.outcomes.too_many:
-            self.run.fail(
-                f"train.max_skipped_steps: {self.outcomes.too_many}; lower optimizer.lr, or look at the data; "
-                f"{self.saver.describe_resume_point()}",
-                DivergedError,
-            )
+    def _fail_diverged(self, what: str) -> NoReturn:
+        resume_point = self.saver.describe_resume_point()
+        self.run.fail(f"{what}; lower optimizer.lr, or look at the data; {resume_point}", DivergedError)
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
         self.metrics.say(f"saved {self.saver.save(self.progress, delete_older=delete_older, must_succeed=True)}")

@@ -175,7 +175,7 @@ class _Listener:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._first_received: dict[int, float] = {}
+        self._received_at: float | None = None
         self._second_ctrl_c = False
         self._thread = threading.Thread(target=self._listen, name="listens for signals", daemon=True)
         self._thread.start()
@@ -201,14 +201,13 @@ class _Listener:
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
             if number in SIGNALS:
-                if not self._first_received:
+                if self._received_at is None:
+                    self._received_at = time.monotonic()
                     threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
                 else:
-                    self._on_repeated_signal(number)
-                self._first_received.setdefault(number, time.monotonic())
+                    self._on_repeated_signal(number, time.monotonic() - self._received_at)
 
-    def _on_repeated_signal(self, number: int) -> None:
-        ago = time.monotonic() - min(self._first_received.values())
+    def _on_repeated_signal(self, number: int, ago: float) -> None:
         if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
             self._second_ctrl_c = True  # the handler raises, if it comes to run
         elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
