@@ -167,21 +167,18 @@ class Run(Generic[C]):
         if self.accelerator.is_main_process:
             worker = threading.Thread(target=_record, args=(work, outcome), daemon=True)
             worker.start()
-        while True:
-            status = [None]
+        status: list[Any] = [None]
+        while status[0] is None:
             if self.accelerator.is_main_process:
                 worker.join(timeout=1.0)
-                if not worker.is_alive():
-                    failed = "error" in outcome
-                    status = [("failed", None) if failed else ("done", outcome["result"])]  # type: ignore[list-item]
+                if not worker.is_alive():  # the others learn of an error, and not what it is: it may not be picklable
+                    status = [{key: value for key, value in outcome.items() if key == "result"}]
             torch.distributed.broadcast_object_list(status, src=0)
-            if status[0] is not None:
-                kind, result = status[0]
-                if kind == "failed":
-                    if self.accelerator.is_main_process:
-                        raise outcome["error"]
-                    sys.exit(2)
-                return result
+        if "error" in outcome:
+            raise outcome["error"]
+        if "result" not in status[0]:
+            sys.exit(2)
+        return status[0]["result"]
 
 
 def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
