@@ -53,8 +53,7 @@ def train(
     """
     if until is not None and until < 1:
         raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
-    run.samples_per_epoch = task.samples_per_epoch
-    progress = restore(run, engine, task.data_identity)
+    progress = restore(run, engine, task)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
     if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
         complete = "is complete with" if progress.step >= trainer.last_step else "has"

@@ -18,13 +18,14 @@ from stacey_dist.training.progress import Progress, check_progress
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import flatten, to_dict
 from stacey_dist.training.settings.config import DATA_CHANGE
+from stacey_dist.training.task import Task
 
 # The optimizer's state is of this rule, in this dtype.
 _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")
 _NOT_OF_THE_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
-def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
+def restore(run: Run, engine: Engine, task: Task) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
 
     One whose weights or optimizer states are not finite is skipped: no update from it could be applied. The updates
@@ -36,14 +37,14 @@ def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
     """
     chosen = _choose(run)
     if chosen is None:
-        run.resolve_max_steps(0, 0)
+        run.resolve_max_steps(task.samples_per_epoch, 0, 0)
         return Progress()
     path, manifest = chosen
     extra, setting = manifest["extra"], _setting(run, path)
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
         run.fail(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
-    run.resolve_max_steps(extra["step"], extra["position"])
-    run.call_on_main(lambda: _check(run, path, extra, engine.module, data_identity))
+    run.resolve_max_steps(task.samples_per_epoch, extra["step"], extra["position"])
+    run.call_on_main(lambda: _check(run, path, extra, engine.module, task.data_identity))
     try:
         load_verified(path, manifest, engine.model, engine.optimizer)
     except (DamagedCheckpointError, OSError) as error:

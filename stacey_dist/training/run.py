@@ -42,7 +42,6 @@ class Run(Generic[C]):
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
-        self.samples_per_epoch = 0
         self.tracker_ids: dict[str, str] = {}
         """The run's names in the trackers, under which a resumed run continues there."""
         self.save_processor: Callable[[Path], object] | None = None
@@ -101,12 +100,13 @@ class Run(Generic[C]):
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
-    def resolve_max_steps(self, step: int, position: int) -> None:
+    def resolve_max_steps(self, samples_per_epoch: int, step: int, position: int) -> None:
         """Set `train.max_steps` from `train.epochs`, where that is given, and `schedule.warmup_steps` to updates.
 
         So config.yaml has the warm-up in updates, and it stays as it was where the run is made longer.
 
         Args:
+            samples_per_epoch: samples of the training data.
             step: the updates made so far.
             position: the samples they had, with whatever batch.
 
@@ -116,7 +116,7 @@ class Run(Generic[C]):
         if train.epochs is not None:
             if position == step * train.global_batch_size:
                 step = position = 0
-            left = train.epochs * self.samples_per_epoch - position
+            left = train.epochs * samples_per_epoch - position
             train.max_steps = step + max(0, math.ceil(left / train.global_batch_size))
             check_schedule(self.config)
         schedule.warmup_steps = schedule.warmup_updates(train.max_steps)

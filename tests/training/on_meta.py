@@ -43,7 +43,7 @@ def main():
     parts = launcher.load_parts()
     parts = replace(parts, build_model=build_model_there(parts.build_model))
     built = replace(launcher, load_parts=lambda: parts).build(launcher.parse())
-    built.run.resolve_max_steps(0, 0)
+    built.run.resolve_max_steps(built.task.samples_per_epoch, 0, 0)
     trainer = loop._Trainer(built.run, built.task, built.engine, Progress(), (), None)
     for _ in range(3):
         trainer.train_step()

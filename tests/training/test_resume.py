@@ -50,7 +50,7 @@ class Directory:
         config = changed(self.config, **changes)
         engine = SimpleNamespace(model=model, module=model, optimizer=Stacey(model.parameters()))
         run = Run(config, SimpleNamespace(num_processes=1, is_main_process=True))
-        progress = restore(run, engine, data)
+        progress = restore(run, engine, SimpleNamespace(data_identity=data, samples_per_epoch=0))
         return progress, model.weight.unique().tolist(), run
 
 

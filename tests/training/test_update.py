@@ -87,8 +87,7 @@ def test_an_earlier_update_than_that_of_the_source_gives_the_source(monkeypatch,
     trainer = SimpleNamespace(stop_step=5, last_step=20, evaluation_is_missing=lambda: False)
     monkeypatch.setattr(loop, "_Trainer", lambda *_: trainer)
     run = SimpleNamespace(config=config, directory=tmp_path / "run", say=lambda message: None)
-    task = SimpleNamespace(samples_per_epoch=1, data_identity="")
-    assert loop.train(run, task, None, until=5) == tmp_path / "step_00000010"
+    assert loop.train(run, None, None, until=5) == tmp_path / "step_00000010"
 
 
 def test_off_the_main_thread_signals_are_not_heard():
