@@ -186,7 +186,8 @@ def cannot_print(rank, own):
 
 
 def end_the_store(started, stores):
-    time.sleep(1)  # until all have begun
+    while not stores[0].check([f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]):
+        time.sleep(0.01)
     stores.clear()
 
 
