@@ -42,9 +42,10 @@ class Progress:
 
 def check_progress(extra: dict[str, Any]) -> None:
     """Raise ValueError unless a manifest's `extra` has what a run resumes from. A file may hold any value."""
-    for key in ("step", "position", "skipped_steps", "evaluated_step", "best_step", "kept_best_step"):
+    counts, counts_or_null = ("step", "position", "skipped_steps", "evaluated_step"), ("best_step", "kept_best_step")
+    for key in (*counts, *counts_or_null):
         value = extra.get(key, 0)
-        if not is_count(value) and (value is not None or not key.endswith("best_step")):
+        if not is_count(value) and (value is not None or key in counts):
             raise wrong_entry(f"extra.{key}", value, "a count")
     if type(extra.get("best_score")) not in (int, float, type(None)):
         raise wrong_entry("extra.best_score", extra["best_score"], "a number")
