@@ -110,11 +110,11 @@ class Heartbeat:
             return True
         self._stopping.set()
         with contextlib.suppress(dist.DistError):
-            first, found = (True, line) if self._gone() else self._store_verdict(line)
-            if not first:
-                if one_line(error) not in found:
+            if not self._gone():
+                first, found = self._store_verdict(line)
+                if not first and one_line(error) not in found:
                     say(line)
-                return False
+                return first
         return True
 
     def _beat_and_watch(self) -> None:
