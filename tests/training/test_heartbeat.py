@@ -105,7 +105,13 @@ def first_ends_first(rank, own):
     own.stop()
 
 
+def wait_until_all_beat(started, stores):
+    while not stores[0].check([f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]):
+        time.sleep(0.01)
+
+
 def end_the_store_after_the_first_process(started, stores):
+    wait_until_all_beat(started, stores)
     while int(stores[0].get("stacey_dist/heartbeat_0/beat/0")) < heartbeat._GOODBYE:
         time.sleep(0.01)
     time.sleep(0.5)
@@ -186,8 +192,7 @@ def cannot_print(rank, own):
 
 
 def end_the_store(started, stores):
-    while not stores[0].check([f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]):
-        time.sleep(0.01)
+    wait_until_all_beat(started, stores)
     stores.clear()
 
 
