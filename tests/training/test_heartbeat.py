@@ -106,7 +106,8 @@ def first_ends_first(rank, own):
 
 
 def wait_until_all_beat(started, stores):
-    while not stores[0].check([f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]):
+    counters = [f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]
+    while not stores[0].check(counters) or min(map(int, stores[0].multi_get(counters))) == 0:
         time.sleep(0.01)
 
 
