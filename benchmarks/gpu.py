@@ -235,13 +235,14 @@ def train(launcher: Any, config: Any, every: int) -> dict[str, Any]:
     stalls: list[float] = []
     save = saving.Saver.save
 
-    def timed_save(self: Any, *arguments: Any, **options: Any) -> None:
+    def timed_save(self: Any, *arguments: Any, **options: Any) -> Path:
         self._background.wait()
         if self.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        save(self, *arguments, **options)
+        path = save(self, *arguments, **options)
         stalls.append(time.perf_counter() - begin)
+        return path
 
     saving.Saver.save = timed_save  # type: ignore[method-assign]
     config.checkpoint.every_steps, config.train.max_steps = every, 3 * every

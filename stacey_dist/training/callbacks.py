@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.outcomes import Outcome, Outcomes
+from stacey_dist.training.progress import Outcome, Outcomes, Progress
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Progress
 from stacey_dist.training.task import Task
 
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 """Extend a run: how its learning rate changes, and the command that keeps it from rising again."""
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -57,12 +58,11 @@ def checkpoint_before_decay(config: RunConfig, checkpoints: Path) -> Path | None
     return next((path for path in paths if path.is_dir()), None)
 
 
-def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> str:
+def command_to_continue(config: RunConfig, kept: Path | None) -> str:
     """Return the command that trains a finished run longer without raising its learning rate, and what it does.
 
     Args:
         config: the run's settings.
-        launch: what starts a program.
         kept: the checkpoint from before wsd's decay, if there is one.
     """
     train, schedule = config.train, config.schedule
@@ -100,4 +100,14 @@ def command_to_continue(config: RunConfig, launch: str, kept: Path | None) -> st
         options["data.cache_dir"] = str(data_directory(config.run_dir))
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.argv[0], "--config", f"{config.run_dir}/config.yaml", *given]
-    return f"to continue, {about}: {launch} {shlex.join(command)}"
+    return f"to continue, {about}: {_launch()} {shlex.join(command)}"
+
+
+def _launch() -> str:
+    """Return the command that has started this run's processes, without the program."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "accelerate launch" + (" --config_file FILE" if processes > 1 else "")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = f" --nnodes {processes // here}" if processes > here else ""
+    return f"torchrun{nodes} --nproc_per_node {here}" if processes > 1 else "python"

@@ -7,8 +7,8 @@ the loss scale.
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from stacey_dist.optim.base import kernel
 from stacey_dist.optim.memory import whole
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
-from stacey_dist.training import loss_scale
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.initial_weights import InitialWeights, allocate
 from stacey_dist.training.processes import heartbeat
@@ -34,20 +33,9 @@ from stacey_dist.training.processes.launch import (
     requested_engine,
     shards_weights,
 )
-from stacey_dist.training.processes.launch_settings import one_line
+from stacey_dist.training.processes.launch_settings import configuration_errors
 from stacey_dist.training.processes.requests import Hosts, Requests
 from stacey_dist.training.run import Run
-
-
-@dataclass(frozen=True)
-class Update:
-    """An update that was launched. The host knows its outcome only after it has waited for the device."""
-
-    outcome: Tensor
-    """On the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm, and 1 where one of
-    them is not finite, else 0. With 1 the update is skipped: weights and states are as they were."""
-    requests: Requests
-    """The requests of all processes together."""
 
 
 class Engine:
@@ -82,7 +70,7 @@ class Engine:
             return
         # No device placement of the optimizer: its state is created on the parameters' device, and Accelerate would
         # call `ZeroRedundancyOptimizer.state_dict`, which raises an error.
-        with one_line("the configuration of `accelerate launch`"):
+        with configuration_errors("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(
                 self.module, optimizer, device_placement=[True, False]
             )
@@ -97,7 +85,7 @@ class Engine:
         plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
         names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
         groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
-        with one_line("the configuration of `accelerate launch`"):
+        with configuration_errors("the configuration of `accelerate launch`"):
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         if without_memory:
             offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
@@ -125,30 +113,30 @@ class Engine:
                 else:
                     group[name] = value
 
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
-        with self.accelerator.no_sync(self.model) if wait else nullcontext():
-            yield
+        return self.accelerator.no_sync(self.model) if wait else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
         # Engines average gradients over processes.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
+    def finish_update(self, loss: Tensor) -> Tensor:
         """Clip and apply the gradients, unless they or the loss are not finite, and clear them.
 
         The host waits for the device only if the optimizer cannot skip an update on the device.
 
         Args:
             loss: this process's share of the update's loss, a scalar on its device.
-            requests: what this process asks for.
+
+        Returns:
+            The outcome, on the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm,
+            and 1 where one of them is not finite, else 0. With 1, weights and states are as they were.
         """
-        agreed = self.hosts.ask(requests)
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
         outcome = self._outcome(loss, self._gradient_norm())
         _, norm, skipped = outcome
@@ -165,7 +153,7 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it recorded overflows when `_gradient_norm` unscaled the gradients
         self.optimizer.zero_grad()
-        return Update(outcome, agreed())
+        return outcome
 
     def _make_capturable(self) -> None:
         """Have Stacey's kernel read on the GPU whether an update is skipped, and count updates there."""
@@ -188,7 +176,7 @@ class Engine:
         return whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
     def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Return an `Update.outcome` from the shares of the loss and the first process's norm, by one all-reduce."""
+        """Return an update's outcome from the shares of the loss and the first process's norm, by one all-reduce."""
         # Replicas on unlike processors may sum the norm in another order, and would drift apart.
         norm = norm if self.accelerator.is_main_process else torch.zeros_like(norm)
         shared = torch.stack([loss, norm.to(loss)])
@@ -222,15 +210,10 @@ class Engine:
         gc.collect()
         self.accelerator.end_training()
 
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scale and what moves it; None without loss scaling."""
-        scaler = self.accelerator.scaler
-        return loss_scale.of_torch(scaler) if scaler is not None else None
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Load what `scaler_state` returned, of whichever engine."""
-        if self.accelerator.scaler is not None:
-            loss_scale.to_torch(state, self.accelerator.scaler)
+    @property
+    def scaler(self) -> Any:
+        """The dynamic loss scaler, torch's or DeepSpeed's; None without one. See `loss_scale`."""
+        return self.accelerator.scaler
 
 
 class DeepSpeedEngine(Engine):
@@ -238,7 +221,7 @@ class DeepSpeedEngine(Engine):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
-        with one_line("the DeepSpeed configuration"):
+        with configuration_errors("the DeepSpeed configuration"):
             if shards_weights(self.accelerator):
                 self._partition()
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
@@ -269,16 +252,10 @@ class DeepSpeedEngine(Engine):
             if own:
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 
-    @property
-    def _zero(self) -> Any:
-        """DeepSpeed's own optimizer."""
-        return self.model.optimizer
-
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Enter around forward and `backward` of a micro-batch, which may be the `last` of the update."""
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
-        yield
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
@@ -287,30 +264,20 @@ class DeepSpeedEngine(Engine):
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor, requests: Requests) -> Update:
+    def finish_update(self, loss: Tensor) -> Tensor:
         """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
-        agreed = self.hosts.ask(requests)
         outcome = self._outcome(loss, torch.zeros_like(loss))
         self.model.step()
         norm = float(self.model.get_global_grad_norm() or 0.0)
         outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
         # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
-        outcome[2] = bool(getattr(self._zero, "overflow", False)) or not outcome[:2].isfinite().all()
-        return Update(outcome, agreed())
-
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scale and what moves it; None without loss scaling."""
-        scaler = self._dynamic_scaler
-        return loss_scale.of_deepspeed(scaler) if scaler else None
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Load what `scaler_state` returned, of whichever engine."""
-        if scaler := self._dynamic_scaler:
-            loss_scale.to_deepspeed(state, scaler)
+        outcome[2] = bool(getattr(self.model.optimizer, "overflow", False)) or not outcome[:2].isfinite().all()
+        return outcome
 
     @property
-    def _dynamic_scaler(self) -> Any:
-        scaler = getattr(self._zero, "loss_scaler", None)
+    def scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None without one."""
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
 

@@ -11,16 +11,17 @@ import torch
 
 from stacey_dist.errors import DivergedError, StoppedWaitingError
 from stacey_dist.training.callbacks import Callback, Training
-from stacey_dist.training.engine import Engine, Update
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import depends_on_skipped, scheduled
 from stacey_dist.training.processes import signals
 from stacey_dist.training.processes.requests import Requests
 from stacey_dist.training.processes.signals import StopSignal
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.reports.inside import callbacks_of
 from stacey_dist.training.reports.metrics import Metrics
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Progress, Saver, checkpoint_path, is_finite
+from stacey_dist.training.saving import Saver, checkpoint_path, is_finite
 from stacey_dist.training.task import Task
 
 _ASK_EVERY = 4  # batches of an evaluation: asking waits for the other processes
@@ -52,9 +53,7 @@ def train(
     """
     if until is not None and until < 1:
         raise ValueError(f"until: {until} is not allowed; updates are numbered from 1")
-    run.samples_per_epoch = task.samples_per_epoch
-    run.resolve_max_steps()
-    progress = restore(run, engine, task.data_identity)
+    progress = restore(run, engine, task)
     trainer = _Trainer(run, task, engine, progress, callbacks, until)
     if progress.step >= trainer.stop_step and not trainer.evaluation_is_missing():
         complete = "is complete with" if progress.step >= trainer.last_step else "has"
@@ -69,8 +68,8 @@ def train(
             trainer.evaluate_resumed_update()
         trainer.clock.resume()
         while progress.step < trainer.stop_step:
-            update = trainer.train_step()
-            trainer.after_step(update)
+            requests = trainer.train_step()
+            trainer.after_step(requests)
         trainer.end()
     trainer.check_result()
     run.say(engine.state_report())
@@ -108,10 +107,10 @@ class _Trainer(Training):
         for callback in self.callbacks:
             getattr(callback, method)(self, *values)
 
-    def train_step(self) -> Update:
+    def train_step(self) -> Requests:
         """Make one update: forward and backward of each micro-batch, then clip and apply the gradients.
 
-        The host does not wait for the device.
+        The host does not wait for the device. Returns what all processes together ask for.
         """
         engine, progress = self.engine, self.progress
         signals.update_begins()
@@ -131,24 +130,27 @@ class _Trainer(Training):
                 share = self.task.loss(engine.model, batch)
                 engine.backward(share)
             loss += share.detach()
-        update = engine.finish_update(loss, self._requests())
-        engine.batch_norms.restore(update.outcome[2])
-        progress.advance(self.task.batch_size)
-        self.outcomes.add(update.outcome)
-        return update
+        agreed = engine.hosts.ask(self._requests())
+        outcome = engine.finish_update(loss)
+        engine.batch_norms.restore(outcome[2])
+        progress.step += 1
+        progress.position += self.task.batch_size
+        self.outcomes.add(outcome)
+        return agreed()
 
-    def after_step(self, update: Update) -> None:
+    def after_step(self, requests: Requests) -> None:
         """Report the update; evaluate and save where that is due; leave if a process was told to stop."""
-        progress, requests = self.progress, update.requests
+        progress = self.progress
+        self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         self.save_is_due |= requests.save or requests.save_and_wait or self.saver.is_due(progress.step)
         self.outcome = None
-        if self._needs_outcome(update):
+        if self._needs_outcome():
             self.outcome = self.wait_for_outcome()
-            self._check_skipped()
+            if self.outcomes.too_many:
+                self._fail_diverged(f"train.max_skipped_steps: {self.outcomes.too_many}")
         self.saver.report()
         if requests.saved:
             self._report_saved_checkpoints()
-        self.stopping, self.directory_gone = requests.stop, requests.directory_gone
         if self.directory_gone:
             self.run.recreate_directory()
         self.call_callbacks("on_update_end")
@@ -160,7 +162,15 @@ class _Trainer(Training):
         if ending and not self.directory_gone and self.engine.any_process(self.run.directory_is_gone()):
             self.directory_gone = True  # during the evaluation
             self.run.recreate_directory()
-        self._save(update, ending, best=improved and self.config.checkpoint.keep_best)
+        # Skipped updates may mean that the weights have diverged, so a save that is due waits for an applied update.
+        # Weights that were just evaluated as the best have not diverged: they are saved at once.
+        applied = not self.outcomes.last.skipped
+        best = improved and self.config.checkpoint.keep_best
+        if ending:
+            self._save_and_wait(delete_older=applied)
+        elif best or (self.save_is_due and applied):
+            self.saver.save(progress, delete_older=applied, must_succeed=requests.save_and_wait)
+            self.save_is_due = False
         if self.directory_gone:
             self._fail_without_directory()
         if self.stopping:
@@ -222,10 +232,8 @@ class _Trainer(Training):
                 f"run_dir: {rows.path} could not be written to the end; the checkpoint of update {last} is complete"
             )
         if run.call_on_main(lambda: is_finite(checkpoint_path(run, last))) is False:
-            run.fail(
-                f"after the last update, {last}, the run has weights or optimizer states that are not finite; lower "
-                f"optimizer.lr, or look at the data; {self.saver.describe_resume_point()}",
-                DivergedError,
+            self._fail_diverged(
+                f"after the last update, {last}, the run has weights or optimizer states that are not finite"
             )
 
     def _micro_batches(self, count: int) -> Iterator[Any]:
@@ -277,38 +285,19 @@ class _Trainer(Training):
     def _is_evaluated(self, step: int) -> bool:
         return step == self.last_step or step % self.config.train.eval_every_steps == 0
 
-    def _needs_outcome(self, update: Update) -> bool:
+    def _needs_outcome(self) -> bool:
         """Return whether the host needs the outcome of the update now; the same on all processes."""
-        step, ending = self.progress.step, update.requests.stop or update.requests.directory_gone
+        step, ending = self.step, self.stopping or self.directory_gone
         if self.save_is_due or ending or step == self.stop_step or self._is_evaluated(step) or step % _READ_EVERY == 0:
             return True
         return any(callback.needs_outcome(step) for callback in self.callbacks)
 
-    def _check_skipped(self) -> None:
-        """End the run if too many updates in a row were skipped. All processes call it together."""
-        if self.outcomes.too_many:
-            self.run.fail(
-                f"train.max_skipped_steps: {self.outcomes.too_many}; lower optimizer.lr, or look at the data; "
-                f"{self.saver.describe_resume_point()}",
-                DivergedError,
-            )
-
-    def _save(self, update: Update, ending: bool, best: bool) -> None:
-        """Save at the end, and where it is due.
-
-        Skipped updates may mean that the weights have diverged, so a save that is due waits for an applied update.
-        Weights that were just evaluated as the best have not diverged: they are saved at once.
-        """
-        applied = not self.outcomes.last.skipped
-        if ending:
-            self._save_and_wait(delete_older=applied)
-        elif best or (self.save_is_due and applied):
-            save = self.saver.save_and_wait if update.requests.save_and_wait else self.saver.save
-            save(self.progress, delete_older=applied)
-            self.save_is_due = False
+    def _fail_diverged(self, what: str) -> NoReturn:
+        resume_point = self.saver.describe_resume_point()
+        self.run.fail(f"{what}; lower optimizer.lr, or look at the data; {resume_point}", DivergedError)
 
     def _save_and_wait(self, *, delete_older: bool) -> None:
-        self.metrics.say(f"saved {self.saver.save_and_wait(self.progress, delete_older=delete_older)}")
+        self.metrics.say(f"saved {self.saver.save(self.progress, delete_older=delete_older, must_succeed=True)}")
         self._report_saved_checkpoints()
 
     def _report_saved_checkpoints(self) -> None:

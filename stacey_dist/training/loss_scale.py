@@ -10,27 +10,23 @@ from typing import Any
 from torch.amp import GradScaler
 
 
-def of_torch(scaler: GradScaler) -> dict[str, Any]:
-    """Return the state of torch's scaler."""
-    return {"scale": scaler.get_scale(), "applied": scaler._get_growth_tracker(), "hysteresis": None}
-
-
-def to_torch(state: dict[str, Any], scaler: GradScaler) -> None:
-    """Load a state into torch's scaler."""
-    applied = min(state["applied"], scaler.get_growth_interval() - 1)
-    scaler.load_state_dict(scaler.state_dict() | {"scale": state["scale"], "_growth_tracker": applied})
-
-
-def of_deepspeed(scaler: Any) -> dict[str, Any]:
-    """Return the state of DeepSpeed's dynamic scaler, which counts all updates and remembers the last overflow."""
+def state_of(scaler: Any) -> dict[str, Any]:
+    """Return the state of torch's scaler, or of DeepSpeed's dynamic one."""
+    if isinstance(scaler, GradScaler):
+        return {"scale": scaler.get_scale(), "applied": scaler._get_growth_tracker(), "hysteresis": None}
+    # DeepSpeed counts all updates, and remembers the last overflow.
     applied = scaler.cur_iter - scaler.last_overflow_iter - 1
     if applied > 0:  # it doubles the scale after 1, 2, ... windows, in the update that follows
         applied = (applied - 1) % scaler.scale_window + 1
     return {"scale": scaler.cur_scale, "applied": applied, "hysteresis": scaler.cur_hysteresis}
 
 
-def to_deepspeed(state: dict[str, Any], scaler: Any) -> None:
-    """Load a state into DeepSpeed's dynamic scaler."""
+def load(state: dict[str, Any], scaler: Any) -> None:
+    """Load what `state_of` returned for either scaler."""
+    if isinstance(scaler, GradScaler):
+        applied = min(state["applied"], scaler.get_growth_interval() - 1)
+        scaler.load_state_dict(scaler.state_dict() | {"scale": state["scale"], "_growth_tracker": applied})
+        return
     scaler.cur_scale = state["scale"]
     scaler.cur_iter, scaler.last_overflow_iter = state["applied"], -1
     if state["hysteresis"] is not None:

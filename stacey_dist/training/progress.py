@@ -1,18 +1,51 @@
-"""Check the entries of a checkpoint, other than its tensors, that a run resumes from. A file may hold any value."""
+"""How far a run has come: its updates, its samples, and the outcomes of updates.
 
-from typing import Any
+Outcomes stay on the device until they are read, because reading makes the host wait for it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from stacey_dist.checkpoint.schema import is_count, wrong_entry
 
-_COUNTS = ("step", "position", "skipped_steps")
-_COUNTS_OR_NULL = ("best_step", "kept_best_step", "evaluated_step")
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint's `extra` says, under these names."""
+
+    step: int = 0
+    """Updates made, with those that were skipped."""
+    position: int = 0
+    """Samples that all processes together have trained on: the next one is the sample at this global position."""
+    skipped_steps: int = 0
+    """Updates that changed nothing, for a loss or gradient that was not finite."""
+    best_step: int | None = None
+    """After which update the evaluation was best."""
+    best_score: float | None = None
+    """How good it was: higher is better."""
+    kept_best_step: int | None = None
+    """With `checkpoint.keep_best`: the best update that has a checkpoint."""
+    evaluated_step: int = 0
+    """After which update it was last evaluated."""
+
+    def improves(self, score: float) -> bool:
+        """Return whether an evaluation is the best so far, and remember it if it is."""
+        better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
+        if better:
+            self.best_step, self.best_score = self.step, score
+        return better
 
 
 def check_progress(extra: dict[str, Any]) -> None:
-    """Raise ValueError unless a manifest's `extra` has what a run resumes from."""
-    for key in (*_COUNTS, *_COUNTS_OR_NULL):
+    """Raise ValueError unless a manifest's `extra` has what a run resumes from. A file may hold any value."""
+    counts, counts_or_null = ("step", "position", "skipped_steps", "evaluated_step"), ("best_step", "kept_best_step")
+    for key in (*counts, *counts_or_null):
         value = extra.get(key, 0)
-        if not is_count(value) and (value is not None or key in _COUNTS):
+        if not is_count(value) and (value is not None or key in counts):
             raise wrong_entry(f"extra.{key}", value, "a count")
     if type(extra.get("best_score")) not in (int, float, type(None)):
         raise wrong_entry("extra.best_score", extra["best_score"], "a number")
@@ -24,3 +57,56 @@ def check_progress(extra: dict[str, Any]) -> None:
     settings = extra["config"].get("checkpoint", {}) if type(extra["config"]) is dict else None
     if type(settings) is not dict or type(settings.get("resume_from")) not in (str, type(None)):
         raise wrong_entry("extra.config", extra["config"], "settings")
+
+
+class Outcome(NamedTuple):
+    """The outcome of an update."""
+
+    loss: float
+    grad_norm: float
+    skipped: float
+    """1 where loss or gradient is not finite and nothing was changed, else 0."""
+
+
+class Outcomes:
+    """The outcomes of a run's updates.
+
+    Args:
+        progress: of the run; skipped updates are counted there as they are read.
+        limit: how many updates may be skipped in a row.
+    """
+
+    def __init__(self, progress: Progress, limit: int) -> None:
+        self._progress, self._limit = progress, limit
+        self._unread: list[Tensor] = []
+        self.last = Outcome(math.nan, math.nan, 0.0)
+        """The last one that was read; not a number before the first."""
+        self.skipped_in_a_row = 0
+        self.too_many = ""
+        """Which updates were skipped in a row, for people, where they are more than the limit."""
+
+    @property
+    def unread(self) -> int:
+        """How many were not read yet."""
+        return len(self._unread)
+
+    def add(self, outcome: Tensor) -> None:
+        """Take what `Engine.finish_update` returned; `progress` counts the update already."""
+        self._unread.append(outcome)
+
+    def read(self) -> None:
+        """Wait for the device and read all outcomes."""
+        if not self._unread:
+            return
+        first = self._progress.step - self.unread + 1
+        for step, values in enumerate(torch.stack(self._unread).tolist(), first):
+            self.last = Outcome(*values)
+            self._progress.skipped_steps += int(self.last.skipped)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.last.skipped else 0
+            if self.skipped_in_a_row > self._limit:
+                first_skipped = step - self.skipped_in_a_row + 1
+                self.too_many = (
+                    f"{self.skipped_in_a_row} updates in a row, {first_skipped} to {step}, had a loss or gradient that "
+                    f"is not finite (loss {self.last.loss}, gradient norm {self.last.grad_norm})"
+                )
+        self._unread.clear()

@@ -1,6 +1,7 @@
 """Resume a run: choose a checkpoint, and reject one of another run."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +11,61 @@ from stacey_dist.checkpoint.read import load_verified, verify_together
 from stacey_dist.checkpoint.write import clear_leftovers
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_model
+from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.progress import check_progress
+from stacey_dist.training.progress import Progress, check_progress
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Progress
 from stacey_dist.training.settings.command_line import flatten, to_dict
 from stacey_dist.training.settings.config import DATA_CHANGE
+from stacey_dist.training.task import Task
 
 # The optimizer's state is of this rule, in this dtype.
 _NEVER_CHANGED = ("optimizer.name", "optimizer.state_dtype")
 _NOT_OF_THE_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
-def restore(run: Run, engine: Engine, data_identity: str) -> Progress:
+def restore(run: Run, engine: Engine, task: Task) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
 
-    One whose weights or optimizer states are not finite is skipped: no update from it could be applied.
+    One whose weights or optimizer states are not finite is skipped: no update from it could be applied. The updates
+    that are left of `train.epochs` are counted with the batch of now, which may not be the checkpoint's.
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
             differences), or `checkpoint.resume` is never and there is one, or all there are are damaged.
     """
-    chosen = _choose(run, engine, data_identity)
+    chosen = _choose(run)
     if chosen is None:
+        run.resolve_max_steps(task.samples_per_epoch, 0, 0)
         return Progress()
     path, manifest = chosen
+    extra, setting = manifest["extra"], _setting(run, path)
+    if missing := {"step", "position", "skipped_steps"} - extra.keys():
+        run.fail(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
+    run.resolve_max_steps(task.samples_per_epoch, extra["step"], extra["position"])
+    run.call_on_main(lambda: _check(run, path, extra, engine.module, task.data_identity))
     try:
         load_verified(path, manifest, engine.model, engine.optimizer)
     except (DamagedCheckpointError, OSError) as error:
-        run.fail(f"{_setting(run, path)}: {error}")
-    extra = manifest["extra"]
+        run.fail(f"{setting}: {error}")
     progress = Progress(extra["step"], extra["position"], extra["skipped_steps"], evaluated_step=extra["step"])
-    if extra.get("scaler"):
-        engine.load_scaler_state(extra["scaler"])
-    if _setting(run, path) == "run_dir":  # a run that another one branches off has trackers and a best of its own
+    if extra.get("scaler") and engine.scaler:
+        loss_scale.load(extra["scaler"], engine.scaler)
+    if setting == "run_dir":  # a run that another one branches off has trackers and a best of its own
         run.tracker_ids = extra.get("trackers", {})
-        progress.best_step, progress.best_score = extra.get("best_step"), extra.get("best_score")
-        progress.kept_best_step = extra.get("kept_best_step")
-        progress.evaluated_step = extra.get("evaluated_step", progress.step)
+        progress = replace(progress, **{key: extra[key] for key in asdict(progress) if key in extra})
     run.say(f"resumed from {path} after {progress.step} updates")
     return progress
 
 
-def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[str, Any]] | None:
+def _choose(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint to resume from, and its manifest; name those that are skipped.
 
     All processes call it together.
     """
-    source, module = run.config.checkpoint.resume_from, engine.module
+    source, reasons = run.config.checkpoint.resume_from, set()
     found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
-    reasons = set()
     for path in found:
         try:
             manifest = _verified(path)
@@ -70,14 +75,10 @@ def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[st
             run.say(f"skipped a damaged checkpoint: {error}")
             reasons.add("damaged")
             continue
-        if says_finite(manifest) is False:
-            run.say(f"warning: skipped {path}: it holds weights or optimizer states that are not finite")
-            reasons.add("not finite")
-            continue
-        extra = manifest["extra"]
-        _resolve_max_steps(run, extra)
-        run.call_on_main(lambda path=path, extra=extra: _check_own(run, path, extra, module, data_identity))  # type: ignore[misc]
-        return path, manifest
+        if says_finite(manifest) is not False:
+            return path, manifest
+        run.say(f"warning: skipped {path}: it holds weights or optimizer states that are not finite")
+        reasons.add("not finite")
     if found:
         # Starting from scratch without being asked could repeat days of work, perhaps because a disk is not mounted.
         run.fail(
@@ -94,15 +95,7 @@ def _choose(run: Run, engine: Engine, data_identity: str) -> tuple[Path, dict[st
         run.fail(
             f"checkpoint.resume_from: {source} holds weights or optimizer states that are not finite; give an older one"
         )
-    _resolve_max_steps(run, manifest["extra"])
-    run.call_on_main(lambda: _check_source(run, Path(source), manifest["extra"], module, data_identity))
     return Path(source), manifest
-
-
-def _resolve_max_steps(run: Run, extra: dict[str, Any]) -> None:
-    """Count the updates that are left of `train.epochs` with the batch of now, which may not be the checkpoint's."""
-    if "step" in extra and "position" in extra:
-        run.resolve_max_steps(extra["step"], extra["position"])
 
 
 def _verified(path: Path) -> dict[str, Any]:
@@ -126,8 +119,20 @@ def _setting(run: Run, path: Path) -> str:
     return "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
 
 
-def _check_own(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
-    """Refuse a checkpoint in the run's own directory that a run of these settings does not resume from."""
+def _check(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
+    """Refuse a checkpoint that a run of these settings does not resume from; say what has changed otherwise."""
+    if _setting(run, path) == "run_dir":
+        _check_own(run, path, extra)
+    elif extra["step"] >= run.config.train.max_steps:
+        raise SettingsError(
+            f"checkpoint.resume_from: {path} has {extra['step']} updates already; train.max_steps = "
+            f"{run.config.train.max_steps} is not allowed, it must be more"
+        )
+    _compare(run, path, extra, module, data_identity)
+
+
+def _check_own(run: Run, path: Path, extra: dict[str, Any]) -> None:
+    """Refuse a checkpoint in the run's own directory with `checkpoint.resume` or `resume_from` against it."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
     if settings.resume == "never":
         raise SettingsError(
@@ -143,25 +148,11 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any], module: Any, data_id
                 f"checkpoint {path.name} did not come from there; give another run_dir, or delete the "
                 "checkpoints that are newer"
             )
-    _compare(run, path, extra, module, data_identity)
-
-
-def _check_source(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
-    """Refuse a checkpoint that no run of these settings can branch off from."""
-    _compare(run, path, extra, module, data_identity)
-    step, last = extra["step"], run.config.train.max_steps
-    if step >= last:
-        raise SettingsError(
-            f"checkpoint.resume_from: {path} has {step} updates already; train.max_steps = {last} is not allowed, it "
-            "must be more"
-        )
 
 
 def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
     setting = _setting(run, path)
-    if missing := {"step", "position", "skipped_steps"} - extra.keys():
-        raise SettingsError(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
     if "config" not in extra:
         print(f"{path} was imported: there are no settings to compare with", flush=True)
         return

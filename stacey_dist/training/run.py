@@ -42,8 +42,6 @@ class Run(Generic[C]):
         self.config = config
         self.accelerator = accelerator
         self.directory = Path(config.run_dir)
-        self.samples_per_epoch = 0
-        self._warmup_steps = config.schedule.warmup_steps
         self.tracker_ids: dict[str, str] = {}
         """The run's names in the trackers, under which a resumed run continues there."""
         self.save_processor: Callable[[Path], object] | None = None
@@ -102,23 +100,23 @@ class Run(Generic[C]):
             except DamagedCheckpointError as error:
                 raise SettingsError(f"checkpoint.resume_from: {error}") from error
 
-    def resolve_max_steps(self, step: int = 0, position: int = 0) -> None:
+    def resolve_max_steps(self, samples_per_epoch: int, step: int, position: int) -> None:
         """Set `train.max_steps` from `train.epochs`, where that is given, and `schedule.warmup_steps` to updates.
 
         So config.yaml has the warm-up in updates, and it stays as it was where the run is made longer.
 
         Args:
+            samples_per_epoch: samples of the training data.
             step: the updates made so far.
             position: the samples they had, with whatever batch.
 
         Raises SettingsError if the run is over before the warm-up is.
         """
         train, schedule = self.config.train, self.config.schedule
-        schedule.warmup_steps = self._warmup_steps
         if train.epochs is not None:
             if position == step * train.global_batch_size:
                 step = position = 0
-            left = train.epochs * self.samples_per_epoch - position
+            left = train.epochs * samples_per_epoch - position
             train.max_steps = step + max(0, math.ceil(left / train.global_batch_size))
             check_schedule(self.config)
         schedule.warmup_steps = schedule.warmup_updates(train.max_steps)
@@ -153,7 +151,7 @@ class Run(Generic[C]):
         self.say(
             f"in {self.directory}/: config.yaml  metrics.jsonl  loss.png  checkpoints/\n"
             f"{exported}\n"
-            f"{command_to_continue(config, _launch(), kept)}"
+            f"{command_to_continue(config, kept)}"
         )
 
     def call_on_main(self, work: Callable[[], T]) -> T:
@@ -169,31 +167,18 @@ class Run(Generic[C]):
         if self.accelerator.is_main_process:
             worker = threading.Thread(target=_record, args=(work, outcome), daemon=True)
             worker.start()
-        while True:
-            status = [None]
+        status: list[Any] = [None]
+        while status[0] is None:
             if self.accelerator.is_main_process:
                 worker.join(timeout=1.0)
-                if not worker.is_alive():
-                    failed = "error" in outcome
-                    status = [("failed", None) if failed else ("done", outcome["result"])]  # type: ignore[list-item]
+                if not worker.is_alive():  # the others learn of an error, and not what it is: it may not be picklable
+                    status = [{key: value for key, value in outcome.items() if key == "result"}]
             torch.distributed.broadcast_object_list(status, src=0)
-            if status[0] is not None:
-                kind, result = status[0]
-                if kind == "failed":
-                    if self.accelerator.is_main_process:
-                        raise outcome["error"]
-                    sys.exit(2)
-                return result
-
-
-def _launch() -> str:
-    """Return the command that has started this run's processes, without the program."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "accelerate launch" + (" --config_file FILE" if processes > 1 else "")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = f" --nnodes {processes // here}" if processes > here else ""
-    return f"torchrun{nodes} --nproc_per_node {here}" if processes > 1 else "python"
+        if "error" in outcome:
+            raise outcome["error"]
+        if "result" not in status[0]:
+            sys.exit(2)
+        return status[0]["result"]
 
 
 def _record(work: Callable[[], Any], outcome: dict[str, Any]) -> None:

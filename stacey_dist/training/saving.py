@@ -1,11 +1,10 @@
 """Save a run's checkpoints: when to save, what to keep, and what to do after a failed save."""
 
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from stacey_dist.checkpoint.background import BackgroundSaver
@@ -17,48 +16,16 @@ from stacey_dist.checkpoint.manifest import (
     step_of,
 )
 from stacey_dist.checkpoint.retention import newest_usable, retain
-from stacey_dist.models.export import describe_model, export_model
+from stacey_dist.models.export import describe_model
+from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import checkpoint_before_decay, updates_before_decay
 from stacey_dist.training.engine import Engine
-from stacey_dist.training.hub import push
 from stacey_dist.training.processes import signals
-from stacey_dist.training.reports.card import write_card
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import to_dict
 
 _GIVE_UP_AFTER = 2
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what a checkpoint says besides its tensors."""
-
-    step: int = 0
-    """Updates made, with those that were skipped."""
-    position: int = 0
-    """Samples that all processes together have trained on: the next one is the sample at this global position."""
-    skipped_steps: int = 0
-    """Updates that changed nothing, for a loss or gradient that was not finite."""
-    best_step: int | None = None
-    """After which update the evaluation was best."""
-    best_score: float | None = None
-    """How good it was: higher is better."""
-    kept_best_step: int | None = None
-    """With `checkpoint.keep_best`: the best update that has a checkpoint."""
-    evaluated_step: int = 0
-    """After which update it was last evaluated."""
-
-    def advance(self, samples: int) -> None:
-        """Count an update of this many samples."""
-        self.step += 1
-        self.position += samples
-
-    def improves(self, score: float) -> bool:
-        """Return whether an evaluation is the best so far, and remember it if it is."""
-        better = math.isfinite(score) and (self.best_score is None or score > self.best_score)
-        if better:
-            self.best_step, self.best_score = self.step, score
-        return better
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
@@ -108,23 +75,19 @@ class Saver:
         by_count = self.settings.every_steps is not None and step % self.settings.every_steps == 0
         return by_count or step in updates_before_decay(self.run.config)[:1]
 
-    def save(self, progress: Progress, *, delete_older: bool = True) -> None:
-        """Save, beside training if the settings say so. A failure is reported, and training continues.
+    def save(self, progress: Progress, *, delete_older: bool = True, must_succeed: bool = False) -> Path:
+        """Save, beside training if the settings say so, and return the path. A failure is reported later.
 
-        `delete_older` has the settings decide which older checkpoints are deleted afterwards; else none is.
+        Args:
+            progress: of the run.
+            delete_older: have the settings decide which older checkpoints are deleted afterwards; else none is.
+            must_succeed: wait for it, and raise SettingsError if it cannot be written.
         """
         with signals.writing():  # an earlier save may be waited for
-            self._begin(progress, delete_older)
-            if not self.settings.asynchronous:
-                self._background.wait()
-                self.report()
-
-    def save_and_wait(self, progress: Progress, *, delete_older: bool = True) -> Path:
-        """Save and wait for it; returns the checkpoint. Raises SettingsError if it can't be written."""
-        with signals.writing():
             path = self._begin(progress, delete_older)
-            self._background.wait()
-        if (error := self._background.failure()) is not None:
+            if must_succeed or not self.settings.asynchronous:
+                self._background.wait()
+        if must_succeed and (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path
 
@@ -163,7 +126,7 @@ class Saver:
             "data_identity": self.data_identity,
             "engine": self.engine.name,
             "model": describe_model(self.engine.module),
-            "scaler": self.engine.scaler_state(),
+            "scaler": loss_scale.state_of(self.engine.scaler) if self.engine.scaler else None,
             "trackers": self.run.tracker_ids,
         }
         path = checkpoint_path(self.run, progress.step)
@@ -193,28 +156,6 @@ class Saver:
                 retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
             print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
-
-
-def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
-    """Write the model of a checkpoint and its card as `transformers` loads it into run_dir/model, which is returned.
-    `hub.push_to` has it uploaded.
-
-    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
-
-    Args:
-        run: the run.
-        checkpoint: one of its checkpoints.
-        beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
-    """
-    directory = run.directory / "model"
-
-    def write_beside(new: Path) -> None:
-        beside(new)
-        write_card(new, read_manifest(checkpoint), run.directory)
-
-    run.call_on_main(lambda: export_model(checkpoint, directory, beside=write_beside, unlisted=True))
-    push(run, directory)
-    return directory
 
 
 def is_finite(saved: Path) -> bool | None:

@@ -9,7 +9,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.hub import check_upload
+from stacey_dist.training.export import check_upload
 from stacey_dist.training.processes import deepspeed_config, heartbeat, launch_settings, open_files
 from stacey_dist.training.processes.devices import cpu_threads, device_name
 from stacey_dist.training.processes.launch import describe_engine, requested_engine, start_accelerator
@@ -34,7 +34,7 @@ def start(config: C) -> Run[C]:
     _check_precision(run)
     if requested_engine() == "deepspeed":
         deepspeed_config.complete(run)
-        launch_settings.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+        deepspeed_config.check_with_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
     elif requested_engine() == "fsdp2":
         launch_settings.check_layer_classes(config.layer_classes)
     processes, mixed = accelerator.num_processes, accelerator.mixed_precision

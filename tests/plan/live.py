@@ -124,7 +124,7 @@ def measure(engine, precision, tied, directory):
     from stacey_dist.checkpoint.snapshot import snapshot
     from stacey_dist.sharding import base_optimizer, fragments
     from stacey_dist.training import initial_weights
-    from stacey_dist.training.engine import Requests, build_engine
+    from stacey_dist.training.engine import build_engine
     from stacey_dist.training.optimizers import build_optimizer
     from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
     from stacey_dist.training.start import start
@@ -154,7 +154,7 @@ def measure(engine, precision, tied, directory):
                     logits = made.model(input_ids=tokens).logits
                     made.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / 4)
             found = parts(made)
-            made.finish_update(torch.tensor(1.0), Requests())
+            made.finish_update(torch.tensor(1.0))
     state = base_optimizer(made.optimizer).state.values()
     for name in ("z", "m"):
         found[name] = storage_bytes(values[name] for values in state)
@@ -232,7 +232,7 @@ def simulate(rank, processes, cases):
 
     from stacey_dist.sharding import fragments, state_bytes
     from stacey_dist.training import engine as engine_module
-    from stacey_dist.training.engine import Requests, build_engine
+    from stacey_dist.training.engine import build_engine
     from stacey_dist.training.optimizers import build_optimizer
     from stacey_dist.training.processes import deepspeed_config, requests
     from stacey_dist.training.processes.launch import start_accelerator
@@ -260,7 +260,7 @@ def simulate(rank, processes, cases):
             tokens = torch.arange(8).reshape(1, 8)
             with made.micro_batch(True):
                 made.backward(made.model(input_ids=tokens).logits.float().logsumexp(-1).sum())
-            made.finish_update(torch.tensor(1.0), Requests())
+            made.finish_update(torch.tensor(1.0))
             model, optimizer = made.model, made.optimizer
         else:  # Accelerate would put it on the device
             model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])

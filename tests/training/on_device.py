@@ -68,9 +68,9 @@ def counted(original):
 
 
 def reported(original, path):
-    def after_step(trainer, update):
+    def after_step(trainer, requests):
         with Count():
-            original(trainer, update)
+            original(trainer, requests)
         with open(path, "a") as file:
             file.write(json.dumps([trainer.progress.step, found]) + "\n")
 

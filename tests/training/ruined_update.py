@@ -1,7 +1,7 @@
-"""train_llm.py with an update that ruins one element of a state or weight; later losses are not finite.
+"""train_llm.py with an update that ruins one element of a state or weight, on the last process.
 
-RUIN="STEP KIND": after the update of this number one element of KIND, which is a key of the optimizer's state or
-"weight", is NaN on the last process. RECOVER=STEP: so is the loss alone, up to this update.
+RUIN="STEP KIND": after the update of this number one element of KIND is NaN. It is a key of the optimizer's state,
+"weight", or "none". Later losses are not finite, though their gradients are; with RECOVER=STEP only up to this update.
 """
 
 import os
@@ -27,7 +27,7 @@ updates = [0]
 class RuinedLoss(llm.LanguageModeling):
     def loss(self, model, batch):
         loss = super().loss(model, batch)
-        return loss + torch.nan if int(ruined_step) <= updates[0] < recover else loss
+        return loss + torch.nan if last and int(ruined_step) <= updates[0] < recover else loss
 
 
 def finish_update(original):

@@ -6,10 +6,9 @@ import shlex
 import pytest
 
 from stacey_dist import yaml_files
-from stacey_dist.training.continuing import checkpoint_before_decay, command_to_continue, lr_change
+from stacey_dist.training.continuing import _launch, checkpoint_before_decay, command_to_continue, lr_change
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.optimizers import lr_share, scheduled
-from stacey_dist.training.run import _launch
 from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
@@ -65,10 +64,9 @@ def longer(config, directory):
     config.run_dir = str(directory / "a run")
     (directory / "a run").mkdir(exist_ok=True)
     (directory / "a run" / "config.yaml").write_text(yaml_files.dump(to_dict(config)))
-    about, command = command_to_continue(config, "accelerate launch", None).rsplit(": ", 1)
+    about, command = command_to_continue(config, None).rsplit(": ", 1)
     words = shlex.split(command)
-    assert words[:2] == ["accelerate", "launch"]
-    return about, LLM.parse(words[3:])
+    return about, LLM.parse(words[words.index("--config") :])
 
 
 def test_the_command_starts_the_processes_as_they_were_started(monkeypatch):
@@ -120,18 +118,18 @@ def test_a_run_that_ends_at_zero_begins_anew(tmp_path):
     # The last checkpoint is where one from before wsd's decay would be.
     growing = make_config("linear", min_lr_ratio=0.0, final_alpha=9.0, final_p=4.0)
     (tmp_path / "step_00000200").mkdir()
-    command = command_to_continue(growing, "accelerate launch", checkpoint_before_decay(growing, tmp_path))
+    command = command_to_continue(growing, checkpoint_before_decay(growing, tmp_path))
     assert "from the beginning" in command
     assert "schedule.final" not in command
     config = make_config()
     config.train.epochs = 1.5
-    assert "--train.epochs 3 --schedule.name constant" in command_to_continue(config, "accelerate launch", None)
+    assert "--train.epochs 3 --schedule.name constant" in command_to_continue(config, None)
 
 
 def test_wsd_continues_with_the_p_of_its_checkpoint(tmp_path):
     config = make_config("wsd", final_p=3.0, final_alpha=9.0)
     before = scheduled(config, 160)
-    command = command_to_continue(config, "accelerate launch", tmp_path / "step_00000160")
+    command = command_to_continue(config, tmp_path / "step_00000160")
     words = shlex.split(command.split(" --config ", 1)[1])
     then = LLM.parse(words[1:])
     assert then.schedule.final_p is None
@@ -139,9 +137,7 @@ def test_wsd_continues_with_the_p_of_its_checkpoint(tmp_path):
     found = then.optimizer.p, then.optimizer.alpha
     assert found == pytest.approx((before["p"], before["alpha"]), rel=1e-5)  # six digits are printed
     assert then.checkpoint.resume_from == str(tmp_path / "step_00000160")
-    about = command_to_continue(
-        make_config("wsd", final_p=3.0, optimizer="adamw"), "accelerate launch", tmp_path / "step_00000160"
-    )
+    about = command_to_continue(make_config("wsd", final_p=3.0, optimizer="adamw"), tmp_path / "step_00000160")
     assert "from before the decay" in about
     assert "optimizer.p" not in about
 
@@ -168,13 +164,13 @@ def test_wsd_continues_from_before_its_decay_as_if_it_had_been_longer_at_once(tm
 def test_the_printed_command_resumes_and_finds_the_tokens(tmp_path):
     config = make_config("linear", min_lr_ratio=0.0)
     config.run_dir, config.checkpoint.resume = "runs/a", "never"
-    options = LLM.parse(shlex.split(command_to_continue(config, "python", None).partition("config.yaml ")[2]))
+    options = LLM.parse(shlex.split(command_to_continue(config, None).partition("config.yaml ")[2]))
     assert options.checkpoint.resume == "auto"
     assert (options.run_dir, options.data.cache_dir) == ("runs/a-longer", "runs/a/data")
     config.data.cache_dir = "tokens"
-    assert "cache_dir" not in command_to_continue(config, "python", None)
+    assert "cache_dir" not in command_to_continue(config, None)
     config = make_config("constant")
-    assert "cache_dir" not in command_to_continue(config, "python", None)  # the same run_dir
+    assert "cache_dir" not in command_to_continue(config, None)  # the same run_dir
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_an_update_with_a_loss_that_is_not_finite_changes_nothing(one_process, t
     for last in (3, 4):  # the bad one is the third, and saved since it is the last
         on_engine(
             engine, "--config", one_process[1], "--run_dir", run, "--train.max_steps", last, "--checkpoint.every_steps",
-            1, "--checkpoint.keep_last", 9, program="tests/training/bad_update.py",
+            1, "--checkpoint.keep_last", 9, program="tests/training/ruined_update.py", RUIN="2 none", RECOVER=3,
         )  # fmt: skip
     before, bad, after = (checkpoint(run, step) for step in (2, 3, 4))
     assert all((tensor == bad[name]).all() for name, tensor in before.items())

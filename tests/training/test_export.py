@@ -14,7 +14,7 @@ from stacey_dist.data import TokenStream
 from stacey_dist.errors import SettingsError
 from stacey_dist.models.export import describe_export, loader
 from stacey_dist.models.export_directory import MARKER
-from stacey_dist.training.hub import check_upload, push
+from stacey_dist.training.export import check_upload, push
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.reports.card import _shown
 from stacey_dist.training.settings.config import HubConfig

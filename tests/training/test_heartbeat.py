@@ -105,7 +105,14 @@ def first_ends_first(rank, own):
     own.stop()
 
 
+def wait_until_all_beat(started, stores):
+    counters = [f"stacey_dist/heartbeat_0/beat/{rank}" for rank in range(len(started))]
+    while not stores[0].check(counters) or min(map(int, stores[0].multi_get(counters))) == 0:
+        time.sleep(0.01)
+
+
 def end_the_store_after_the_first_process(started, stores):
+    wait_until_all_beat(started, stores)
     while int(stores[0].get("stacey_dist/heartbeat_0/beat/0")) < heartbeat._GOODBYE:
         time.sleep(0.01)
     time.sleep(0.5)
@@ -178,6 +185,22 @@ def test_the_first_process_looks_closer_when_another_has_lost_a_connection():
     statuses, output = beat_together(one_notices, timeout=60)
     assert statuses == [75, 75, 1]
     assert output.startswith(f"rank 2 on {HOST} stopped answering")
+
+
+def cannot_print(rank, own):
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(reader)  # as the launcher that has ended
+    time.sleep(15)
+
+
+def end_the_store(started, stores):
+    wait_until_all_beat(started, stores)
+    stores.clear()
+
+
+def test_a_process_that_cannot_print_stops_too():
+    assert beat_together(cannot_print, disturb=end_the_store) == ([75, 75, 75], "")
 
 
 def times_out(rank, own):

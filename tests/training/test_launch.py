@@ -294,7 +294,7 @@ def test_an_update_with_a_loss_that_is_not_finite_changes_nothing(one_process, t
         launch(
             "--config", one_process[1], "--run_dir", run, "--train.max_steps", last, "--checkpoint.every_steps", 1,
             "--checkpoint.keep_last", 9, "--train.mixed_precision", precision,
-            processes=processes, program="tests/training/bad_update.py",
+            processes=processes, program="tests/training/ruined_update.py", RUIN="2 none", RECOVER=3,
         )  # fmt: skip
     before, bad, after = (checkpoint(run, step) for step in (2, 3, 4))
     assert all(torch.equal(tensor, bad[name]) for name, tensor in before.items())

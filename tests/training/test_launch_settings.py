@@ -5,7 +5,7 @@ import os
 import pytest
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.processes import launch_settings
+from stacey_dist.training.processes import deepspeed_config, launch_settings
 from stacey_dist.training.settings.config import RunConfig
 from stacey_dist.training.settings.image_config import ImageConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
@@ -66,16 +66,15 @@ FILES = [
 def test_files_of_deepspeed(text, message, tmp_path, monkeypatch):
     path = tmp_path / "deepspeed.json"
     path.write_text(text)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
     with pytest.raises(SettingsError) as error:
-        launch_settings.check_environment()
+        deepspeed_config.check_file()
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", launch_settings._UNSUPPORTED_IN_DEEPSPEED)
+@pytest.mark.parametrize("name", deepspeed_config._UNSUPPORTED)
 def test_what_deepspeed_may_not_do(name):
     *sections, last = name.split(".")
     for value in (True, {"enabled": True}, {"topk_ratio": 0.1}):
@@ -85,34 +84,34 @@ def test_what_deepspeed_may_not_do(name):
             inner = inner.setdefault(section, {})
         inner[last] = value
         with pytest.raises(SettingsError, match=rf"{name}: .* in the DeepSpeed configuration is not allowed"):
-            launch_settings.check_unsupported(config)
+            deepspeed_config._check_supported(config)
         inner[last] = {"enabled": False} if isinstance(value, dict) else False
-        launch_settings.check_unsupported(config)
+        deepspeed_config._check_supported(config)
 
 
-@pytest.mark.parametrize("name", launch_settings._NEEDED_IN_DEEPSPEED)
+@pytest.mark.parametrize("name", deepspeed_config._NEEDED)
 def test_what_deepspeed_must_do(name):
     section, last = name.split(".")
-    launch_settings.check_unsupported({section: {last: True}})
+    deepspeed_config._check_supported({section: {last: True}})
     with pytest.raises(SettingsError, match=rf"{name}: False in the DeepSpeed configuration is not allowed"):
-        launch_settings.check_unsupported({section: {last: False}})
+        deepspeed_config._check_supported({section: {last: False}})
 
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 def test_where_deepspeed_may_not_offload_to(section):
     for allowed in (None, {}, {"device": "cpu"}, {"device": "none"}):
-        launch_settings.check_unsupported({"zero_optimization": {"stage": 3, section: allowed}})
+        deepspeed_config._check_supported({"zero_optimization": {"stage": 3, section: allowed}})
     config = {"zero_optimization": {"stage": 3, section: {"device": "nvme", "nvme_path": "/local"}}}
     with pytest.raises(SettingsError, match=rf"zero_optimization\.{section}\.device: nvme .* must be cpu or none"):
-        launch_settings.check_unsupported(config)
+        deepspeed_config._check_supported(config)
 
 
 def test_what_deepspeed_has_another_place_for():
     harmless = {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}}
-    launch_settings.check_unsupported(harmless)
-    for name, instead in launch_settings._INSTEAD.items():
+    deepspeed_config._check_supported(harmless)
+    for name, instead in deepspeed_config._INSTEAD.items():
         with pytest.raises(SettingsError, match=rf"{name}: .*; {instead}"):
-            launch_settings.check_unsupported({name: {"some": 1}})
+            deepspeed_config._check_supported({name: {"some": 1}})
 
 
 # (a section of DeepSpeed's configuration, what the user reads)
@@ -130,19 +129,19 @@ OF_DEEPSPEED = [
 def test_what_deepspeed_refuses(sections, message, monkeypatch):
     config = {"train_batch_size": 8, "steps_per_print": float("inf"), "gradient_clipping": "auto", **sections}
     with pytest.raises(SettingsError) as error:
-        launch_settings.check_with_deepspeed(config)
+        deepspeed_config.check_with_deepspeed(config)
     assert str(error.value).startswith("the DeepSpeed configuration is not allowed: ")
     assert message in str(error.value)
     assert "STACEY_DIST_TRACEBACK=1" in str(error.value)
     assert "\n" not in str(error.value)
     monkeypatch.setenv("STACEY_DIST_TRACEBACK", "1")
     with pytest.raises(Exception, match=r".") as whole:
-        launch_settings.check_with_deepspeed(config)
+        deepspeed_config.check_with_deepspeed(config)
     assert not isinstance(whole.value, SettingsError)
 
 
 def test_a_good_configuration_of_deepspeed():
-    launch_settings.check_with_deepspeed(
+    deepspeed_config.check_with_deepspeed(
         {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
     )
 

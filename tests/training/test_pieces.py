@@ -22,14 +22,14 @@ from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.continuing import checkpoint_before_decay
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
-from stacey_dist.training.outcomes import Outcomes
 from stacey_dist.training.processes import devices, signals
 from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.processes.requests import Hosts, Requests
+from stacey_dist.training.progress import Outcomes, Progress
 from stacey_dist.training.reports.flops import peak_flops
 from stacey_dist.training.reports.progress_line import duration
 from stacey_dist.training.reports.rows import RowFile, read_rows
-from stacey_dist.training.saving import Progress, Saver, checkpoint_path
+from stacey_dist.training.saving import Saver, checkpoint_path
 from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
 from stacey_dist.training.start import separate_runs_of_a_sweep

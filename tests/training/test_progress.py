@@ -17,6 +17,7 @@ from stacey_dist.training.progress import check_progress
         {"config": None},
         {"config": {"checkpoint": []}},
         {"config": {"checkpoint": {"resume_from": 7}}},
+        {"evaluated_step": None},
         {"best_step": "x"},
         {"best_score": "x"},
         {"trackers": [1]},

@@ -12,9 +12,9 @@ import torch
 from stacey_dist import Stacey
 from stacey_dist.checkpoint import save_checkpoint
 from stacey_dist.errors import SettingsError
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import Progress
 from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.llm_config import LLMConfig, SourceConfig
 
@@ -50,7 +50,7 @@ class Directory:
         config = changed(self.config, **changes)
         engine = SimpleNamespace(model=model, module=model, optimizer=Stacey(model.parameters()))
         run = Run(config, SimpleNamespace(num_processes=1, is_main_process=True))
-        progress = restore(run, engine, data)
+        progress = restore(run, engine, SimpleNamespace(data_identity=data, samples_per_epoch=0))
         return progress, model.weight.unique().tolist(), run
 
 

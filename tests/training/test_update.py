@@ -11,8 +11,7 @@ from stacey_dist.training import loop, start
 from stacey_dist.training.callbacks import Clock
 from stacey_dist.training.engine import DeepSpeedEngine, Engine
 from stacey_dist.training.processes import signals
-from stacey_dist.training.processes.requests import Hosts, Requests
-from stacey_dist.training.saving import Progress
+from stacey_dist.training.progress import Progress
 from stacey_dist.training.settings.config import RunConfig
 
 
@@ -26,7 +25,7 @@ def test_replicas_are_clipped_by_the_norm_of_the_first_process(monkeypatch, limi
     engine.run = SimpleNamespace(config=RunConfig())
     engine.run.config.train.max_grad_norm = limit
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    engine.model, engine.hosts = model, Hosts(1, 1.0)
+    engine.model = model
     engine.optimizer = SimpleNamespace(optimizer=optimizer, zero_grad=lambda: None)
     engine.accelerator = SimpleNamespace(
         num_processes=2, is_main_process=False, scaler=None, unscale_gradients=lambda: None
@@ -34,7 +33,7 @@ def test_replicas_are_clipped_by_the_norm_of_the_first_process(monkeypatch, limi
     monkeypatch.setattr("stacey_dist.training.engine.base_optimizer", lambda wrapped: optimizer)
     first = torch.tensor([0.5, 8.0])  # the loss and the norm of the first process
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: shared.add_(first))
-    outcome = engine.finish_update(torch.tensor(0.5), Requests()).outcome
+    outcome = engine.finish_update(torch.tensor(0.5))
     assert outcome.tolist() == [1.0, 8.0, 0.0]
     assert float(model.weight) == pytest.approx(-4.0 / 8.0 if limit else -4.0)
 
@@ -45,12 +44,11 @@ def test_replicas_are_clipped_by_the_norm_of_the_first_process(monkeypatch, limi
 def test_what_deepspeed_applies_though_it_is_not_finite_counts_as_skipped(norm, overflow, expected):
     """So the run ends at train.max_skipped_steps. DeepSpeed gives -1 for a norm that is not finite."""
     engine = object.__new__(DeepSpeedEngine)
-    engine.hosts = Hosts(1, 1.0)
     engine.accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
     zero = SimpleNamespace(overflow=overflow)
     engine.model = SimpleNamespace(step=lambda: None, get_global_grad_norm=lambda: norm, optimizer=zero)
-    assert float(engine.finish_update(torch.tensor(0.5), Requests()).outcome[2]) == expected
-    assert float(engine.finish_update(torch.tensor(torch.nan), Requests()).outcome[2]) == 1.0
+    assert float(engine.finish_update(torch.tensor(0.5))[2]) == expected
+    assert float(engine.finish_update(torch.tensor(torch.nan))[2]) == 1.0
 
 
 @pytest.mark.parametrize(("given", "message"), [(1, "gave 1 of"), (3, "gave at least 3 of"), (2, None)])
@@ -88,10 +86,8 @@ def test_an_earlier_update_than_that_of_the_source_gives_the_source(monkeypatch,
     monkeypatch.setattr(loop, "restore", lambda *_: Progress(step=10))
     trainer = SimpleNamespace(stop_step=5, last_step=20, evaluation_is_missing=lambda: False)
     monkeypatch.setattr(loop, "_Trainer", lambda *_: trainer)
-    nothing = dict(resolve_max_steps=lambda: None, say=lambda message: None)
-    run = SimpleNamespace(config=config, directory=tmp_path / "run", **nothing)
-    task = SimpleNamespace(samples_per_epoch=1, data_identity="")
-    assert loop.train(run, task, None, until=5) == tmp_path / "step_00000010"
+    run = SimpleNamespace(config=config, directory=tmp_path / "run", say=lambda message: None)
+    assert loop.train(run, None, None, until=5) == tmp_path / "step_00000010"
 
 
 def test_off_the_main_thread_signals_are_not_heard():

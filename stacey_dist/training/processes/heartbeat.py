@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from stacey_dist.errors import one_line
 from stacey_dist.training.processes import rendezvous
+from stacey_dist.training.processes.signals import say
 
 EXIT_STATUS = 75
 _AGAIN = "all processes stop; started again, the run resumes from its newest checkpoint"
@@ -109,11 +110,11 @@ class Heartbeat:
             return True
         self._stopping.set()
         with contextlib.suppress(dist.DistError):
-            first, found = (True, line) if self._gone() else self._store_verdict(line)
-            if not first:
-                if one_line(error) not in found:
+            if not self._gone():
+                first, found = self._store_verdict(line)
+                if not first and one_line(error) not in found:
                     say(line)
-                return False
+                return first
         return True
 
     def _beat_and_watch(self) -> None:
@@ -252,8 +253,3 @@ def caused_by_another_process(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and bool(_CAUSED_BY_ANOTHER.search(str(error)))
     )
-
-
-def say(line: str) -> None:
-    """Print a line on standard error from any thread, also while another one holds the streams."""
-    os.write(2, f"{line}\n".encode())

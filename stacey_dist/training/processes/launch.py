@@ -11,11 +11,10 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.processes import launch_settings, rendezvous
+from stacey_dist.training.processes import deepspeed_config, launch_settings, rendezvous
 from stacey_dist.training.settings.config import RunConfig
 
 ZERO_REDUNDANCY = "zero_redundancy"
-_SCALED_BY_TORCH = ("single", "ddp", ZERO_REDUNDANCY, "fsdp2")
 
 
 def requested_engine() -> str:
@@ -45,6 +44,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     """
     requested = requested_engine()
     launch_settings.check_environment()
+    if requested == "deepspeed":
+        deepspeed_config.check_file()
     # Without cpu=True, processes that find no GPU would not join each other. A Mac's GPU has no float64.
     # torch 2.6 has no `check_available`.
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -65,7 +66,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", FutureWarning)
     # The buffers are shared when they are looked at (`Engine.broadcast_buffers`), not in every forward pass.
     handlers = [InitProcessGroupKwargs(**joining), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    with launch_settings.one_line("the configuration of `accelerate launch`"):
+    with launch_settings.configuration_errors("the configuration of `accelerate launch`"):
         if requested == "deepspeed" and on_cpu:
             skip_compilation()
         accelerator = Accelerator(
@@ -77,7 +78,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     if requested != "deepspeed":  # the environment may hold another number, and losses are scaled in the loop
         accelerator.gradient_accumulation_steps = 1
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested in _SCALED_BY_TORCH:
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and requested != "deepspeed":
         # Accelerate ignores fp16 on CPUs; torch has both the autocast and the scaler there.
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")

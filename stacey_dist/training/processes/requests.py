@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests of one process to all processes; in an `Update`, those of all processes combined, equal on each."""
+    """Requests of one process to all processes, or those of all processes combined, equal on each."""
 
     stop: bool = False
     """It was told to stop by a signal."""

@@ -34,12 +34,14 @@ _PATIENCE_WITH_OTHERS_SECONDS = 300.0
 _WRITTEN_BYTES = 4096
 
 
-_entered: "StopSignal | None" = None
+def say(line: str, descriptor: int = 2) -> None:
+    """Print a line, by default on standard error, from any thread and in a signal's handler.
 
-
-def stop_requested() -> bool:
-    """Return whether this process was told to stop, while a `StopSignal` is entered."""
-    return _entered is not None and _entered.received is not None
+    `print` raises an error where it is called in the middle of another one, and waits for a thread that holds the
+    stream. What cannot be written, as to a pipe that is closed, is no error: the process that says it has to end.
+    """
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())
 
 
 class StopSignal:
@@ -56,18 +58,14 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        global _entered
-        _entered = self
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        _state.training = True
+        _state.stop = self
         _state.progress_at = _state.slowest = _state.slowest_before = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        global _entered
-        _entered = None
-        _state.training = False
+        _state.stop = None
         if self.received is not None and kind is not None and _state.listening:
             signal.alarm(int(_PATIENCE_SECONDS))  # kills the process if the interpreter does not end
         for number, handler in self._before.items():
@@ -77,11 +75,9 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
-            line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)\n"
+            line = f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)"
             if os.environ.get("RANK", "0") == "0":  # a launcher passes the signal on to all
-                with contextlib.suppress(OSError):
-                    # Not print: it raises where the signal came in the middle of another one, as when a pipe is full.
-                    os.write(1, line.encode())
+                say(line, 1)
         elif number == signal.SIGINT and now - self._received_at > _SAME_CTRL_C_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
@@ -92,8 +88,8 @@ class _State:
 
     def __init__(self) -> None:
         self.listening = False
-        self.training = False
-        """A `StopSignal` is entered, so signals take effect at the end of an update."""
+        self.stop: StopSignal | None = None
+        """The one that is entered, if there is one: signals take effect at the end of an update."""
         self.writing = False
         """The main thread waits for a checkpoint."""
         self.progress_at = 0.0
@@ -113,6 +109,11 @@ class _State:
 
 
 _state = _State()
+
+
+def stop_requested() -> bool:
+    """Return whether this process was told to stop, while a `StopSignal` is entered."""
+    return _state.stop is not None and _state.stop.received is not None
 
 
 def update_begins() -> None:
@@ -174,7 +175,7 @@ class _Listener:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._first_received: dict[int, float] = {}
+        self._received_at: float | None = None
         self._second_ctrl_c = False
         self._thread = threading.Thread(target=self._listen, name="listens for signals", daemon=True)
         self._thread.start()
@@ -185,8 +186,7 @@ class _Listener:
         signal.alarm(2 * int(_UNWINDING_SECONDS))  # kills the process if the interpreter does not end
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        with contextlib.suppress(OSError):
-            os.write(2, f"{signal.Signals(number).name}: stopped\n".encode())
+        say(f"{signal.Signals(number).name}: stopped")
         sys.exit(128 + number)
 
     def close(self) -> None:
@@ -201,14 +201,13 @@ class _Listener:
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
             if number in SIGNALS:
-                if not self._first_received:
+                if self._received_at is None:
+                    self._received_at = time.monotonic()
                     threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
                 else:
-                    self._on_repeated_signal(number)
-                self._first_received.setdefault(number, time.monotonic())
+                    self._on_repeated_signal(number, time.monotonic() - self._received_at)
 
-    def _on_repeated_signal(self, number: int) -> None:
-        ago = time.monotonic() - min(self._first_received.values())
+    def _on_repeated_signal(self, number: int, ago: float) -> None:
         if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
             self._second_ctrl_c = True  # the handler raises, if it comes to run
         elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
@@ -218,7 +217,7 @@ class _Listener:
         """End the process where the main thread makes no progress after a signal."""
         _state.progress_at = time.monotonic()
         written = _bytes_written()
-        if not _state.training:
+        if _state.stop is None:
             self._children = self._children or _children()
         while _state.listening:
             time.sleep(0.2)
@@ -226,7 +225,7 @@ class _Listener:
             if _state.writing and (written + _WRITTEN_BYTES <= _bytes_written() or _waits_for_a_disk()):
                 written = _bytes_written()
                 _state.progress_at = now
-            if self._second_ctrl_c or not _state.training:
+            if self._second_ctrl_c or _state.stop is None:
                 patience = _UNWINDING_SECONDS
             elif _state.writing and _waits_for_others():
                 patience = _PATIENCE_WITH_OTHERS_SECONDS
@@ -239,9 +238,8 @@ class _Listener:
         """End this process and its children at once, with a line that says where the main thread was."""
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         place = _place(sys._current_frames().get(self._main or 0))
-        saved = "without a save; the same command resumes from the newest checkpoint" if _state.training else "at once"
-        with contextlib.suppress(OSError):
-            os.write(2, f"{rank}{signal.Signals(number).name}: stopped {place} {saved}\n".encode())
+        saved = "without a save; the same command resumes from the newest checkpoint" if _state.stop else "at once"
+        say(f"{rank}{signal.Signals(number).name}: stopped {place} {saved}")
         _end_all([*self._children, *_children()])
         os._exit(128 + number)
 

@@ -28,12 +28,12 @@ from stacey_dist.models import build_resnet
 from stacey_dist.models.export import describe_export, describe_model
 from stacey_dist.training.ahead import Transfer
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.export import export
 from stacey_dist.training.initial_weights import make_model
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.processes.devices import cores_per_process
 from stacey_dist.training.processes.signals import stop_requested
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import export
 from stacey_dist.training.settings.config import data_directory
 from stacey_dist.training.settings.image_config import ImageConfig, ImageDataConfig
 from stacey_dist.training.settings.value_types import check

@@ -20,11 +20,11 @@ from stacey_dist.models.causal_lm import attended, multiplied_parameters, router
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.engine import Engine
+from stacey_dist.training.export import export
 from stacey_dist.training.launchers import Parts
 from stacey_dist.training.reports.flops import flops_per_token
 from stacey_dist.training.reports.samples import Samples, try_sample
 from stacey_dist.training.run import Run
-from stacey_dist.training.saving import export
 from stacey_dist.training.settings.llm_config import LLMConfig
 from stacey_dist.training.task import Task
 from stacey_dist.training.tasks.attention import Attention

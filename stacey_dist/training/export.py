@@ -1,11 +1,15 @@
-"""Upload an exported model to the Hugging Face hub, if `hub.push_to` is set."""
+"""Export a run's model, and upload it to the Hugging Face hub if `hub.push_to` is set."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stacey_dist.checkpoint.manifest import read_manifest
 from stacey_dist.errors import SettingsError, first_line
+from stacey_dist.models.export import export_model
 from stacey_dist.models.export_directory import MARKER
+from stacey_dist.training.reports.card import write_card
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.config import HubConfig
 from stacey_dist.version import __version__
@@ -24,6 +28,29 @@ def check_upload(hub: HubConfig) -> None:
         raise SettingsError(
             f"hub.push_to: {hub.push_to} needs a token of the hub; run `hf auth login`, or set HF_TOKEN"
         )
+
+
+def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
+    """Write the model of a checkpoint, as `transformers` loads it, and its card into run_dir/model; returns that path.
+
+    `hub.push_to` has it uploaded.
+
+    The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
+
+    Args:
+        run: the run.
+        checkpoint: one of its checkpoints.
+        beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
+    """
+    directory = run.directory / "model"
+
+    def write_beside(new: Path) -> None:
+        beside(new)
+        write_card(new, read_manifest(checkpoint), run.directory)
+
+    run.call_on_main(lambda: export_model(checkpoint, directory, beside=write_beside, unlisted=True))
+    push(run, directory)
+    return directory
 
 
 def push(run: Run[Any], directory: Path) -> None:
