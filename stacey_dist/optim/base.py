@@ -20,10 +20,10 @@ from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
 from stacey_dist.optim.chunks import chunks
+from stacey_dist.optim.deepspeed_support import support_in_deepspeed
 from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
-from stacey_dist.optim.registry import support_in_deepspeed
 from stacey_dist.optim.saved_state import check_state, like_parameter
 
 # A parameter, and this rank's part of it and of its gradient.
