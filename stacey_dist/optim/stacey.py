@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
 from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
-from stacey_dist.optim.following import follow
 from stacey_dist.optim.group_settings import (
     as_float,
     check_betas,
@@ -24,7 +23,7 @@ from stacey_dist.optim.group_settings import (
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.memory import local, whole
 from stacey_dist.optim.rounding import Store
-from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
+from stacey_dist.optim.rule import StaceySettings, Variant, follow, stacey_update
 
 
 class Stacey(ElementwiseOptimizer):

@@ -44,7 +44,7 @@ class Call:
     lr: Tensor | None = None
     """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
     lr_reference: float | None = None
-    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `following.py`."""
+    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `rule.follow`."""
     found_inf: Tensor | None = None
     """For a kernel that is `capturable`: nothing changes unless it is 0."""
 

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.errors import one_line
-from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
-from stacey_dist.optim.rule import HALF, StaceySettings, log2_in_parts
+from stacey_dist.optim.rule import HALF, StaceySettings, follow, log2_in_parts
 
 try:
     import triton
