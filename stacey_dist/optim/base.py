@@ -1,9 +1,9 @@
 """The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
 A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
-(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`, `_row`). This class goes
-through the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain
-rule in chunks.
+(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes through
+the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain rule in
+chunks.
 """
 
 import functools
@@ -86,10 +86,6 @@ class ElementwiseOptimizer(Optimizer):
         """Return what a kernel has to know of a group; None if there is none for this optimizer, or none is wanted."""
         return None
 
-    def _row(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> Row:
-        """Return what a kernel updates of a parameter, for optimizers with a `_kernel_call`."""
-        raise NotImplementedError
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked like the constructor's. Complex parameters are refused."""
         super().add_param_group(param_group)
@@ -166,7 +162,7 @@ class ElementwiseOptimizer(Optimizer):
             if (param not in self._begun or not state) and self._begin(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
-            if call is None or not _add_row(launches, self._row(weight, gradient, state)):
+            if call is None or not _add_row(launches, weight, gradient, state):
                 others.append(part)
         for found, rows in launches.values():
             if found is not None and call is not None:
@@ -188,7 +184,7 @@ class ElementwiseOptimizer(Optimizer):
             state["step"] = _step_count(0, param, group)
             state.update(self.initial_state(param, group))
             self._fresh.add(param)
-        elif _is_capturing() or int(state["step"]) != 0:  # it was loaded
+        elif kernels.is_capturing() or int(state["step"]) != 0:  # it was loaded
             return False
         elif param in self._fresh:
             unreached = self._unreached(state)
@@ -243,7 +239,7 @@ class ElementwiseOptimizer(Optimizer):
                 updates[key](chunk, chunk_gradient, *rest)
 
     def _check_capture(self) -> None:
-        if _is_capturing() and not all(group.get("capturable") for group in self.param_groups):
+        if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
                 "capturable=True is needed in every group"
@@ -338,18 +334,16 @@ class ElementwiseOptimizer(Optimizer):
                     self.state[param]["step"] = _step_count(int(saved["step"]), param, group)
 
 
-def _is_capturing() -> bool:
-    """Return whether steps become part of a CUDA graph, in which the host cannot read what is on the device."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def _step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
     """Return a parameter's count of updates, on the device where its group keeps it."""
     return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
 
 
-def _add_row(launches: dict[Any, tuple[Kernel | None, list[Row]]], row: Row) -> bool:
-    """Add a row to the launch of its kind. Return False if no kernel can take it."""
+def _add_row(
+    launches: dict[Any, tuple[Kernel | None, list[Row]]], weight: Tensor, gradient: Tensor, state: dict[str, Any]
+) -> bool:
+    """Add a parameter to the launch of its kind. Return False if no kernel can take it."""
+    row = Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
     kind = kernels.kind(row)
     if kind is None:
         return False
