@@ -24,7 +24,7 @@ from stacey_dist.optim.deepspeed_support import support_in_deepspeed
 from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
-from stacey_dist.optim.saved_state import check_state, like_parameter
+from stacey_dist.optim.saved_state import load, step_count
 
 # A parameter, and this rank's part of it and of its gradient.
 Part = tuple[Tensor, Tensor, Tensor]
@@ -119,7 +119,11 @@ class ElementwiseOptimizer(Optimizer):
         parameter or gradient whose memory is shared between its elements or was freed, and in the capture of a CUDA
         graph without `capturable`. Nothing is changed then.
         """
-        self._check_capture()
+        if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
+                "capturable=True is needed in every group"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,7 +185,7 @@ class ElementwiseOptimizer(Optimizer):
         state = self.state[param]
         self._begun.add(param)
         if not state:
-            state["step"] = _step_count(0, param, group)
+            state["step"] = step_count(0, param, group)
             state.update(self.initial_state(param, group))
             self._fresh.add(param)
         elif kernels.is_capturing() or int(state["step"]) != 0:  # it was loaded
@@ -215,7 +219,7 @@ class ElementwiseOptimizer(Optimizer):
         step = state["step"]
         on_gpu = param.is_cuda and bool(group.get("capturable"))
         if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != on_gpu:
-            state["step"] = _step_count(int(step), param, group)
+            state["step"] = step_count(int(step), param, group)
         for name in self.state_names:
             if state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
@@ -237,13 +241,6 @@ class ElementwiseOptimizer(Optimizer):
             for chunk, chunk_gradient, *rest in chunks([t.detach() for t in (weight, gradient, *states)]):
                 chunk_gradient = chunk_gradient.to(dtype) if scale is None else chunk_gradient.to(dtype) * scale
                 updates[key](chunk, chunk_gradient, *rest)
-
-    def _check_capture(self) -> None:
-        if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
-            raise RuntimeError(
-                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
-                "capturable=True is needed in every group"
-            )
 
     def _checked_gradient(self, param: Tensor) -> Tensor:
         """Return the gradient, laid out over ranks as its parameter. Raises what `step` does."""
@@ -288,55 +285,8 @@ class ElementwiseOptimizer(Optimizer):
 
         Raises ValueError if they have other shapes than the parameters, or are another optimizer's, or a setting is out
         of range; nothing is loaded then.
-
-        torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
-        float32 ones, and float32 states of bfloat16 parameters into rounded ones. So torch loads the steps alone.
         """
-        loaded: list[dict[str, Any]] = []
-
-        def without_tensors(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            # An older version, or another optimizer, may lack settings: these are as in the constructor.
-            final = {**final, "param_groups": [{**self.defaults, **group} for group in final["param_groups"]]}
-            self._check_state_dict(final)
-            loaded.append(final)
-            steps = {
-                key: {name: value for name, value in state.items() if name not in self.state_names}
-                for key, state in final["state"].items()
-            }
-            return {**final, "state": steps}
-
-        # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
-        # the state before they look at it.
-        self.forget_begun()
-        before = self.register_load_state_dict_pre_hook(without_tensors)
-        after = self.register_load_state_dict_post_hook(lambda _: self._load_states(loaded[-1]), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for param, saved_id in zip(group["params"], saved_group["params"], strict=False):
-                check_state(saved_id, state_dict["state"].get(saved_id, {}), self.state_names, param.shape)
-            self._check_group({**saved_group, "params": group["params"]})
-
-    def _load_states(self, state_dict: dict[str, Any]) -> None:
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            self._check_group(group)  # a state dict that went through JSON has lists and strings
-            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
-                saved = state_dict["state"].get(saved_id, {})
-                for name in self.state_names:
-                    if name in saved:
-                        self.state[param][name] = like_parameter(saved[name], param, state_dtype(group))
-                if "step" in saved:
-                    self.state[param]["step"] = _step_count(int(saved["step"]), param, group)
-
-
-def _step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return a parameter's count of updates, on the device where its group keeps it."""
-    return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
+        load(self, super().load_state_dict, state_dict)
 
 
 def _add_row(
