@@ -456,7 +456,7 @@ class TritonKernel:
         device = unused.device  # to which torch's fused optimizers move these too
         scale = unused if call.grad_scale is None else call.grad_scale.to(device).double().reciprocal().float()
         return functools.partial(
-            lambda *given, **constants: stacey_step[(tables.programs,)](*given, **constants),
+            stacey_step[(tables.programs,)],
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf.to(device),
             *float_constants(s).values(),
