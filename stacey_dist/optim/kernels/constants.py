@@ -1,11 +1,12 @@
 """Compute the numbers that a kernel takes from the settings, as the plain rule has them."""
 
 import math
+from typing import get_args
 
 from stacey_dist.optim.power import split
-from stacey_dist.optim.rule import StaceySettings, log2_in_parts, steepest_exponent
+from stacey_dist.optim.rule import StaceySettings, Variant, log2_in_parts, steepest_exponent
 
-VARIANTS = ("p2", "pp", "2p")
+VARIANTS: tuple[str, ...] = get_args(Variant)
 # |x|^0, |x|^(1/2), |x|^1, and |x|^exponent, as in power.power
 ONE, ROOT, SAME, GENERAL = range(4)
 
