@@ -14,8 +14,8 @@ DEVICE_CHUNK = 1 << 22
 def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Cut tensors of one shape into views of at most a chunk's elements, all in the same way.
 
-    The rule is element-wise, so any cut gives the same result. Tensors are halved along the dimension of the largest
-    stride, so that the halves of a dense tensor are dense.
+    The rule is element-wise, so any cut gives the same result. Tensors that cannot be viewed as flat are halved
+    along their longest dimension.
     """
     first = tensors[0]
     on_cpu = first.device.type == "cpu"
@@ -28,9 +28,15 @@ def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         return
     if on_cpu:
         _keep_freed_memory()
-    dim = max((dim for dim in range(first.dim()) if first.size(dim) > 1), key=first.stride)
-    for halves in zip(*(t.tensor_split(2, dim) for t in tensors), strict=True):
-        yield from chunks(list(halves))
+    if all(t.is_contiguous() for t in tensors):
+        flat = [t.view(-1) for t in tensors]
+        for start in range(0, count, size):
+            yield [t[start : start + size] for t in flat]
+    else:
+        dim = max(range(first.dim()), key=first.size)
+        half = first.size(dim) // 2
+        yield from chunks([t.narrow(dim, 0, half) for t in tensors])
+        yield from chunks([t.narrow(dim, half, t.size(dim) - half) for t in tensors])
 
 
 @functools.cache
