@@ -44,7 +44,13 @@ class Steps:
             self.kernel = HostPart()
             self.call = self.optimizer._kernel_call(self.optimizer.param_groups[0])
             states = [self.optimizer.state[param] for param in self.params]
-            self.rows = [list(map(self.optimizer._row, self.params, gradients, states)) for gradients in self.gradients]
+            self.rows = [
+                [
+                    Row(param, gradient, state["z"], state["m"], state["step"])
+                    for param, gradient, state in zip(self.params, gradients, states, strict=True)
+                ]
+                for gradients in self.gradients
+            ]
 
     def step(self) -> None:
         for param, gradient in zip(self.params, self.gradients[self.number % 2], strict=True):

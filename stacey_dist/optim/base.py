@@ -1,9 +1,9 @@
 """The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
 A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
-(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`, `_row`). This class goes
-through the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain
-rule in chunks.
+(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes through
+the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain rule in
+chunks.
 """
 
 import functools
@@ -20,11 +20,11 @@ from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
 from stacey_dist.optim.chunks import chunks
+from stacey_dist.optim.deepspeed_support import support_in_deepspeed
 from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
-from stacey_dist.optim.registry import support_in_deepspeed
-from stacey_dist.optim.saved_state import check_state, like_parameter
+from stacey_dist.optim.saved_state import load, step_count
 
 # A parameter, and this rank's part of it and of its gradient.
 Part = tuple[Tensor, Tensor, Tensor]
@@ -86,10 +86,6 @@ class ElementwiseOptimizer(Optimizer):
         """Return what a kernel has to know of a group; None if there is none for this optimizer, or none is wanted."""
         return None
 
-    def _row(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> Row:
-        """Return what a kernel updates of a parameter, for optimizers with a `_kernel_call`."""
-        raise NotImplementedError
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked like the constructor's. Complex parameters are refused."""
         super().add_param_group(param_group)
@@ -123,7 +119,11 @@ class ElementwiseOptimizer(Optimizer):
         parameter or gradient whose memory is shared between its elements or was freed, and in the capture of a CUDA
         graph without `capturable`. Nothing is changed then.
         """
-        self._check_capture()
+        if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
+                "capturable=True is needed in every group"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,7 +166,7 @@ class ElementwiseOptimizer(Optimizer):
             if (param not in self._begun or not state) and self._begin(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
-            if call is None or not _add_row(launches, self._row(weight, gradient, state)):
+            if call is None or not _add_row(launches, weight, gradient, state):
                 others.append(part)
         for found, rows in launches.values():
             if found is not None and call is not None:
@@ -185,10 +185,10 @@ class ElementwiseOptimizer(Optimizer):
         state = self.state[param]
         self._begun.add(param)
         if not state:
-            state["step"] = _step_count(0, param, group)
+            state["step"] = step_count(0, param, group)
             state.update(self.initial_state(param, group))
             self._fresh.add(param)
-        elif _is_capturing() or int(state["step"]) != 0:  # it was loaded
+        elif kernels.is_capturing() or int(state["step"]) != 0:  # it was loaded
             return False
         elif param in self._fresh:
             unreached = self._unreached(state)
@@ -219,7 +219,7 @@ class ElementwiseOptimizer(Optimizer):
         step = state["step"]
         on_gpu = param.is_cuda and bool(group.get("capturable"))
         if not isinstance(step, Tensor) or step.dtype is not torch.int64 or step.is_cuda != on_gpu:
-            state["step"] = _step_count(int(step), param, group)
+            state["step"] = step_count(int(step), param, group)
         for name in self.state_names:
             if state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
@@ -241,13 +241,6 @@ class ElementwiseOptimizer(Optimizer):
             for chunk, chunk_gradient, *rest in chunks([t.detach() for t in (weight, gradient, *states)]):
                 chunk_gradient = chunk_gradient.to(dtype) if scale is None else chunk_gradient.to(dtype) * scale
                 updates[key](chunk, chunk_gradient, *rest)
-
-    def _check_capture(self) -> None:
-        if _is_capturing() and not all(group.get("capturable") for group in self.param_groups):
-            raise RuntimeError(
-                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
-                "capturable=True is needed in every group"
-            )
 
     def _checked_gradient(self, param: Tensor) -> Tensor:
         """Return the gradient, laid out over ranks as its parameter. Raises what `step` does."""
@@ -292,64 +285,15 @@ class ElementwiseOptimizer(Optimizer):
 
         Raises ValueError if they have other shapes than the parameters, or are another optimizer's, or a setting is out
         of range; nothing is loaded then.
-
-        torch's own loading casts every state to its parameter's dtype, which would turn bfloat16 states into
-        float32 ones, and float32 states of bfloat16 parameters into rounded ones. So torch loads the steps alone.
         """
-        loaded: list[dict[str, Any]] = []
-
-        def without_tensors(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            # An older version, or another optimizer, may lack settings: these are as in the constructor.
-            final = {**final, "param_groups": [{**self.defaults, **group} for group in final["param_groups"]]}
-            self._check_state_dict(final)
-            loaded.append(final)
-            steps = {
-                key: {name: value for name, value in state.items() if name not in self.state_names}
-                for key, state in final["state"].items()
-            }
-            return {**final, "state": steps}
-
-        # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes
-        # the state before they look at it.
-        self.forget_begun()
-        before = self.register_load_state_dict_pre_hook(without_tensors)
-        after = self.register_load_state_dict_post_hook(lambda _: self._load_states(loaded[-1]), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for param, saved_id in zip(group["params"], saved_group["params"], strict=False):
-                check_state(saved_id, state_dict["state"].get(saved_id, {}), self.state_names, param.shape)
-            self._check_group({**saved_group, "params": group["params"]})
-
-    def _load_states(self, state_dict: dict[str, Any]) -> None:
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            self._check_group(group)  # a state dict that went through JSON has lists and strings
-            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
-                saved = state_dict["state"].get(saved_id, {})
-                for name in self.state_names:
-                    if name in saved:
-                        self.state[param][name] = like_parameter(saved[name], param, state_dtype(group))
-                if "step" in saved:
-                    self.state[param]["step"] = _step_count(int(saved["step"]), param, group)
+        load(self, super().load_state_dict, state_dict)
 
 
-def _is_capturing() -> bool:
-    """Return whether steps become part of a CUDA graph, in which the host cannot read what is on the device."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return a parameter's count of updates, on the device where its group keeps it."""
-    return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
-
-
-def _add_row(launches: dict[Any, tuple[Kernel | None, list[Row]]], row: Row) -> bool:
-    """Add a row to the launch of its kind. Return False if no kernel can take it."""
+def _add_row(
+    launches: dict[Any, tuple[Kernel | None, list[Row]]], weight: Tensor, gradient: Tensor, state: dict[str, Any]
+) -> bool:
+    """Add a parameter to the launch of its kind. Return False if no kernel can take it."""
+    row = Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
     kind = kernels.kind(row)
     if kind is None:
         return False

@@ -61,13 +61,6 @@ def is_simple(tensor: Tensor) -> bool:
     )
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Return whether the memory at `data_ptr()` holds the value, so that a kernel may take it."""
-    if not is_plain(type(tensor)) or tensor.is_neg():
-        return False
-    return tensor.data_ptr() != 0 or tensor.numel() == 0  # zero tensors, and functional ones, have no address
-
-
 def readable(tensor: Tensor) -> Tensor:
     """Return a tensor of the same value without the negative bit and with memory; the tensor itself where it has."""
     if tensor._is_zerotensor():

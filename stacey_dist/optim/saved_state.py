@@ -1,15 +1,66 @@
-"""Check and convert the optimizer state of a state dict."""
+"""Load the optimizer state of a state dict: check it, and convert it to what kernels take."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.memory import readable
 
 
-def check_state(number: int, state: dict[str, Any], names: Collection[str], shape: torch.Size) -> None:
+def load(optimizer: Any, load_groups: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """Load a state dict into an `ElementwiseOptimizer`; `load_groups` is torch's own `load_state_dict`.
+
+    torch's casts every state to its parameter's dtype, which would turn bfloat16 states into float32 ones, and float32
+    states of bfloat16 parameters into rounded ones. So it gets the groups alone.
+    """
+    final: dict[str, Any] = {}
+
+    def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        # An older version, or another optimizer, may lack settings: these are as in the constructor.
+        final.update(given, param_groups=[{**optimizer.defaults, **group} for group in given["param_groups"]])
+        for param, _group, number, state in _states(optimizer, final):
+            _check_state(number, state, optimizer.state_names, param.shape)
+        for group, saved_group in zip(optimizer.param_groups, final["param_groups"], strict=False):
+            optimizer._check_group({**saved_group, "params": group["params"]})
+        return {**final, "state": {}}
+
+    def complete(_: Any) -> None:
+        for group in optimizer.param_groups:
+            optimizer._check_group(group)  # a state dict that went through JSON has lists and strings
+        for param, group, _number, saved in _states(optimizer, final):
+            if saved:
+                state = {
+                    name: _like_parameter(saved[name], param, state_dtype(group)) for name in optimizer.state_names
+                }
+                optimizer.state[param] = {"step": step_count(int(saved["step"]), param, group), **state}
+
+    # The last pre-hook sees the state dict as a user's own hooks have left it; the first post-hook completes the state
+    # before they look at it.
+    before = optimizer.register_load_state_dict_pre_hook(check)
+    after = optimizer.register_load_state_dict_post_hook(complete, prepend=True)
+    try:
+        load_groups(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a parameter's count of updates, on the device where its group keeps it."""
+    return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
+
+
+def _states(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any], int, dict[str, Any]]]:
+    """Yield each parameter, its group, its number in the state dict, and what was saved of it: possibly nothing."""
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for param, number in zip(group["params"], saved_group["params"], strict=False):
+            yield param, group, number, state_dict["state"].get(number, {})
+
+
+def _check_state(number: int, state: dict[str, Any], names: Collection[str], shape: torch.Size) -> None:
     """Raise ValueError if the state of a parameter is another optimizer's, or does not have the parameter's shape.
 
     Args:
@@ -32,7 +83,7 @@ def check_state(number: int, state: dict[str, Any], names: Collection[str], shap
             raise ValueError(f"{what} has the shape {tuple(value.shape)}, and its parameter {tuple(shape)}")
 
 
-def like_parameter(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+def _like_parameter(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a saved state in a dtype, on the device and with the order in memory of its parameter, for kernels."""
     value = value.to(param.device, dtype)
     if value.stride() != param.stride() or readable(value) is not value:

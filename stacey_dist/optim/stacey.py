@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim import kernels
 from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
-from stacey_dist.optim.following import follow
 from stacey_dist.optim.group_settings import (
     as_float,
     check_betas,
@@ -21,10 +20,10 @@ from stacey_dist.optim.group_settings import (
     rule_lr,
     state_dtype,
 )
-from stacey_dist.optim.kernels import Call, NoKernelError, Row
+from stacey_dist.optim.kernels import Call, NoKernelError
 from stacey_dist.optim.memory import local, whole
 from stacey_dist.optim.rounding import Store
-from stacey_dist.optim.rule import StaceySettings, Variant, stacey_update
+from stacey_dist.optim.rule import StaceySettings, Variant, follow, stacey_update
 
 
 class Stacey(ElementwiseOptimizer):
@@ -164,9 +163,6 @@ class Stacey(ElementwiseOptimizer):
             names = " and ".join(map(str, refused))
             raise RuntimeError(f"Stacey: fused=True, but {names} is neither float32 nor bfloat16; use fused=None")
         self._step_supports_amp_scaling = True  # as in torch's: GradScaler sets grad_scale and found_inf
-
-    def _row(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> Row:
-        return Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
 
     def _kernel_call(self, group: dict[str, Any]) -> Call | None:
         if group["fused"] is False:

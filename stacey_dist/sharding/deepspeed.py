@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stacey_dist.sharding.fragment import Fragment, flat_part, trainable_parameters, whole
+from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
@@ -29,7 +29,8 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
             yield from _zero_1_2(name, param, optimizer)
         else:
             master = masters.get(param, param)
-            yield whole(name, master, _state(optimizer).get(master, {}), everywhere=True)
+            inner = getattr(optimizer, "optimizer", optimizer)
+            yield whole(name, master, inner.state.get(master, {}), everywhere=True)
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:
@@ -44,12 +45,6 @@ def refresh_weights(model: nn.Module, optimizer: Any) -> None:
                 param.copy_(master)
 
 
-def _state(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
-    """Return the state of the optimizer inside DeepSpeed's."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner.state
-
-
 def _zero_1_2(name: str, param: Any, optimizer: Any) -> Iterator[Fragment]:
     mapping = param._hp_mapping
     if mapping is None:  # no part of this parameter lies in this rank's partition
@@ -59,7 +54,7 @@ def _zero_1_2(name: str, param: Any, optimizer: Any) -> Iterator[Fragment]:
     start = mapping.lp_fragment_address.start
     stop = start + mapping.lp_fragment_address.numel
     offset = mapping.hp_fragment_address.start
-    yield flat_part(name, param.shape, start, stop, flat, inner.state.get(flat, {}), offset=offset)
+    yield make_fragment(name, param.shape, start, stop, flat, inner.state.get(flat, {}), offset=offset)
 
 
 def _zero_3(name: str, param: Any) -> Iterator[Fragment]:
@@ -78,7 +73,9 @@ def _zero_3(name: str, param: Any) -> Iterator[Fragment]:
     stop = min(start + partition_size, param.ds_numel)  # the rest is padding
     state = zero.optimizer.state.get(flat, {})
     replica, replicas = dist.get_rank() // ranks, dist.get_world_size() // ranks  # MiCS: groups of neighbouring ranks
-    yield flat_part(name, param.ds_shape, start, stop, flat, state, offset=offset, replica=replica, replicas=replicas)
+    yield make_fragment(
+        name, param.ds_shape, start, stop, flat, state, offset=offset, replica=replica, replicas=replicas
+    )
 
 
 def _refresh_zero_3(zero: Any) -> None:

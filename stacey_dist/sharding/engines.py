@@ -4,12 +4,11 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.optim.memory import local
-from stacey_dist.sharding import ddp, deepspeed, fsdp2, zero_redundancy
+from stacey_dist.sharding import deepspeed, torch_engines
 from stacey_dist.sharding.fragment import Fragment
 from stacey_dist.sharding.unsupported import refuse_unsupported, wrapped
 
@@ -33,9 +32,7 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     optimizer = _engine_optimizer(optimizer)
     adapter = _adapter(model, optimizer)
     if accelerator is not None:
-        _check_launched_engine(
-            adapter, str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-        )
+        _check_launched_engine(accelerator, adapter, model)
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
     _refuse_foreign_parameters(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
     return found
@@ -78,11 +75,7 @@ def _adapter(model: nn.Module, optimizer: Any) -> ModuleType:
     by_deepspeed = any(type(made).__module__.startswith("deepspeed.") for made in (model, optimizer))
     if by_deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in params):
         return deepspeed
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        return zero_redundancy
-    if fsdp2.shards(model):
-        return fsdp2
-    return ddp
+    return torch_engines
 
 
 def _refuse_foreign_parameters(model: nn.Module, optimizer: Any, adapter: ModuleType) -> None:
@@ -101,10 +94,11 @@ def _refuse_foreign_parameters(model: nn.Module, optimizer: Any, adapter: Module
         )
 
 
-def _check_launched_engine(adapter: ModuleType, distributed_type: str) -> None:
-    expected = {"DEEPSPEED": deepspeed, "FSDP": fsdp2}.get(distributed_type)
-    if expected is not None and adapter is not expected:
+def _check_launched_engine(accelerator: Any, adapter: ModuleType, model: nn.Module) -> None:
+    launched = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    came_up = {"DEEPSPEED": adapter is deepspeed, "FSDP": adapter is torch_engines and torch_engines.shards(model)}
+    if not came_up.get(launched, True):
         raise RuntimeError(
-            f"Accelerate was launched for {distributed_type}, but the model is not sharded by it; "
+            f"Accelerate was launched for {launched}, but the model is not sharded by it; "
             "give what Accelerator.prepare returned"
         )

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stacey_dist.optim.memory import local
+
 # Parts of parameters' names that wrappers add.
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -73,10 +75,10 @@ def canonical_name(name: str) -> str:
 def whole(name: str, param: Tensor, state: Mapping[str, Any], *, everywhere: bool) -> Fragment:
     """Return the fragment of a parameter that is whole on this rank; on every rank, if `everywhere`."""
     replica, replicas = (dist.get_rank(), dist.get_world_size()) if everywhere and dist.is_initialized() else (0, 1)
-    return flat_part(name, param.shape, 0, param.numel(), param, state, offset=None, replica=replica, replicas=replicas)
+    return make_fragment(name, param.shape, 0, param.numel(), param, state, replica=replica, replicas=replicas)
 
 
-def flat_part(
+def make_fragment(
     name: str,
     shape: torch.Size,
     start: int,
@@ -84,14 +86,14 @@ def flat_part(
     owner: Tensor,
     state: Mapping[str, Any],
     *,
-    offset: int | None,
+    offset: int | None = None,
     replica: int = 0,
     replicas: int = 1,
 ) -> Fragment:
-    """Return the fragment that lies in the flat tensor `owner` from `offset` on; all of `owner` if that is None."""
+    """Return the fragment that lies in a flat `owner` from `offset` on, or is all that this rank has of `owner`."""
 
     def part(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
+        tensor = local(tensor).detach()
         return tensor if offset is None else tensor.narrow(0, offset, stop - start)
 
     tensors = {
@@ -99,9 +101,7 @@ def flat_part(
         for key, value in state.items()
         if key != "step" and isinstance(value, Tensor) and value.shape == owner.shape
     }
-    return Fragment(name, shape, start, stop, part(owner), tensors, _step(state), owner, replica, replicas)
-
-
-def _step(state: Mapping[str, Any]) -> Tensor | None:
     step = state.get("step")
-    return torch.tensor(step, device="cpu") if isinstance(step, int | float) else step
+    if isinstance(step, int | float):
+        step = torch.tensor(step, device="cpu")
+    return Fragment(name, shape, start, stop, part(owner), tensors, step, owner, replica, replicas)

@@ -5,7 +5,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stacey_dist.optim import rule
-from stacey_dist.optim.following import follow
 from stacey_dist.optim.rounding import random_bits, round_stochastic
 from tests.optim.kernel_cases import BF16, F32, settings_of
 
@@ -19,7 +18,7 @@ def results(variant, p, dtype):
         for narrow in (BF16, torch.float16)
     ]
     lr = torch.ones(1, device="cuda", dtype=torch.float64)
-    return [*new, *rounded, follow(lr, 0.013, 0.3, 0.2, F32)]
+    return [*new, *rounded, rule.follow(lr, 0.013, 0.3, 0.2, F32)]
 
 
 @pytest.mark.parametrize("variant", ["p2", "pp", "2p"])

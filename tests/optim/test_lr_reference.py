@@ -10,9 +10,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from stacey_dist import Stacey
-from stacey_dist.optim.following import follow
 from stacey_dist.optim.kernels import Call
-from stacey_dist.optim.rule import MAX_LOG2_ALPHA, log2_in_parts
+from stacey_dist.optim.rule import MAX_LOG2_ALPHA, follow, log2_in_parts
 from tests.optim.helpers import make_problem, run
 from tests.optim.kernel_cases import BF16, F32, assert_same_bits, make_row
 

@@ -47,22 +47,6 @@ def assert_equal_runs(a, b):
             assert torch.equal(value, optimizer_b.state[q][name]), name
 
 
-@BOTH
-def test_closure(optimizer_class):
-    model = make_model()
-    optimizer = optimizer_class(model.parameters(), lr=0.01)
-    x = torch.ones(2, 7)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(20)]
-    assert losses[-1] < losses[0] / 2
-
-
 def test_settings_differ_by_group():
     theta, gradients = make_problem(size=31, steps=4)
     settings = [
@@ -170,14 +154,6 @@ def test_reduce_lr_on_plateau():
     assert optimizer.param_groups[0]["lr"] < 0.1
 
 
-def test_tensor_lr_gives_the_same_bits_as_the_number():
-    theta, gradients = make_problem(size=501, steps=5)
-    settings = dict(weight_decay=0.1, p=2.8)
-    number, _ = run(Stacey, theta, gradients, lr=0.01, **settings)
-    tensor, _ = run(Stacey, theta, gradients, lr=torch.tensor(0.01), **settings)
-    assert torch.equal(number, tensor)
-
-
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 def test_state_dict_keeps_dtypes_and_the_trajectory(param_dtype, state_dtype):
@@ -258,17 +234,6 @@ def test_deepcopy_and_pickle(optimizer_class, how):
     assert_equal_runs((model, optimizer), (other, other_optimizer))
 
 
-@BOTH
-def test_step_hooks(optimizer_class):
-    model = make_model()
-    optimizer = optimizer_class(model.parameters())
-    calls = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    train(model, optimizer, 2)
-    assert calls == ["before", "after"] * 2
-
-
 def test_a_compiled_model_trains():
     model = make_model()
     compiled = torch.compile(model, backend="aot_eager")
@@ -280,21 +245,6 @@ def test_a_compiled_model_trains():
     for p, q in zip(compiled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a compiled backward may sum in another order
     assert all(s["z"].dtype == torch.bfloat16 for s in optimizer.state.values())
-
-
-def test_gradient_scaler_skips_and_steps():
-    model = make_model()
-    optimizer = Stacey(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before = copy.deepcopy(model.state_dict())
-    scaler.scale(model(torch.full((1, 7), float("inf"))).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    optimizer.zero_grad()
-    scaler.scale(model(torch.ones(1, 7)).sum()).backward()
-    scaler.step(optimizer)
-    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @BOTH
@@ -599,17 +549,6 @@ def test_dtensor_parameters(optimizer_class, mesh):
             assert isinstance(value, DTensor)
             assert value.placements == q.placements
             assert torch.equal(value.full_tensor(), plain_optimizer.state[p][name])
-
-
-@BOTH
-def test_refused_gradients_and_parameters(optimizer_class):
-    embedding = torch.nn.Embedding(5, 3, sparse=True)
-    optimizer = optimizer_class(embedding.parameters())
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"layout torch.sparse_coo is not supported; use dense gradients"):
-        optimizer.step()
-    with pytest.raises(ValueError, match=r"dtype torch.complex64 is not supported"):
-        optimizer_class([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
 @pytest.mark.parametrize(

@@ -220,26 +220,29 @@ def test_groups_keep_their_tables_while_tau_follows_a_schedule(kernel, monkeypat
 
 
 def test_tables_of_a_graph_are_its_own(kernel, monkeypatch):
-    """A capture records that they are filled; until a replay they hold nothing."""
+    """A replay fills and reads them, whoever launches meanwhile."""
     module = sys.modules[type(kernel).__module__]
     monkeypatch.setattr(kernel, "_tables", {})  # those of tests before may have been of a weight at the same address
     rows, call = [make_row(9, F32, F32, BF16)], Call(settings_of("p2", 2.8), True, 3, capturable=True)
-    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
-    kernel(rows, call)
-    assert ("cpu", rows[0].weight.data_ptr()) not in {(key[0].type, key[1]) for key in kernel._tables}
-    graph = kernel._captured[-1]
-    monkeypatch.setattr(module, "_is_capturing", lambda device: False)
+
+    def capture():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "is_capturing", lambda: True)
+            kernel(rows, call)
+        return kernel._captured[-1]  # kept for the graph's life
+
+    first = capture()
+    assert kernel._tables == {}
     kernel(rows, call)
     eager = tables_of(kernel, rows)
-    assert eager is not graph
-    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
-    kernel(rows, call)
-    assert kernel._captured[-1] is eager  # filled already, and kept for the graph's life
-    monkeypatch.setattr(module, "_is_capturing", lambda device: False)
-    before = eager.table.clone()
+    second = capture()
+    assert len({id(tables.table) for tables in (first, eager, second)}) == 3
+    assert tables_of(kernel, rows) is eager
+    before = [first.table.clone(), second.table.clone()]
     kernel([rows[0]._replace(gradient=rows[0].gradient.clone())], call)
-    assert torch.equal(eager.table, before)  # what the graph reads stays as it is
-    assert tables_of(kernel, rows) is not eager
+    assert tables_of(kernel, rows) is eager
+    assert torch.equal(first.table, before[0])  # what the graphs read stays as it is
+    assert torch.equal(second.table, before[1])
 
 
 def test_what_lies_on_the_device_is_read_there(kernel):

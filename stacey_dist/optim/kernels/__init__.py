@@ -5,7 +5,6 @@ returns the one for a device.
 """
 
 import importlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -13,11 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stacey_dist.optim.memory import is_plain, is_readable
+from stacey_dist.optim.memory import is_plain
 from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
-_DTYPES_OF_ROWS = frozenset(itertools.product(DTYPES, repeat=3))
 
 
 class Row(NamedTuple):
@@ -44,7 +42,7 @@ class Call:
     lr: Tensor | None = None
     """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
     lr_reference: float | None = None
-    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `following.py`."""
+    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `rule.follow`."""
     found_inf: Tensor | None = None
     """For a kernel that is `capturable`: nothing changes unless it is 0."""
 
@@ -73,6 +71,11 @@ def find(device_type: str) -> Kernel:
     return kernel
 
 
+def is_capturing() -> bool:
+    """Return whether work becomes part of a CUDA graph, in which the host cannot read what is on the device."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
     """Return what rows of one launch have in common: device index, and dtypes of weight, gradient and states.
 
@@ -80,37 +83,28 @@ def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
     kernels go by addresses alone.
     """
     weight, gradient, z, m, _ = row
+    tensors = row[:4]
     shape, device = weight.shape, weight.get_device()
     if not (shape == z.shape == m.shape == gradient.shape and z.get_device() == device == m.get_device()):
-        shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in row[:4])
+        shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise ValueError(f"a parameter, its gradient, z and m must have one shape and device, and are {shapes}")
-    found = (device, weight.dtype, gradient.dtype, z.dtype)
-    # What nearly all rows pass, without a `refusal`, which is slower: this runs for each parameter in each step.
-    if (
-        weight.is_contiguous()
-        and gradient.is_contiguous()
-        and z.is_contiguous()
-        and m.is_contiguous()
-        and all(map(is_readable, row[:4]))
-        and m.dtype is found[3]
-        and found[1:] in _DTYPES_OF_ROWS
-    ):
-        return found
-    return found if refusal(row[:4]) is None else None
+    return None if refusal(tensors) else (device, weight.dtype, gradient.dtype, z.dtype)
 
 
 def refusal(tensors: Sequence[Tensor]) -> str | None:
     """Return why a kernel can't take a parameter's tensors, the parameter first; None if it can."""
+    are_contiguous = True
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a parameter, gradient or state of {tensor.dtype} is neither float32 nor bfloat16"
         if not is_plain(type(tensor)):
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if not is_readable(tensor):
+        if tensor.is_neg() or (tensor.data_ptr() == 0 and tensor.numel() > 0):  # functional tensors have no address
             return (
                 f"the memory of a tensor of shape {tuple(tensor.shape)} is not its value (negative bit, or no memory)"
             )
-    if not all(tensor.is_contiguous() for tensor in tensors):
+        are_contiguous = are_contiguous and tensor.is_contiguous()
+    if not are_contiguous:
         # Any other dense order will do, channels_last for one, if it is the same for all.
         first = tensors[0]
         if any(tensor.stride() != first.stride() for tensor in tensors) or not _dense(first):

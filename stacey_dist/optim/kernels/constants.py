@@ -1,21 +1,14 @@
 """Compute the numbers that a kernel takes from the settings, as the plain rule has them."""
 
 import math
+from typing import get_args
 
 from stacey_dist.optim.power import split
-from stacey_dist.optim.rule import StaceySettings, log2_in_parts, steepest_exponent
+from stacey_dist.optim.rule import StaceySettings, Variant, log2_in_parts, steepest_exponent
 
-VARIANTS = ("p2", "pp", "2p")
+VARIANTS: tuple[str, ...] = get_args(Variant)
 # |x|^0, |x|^(1/2), |x|^1, and |x|^exponent, as in power.power
 ONE, ROOT, SAME, GENERAL = range(4)
-
-FLOATS = (
-    *("primal_rate", "pull", "alpha", "tau", "beta1", "beta1_rest", "beta2", "beta2_rest", "eps"),
-    *("exponent_high", "exponent_low", "exponent"),
-    *("inner_high", "inner_low", "inner"),
-    *("root_high", "root_low", "root"),
-    *("log_alpha_whole", "log_alpha_fraction"),
-)
 
 
 def power_kind(s: StaceySettings) -> int:
@@ -24,24 +17,21 @@ def power_kind(s: StaceySettings) -> int:
 
 
 def float_constants(s: StaceySettings) -> dict[str, float]:
-    """Return the values of `FLOATS`, which the kernels round to float32, as torch does beside a float32 tensor."""
-    exponent = steepest_exponent(s.p)
-    inner = s.p - 1.0 if math.isfinite(s.p) else 1.0
-    root = 1.0 / inner
-    highs_and_lows = [split(value) for value in (exponent, inner, root)]
-    values = (
-        *(
-            (1.0 - s.tau) * s.lr,
-            s.tau + s.lr * s.weight_decay,
-            s.alpha,
-            s.tau,
-            s.beta1,
-            1.0 - s.beta1,
-            s.beta2,
-            1.0 - s.beta2,
-            s.eps,
-        ),
-        *(*highs_and_lows[0], exponent, *highs_and_lows[1], inner, *highs_and_lows[2], root),
-        *(s.log2_alpha or log2_in_parts(s.alpha)),
+    """Return the numbers that the kernels round to float32, as torch does beside a float32 tensor, in their order."""
+    numbers = dict(
+        primal_rate=(1.0 - s.tau) * s.lr,
+        pull=s.tau + s.lr * s.weight_decay,
+        alpha=s.alpha,
+        tau=s.tau,
+        beta1=s.beta1,
+        beta1_rest=1.0 - s.beta1,
+        beta2=s.beta2,
+        beta2_rest=1.0 - s.beta2,
+        eps=s.eps,
     )
-    return dict(zip(FLOATS, values, strict=True))
+    inner = s.p - 1.0 if math.isfinite(s.p) else 1.0
+    for name, factor in (("exponent", steepest_exponent(s.p)), ("inner", inner), ("root", 1.0 / inner)):
+        numbers[f"{name}_high"], numbers[f"{name}_low"] = split(factor)
+        numbers[name] = factor
+    numbers["log_alpha_whole"], numbers["log_alpha_fraction"] = s.log2_alpha or log2_in_parts(s.alpha)
+    return numbers

@@ -76,52 +76,42 @@ typedef int32_t IntRegister __attribute__((vector_size(4 * WIDTH)));  // also a 
 typedef uint32_t UnsignedRegister __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t HalfRegister __attribute__((vector_size(2 * WIDTH)));
 
-struct Float {
-    FloatRegister of[DEPTH];
+template <class Register>
+struct Vector {
+    Register of[DEPTH];
 };
-struct Int {
-    IntRegister of[DEPTH];
-};
+using Float = Vector<FloatRegister>;
+using Int = Vector<IntRegister>;
 
 #define EACH for (int i = 0; i < DEPTH; i++)
-#define OPERATOR(Result, Type, op)                      \
-    INLINE Result operator op(Type a, Type b) {         \
-        Result result;                                  \
-        EACH result.of[i] = a.of[i] op b.of[i];         \
-        return result;                                  \
-    }
-#define OPERATOR_WITH_NUMBER(Result, Type, Number, op)  \
-    INLINE Result operator op(Type a, Number b) {       \
-        Result result;                                  \
-        EACH result.of[i] = a.of[i] op b;               \
-        return result;                                  \
+
+// Of two vectors, or of a vector and a number. Comparisons give masks.
+#define OPERATOR(op)                                                    \
+    template <class Register>                                           \
+    INLINE auto operator op(Vector<Register> a, Vector<Register> b) {   \
+        Vector<decltype(a.of[0] op b.of[0])> result;                    \
+        EACH result.of[i] = a.of[i] op b.of[i];                         \
+        return result;                                                  \
+    }                                                                   \
+    template <class Register, class Number>                             \
+    INLINE auto operator op(Vector<Register> a, Number b) {             \
+        Vector<decltype(a.of[0] op b)> result;                          \
+        EACH result.of[i] = a.of[i] op b;                               \
+        return result;                                                  \
     }
 
-#define ARITHMETIC(op)                              \
-    OPERATOR(Float, Float, op)                      \
-    OPERATOR_WITH_NUMBER(Float, Float, float, op)   \
-    OPERATOR(Int, Int, op)                          \
-    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
-#define BITWISE(op)                                 \
-    OPERATOR(Int, Int, op)                          \
-    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
-#define COMPARISON(op)                              \
-    OPERATOR(Int, Float, op)                        \
-    OPERATOR_WITH_NUMBER(Int, Float, float, op)     \
-    OPERATOR_WITH_NUMBER(Int, Int, int32_t, op)
-
-ARITHMETIC(+)
-ARITHMETIC(-)
-ARITHMETIC(*)
-OPERATOR(Float, Float, /)
-BITWISE(&)
-BITWISE(|)
-BITWISE(^)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, <<)
-OPERATOR_WITH_NUMBER(Int, Int, int32_t, >>)
-COMPARISON(==)
-COMPARISON(!=)
-COMPARISON(<)
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(/)
+OPERATOR(&)
+OPERATOR(|)
+OPERATOR(^)
+OPERATOR(<<)
+OPERATOR(>>)
+OPERATOR(==)
+OPERATOR(!=)
+OPERATOR(<)
 
 INLINE Float operator-(Float x) {
     EACH x.of[i] = -x.of[i];
@@ -133,16 +123,16 @@ INLINE Int operator~(Int x) {
     return x;
 }
 
-template <class Vector, class Number>
-INLINE Vector all(Number x) {
-    Vector result;
+template <class Result, class Number>
+INLINE Result all(Number x) {
+    Result result;
     EACH result.of[i] = x - decltype(result.of[i] + result.of[i]){};
     return result;
 }
 INLINE Float all(float x) { return all<Float>(x); }
 
-template <class Vector>
-INLINE Vector select(Int where, Vector a, Vector b) {
+template <class Register>
+INLINE Vector<Register> select(Int where, Vector<Register> a, Vector<Register> b) {
     EACH a.of[i] = where.of[i] ? a.of[i] : b.of[i];
     return a;
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
-from stacey_dist.optim.kernels.constants import FLOATS, VARIANTS, float_constants, power_kind
+from stacey_dist.optim.kernels.constants import VARIANTS, float_constants, power_kind
 
 # By torch.backends.cpu.get_cpu_capability(): the library's name and the one for people. torch's AVX2 includes FMA3.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "AVX-512"), "AVX2": ("avx2", "AVX2")}
@@ -28,7 +28,8 @@ class _Settings(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("stochastic", "has_scale")),
         *((name, ctypes.c_int32) for name in ("weight_dtype", "gradient_dtype", "z_dtype", "m_dtype")),
         ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in (*FLOATS, "inverse_scale")),
+        ("numbers", ctypes.c_float * 20),  # `float_constants`
+        ("inverse_scale", ctypes.c_float),
     )
 
 
@@ -62,7 +63,7 @@ class CpuKernel:
             m_dtype=first.m.dtype == torch.bfloat16,
             seed=call.seed & 0xFFFFFFFFFFFFFFFF,
             inverse_scale=0.0 if call.grad_scale is None else float(call.grad_scale.double().reciprocal()),
-            **float_constants(s),
+            numbers=tuple(float_constants(s).values()),
         )
         table = array.array("q")
         for weight, gradient, z, m, step in rows:

@@ -12,7 +12,6 @@ loss scale and overflow) is read on the device, so that a CUDA graph of the laun
 import ctypes
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.errors import one_line
-from stacey_dist.optim.following import follow
-from stacey_dist.optim.kernels import Call, NoKernelError, Row
+from stacey_dist.optim.kernels import Call, NoKernelError, Row, is_capturing
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
-from stacey_dist.optim.rule import HALF, StaceySettings, log2_in_parts
+from stacey_dist.optim.rule import HALF, StaceySettings, follow, log2_in_parts
 
 try:
     import triton
@@ -414,8 +412,6 @@ class _Tables:
     """The step counts of the rows, where these lie in host memory."""
     counted: list[int] = field(default_factory=list)
     """Their addresses."""
-    is_captured: bool = False
-    """A graph reads them at each replay, so that nothing in them may change."""
 
     @property
     def are_aligned(self) -> bool:
@@ -446,9 +442,8 @@ class TritonKernel:
 
     def __call__(self, rows: list[Row], call: Call) -> None:
         """See `Kernel`."""
-        device = rows[0].weight.device
         # Triton launches on the current GPU, which need not be the one that the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device_of(rows[0].weight):
             self._prepare(rows, call)()
             torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
@@ -461,7 +456,7 @@ class TritonKernel:
         device = unused.device  # to which torch's fused optimizers move these too
         scale = unused if call.grad_scale is None else call.grad_scale.to(device).double().reciprocal().float()
         return functools.partial(
-            lambda *given, **constants: stacey_step[(tables.programs,)](*given, **constants),
+            stacey_step[(tables.programs,)],
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf.to(device),
             *float_constants(s).values(),
@@ -489,14 +484,14 @@ class TritonKernel:
     def _find_tables(self, rows: list[Row], call: Call) -> _Tables:
         """Count the rows' steps up; return their tables, to which what has moved since the last launch is sent."""
         weights, gradients, zs, ms, steps = zip(*rows, strict=True)
-        device, capturing = weights[0].device, _is_capturing(weights[0].device)
+        device, capturing = weights[0].device, is_capturing()
         sizes = list(map(Tensor.numel, weights))
         key = (call.seed, call.capturable, *sizes)
         addresses = [list(map(Tensor.data_ptr, column)) for column in (gradients, weights, zs, ms, steps)]
         group = device, next((address for address, size in zip(addresses[1], sizes, strict=True) if size > 0), 0)
-        found = self._tables.get(group)
-        is_new = found is None or found.key != key
-        if found is None or is_new:
+        # A graph's are its own: it fills them at each replay, and nothing in them may change.
+        found = None if capturing else self._tables.pop(group, None)
+        if found is None or found.key != key:
             found = self._make_tables(key, sizes, device)
         if call.capturable:
             if call.found_inf is None:
@@ -506,15 +501,11 @@ class TritonKernel:
             columns = [[0] * len(steps), *addresses, sizes]
         else:
             columns = [found.count(addresses.pop()), *addresses, found.steps, sizes]
-        if not is_new and (capturing or found.is_captured) and columns != found.columns:  # a graph's are its own
-            found = self._make_tables(key, sizes, device)
-            columns[_STEP] = columns[_STEP] if call.capturable else found.steps
         self._send(found, columns)
-        if capturing:  # nothing is in them before a replay; replays read them, whoever launches next
-            found.is_captured = True
+        if capturing:
             self._captured.append(found)
         else:
-            if self._tables.pop(group, None) is None and len(self._tables) >= _MOST_TABLES:
+            if len(self._tables) >= _MOST_TABLES:
                 self._tables.pop(next(iter(self._tables)))  # of a group that has gone: the oldest
             self._tables[group] = found
         return found
@@ -550,18 +541,12 @@ class TritonKernel:
 
     def _copy(self, numbers: NDArray[Any], there: Tensor) -> None:
         """Copy numbers to a device, for which the host does not wait."""
-        host = _pinned(torch.from_numpy(numbers), there.device)
+        host = torch.from_numpy(numbers)
+        if there.is_cuda:
+            host = host.pin_memory()
         there.copy_(host, non_blocking=True)
-        if _is_capturing(there.device):  # a graph copies them again at each replay
+        if is_capturing():  # a graph copies them again at each replay
             self._captured.append(host)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 @functools.cache

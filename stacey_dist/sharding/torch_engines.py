@@ -1,4 +1,7 @@
-"""FSDP2 (`fully_shard`) and HSDP: each rank has some rows of every parameter, as the local part of a DTensor."""
+"""torch's own engines: DistributedDataParallel, ZeroRedundancyOptimizer, FSDP2 (`fully_shard`) and HSDP.
+
+A parameter is whole on every rank, or on the one rank that updates it, or a DTensor of which each rank has some rows.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,28 +9,35 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.optim import Optimizer
 
-from stacey_dist.sharding.fragment import Fragment, trainable_parameters, whole
+from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole
 
 
-def list_fragments(model: nn.Module, optimizer: Optimizer) -> Iterator[Fragment]:
-    """Yield this rank's rows of each parameter: possibly none. In HSDP, ranks of other replica groups are replicas.
+def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
+    """Yield what this rank has of each parameter: possibly no rows. Ranks with the same elements are replicas.
 
-    Parameters that are gathered, as the root's are after an evaluation, are freed first.
+    A ZeroRedundancyOptimizer's parameters come from the ranks that update them alone. Parameters that FSDP2 has
+    gathered, as the root's are after an evaluation, are freed first.
 
-    Raises NotImplementedError for a parameter that is split other than by rows over one mesh dimension.
+    Raises NotImplementedError for a parameter that is split other than by rows over one mesh dimension, and for an
+    optimizer of some of the ranks.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    owners: dict[Tensor, int] = {}
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        owners, optimizer = _owners(optimizer), optimizer.optim
     for name, param in trainable_parameters(model):
         state = optimizer.state.get(param, {})
         if isinstance(param, DTensor):
             yield _rows(name, param, state)
-        else:  # left out of the sharding
+        elif param not in owners:
             yield whole(name, param, state, everywhere=True)
+        elif owners[param] == dist.get_rank():
+            yield whole(name, param, state, everywhere=False)
 
 
 def shards(model: nn.Module) -> bool:
@@ -37,8 +47,21 @@ def shards(model: nn.Module) -> bool:
     )
 
 
-def refresh_weights(model: nn.Module, optimizer: Optimizer) -> None:
-    """Do nothing: the optimizer updates the shards that the model gathers."""
+def refresh_weights(model: nn.Module, optimizer: Any) -> None:
+    """Have a ZeroRedundancyOptimizer send each parameter from its owner; other optimizers update the model's own."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer._sync_params()  # type: ignore[attr-defined]
+
+
+def _owners(optimizer: Any) -> dict[Tensor, int]:
+    """Return the rank that updates each parameter of a ZeroRedundancyOptimizer of all ranks."""
+    if (ranks := dist.get_world_size(optimizer.process_group)) != dist.get_world_size():
+        raise NotImplementedError(
+            f"a ZeroRedundancyOptimizer over {ranks} of the {dist.get_world_size()} ranks is not supported; give it a "
+            "process_group of all ranks"
+        )
+    owners: dict[Tensor, int] = optimizer._param_to_rank
+    return owners
 
 
 def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
@@ -65,20 +88,5 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
             first, last = min(last, longest * place), min(last, longest * (place + 1))
         else:
             replica, replicas = replica * size + place, replicas * size
-    row_size = param.shape[1:].numel()
-    return Fragment(
-        name=name,
-        shape=param.shape,
-        start=first * row_size,
-        stop=last * row_size,
-        weight=_local(param),
-        state={key: _local(value) for key, value in state.items() if key != "step" and isinstance(value, DTensor)},
-        step=state.get("step"),
-        owner=param,
-        replica=replica,
-        replicas=replicas,
-    )
-
-
-def _local(tensor: DTensor) -> Tensor:
-    return tensor.to_local().detach()
+    start, stop = (rows * param.shape[1:].numel() for rows in (first, last))
+    return make_fragment(name, param.shape, start, stop, param, state, replica=replica, replicas=replicas)
