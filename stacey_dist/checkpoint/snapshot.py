@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import rank, world_size
 from stacey_dist.checkpoint.model_tensors import (
+    Kind,
     check_names,
     describe,
     frozen_parameters,
@@ -34,7 +35,7 @@ class Snapshot:
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
-    contents: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    contents: dict[str, Kind] = field(default_factory=dict)
     host_memory: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod

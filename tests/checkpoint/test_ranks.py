@@ -240,7 +240,9 @@ def check_frozen_parameters_are_written_in_turns(directory):
 
 
 CHECKS = {
-    "a save sends what is new": functools.partial(messages.check_a_save_sends_what_is_new, make=make),
+    "a save sends what its ranks have begun": functools.partial(
+        messages.check_a_save_sends_what_its_ranks_have_begun, make=make
+    ),
     "a resume sends the manifest once": functools.partial(messages.check_a_resume_sends_the_manifest_once, make=make),
     "objects take a group that host memory has": messages.check_objects_take_a_group_that_host_memory_has,
     "all ranks hear of a failure or a result": messages.check_all_ranks_hear_of_a_failure_or_a_result,
