@@ -38,9 +38,6 @@ _READINGS = 5
 _READ_AGAIN_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 20
 
-# Errors that another attempt would meet again.
-_FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -111,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = _persistently(lambda: read_json(file))
+        manifest = _persistently(read_json, file)
         version = manifest["format"]
         if type(version) is not int:
             raise ValueError(f"its format is {reprlib.repr(version)}")
@@ -160,7 +157,7 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
     """Raise DamagedCheckpointError unless these files of the checkpoint at `path` are as they were written."""
     for name in names:
         try:
-            _persistently(lambda name=name: _verify_file(path / name, manifest["files"][name]))  # type: ignore[misc]
+            _persistently(_verify_file, path / name, manifest["files"][name])
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name}: {error}") from error
 
@@ -174,16 +171,21 @@ def _verify_file(file: Path, expected: dict[str, Any]) -> None:
         raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
 
 
-def _persistently(read: Callable[[], T]) -> T:
+def may_pass(error: OSError) -> bool:
+    """Return whether another attempt to read may succeed: the disk or a limit was at fault, not the file."""
+    return error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def _persistently(read: Callable[..., T], *arguments: Any) -> T:
     """Return what `read` returns; call it again where a file system fails, up to five times in all."""
     for _ in range(_READINGS - 1):
         try:
-            return read()
+            return read(*arguments)
         except OSError as error:
-            if error.errno in _FINAL:
+            if not may_pass(error):
                 raise
             time.sleep(_READ_AGAIN_SECONDS)
-    return read()
+    return read(*arguments)
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:
