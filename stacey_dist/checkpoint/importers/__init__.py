@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import (
-    ForeignCheckpointError,
-    Imported,
-    check_size,
-    one_line,
-    renamed,
-)
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_size, renamed
 from stacey_dist.checkpoint.manifest import as_read
 from stacey_dist.checkpoint.shard import DTYPES
 from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
+from stacey_dist.errors import one_line
 from stacey_dist.files import with_name
 from stacey_dist.sharding.fragment import canonical_name
 
