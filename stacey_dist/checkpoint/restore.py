@@ -74,12 +74,12 @@ def check_fit(path: Path, contents: Contents, model: nn.Module, optimizer: Any) 
             ours = f"{here[name]} {dtype}" if name in here else "absent"
             theirs = f"{saved[0]} {saved[1]}" if saved else "absent"
             raise DamagedCheckpointError(f"{path}: {short} is {theirs} in the checkpoint, but {ours} in the model")
-    keys = set()
-    for name, key, (shape, _) in _states(contents):
-        if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
-            raise DamagedCheckpointError(f"{path}: the state {name}/{key} does not fit a parameter of the model")
-        keys.add(key)
-    keys -= {"step"}
+    states = _states(contents)
+    for name, state in states.items():
+        for key, (shape, _) in state.items():
+            if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
+                raise DamagedCheckpointError(f"{path}: the state {name}/{key} does not fit a parameter of the model")
+    keys = set().union(*states.values()) - {"step"}
     expected = set(getattr(base_optimizer(optimizer), "state_names", keys))
     if keys and keys != expected:
         saved_keys, own_keys = (", ".join(sorted(names)) for names in (keys, expected))
@@ -88,12 +88,14 @@ def check_fit(path: Path, contents: Contents, model: nn.Module, optimizer: Any) 
         )
 
 
-def _states(contents: Contents) -> Iterator[tuple[str, str, Kind]]:
-    """Yield a parameter's name, the key of its state, and the state's shape and dtype."""
+def _states(contents: Contents) -> dict[str, dict[str, Kind]]:
+    """Return the shape and dtype of each parameter's states, by the parameter's name and the state's key."""
+    states: dict[str, dict[str, Kind]] = {}
     for full_name, kind in contents.items():
         name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
         if full_name.startswith("optimizer/"):
-            yield name, key, kind
+            states.setdefault(name, {})[key] = kind
+    return states
 
 
 @torch.no_grad()
@@ -110,11 +112,9 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     if isinstance(base, ElementwiseOptimizer):
         base.forget_begun()
     groups = _groups(base)
-    saved: dict[str, dict[str, str]] = {}
-    for name, key, (_, dtype) in _states(contents):
-        saved.setdefault(name, {})[key] = dtype
+    saved = _states(contents)
     for f in fragments(model, optimizer, empty=True):
-        for key, dtype in saved.get(f.name, {}).items():
+        for key, (_, dtype) in saved.get(f.name, {}).items():
             _allocate_state(base, groups.get(f.owner, base.param_groups[0]), f, key, getattr(torch, dtype))
     allocated = Allocated()
     for f in fragments(model, optimizer, empty=True):  # now with views of the state
