@@ -41,8 +41,7 @@ class Share:
     @classmethod
     def of(cls, copies: Snapshot, file: dict[str, Any] | None, finite: bool | None) -> "Share":
         """Return the share of a rank that has written a snapshot to a file of this size and SHA-256."""
-        ranges = copies.ranges  # without a range: it has no elements
-        begun = {name: kind for name, kind in copies.contents.items() if name not in ranges or ranges[name].start == 0}
+        begun = {name: kind for name, kind in copies.contents.items() if copies.ranges[name].start == 0}
         return cls(file, finite, begun, sum(_edges_by_name(copies).values()) % _MODULUS)
 
 
