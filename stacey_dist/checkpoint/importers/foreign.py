@@ -58,10 +58,7 @@ def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> d
 
 
 def check_size(source: Path, tensors: Iterable[Any]) -> None:
-    """Raise ForeignCheckpointError if tensors are larger than the files: one may be named many times.
-
-    It comes before each name gets a copy.
-    """
+    """Raise ForeignCheckpointError if tensors are larger than the files: one may be named many times."""
     size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
     if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
         raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
