@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from stacey_dist.checkpoint.collectives import together, world_size
 from stacey_dist.checkpoint.manifest import as_read
 from stacey_dist.checkpoint.replicas import compare_once
-from stacey_dist.checkpoint.shares import Ledger
 from stacey_dist.checkpoint.snapshot import snapshot
 from stacey_dist.checkpoint.write import write
 from stacey_dist.errors import one_line
@@ -38,7 +37,6 @@ class BackgroundSaver:
     def __init__(self) -> None:
         self.failed_in_a_row = 0
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None
-        self._ledger = Ledger()
         self._host_memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -64,7 +62,7 @@ class BackgroundSaver:
 
         def work() -> None:
             try:
-                write(path, copies, copied, self._group, self._ledger)
+                write(path, copies, copied, self._group)
                 then()
                 self.failed_in_a_row = 0
             except Exception as error:  # `failure` tells the training thread

@@ -19,14 +19,13 @@ import os
 import re
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stacey_dist.checkpoint.schema import check_manifest, check_tensors
+from stacey_dist.checkpoint.schema import check_manifest
 from stacey_dist.errors import SettingsError, first_line
-from stacey_dist.files import open_regular, parse_json, read_json
+from stacey_dist.files import open_regular, parse_json, read_json, replace_file
 from stacey_dist.version import __version__
 
 T = TypeVar("T")
@@ -38,9 +37,6 @@ MANIFEST = "manifest.json"
 _READINGS = 5
 _READ_AGAIN_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 20
-
-# Errors that another attempt would meet again.
-_FINAL = (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -92,46 +88,15 @@ def as_read(extra: dict[str, Any] | None) -> dict[str, Any]:
     return copy
 
 
-@dataclass(frozen=True)
-class TensorEntries:
-    """The tensors of a manifest as they are written. All saves of a run have the same: they are made and checked once.
-
-    Attributes:
-        text: JSON.
-        size: the bytes of the tensors.
-    """
-
-    text: str
-    size: int
-
-    @classmethod
-    def of(cls, contents: Mapping[str, tuple[tuple[int, ...], str]]) -> "TensorEntries":
-        """Return the entries of tensors by name. Raises ValueError if they could not be read again."""
-        text = json.dumps(contents, sort_keys=True)
-        return cls(text, check_tensors(parse_json(text)))
-
-
-def write_manifest(directory: Path, manifest: dict[str, Any], tensors: TensorEntries) -> None:
-    """Write a manifest, but for its tensors, with these and its checksum; wait until it is on the disk.
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its checksum; wait until everything in the directory is on the disk.
 
     Raises ValueError if it could not be read again, because of what a program has added.
     """
-    read_again = parse_json(json.dumps(manifest))
-    check_manifest(read_again, tensors.size)
-    entries = {key: json.dumps(value, sort_keys=True) for key, value in read_again.items()}
-    with (directory / MANIFEST).open("w") as opened:
-        opened.write(_with_checksum(entries | {"tensors": tensors.text}))
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _with_checksum(entries: dict[str, str]) -> str:
-    """Return what `json.dumps` with `sort_keys` makes of a manifest with its `digest`, from the JSON of its entries."""
-
-    def joined(entries: dict[str, str]) -> str:
-        return "{" + ", ".join(f"{json.dumps(key)}: {entries[key]}" for key in sorted(entries)) + "}"
-
-    return joined(entries | {"sha256": json.dumps(hashlib.sha256(joined(entries).encode()).hexdigest())})
+    manifest = parse_json(json.dumps(manifest))
+    check_manifest(manifest)
+    text = json.dumps(manifest | {"sha256": digest(manifest)}, sort_keys=True)
+    replace_file(directory / MANIFEST, text.encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -143,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = _persistently(lambda: read_json(file))
+        manifest = _persistently(read_json, file)
         version = manifest["format"]
         if type(version) is not int:
             raise ValueError(f"its format is {reprlib.repr(version)}")
@@ -156,7 +121,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         check_manifest(manifest)
     except ValueError as error:
         raise DamagedCheckpointError(f"{file}: {error}") from error
-    except (OSError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     return manifest
 
@@ -192,7 +157,7 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
     """Raise DamagedCheckpointError unless these files of the checkpoint at `path` are as they were written."""
     for name in names:
         try:
-            _persistently(lambda name=name: _verify_file(path / name, manifest["files"][name]))  # type: ignore[misc]
+            _persistently(_verify_file, path / name, manifest["files"][name])
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name}: {error}") from error
 
@@ -206,16 +171,21 @@ def _verify_file(file: Path, expected: dict[str, Any]) -> None:
         raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
 
 
-def _persistently(read: Callable[[], T]) -> T:
+def may_pass(error: OSError) -> bool:
+    """Return whether another attempt to read may succeed: the disk or a limit was at fault, not the file."""
+    return error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def _persistently(read: Callable[..., T], *arguments: Any) -> T:
     """Return what `read` returns; call it again where a file system fails, up to five times in all."""
     for _ in range(_READINGS - 1):
         try:
-            return read()
+            return read(*arguments)
         except OSError as error:
-            if error.errno in _FINAL:
+            if not may_pass(error):
                 raise
             time.sleep(_READ_AGAIN_SECONDS)
-    return read()
+    return read(*arguments)
 
 
 def verify_listing(path: Path, manifest: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding.fragment import canonical_name
 
-# The shape and the dtype's name of whole tensors, by the tensors' names.
-Contents = Mapping[str, tuple[tuple[int, ...], str]]
+# The shape and the dtype's name of a whole tensor; of several, by their names.
+Kind = tuple[tuple[int, ...], str]
+Contents = Mapping[str, Kind]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def describe(shape: torch.Size, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+def describe(shape: torch.Size, dtype: torch.dtype) -> Kind:
     """Return the entry of a tensor in `Contents`."""
     return tuple(shape), str(dtype).removeprefix("torch.")
 

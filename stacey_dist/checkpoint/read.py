@@ -2,20 +2,18 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import first_result, rank, rank0_call, together, world_size
-from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify_files, verify_listing
+from stacey_dist.checkpoint.collectives import rank, rank0_call, together, world_size
+from stacey_dist.checkpoint.manifest import read_manifest, verify_files, verify_listing
 from stacey_dist.checkpoint.model_tensors import Contents, write_whole
-from stacey_dist.checkpoint.restore import allocate, empty_ranges, incompatibilities, restore, whole_batches
+from stacey_dist.checkpoint.restore import allocate, check_fit, empty_ranges, restore, whole_batches
 from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.sharding import fragments, refresh_weights
-
-T = TypeVar("T")
 
 
 def load_checkpoint(
@@ -49,10 +47,7 @@ def load_checkpoint(
 def load_verified(path: Path, manifest: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
     """Load the checkpoint whose manifest `verify_together` has returned; see `load_checkpoint`."""
     contents = tensors(manifest)
-    # A rank sees the dtypes of its own shards only.
-    misfit = first_result(lambda: next(iter(incompatibilities(contents, model, optimizer)), None))
-    if misfit is not None:
-        raise DamagedCheckpointError(f"{path}: {misfit}")
+    together(lambda: check_fit(path, contents, model, optimizer))  # a rank sees the dtypes of its own shards only
     replicas = max((f.replicas for f in fragments(model, optimizer, empty=True)), default=1)
     allocated = allocate(contents, model, optimizer)
     together(lambda: _read(path, manifest, allocated.ranges, replicas))
@@ -88,29 +83,12 @@ def tensors(manifest: dict[str, Any]) -> Contents:
 def verify_together(path: Path) -> dict[str, Any]:
     """Verify a checkpoint as `verify` does, by all ranks together: each compares the checksums of some of the files.
 
-    Raises DamagedCheckpointError, the same on all ranks.
+    Raises DamagedCheckpointError on all ranks.
     """
-    manifest = rank0_call(lambda: _or_damage(lambda: _read_and_list(path)))
-    if isinstance(manifest, DamagedCheckpointError):
-        raise manifest
+    manifest = rank0_call(lambda: read_manifest(path))
+    rank0_call(lambda: verify_listing(path, manifest))
     mine = list(manifest["files"])[rank() :: world_size()]
-    damage = first_result(lambda: _or_damage(lambda: verify_files(path, manifest, mine)))
-    if damage is not None:
-        raise damage
-    return manifest
-
-
-def _or_damage(call: Callable[[], T]) -> T | DamagedCheckpointError:
-    """Return the error in the place of a result, so that the other ranks can raise it, too."""
-    try:
-        return call()
-    except DamagedCheckpointError as error:
-        return error
-
-
-def _read_and_list(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    verify_listing(path, manifest)
+    together(lambda: verify_files(path, manifest, mine))
     return manifest
 
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import all_gather_call, world_size
+from stacey_dist.checkpoint.collectives import gather, rank0_call, together, world_size
 from stacey_dist.checkpoint.model_tensors import bits, full_shape
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import fragments
@@ -42,54 +42,45 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
     """
     if world_size() == 1 or model in _compared:
         return
-    replicated: list[Fragment] = []
-
-    def names() -> tuple[str, _Entries]:
-        replicated.extend(f for f in fragments(model, optimizer) if f.replicas > 1)
-        return "", _names(model)
-
-    def values() -> tuple[str, _Entries]:
-        # Ranks of other shards hold other elements, and are not compared.
-        return _hash([(f.name, f"{f.start} {f.stop}") for f in replicated]), list(_values(replicated))
-
-    _compare("is not the same parameter", names, group)
-    _compare("has other values", values, group)
+    replicated = together(lambda: [f for f in fragments(model, optimizer) if f.replicas > 1], group)
+    _compare("is not the same parameter", "", _names(model), group)
+    # Ranks of other shards hold other elements, and are not compared.
+    held = _hash([(f.name, f"{f.start} {f.stop}") for f in replicated])
+    _compare("has other values", held, together(lambda: list(_values(replicated)), group), group)
     _compared.add(model)
 
 
-def _compare(what: str, describe: Callable[[], tuple[str, _Entries]], group: Any) -> None:
+def _compare(what: str, held: str, mine: _Entries, group: Any) -> None:
     """Raise SettingsError if ranks that hold the same have other entries. Only if they differ, all are gathered.
 
     Args:
         what: what is wrong with an entry that differs.
-        describe: returns what this rank holds, and its entries.
+        held: what this rank holds.
+        mine: its entries.
         group: the process group.
     """
-    mine: _Entries = []
+    digests = gather((held, _hash(mine)), group)
+    if ranks := rank0_call(lambda: _differing(digests), group):
+        everyone = gather(mine, group)
+        raise SettingsError(rank0_call(lambda: _difference(what, {rank: everyone[rank] for rank in ranks}), group))
 
-    def digests_of_mine() -> tuple[str, str]:
-        held, entries = describe()
-        mine.extend(entries)
-        return held, _hash(entries)
 
-    digests = all_gather_call(digests_of_mine, group)
+def _differing(digests: list[tuple[str, str]]) -> list[int]:
+    """Return the first ranks that hold the same and have other entries; none if there are no such ranks."""
     by_held: dict[str, list[int]] = {}
     for rank, (held, _) in enumerate(digests):
         by_held.setdefault(held, []).append(rank)
-    for ranks in by_held.values():
-        if len({digests[rank] for rank in ranks}) > 1:
-            everyone = all_gather_call(lambda: mine, group)
-            raise _difference(what, {rank: everyone[rank] for rank in ranks})
+    return next((ranks for ranks in by_held.values() if len({digests[rank] for rank in ranks}) > 1), [])
 
 
-def _difference(what: str, entries: dict[int, _Entries]) -> SettingsError:
-    """Return an error that names the first entry that differs, and the ranks that agree on it."""
+def _difference(what: str, entries: dict[int, _Entries]) -> str:
+    """Return a message that names the first entry that differs, and the ranks that agree on it."""
     name = _first_difference(list(entries.values()))
     by_value: dict[str | None, list[int]] = {}
     for rank, own in entries.items():
         by_value.setdefault(dict(own).get(name), []).append(rank)
     shown = " and on ".join(_ranks(those) for those in by_value.values())
-    return SettingsError(
+    return (
         f"{name} {what} on {shown}. The model counts as replicated there, so its ranks must agree: wrap it in "
         "DistributedDataParallel, which makes them equal, before the first update. Models that are split over ranks "
         "in another way (tensor, pipeline, expert parallel) are not supported"

@@ -8,13 +8,16 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.checkpoint.model_tensors import (
     Contents,
+    Kind,
     check_names,
     describe,
     frozen_parameters,
@@ -55,8 +58,8 @@ class Allocated:
         self.ranges[name] = Range(start, flat)
 
 
-def incompatibilities(contents: Contents, model: nn.Module, optimizer: Any) -> list[str]:
-    """Return why these tensors can't be restored into the model, a line each. All lines are the same on every rank.
+def check_fit(path: Path, contents: Contents, model: nn.Module, optimizer: Any) -> None:
+    """Raise DamagedCheckpointError unless the tensors of the checkpoint at `path` can be restored into the model.
 
     Frozen parameters and buffers may have another dtype here; an engine's fp32 masters are compared where it has some.
     """
@@ -64,38 +67,35 @@ def incompatibilities(contents: Contents, model: nn.Module, optimizer: Any) -> l
     dtypes = {f"model/{f.name}": describe(f.shape, f.weight.dtype)[1] for f in fragments(model, optimizer)}
     here = {f"model/{name}": shape for name, shape in shapes(model).items()}
     there = {name: kind for name, kind in contents.items() if name.startswith("model/")}
-    found = []
     for name in sorted(here.keys() | there.keys()):
         short, saved = name.removeprefix("model/"), there.get(name)
         dtype = dtypes.get(name, saved[1] if saved else "")
         if saved is None or name not in here or saved != (here[name], dtype):
             ours = f"{here[name]} {dtype}" if name in here else "absent"
             theirs = f"{saved[0]} {saved[1]}" if saved else "absent"
-            found.append(f"{short} is {theirs} in the checkpoint, but {ours} in the model")
-    return found + _misfit_states(contents, here, optimizer)
-
-
-def _misfit_states(contents: Contents, here: dict[str, tuple[int, ...]], optimizer: Any) -> list[str]:
-    found = []
-    keys = set()
-    for name, key, (shape, _) in _states(contents):
-        if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
-            found.append(f"the state {name}/{key} does not fit a parameter of the model")
-        keys.add(key)
-    keys -= {"step"}
+            raise DamagedCheckpointError(f"{path}: {short} is {theirs} in the checkpoint, but {ours} in the model")
+    states = _states(contents)
+    for name, state in states.items():
+        for key, (shape, _) in state.items():
+            if f"model/{name}" not in here or (key != "step" and shape != here[f"model/{name}"]):
+                raise DamagedCheckpointError(f"{path}: the state {name}/{key} does not fit a parameter of the model")
+    keys = set().union(*states.values()) - {"step"}
     expected = set(getattr(base_optimizer(optimizer), "state_names", keys))
     if keys and keys != expected:
-        there, ours = (", ".join(sorted(names)) for names in (keys, expected))
-        found.append(f"the optimizer's state is {there} in the checkpoint, but {ours} in this optimizer")
-    return found
+        saved_keys, own_keys = (", ".join(sorted(names)) for names in (keys, expected))
+        raise DamagedCheckpointError(
+            f"{path}: the optimizer's state is {saved_keys} in the checkpoint, but {own_keys} in this optimizer"
+        )
 
 
-def _states(contents: Contents) -> Iterator[tuple[str, str, tuple[tuple[int, ...], str]]]:
-    """Yield a parameter's name, the key of its state, and the state's shape and dtype."""
+def _states(contents: Contents) -> dict[str, dict[str, Kind]]:
+    """Return the shape and dtype of each parameter's states, by the parameter's name and the state's key."""
+    states: dict[str, dict[str, Kind]] = {}
     for full_name, kind in contents.items():
         name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
         if full_name.startswith("optimizer/"):
-            yield name, key, kind
+            states.setdefault(name, {})[key] = kind
+    return states
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     """Replace the optimizer's state by tensors for the state that was saved; return what this rank has to read.
 
     Args:
-        contents: the tensors that were saved; there are no `incompatibilities`.
+        contents: the tensors that were saved; `check_fit` has passed.
         model: the model on its engine.
         optimizer: its optimizer on its engine.
     """
@@ -112,11 +112,9 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     if isinstance(base, ElementwiseOptimizer):
         base.forget_begun()
     groups = _groups(base)
-    saved: dict[str, dict[str, str]] = {}
-    for name, key, (_, dtype) in _states(contents):
-        saved.setdefault(name, {})[key] = dtype
+    saved = _states(contents)
     for f in fragments(model, optimizer, empty=True):
-        for key, dtype in saved.get(f.name, {}).items():
+        for key, (_, dtype) in saved.get(f.name, {}).items():
             _allocate_state(base, groups.get(f.owner, base.param_groups[0]), f, key, getattr(torch, dtype))
     allocated = Allocated()
     for f in fragments(model, optimizer, empty=True):  # now with views of the state
@@ -183,7 +181,7 @@ def _restore_steps(steps: list[tuple[Fragment, Tensor]]) -> None:
 
 def batches(contents: Contents) -> Iterator[Contents]:
     """Yield the tensors some at a time, so that a batch has about `_BATCH_BYTES`."""
-    batch: dict[str, tuple[tuple[int, ...], str]] = {}
+    batch: dict[str, Kind] = {}
     size = 0
     for name, (shape, dtype) in contents.items():
         batch[name] = shape, dtype

@@ -1,13 +1,14 @@
 """Delete old checkpoints, after a new one is complete."""
 
-import errno
 import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from stacey_dist.checkpoint.manifest import (
     DamagedCheckpointError,
     find_checkpoints,
+    may_pass,
     read_manifest,
     says_finite,
     step_of,
@@ -48,7 +49,11 @@ def newest_usable(directory: Path) -> Path | None:
 
     Checkpoints that are known to be non-finite, or whose manifest cannot be read, are skipped. Files are not verified.
     """
-    return next((path for path in find_checkpoints(directory) if _may_be_finite(path)), None)
+    for path in find_checkpoints(directory):
+        with suppress(DamagedCheckpointError):
+            if says_finite(read_manifest(path)) is not False:
+                return path
+    return None
 
 
 def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
@@ -63,7 +68,7 @@ def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
         try:
             finite = says_finite(read_manifest(path))
         except DamagedCheckpointError as error:
-            if _is_an_outage(error.__cause__):
+            if isinstance(error.__cause__, OSError) and may_pass(error.__cause__):
                 unreadable.append(path)
             continue
         if finite or (finite is None and not found):
@@ -71,15 +76,3 @@ def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
         if finite:
             break
     return found + unreadable
-
-
-def _is_an_outage(cause: BaseException | None) -> bool:
-    """Return whether reading a manifest again may succeed: the disk or a limit was at fault, not the file."""
-    return isinstance(cause, OSError) and cause.errno not in (errno.ENOENT, errno.ENOTDIR)
-
-
-def _may_be_finite(path: Path) -> bool:
-    try:
-        return says_finite(read_manifest(path)) is not False
-    except DamagedCheckpointError:
-        return False

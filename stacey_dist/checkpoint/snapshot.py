@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import rank, world_size
 from stacey_dist.checkpoint.model_tensors import (
+    Kind,
     check_names,
     describe,
     frozen_parameters,
@@ -28,13 +29,13 @@ class Snapshot:
 
     Attributes:
         ranges: ranges of flattened tensors in host memory, by the tensors' names.
-        contents: the shape and dtype of the whole tensors, by name, also of those without elements.
+        contents: the shape and dtype of the whole tensors, by the same names.
         host_memory: flat tensors of an earlier snapshot, by name, to copy into again where they fit, because new memory
             costs more time than the copy. It is brought up to date.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
-    contents: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    contents: dict[str, Kind] = field(default_factory=dict)
     host_memory: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -85,7 +86,7 @@ def snapshot(model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | 
         _add_fragment(copies, fragment)
     for name, param in trainable_parameters(model):
         if rank() == 0 and full_shape(param).numel() == 0:  # without a fragment, but a part of the model
-            copies.contents[f"model/{name}"] = describe(full_shape(param), param.dtype)
+            copies.add(f"model/{name}", torch.empty(full_shape(param), dtype=param.dtype, device="cpu"))
     _add_frozen_parameters(copies, model)
     if rank() == 0:  # buffers may differ between ranks, and belong together
         for name, buffer in persistent_buffers(model):
@@ -116,7 +117,7 @@ def _add_fragment(copies: Snapshot, f: Fragment) -> None:
     if f.step is not None and f.start == 0 and f.replica == 0:
         # torch's own optimizers count in float32; an int64 is exact above 2^24, too.
         dtype = torch.float32 if f.step.is_floating_point() else torch.int64
-        copies.add(f"optimizer/{f.name}/step", f.step.to(dtype), shape=torch.Size(), trained=False)
+        copies.add(f"optimizer/{f.name}/step", f.step.to(dtype), shape=torch.Size())
 
 
 def _add_frozen_parameters(copies: Snapshot, model: nn.Module) -> None:

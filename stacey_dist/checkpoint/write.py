@@ -16,10 +16,10 @@ from stacey_dist.checkpoint.manifest import FORMAT, MANIFEST, as_read, write_man
 from stacey_dist.checkpoint.replace import bring_back, put_in_place
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.shard import shard_name, write_shard
-from stacey_dist.checkpoint.shares import Ledger, Share, share
+from stacey_dist.checkpoint.shares import Share, collect, contents
 from stacey_dist.checkpoint.snapshot import Snapshot, snapshot
 from stacey_dist.errors import SettingsError
-from stacey_dist.files import sync_directory, with_name
+from stacey_dist.files import with_name
 from stacey_dist.version import __version__
 
 _VISIBLE_SECONDS = 60.0
@@ -59,18 +59,14 @@ def save_checkpoint(
     return write(with_name(path), snapshot(model, optimizer), copied)
 
 
-def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None, ledger: Ledger | None = None) -> Path:
-    """Write each rank's snapshot; the ranks talk over `group`. See `save_checkpoint`.
-
-    With the ledger of an earlier save the ranks send less.
-    """
+def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None) -> Path:
+    """Write each rank's snapshot; the ranks talk over `group`. See `save_checkpoint`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    ledger = Ledger() if ledger is None else ledger
     try:
         rank0_call(lambda: _begin(path, temporary), group)
         mine = together(lambda: _write_share(temporary, copies), group)
-        ledger.collect(mine, copies, group)
-        rank0_call(lambda: _finish(path, temporary, ledger, extra), group)
+        shares = collect(mine, copies, group)
+        rank0_call(lambda: finish(path, temporary, shares, extra), group)
     except BaseException:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -96,24 +92,28 @@ def _write_share(temporary: Path, copies: Snapshot) -> Share:
     _wait_for(temporary)
     ranges = copies.ranges
     file, finite = write_shard(temporary / shard_name(rank()), ranges) if ranges else (None, None)
-    return share(copies, file, finite)
+    return Share.of(copies, file, finite)
 
 
-def _finish(path: Path, temporary: Path, ledger: Ledger, extra: dict[str, Any]) -> None:
-    _wait_for(temporary, ledger.files)
+def finish(path: Path, temporary: Path, shares: list[Share], extra: dict[str, Any]) -> None:
+    """Write the manifest of what the ranks have written, by rank, to `temporary`, and rename that to `path`."""
+    files = {shard_name(writer): share.file for writer, share in enumerate(shares) if share.file is not None}
+    _wait_for(temporary, files)
     manifest = {
         "format": FORMAT,
         "versions": {"stacey_dist": __version__, "torch": torch.__version__},
         "processes": world_size(),
+        "tensors": contents(shares),
         "extra": extra,
-        "files": ledger.files,
+        "files": files,
     }
+    known_finite = [share.finite for share in shares if share.finite is not None]
+    if known_finite:
+        manifest["finite"] = all(known_finite)
     try:
-        finite = {} if ledger.finite is None else {"finite": ledger.finite}
-        write_manifest(temporary, manifest | finite, ledger.entries())
+        write_manifest(temporary, manifest)
     except ValueError as error:
         raise SettingsError(f"{path}: can't be saved, because it could not be loaded again: {error}") from error
-    sync_directory(temporary)
     put_in_place(temporary, path, _replaced(path))
 
 

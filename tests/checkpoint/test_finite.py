@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import os
 
 import pytest
@@ -11,9 +10,10 @@ import torch.distributed as dist
 
 from stacey_dist import Stacey, cli, files
 from stacey_dist.checkpoint import find_checkpoints, manifest, retain, save_checkpoint, verify
-from stacey_dist.checkpoint.manifest import MANIFEST, digest, read_manifest, step_of
+from stacey_dist.checkpoint.manifest import MANIFEST, read_manifest, step_of
 from stacey_dist.checkpoint.shard import all_finite
 from stacey_dist.sharding import fragments
+from tests.checkpoint.test_manifest import forge
 from tests.sharding.engines import Trainer, that_run
 from tests.sharding.problem import CASES, Awkward, gradients, group_settings
 from tests.sharding.processes import outcome, spawn
@@ -46,10 +46,7 @@ def save(directory, step, *, ruined=False):
 
 
 def as_an_earlier_version_wrote_it(path):
-    manifest = json.loads((path / MANIFEST).read_text())
-    del manifest["finite"]
-    manifest["sha256"] = digest(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    forge(path, lambda m: m.pop("finite"))
 
 
 def steps(directory):

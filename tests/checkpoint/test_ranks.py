@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from stacey_dist.checkpoint import (
+    BackgroundSaver,
     DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
@@ -24,6 +25,7 @@ from stacey_dist.checkpoint import (
     write,
 )
 from stacey_dist.checkpoint.collectives import FailedOnAnotherRankError
+from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments
 from tests.checkpoint import messages
 from tests.sharding.engines import Trainer, assert_equal, gather, that_run
@@ -141,6 +143,21 @@ def check_a_directory_that_ranks_do_not_share(directory):
     assert not list(directory.glob("*/*"))
 
 
+def check_a_background_save_to_a_path_that_is_taken(directory):
+    trainer, saver = make(steps=1), BackgroundSaver()
+    path = directory / "step_00000001"
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+        (path / "notes.txt").touch()
+    dist.barrier()
+    saver.save(path, trainer.model, trainer.optimizer)
+    saver.wait()
+    with pytest.raises(
+        SettingsError, match="is there already and is not a checkpoint"
+    ):  # on all, not on the first alone
+        saver.failure()
+
+
 def check_shards_without_elements_know_their_step(directory):
     trainer = make(steps=3)
     path = save_checkpoint(directory / "step_00000003", trainer.model, trainer.optimizer)
@@ -240,7 +257,9 @@ def check_frozen_parameters_are_written_in_turns(directory):
 
 
 CHECKS = {
-    "a save sends what is new": functools.partial(messages.check_a_save_sends_what_is_new, make=make),
+    "a save sends what its ranks have begun": functools.partial(
+        messages.check_a_save_sends_what_its_ranks_have_begun, make=make
+    ),
     "a resume sends the manifest once": functools.partial(messages.check_a_resume_sends_the_manifest_once, make=make),
     "objects take a group that host memory has": messages.check_objects_take_a_group_that_host_memory_has,
     "all ranks hear of a failure or a result": messages.check_all_ranks_hear_of_a_failure_or_a_result,
@@ -251,6 +270,7 @@ CHECKS = {
     "parameters without state begin where they are": check_parameters_without_state_begin_where_they_are,
     "an altered file of any rank is named on all": check_an_altered_file_of_any_rank_is_named_on_all,
     "a directory that ranks do not share": check_a_directory_that_ranks_do_not_share,
+    "a background save to a path that is taken": check_a_background_save_to_a_path_that_is_taken,
     "shards without elements know their step": check_shards_without_elements_know_their_step,
     "a full disk on one rank": check_a_full_disk_on_one_rank,
     "no pickle is opened": check_no_pickle_is_opened,

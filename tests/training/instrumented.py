@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from stacey_dist.checkpoint import manifest, replace, shares, write
+from stacey_dist.checkpoint import replace, write
 from stacey_dist.training import engine, loop, saving
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.tasks import images, llm
@@ -34,8 +34,8 @@ EVENTS = {
     "save": (saving.Saver, "save"),
     "before writing": (write, "write_shard"),
     "written": (os, "fsync"),
-    "before the manifest": (shares.Ledger, "combine"),
-    "manifest": (manifest, "_with_checksum"),
+    "before the manifest": (write, "finish"),
+    "manifest": (write, "write_manifest"),
     "rename": (Path, "rename"),
     "renamed": (replace, "sync_directory"),
     "retention": (saving, "retain"),

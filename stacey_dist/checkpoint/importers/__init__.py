@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import accelerate, deepspeed
-from stacey_dist.checkpoint.importers.foreign import (
-    ForeignCheckpointError,
-    Imported,
-    check_size,
-    one_line,
-    renamed,
-)
+from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError, Imported, check_size, renamed
 from stacey_dist.checkpoint.manifest import as_read
+from stacey_dist.checkpoint.schema import is_count
 from stacey_dist.checkpoint.shard import DTYPES
 from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.checkpoint.write import write
+from stacey_dist.errors import one_line
 from stacey_dist.files import with_name
 from stacey_dist.sharding.fragment import canonical_name
 
@@ -30,8 +26,6 @@ T = TypeVar("T")
 
 # The optimizer's tensors of one parameter, by their keys.
 _State = dict[str, Tensor]
-
-_LARGEST_STEP = 2**63 - 1
 
 __all__ = ["ForeignCheckpointError", "import_checkpoint"]
 
@@ -75,7 +69,7 @@ def import_checkpoint(
             weights, states = _by_our_names(source, found, parameters, groups)
             _check_tensors(source, weights, states)
             step = max(int(state["step"]) for state in states.values() if "step" in state)
-            if not 0 <= step <= _LARGEST_STEP:
+            if not is_count(step):
                 raise ForeignCheckpointError(f"{source}: its optimizer counts {step} updates")
             copies = Snapshot.of(_tensors(weights, states))
     except (ForeignCheckpointError, OSError):
@@ -184,6 +178,5 @@ def _tensors(weights: dict[str, Tensor], states: dict[str, _State]) -> dict[str,
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     for name, state in states.items():
         for key, value in state.items():
-            # A copy, as safetensors has no tensors that share memory: DeepSpeed has one step for many parameters.
-            tensors[f"optimizer/{name}/{key}"] = (value.reshape(()) if key == "step" else value).clone()
+            tensors[f"optimizer/{name}/{key}"] = value.reshape(()) if key == "step" else value
     return tensors

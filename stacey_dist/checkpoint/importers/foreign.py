@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from stacey_dist.checkpoint.importers import torch_file
+from stacey_dist.errors import one_line
 from stacey_dist.files import open_regular
 
 T = TypeVar("T")
@@ -44,8 +45,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        other = f": {error.filename}" if isinstance(error, OSError) and error.filename not in (None, str(path)) else ""
-        raise ForeignCheckpointError(f"{path}: it can't be read: {one_line(error)}{other}") from error
+        raise ForeignCheckpointError(f"{path}: it can't be read: {one_line(error)}") from error
 
 
 def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> dict[str, T]:
@@ -58,16 +58,7 @@ def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> d
 
 
 def check_size(source: Path, tensors: Iterable[Any]) -> None:
-    """Raise ForeignCheckpointError if tensors are larger than the files: one may be named many times.
-
-    It comes before each name gets a copy.
-    """
+    """Raise ForeignCheckpointError if tensors are larger than the files: one may be named many times."""
     size = sum(tensor.nbytes for tensor in tensors if tensor.dim())
     if size > sum(file.stat().st_size for file in source.rglob("*") if file.is_file()):
         raise ForeignCheckpointError(f"{source}: its tensors are larger than its files")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's kind and the first line of its message, without the file that an OSError names."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
