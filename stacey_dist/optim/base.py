@@ -293,7 +293,7 @@ def _add_row(
     launches: dict[Any, tuple[Kernel | None, list[Row]]], weight: Tensor, gradient: Tensor, state: dict[str, Any]
 ) -> bool:
     """Add a parameter to the launch of its kind. Return False if no kernel can take it."""
-    row = Row(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
+    row = Row.of(weight, gradient, state)
     kind = kernels.kind(row)
     if kind is None:
         return False

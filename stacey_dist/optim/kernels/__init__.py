@@ -7,12 +7,12 @@ returns the one for a device.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from stacey_dist.optim.memory import is_plain
+from stacey_dist.optim.memory import is_plain, local
 from stacey_dist.optim.rule import StaceySettings
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,6 +26,11 @@ class Row(NamedTuple):
     z: Tensor
     m: Tensor
     step: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> "Row":
+        """Return the row of a parameter's part on this rank, with its optimizer state."""
+        return cls(weight, gradient, local(state["z"]), local(state["m"]), state["step"])
 
 
 @dataclass(frozen=True, slots=True)
