@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections import deque
@@ -22,7 +21,7 @@ from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import ImageSet, load_pixels, sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
-from stacey_dist.files import read_json, replace_file, write_json
+from stacey_dist.files import read_json, replace_file, replacing, write_json
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -191,10 +190,9 @@ def _in_order(pool: ThreadPoolExecutor, load: Load, numbers: range, ahead: int) 
 
 
 def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint8] | None], bar: "tqdm[Any]") -> None:
-    """Write a part and then its index, each under another name until it is whole."""
+    """Write a part and then its index."""
     entries, offset = [], 0
-    temporary = directory / "part.tmp"
-    with open(temporary, "wb") as file:
+    with replacing(directory / _part_name(number)) as file:
         for pixels in pictures:
             height, width = (0, 0) if pixels is None else pixels.shape[:2]
             entries.append((offset, height, width))
@@ -202,9 +200,6 @@ def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint
                 file.write(np.ascontiguousarray(pixels).data)
                 offset += pixels.size
             bar.update()
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / _part_name(number))
     replace_file(directory / _index_name(number), np.array(entries, dtype=_ENTRY).tobytes())
 
 
