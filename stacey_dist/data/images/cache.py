@@ -18,7 +18,7 @@ from tqdm import tqdm
 from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError
-from stacey_dist.data.images.image_set import ImageSet, load_pixels, sampled
+from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
 from stacey_dist.files import read_json, replace_file, replacing, write_json
@@ -139,7 +139,7 @@ def cached(
 
     def load(i: int) -> NDArray[np.uint8] | None:
         try:
-            pixels = load_pixels(images, i)
+            pixels = read_pixels(images, i)
         except BrokenImageError:
             return None
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
