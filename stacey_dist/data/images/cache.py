@@ -44,40 +44,23 @@ Load = Callable[[int], NDArray[np.uint8] | None]
 class CachedImages:
     """The pixels of a complete cache, with the labels, classes and names of the images they were made from.
 
-    It can be pickled. A copy looks at no file before it reads from it.
+    It can be pickled. Neither it nor a copy looks at a file before it reads from it.
 
     Args:
         directory: of the cache.
         images: what it was made from.
         identity: of its pixels.
-
-    Raises:
-        InputError: the cache is damaged.
+        part_images: how many of them a part has.
     """
 
-    def __init__(self, directory: Path, images: ImageSet, identity: str) -> None:
-        try:
-            complete = read_json(directory / COMPLETE)
-            part_images = int(complete["part_images"])
-            index = _read_index(directory, range(-(-len(images) // part_images)))
-            if zlib.crc32(index) != complete["index_crc32"]:
-                raise ValueError("its index was altered")
-            for number, size in enumerate(complete["part_bytes"]):
-                found = (directory / _part_name(number)).stat().st_size
-                if found != size:
-                    raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
-        self.__setstate__((directory, images, identity, part_images))
+    def __init__(self, directory: Path, images: ImageSet, identity: str, part_images: int) -> None:
+        self.directory, self.images, self.identity, self._part_images = directory, images, identity, part_images
+        self.classes, self.labels = images.classes, images.labels
+        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, directory))
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Pickling memory maps would copy their content.
-        return self.directory, self.images, self.identity, self._part_images
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.directory, self.images, self.identity, self._part_images = state
-        self.classes, self.labels = self.images.classes, self.images.labels
-        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, self.directory))
+        return CachedImages, (self.directory, self.images, self.identity, self._part_images)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,7 +131,23 @@ def cached(
         with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
                 _make(place, load, len(images), threads or available_cores(), progress)
-    return CachedImages(place, images, identity)
+    return CachedImages(place, images, identity, _checked_part_images(place, len(images)))
+
+
+def _checked_part_images(directory: Path, count: int) -> int:
+    """Return the number of images in a part of a complete cache. Raises InputError if the cache is damaged."""
+    try:
+        complete = read_json(directory / COMPLETE)
+        part_images = int(complete["part_images"])
+        if zlib.crc32(_read_index(directory, range(-(-count // part_images)))) != complete["index_crc32"]:
+            raise ValueError("its index was altered")
+        for number, size in enumerate(complete["part_bytes"]):
+            found = (directory / _part_name(number)).stat().st_size
+            if found != size:
+                raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
+    return part_images
 
 
 def _make(directory: Path, load: Load, count: int, threads: int, progress: bool) -> None:
