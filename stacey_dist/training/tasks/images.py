@@ -24,7 +24,6 @@ from stacey_dist.data.images import (
     open_images,
 )
 from stacey_dist.errors import SettingsError, settings_errors
-from stacey_dist.models import build_resnet
 from stacey_dist.models.export import describe_export, describe_model
 from stacey_dist.training.ahead import Transfer
 from stacey_dist.training.engine import Engine
@@ -105,16 +104,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
     """Build the ResNet of the configuration, see `make_model`."""
     model = run.config.model
-    resnet = make_model(
-        run,
-        lambda: build_resnet(
-            model.depth,
-            data.train.classes,
-            stem=model.stem,
-            width=model.width,
-            zero_init_residual=model.zero_init_residual,
-        ),
-    )
+    resnet = make_model(run, lambda: model.build(data.train.classes))
     if model.sync_batch_norm:
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
     count = sum(p.numel() for p in resnet.parameters())
@@ -228,7 +218,7 @@ def _check_batch_norms(run: Run[ImageConfig]) -> None:
     if run.micro_batch_size > 1 or (settings.sync_batch_norm and run.accelerator.num_processes > 1):
         return
     with torch.device("meta"):
-        model = build_resnet(settings.depth, ["one", "other"], stem=settings.stem, width=settings.width)
+        model = settings.build(["one", "other"])
         try:
             model(pixel_values=torch.zeros(1, 3, size, size))
         except ValueError as error:
