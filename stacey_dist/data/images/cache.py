@@ -85,7 +85,6 @@ def cached(
     directory: Path,
     resize_to: int | None = None,
     *,
-    threads: int | None = None,
     progress: bool = True,
 ) -> ImageSet:
     """Return the same images decoded on a disk, making the cache first if it is not there yet.
@@ -100,7 +99,6 @@ def cached(
             resizes images whose shorter side is above ``resize_to`` to that, antialiased.
         directory: where caches are kept.
         resize_to: for ``resized``.
-        threads: that decode; None for as many as there are cores.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -130,7 +128,7 @@ def cached(
     if not (place / COMPLETE).exists():
         with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, load, len(images), threads or available_cores(), progress)
+                _make(place, load, len(images), progress)
     return CachedImages(place, images, identity, _checked_part_images(place, len(images)))
 
 
@@ -150,7 +148,8 @@ def _checked_part_images(directory: Path, count: int) -> int:
     return part_images
 
 
-def _make(directory: Path, load: Load, count: int, threads: int, progress: bool) -> None:
+def _make(directory: Path, load: Load, count: int, progress: bool) -> None:
+    threads = available_cores()
     parts = [range(start, min(start + PART_IMAGES, count)) for start in range(0, count, PART_IMAGES)]
     # Of parts, the ones with an index are whole: it is renamed last.
     left = [number for number in range(len(parts)) if not (directory / _index_name(number)).exists()]

@@ -48,7 +48,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(images: ImageSet, directory: Path, cache: Any = "decoded", resize_to: int | None = None) -> ImageSet:
-    return cached(images, cache, directory, resize_to, threads=2, progress=False)
+    return cached(images, cache, directory, resize_to, progress=False)
 
 
 def check(images: ImageSet, photos: Photos, shorter: int | None = None) -> None:
