@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,8 @@ from stacey_dist.training.settings.image_config import ImageConfig, ImageDataCon
 from stacey_dist.training.settings.value_types import check
 from stacey_dist.training.task import Task
 
-_OF_DATA = (
-    *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),
-    *("crop", "min_scale", "eval_resize", "workers", "prefetch"),
-)
 SETTINGS = {
-    **{name: f"data.{name}" for name in _OF_DATA},
+    **{field.name: f"data.{field.name}" for field in fields(ImageDataConfig)},
     "resize_to": "data.cache_resize",
     "size": "data.image_size",
     "timeout": "data.timeout_seconds",
