@@ -58,6 +58,7 @@ class ImageData:
     identity: str
     """Differs where the images differ, wherever they lie."""
     transform: Transform
+    workers: Workers
 
 
 @settings_errors(SETTINGS)
@@ -67,12 +68,14 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
     that this device does not have, for batches that are too small for batch norms or too large for the memory.
     """
+    data, device = run.config.data, run.accelerator.device.type
     if run.config.model.sync_batch_norm:
-        device = run.accelerator.device.type
         check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
-    data = run.config.data
     _check_batch_norms(run)
-    _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
+    # On a CPU the network has the cores.
+    count = data.workers if data.workers is not None else 0 if device == "cpu" else cores_per_process()
+    workers = Workers(count, data.prefetch, device == "cuda", data.timeout_seconds, stop_requested)
+    workers.check_memory(run.micro_batch_size, data.image_size)
     cache = Path(data.cache_dir or data_directory(run.config.run_dir))
 
     def work() -> tuple[ImageSet, ImageSet, str]:
@@ -94,7 +97,7 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     run.save_processor = partial(_save_processor, data)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
-    return ImageData(train, validation, identity, transform)
+    return ImageData(train, validation, identity, transform, workers)
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
@@ -132,7 +135,6 @@ class ImageClassification(Task):
         # strided 1x1 convolution has fewer than 8 channels (its issue 6035; torch 2.13), which only narrow models have.
         self._row_major = accelerator.device.type == "cpu" and settings.model.width < 8
         self._transfer = Transfer(accelerator.device)
-        self._workers = _workers(settings.data, accelerator.device)
         self._broken: set[int] = set()
         """Held-out images that cannot be read and were named."""
         self._loader = ImageLoader(
@@ -143,7 +145,7 @@ class ImageClassification(Task):
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             micro_batch_size=run.micro_batch_size,
-            workers=self._workers,
+            workers=data.workers,
         )
 
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
@@ -169,7 +171,7 @@ class ImageClassification(Task):
             num_processes=accelerator.num_processes,
             batch_size=self.run.micro_batch_size,
             broken=self._broken,
-            workers=self._workers,
+            workers=self.data.workers,
         )
         totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1, top-5
         for batch in map(self._on_device, batches):
@@ -230,13 +232,6 @@ def _forward_flops(model: nn.Module, image_size: int) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         type(described)(described.config)(pixel_values=torch.zeros(2, 3, image_size, image_size))
     return counter.get_total_flops() // 2  # a batch norm refuses a single image that has shrunk to a pixel
-
-
-def _workers(data: ImageDataConfig, device: torch.device) -> Workers:
-    # On a CPU the network has the cores.
-    count = data.workers if data.workers is not None else 0 if device.type == "cpu" else cores_per_process()
-    pin_memory = device.type == "cuda"
-    return Workers(count, data.prefetch, pin_memory, data.timeout_seconds, stop_requested)
 
 
 def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: Path) -> str:
