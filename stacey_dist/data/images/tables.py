@@ -180,8 +180,7 @@ def _features(file: Path) -> Any:
 
     # Parquet and what its metadata say of features each fail in ways of their own: all mean that it cannot be read.
     try:
-        with pq.ParquetFile(file) as opened:
-            return datasets.Features.from_arrow_schema(opened.schema_arrow)
+        return datasets.Features.from_arrow_schema(pq.read_schema(file))
     except Exception as error:
         raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
 
