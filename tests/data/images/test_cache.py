@@ -186,6 +186,7 @@ def test_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"^cache: the disk of .* is full; set `cache` to none$"):
         make(Photos(), tmp_path)
+    assert [file.name for file in tmp_path.glob("*/*")] == ["lock"]  # what was written makes room again
 
 
 def damage_index(place: Path) -> None:
