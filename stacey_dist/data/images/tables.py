@@ -240,7 +240,10 @@ def _convert(file: Path, features: Any, arrow: Path) -> None:
 
 
 def _columns(features: Any, image_column: str | None, label_column: str | None, source: str) -> tuple[str, str]:
-    """Return the names of the columns of images and of labels."""
+    """Return the names of the columns of images and of labels.
+
+    Each is the one that is asked for, else one of a usual name, else the only one that is declared to be such.
+    """
     import datasets
 
     def holds_images(feature: Any) -> bool:
@@ -250,32 +253,24 @@ def _columns(features: Any, image_column: str | None, label_column: str | None, 
     def holds_labels(feature: Any) -> bool:
         return "int" in str(getattr(feature, "dtype", ""))
 
+    def column(name: str, wanted: str | None, usual: Sequence[str], kind: type, could_be: Callable[[Any], bool]) -> str:
+        declared = [each for each, feature in features.items() if isinstance(feature, kind)]
+        fitting = [each for each, feature in features.items() if each in declared or could_be(feature)]
+        chosen = [each for each in usual if each in fitting] or declared * (len(declared) == 1)
+        if wanted is not None:
+            chosen = [wanted] if wanted in fitting else []
+        if not chosen:
+            reason = "must be set" if wanted is None else f"{wanted!r} is no column of {name}s"
+            there = (
+                f"{each} ({getattr(feature, 'dtype', type(feature).__name__)})" for each, feature in features.items()
+            )
+            raise InputError(f"{name}_column: {reason}; {source} has {', '.join(there)}")
+        return chosen[0]
+
     return (
-        _column("image_column", image_column, features, IMAGE_COLUMNS, datasets.Image, holds_images, source),
-        _column("label_column", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, holds_labels, source),
+        column("image", image_column, IMAGE_COLUMNS, datasets.Image, holds_images),
+        column("label", label_column, LABEL_COLUMNS, datasets.ClassLabel, holds_labels),
     )
-
-
-def _column(
-    argument: str,
-    wanted: str | None,
-    features: Any,
-    usual: Sequence[str],
-    kind: type,
-    could_be: Callable[[Any], bool],
-    source: str,
-) -> str:
-    """Return the column that is asked for, else one of a usual name, else the only one that is declared to be such."""
-    declared = [name for name, feature in features.items() if isinstance(feature, kind)]
-    fitting = [name for name, feature in features.items() if name in declared or could_be(feature)]
-    chosen = [name for name in usual if name in fitting] or declared * (len(declared) == 1)
-    if wanted is not None:
-        chosen = [wanted] if wanted in fitting else []
-    if not chosen:
-        reason = "must be set" if wanted is None else f"{wanted!r} is no column of {argument.removesuffix('_column')}s"
-        there = (f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
-        raise InputError(f"{argument}: {reason}; {source} has {', '.join(there)}")
-    return chosen[0]
 
 
 def _labels(stored: Any, names: list[str] | None, place: str) -> NDArray[np.int64]:
