@@ -1,13 +1,15 @@
 """Read files that others have made, with clear errors and without waiting for pipes; replace files atomically."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -91,13 +93,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that at any instant, a loss of power included, the whole old or the whole new one is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Write a file as `replacing` does."""
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of `path` at the end; after an error, nothing has changed.
+
+    At any instant, a loss of power included, the whole old or the whole new file is there.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync_directory(path.parent)
 
 

@@ -18,60 +18,47 @@ PACKAGES = (
     *("stacey_dist", "torch", "accelerate", "deepspeed", "transformers", "datasets"),
     *("sentencepiece", "safetensors", "triton", "wandb"),
 )
-INSTALL = {
-    "triton": "pip install triton",
-    "compiler": "apt-get install g++, or the like; then install stacey_dist again",
-}
 # Settings that change how processes find each other. Nothing else of the environment is shown.
 _ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_ELASTIC_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def print_info() -> int:
     """Print what a report of a problem needs."""
-    print("\n".join(lines()))
-    return 0
-
-
-def lines() -> list[str]:
-    """Return the report, line by line."""
     found = [f"Python {platform.python_version()} on {platform.platform()}"]
     found += [f"{package} {_version(package) or _how_to_install(package)}" for package in PACKAGES]
     capability = torch.backends.cpu.get_cpu_capability()
     found.append(f"CPU: {capability}, {torch.get_num_threads()} threads, {available_cores()} cores for this process")
     found += _gpus()
-    found.append(f"compiler: {_compiler() or 'none; ' + INSTALL['compiler']}")
+    how_to = "apt-get install g++, or the like; then install stacey_dist again"
+    found.append(f"compiler: {_compiler() or f'none; {how_to}'}")
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    found += [f"kernel on {device}: {kernel(device)}" for device in devices]
-    found.append(
-        f"processes talk over: {', '.join(_backends()) or 'nothing: this torch was built without distributed'}"
-    )
-    found += [f"engine {name}: {state}" for name, state in engines().items()]
+    found += [f"kernel on {device}: {_kernel(device)}" for device in devices]
+    backends, lacking = ", ".join(_backends()), "this torch was built without distributed"
+    found.append(f"processes talk over: {backends or f'nothing: {lacking}'}")
+    joined = "yes" if backends else f"no: {lacking}"
+    with_deepspeed = joined if _version("deepspeed") else f"no: {install_line('deepspeed')}"
+    found += [
+        "engine one process: yes",
+        f"engine DDP, ZeroRedundancyOptimizer: {joined}",
+        f"engine FSDP2, HSDP: {joined}",
+        f"engine DeepSpeed ZeRO-1, 2, 3: {with_deepspeed}",
+    ]
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)]
-    return [*found, f"environment: {' '.join(settings) or 'nothing set'}"]
+    found.append(f"environment: {' '.join(settings) or 'nothing set'}")
+    print("\n".join(found))
+    return 0
 
 
-def kernel(device_type: str) -> str:
+def _kernel(device_type: str) -> str:
     """Return the kernel for a type of device, and why; or why there is none."""
     try:
         name = kernels.find(device_type).name
     except NoKernelError as error:
         needs_triton = device_type == "cuda" and _version("triton") is None
-        return f"none, the plain rule runs: {error}" + (f"; {INSTALL['triton']}" if needs_triton else "")
+        return f"none, the plain rule runs: {error}" + ("; pip install triton" if needs_triton else "")
     if device_type == "cpu":
         return f"{name}, since torch takes this processor for {torch.backends.cpu.get_cpu_capability()}"
     return name if torch.cuda.is_available() else f"{name}, but torch sees no GPU"
-
-
-def engines() -> dict[str, str]:
-    """Return whether each engine can be had here, and what installs it where not."""
-    joined = "yes" if _backends() else "no: this torch was built without distributed"
-    lacking = "" if _version("deepspeed") else f"no: {install_line('deepspeed')}"
-    return {
-        "one process": "yes",
-        "DDP, ZeroRedundancyOptimizer": joined,
-        "FSDP2, HSDP": joined,
-        "DeepSpeed ZeRO-1, 2, 3": lacking or joined,
-    }
 
 
 def _how_to_install(package: str) -> str:

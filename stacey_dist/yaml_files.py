@@ -4,10 +4,9 @@ PyYAML follows YAML 1.1, in which ``no`` is false, ``12:30:45`` is a number in b
 the last of two equal keys without a word. Every YAML file that the project reads is read here.
 """
 
+import io
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from stacey_dist.errors import SettingsError
+from stacey_dist.files import open_regular
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 100
@@ -25,16 +25,14 @@ _MAX_VALUES = 50_000
 _MAX_DIGITS = 300  # float64 ends at 309 digits
 
 _TAG = "tag:yaml.org,2002:"
-_RESOLVERS = {
-    "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    "merge": (r"<<", ["<"]),
+_PATTERNS = {
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "merge": r"<<",
 }
+"""What text without quotes stands for."""
 
 
 class Loader(yaml.SafeLoader):
@@ -79,8 +77,8 @@ class Loader(yaml.SafeLoader):
 
     def _number(self, node: ScalarNode) -> int | float:
         text, kind = self.construct_scalar(node), node.tag.removeprefix(_TAG)
-        as_whole = re.fullmatch(_RESOLVERS["int"][0], text) and (kind == "int" or text[:2] not in ("0o", "0x"))
-        if not re.fullmatch(_RESOLVERS[kind][0], text) and not as_whole:
+        as_whole = re.fullmatch(_PATTERNS["int"], text) and (kind == "int" or text[:2] not in ("0o", "0x"))
+        if not re.fullmatch(_PATTERNS[kind], text) and not as_whole:
             raise _error(f"{_shorten(text)} is not {'a whole number' if kind == 'int' else 'a number'}", node)
         if len(text) > _MAX_DIGITS:
             raise _error(f"a number of {len(text)} digits is not allowed", node)
@@ -108,8 +106,6 @@ class Loader(yaml.SafeLoader):
         raise _error(f"the tag {_shorten(node.tag.replace(_TAG, '!!'))} is not allowed", node)
 
 
-for _kind, (_pattern, _first) in _RESOLVERS.items():
-    Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
 Loader.add_constructor(f"{_TAG}str", Loader._text)
 for _kind in ("null", "seq", "map"):
     Loader.add_constructor(f"{_TAG}{_kind}", yaml.SafeLoader.yaml_constructors[f"{_TAG}{_kind}"])
@@ -126,8 +122,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _kind, (_pattern, _first) in _RESOLVERS.items():
-    _Dumper.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+for _kind, _pattern in _PATTERNS.items():
+    for _each in (Loader, _Dumper):
+        _each.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), None)
 
 
 def load(text: str, where: str) -> Any:
@@ -176,17 +173,12 @@ def read_text(path: Path, name: str | None = None) -> str:
     """Return the text of a file of settings; arguments and errors as for `read`."""
     name = name or str(path)
     try:
-        mode = os.stat(path).st_mode
-        of_shell = stat.S_ISFIFO(mode) and str(path).startswith(("/dev/", "/proc/"))
-        if not stat.S_ISREG(mode) and not of_shell:
-            raise SettingsError(f"{name}: cannot be read: it is not a regular file")
-        with open(path, encoding="utf-8") as file:
+        of_shell = str(path).startswith(("/dev/", "/proc/")) and Path(path).is_fifo()
+        with open(path, encoding="utf-8") if of_shell else io.TextIOWrapper(open_regular(path), "utf-8") as file:
             return file.read(_MAX_BYTES + 1)
     except UnicodeDecodeError as error:
         raise SettingsError(f"{name}: cannot be read: it is not UTF-8 text (byte {error.start})") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if isinstance(error, SettingsError):
-            raise
+    except OSError as error:
         raise SettingsError(f"{name}: cannot be read: {error}") from error
 
 

@@ -114,13 +114,13 @@ def test_files_that_are_none(tmp_path):
         ("nothing", "cannot be read: .*No such file"),
         ("latin1", "not UTF-8 text .byte 3"),
         ("large", "larger than 1 MiB"),
-        ("fifo", "not a regular file"),
-        (".", "not a regular file"),
+        ("fifo", "where a regular file belongs"),
+        (".", "where a regular file belongs"),
         ("a\0b", "null"),
     ]:
         with pytest.raises(SettingsError, match=message):
             yaml_files.read(tmp_path / name)
-    with pytest.raises(SettingsError, match="not a regular file"):
+    with pytest.raises(SettingsError, match="where a regular file belongs"):
         yaml_files.read("/dev/zero")
 
 

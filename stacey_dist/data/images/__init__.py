@@ -3,8 +3,8 @@
 Importing this package loads torch, and neither transformers nor datasets.
 """
 
-from stacey_dist.data.images.augment import Crop, Transform
-from stacey_dist.data.images.cache import Cache, CachedImages, cached
+from stacey_dist.data.images.augment import Transform
+from stacey_dist.data.images.cache import CachedImages, cached
 from stacey_dist.data.images.decode import BrokenImageError, decode
 from stacey_dist.data.images.image_set import ArrayImages, ImageSet, read_pixels
 from stacey_dist.data.images.loader import ImageBatch, ImageLoader, evaluation_batches
@@ -16,9 +16,7 @@ __all__ = [
     "IGNORED_LABEL",
     "ArrayImages",
     "BrokenImageError",
-    "Cache",
     "CachedImages",
-    "Crop",
     "ImageBatch",
     "ImageLoader",
     "ImageSet",

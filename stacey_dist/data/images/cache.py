@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections import deque
@@ -19,10 +18,10 @@ from tqdm import tqdm
 from stacey_dist.cores import available_cores
 from stacey_dist.data.images.augment import resize_shorter_side
 from stacey_dist.data.images.decode import BrokenImageError
-from stacey_dist.data.images.image_set import ImageSet, load_pixels, sampled
+from stacey_dist.data.images.image_set import ImageSet, read_pixels, sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
-from stacey_dist.files import read_json, replace_file, write_json
+from stacey_dist.files import read_json, replace_file, replacing, write_json
 
 Cache = Literal["none", "decoded", "resized"]
 
@@ -45,40 +44,23 @@ Load = Callable[[int], NDArray[np.uint8] | None]
 class CachedImages:
     """The pixels of a complete cache, with the labels, classes and names of the images they were made from.
 
-    It can be pickled. A copy looks at no file before it reads from it.
+    It can be pickled. Neither it nor a copy looks at a file before it reads from it.
 
     Args:
         directory: of the cache.
         images: what it was made from.
         identity: of its pixels.
-
-    Raises:
-        InputError: the cache is damaged.
+        part_images: how many of them a part has.
     """
 
-    def __init__(self, directory: Path, images: ImageSet, identity: str) -> None:
-        try:
-            complete = read_json(directory / COMPLETE)
-            part_images = int(complete["part_images"])
-            index = _read_index(directory, range(-(-len(images) // part_images)))
-            if zlib.crc32(index) != complete["index_crc32"]:
-                raise ValueError("its index was altered")
-            for number, size in enumerate(complete["part_bytes"]):
-                found = (directory / _part_name(number)).stat().st_size
-                if found != size:
-                    raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
-        self.__setstate__((directory, images, identity, part_images))
+    def __init__(self, directory: Path, images: ImageSet, identity: str, part_images: int) -> None:
+        self.directory, self.images, self.identity, self._part_images = directory, images, identity, part_images
+        self.classes, self.labels = images.classes, images.labels
+        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, directory))
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Pickling memory maps would copy their content.
-        return self.directory, self.images, self.identity, self._part_images
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.directory, self.images, self.identity, self._part_images = state
-        self.classes, self.labels = self.images.classes, self.images.labels
-        self._part = functools.lru_cache(OPEN_PARTS)(functools.partial(_map, self.directory))
+        return CachedImages, (self.directory, self.images, self.identity, self._part_images)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,7 +85,6 @@ def cached(
     directory: Path,
     resize_to: int | None = None,
     *,
-    threads: int | None = None,
     progress: bool = True,
 ) -> ImageSet:
     """Return the same images decoded on a disk, making the cache first if it is not there yet.
@@ -118,7 +99,6 @@ def cached(
             resizes images whose shorter side is above ``resize_to`` to that, antialiased.
         directory: where caches are kept.
         resize_to: for ``resized``.
-        threads: that decode; None for as many as there are cores.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -140,7 +120,7 @@ def cached(
 
     def load(i: int) -> NDArray[np.uint8] | None:
         try:
-            pixels = load_pixels(images, i)
+            pixels = read_pixels(images, i)
         except BrokenImageError:
             return None
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
@@ -148,11 +128,28 @@ def cached(
     if not (place / COMPLETE).exists():
         with locked_directory(place, "cache", "set `cache` to none", announce=progress):
             if not (place / COMPLETE).exists():
-                _make(place, load, len(images), threads or available_cores(), progress)
-    return CachedImages(place, images, identity)
+                _make(place, load, len(images), progress)
+    return CachedImages(place, images, identity, _checked_part_images(place, len(images)))
 
 
-def _make(directory: Path, load: Load, count: int, threads: int, progress: bool) -> None:
+def _checked_part_images(directory: Path, count: int) -> int:
+    """Return the number of images in a part of a complete cache. Raises InputError if the cache is damaged."""
+    try:
+        complete = read_json(directory / COMPLETE)
+        part_images = int(complete["part_images"])
+        if zlib.crc32(_read_index(directory, range(-(-count // part_images)))) != complete["index_crc32"]:
+            raise ValueError("its index was altered")
+        for number, size in enumerate(complete["part_bytes"]):
+            found = (directory / _part_name(number)).stat().st_size
+            if found != size:
+                raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
+    return part_images
+
+
+def _make(directory: Path, load: Load, count: int, progress: bool) -> None:
+    threads = available_cores()
     parts = [range(start, min(start + PART_IMAGES, count)) for start in range(0, count, PART_IMAGES)]
     # Of parts, the ones with an index are whole: it is renamed last.
     left = [number for number in range(len(parts)) if not (directory / _index_name(number)).exists()]
@@ -191,10 +188,9 @@ def _in_order(pool: ThreadPoolExecutor, load: Load, numbers: range, ahead: int) 
 
 
 def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint8] | None], bar: "tqdm[Any]") -> None:
-    """Write a part and then its index, each under another name until it is whole."""
+    """Write a part and then its index."""
     entries, offset = [], 0
-    temporary = directory / "part.tmp"
-    with open(temporary, "wb") as file:
+    with replacing(directory / _part_name(number)) as file:
         for pixels in pictures:
             height, width = (0, 0) if pixels is None else pixels.shape[:2]
             entries.append((offset, height, width))
@@ -202,9 +198,6 @@ def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint
                 file.write(np.ascontiguousarray(pixels).data)
                 offset += pixels.size
             bar.update()
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / _part_name(number))
     replace_file(directory / _index_name(number), np.array(entries, dtype=_ENTRY).tobytes())
 
 

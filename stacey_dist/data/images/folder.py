@@ -27,49 +27,22 @@ NO_CLASSES = (
 class FolderImages:
     """One split: ``<folder>/<class>/<image>``, classes in the order given, files in the order of their names.
 
-    Images are regular files, or links to such, whose names have one of IMAGE_SUFFIXES, in any case. All else is left
-    out, as are folders that are no classes (hidden ones, and NO_CLASSES), and one line on stderr says so.
-
     Args:
         folder: the split's folder.
-        classes: the names of its class folders, sorted; all of them must be there and no others.
-        cache: a directory in which the names are remembered, and mapped from by every process that gets a pickled copy;
-            None to keep them in memory.
-
-    Raises:
-        InputError: a class folder is missing, unknown, without images, or cannot be read.
+        classes: the names of its class folders.
+        counts: how many images each class has.
+        rows: their names and sizes, as `Listing` has them, or the file from which they are mapped by every process that
+            gets a pickled copy.
     """
 
-    def __init__(self, folder: Path, classes: list[str], cache: Path | None = None) -> None:
-        found, left_out = class_folders(folder)
-        for name in sorted(set(classes) - set(found)):
-            raise InputError(f"path: {folder} has no folder for class {name!r}")
-        for name in sorted(set(found) - set(classes)):
-            raise InputError(f"path: {folder} has a folder {name!r}, which is none of the training classes")
-        listing = list_images(folder, classes, cache)
-        for name, count, others in zip(classes, listing.counts, listing.others, strict=True):
-            left_out += [f"{name}/{other}" for other in others]
-            if not count:
-                raise InputError(
-                    f"path: {folder / name} has no images; they are files whose names end in "
-                    f"{', '.join(IMAGE_SUFFIXES)}"
-                )
-        if left_out:
-            more = f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
-            print(f"data: {folder}: left out {left_out[0]!r}{more}: no class folder, or no image file", file=sys.stderr)
-        self._set(folder, classes, listing.counts, listing.file or listing.rows)
-
-    def _set(self, folder: Path, classes: list[str], counts: list[int], rows: "Path | NDArray[np.void]") -> None:
+    def __init__(self, folder: Path, classes: list[str], counts: list[int], rows: "Path | NDArray[np.void]") -> None:
         self.folder, self.classes = folder, classes
         self.labels = np.repeat(np.arange(len(classes)), counts)
-        self._state = folder, classes, counts, rows
         self._rows = map_rows(rows) if isinstance(rows, Path) else rows
+        self._pickled = folder, classes, counts, rows
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self._state
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._set(*state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FolderImages, self._pickled
 
     @cached_property
     def identity(self) -> str:
@@ -91,25 +64,47 @@ class FolderImages:
 def folder_images(path: Path, cache: Path | None = None) -> tuple[FolderImages, FolderImages]:
     """Return (train, validation) of a directory with ``train`` and ``val``, ``validation`` or ``test``.
 
-    The classes are the folders in ``train``, sorted by name.
+    The classes are the folders in ``train``, sorted by name. Images are regular files, or links to such, whose names
+    have one of IMAGE_SUFFIXES, in any case. All else is left out, as are folders that are no classes (hidden ones, and
+    NO_CLASSES), and one line on stderr for each split says so.
 
     Args:
         path: the directory.
-        cache: as for `FolderImages`.
+        cache: a directory in which the names are remembered; None to keep them in memory.
 
     Raises:
-        InputError: there are no classes, or the two do not have the same, or a class has no images.
+        InputError: there are no classes, or the two do not have the same, a class has no images, or a folder cannot be
+            read.
     """
     validation = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
     if validation is None:
         raise InputError(f"path: {path} has train and none of {', '.join(VALIDATION_FOLDERS)} beside it")
-    classes, _ = class_folders(path / "train")
+    classes, _ = _class_folders(path / "train")
     if not classes:
         raise InputError(f"path: {path / 'train'} has no class folders, which hold the images")
-    return FolderImages(path / "train", classes, cache), FolderImages(validation, classes, cache)
+    return _split(path / "train", classes, cache), _split(validation, classes, cache)
 
 
-def class_folders(folder: Path) -> tuple[list[str], list[str]]:
+def _split(folder: Path, classes: list[str], cache: Path | None) -> FolderImages:
+    found, left_out = _class_folders(folder)
+    for name in sorted(set(classes) - set(found)):
+        raise InputError(f"path: {folder} has no folder for class {name!r}")
+    for name in sorted(set(found) - set(classes)):
+        raise InputError(f"path: {folder} has a folder {name!r}, which is none of the training classes")
+    listing = list_images(folder, classes, cache)
+    for name, count, others in zip(classes, listing.counts, listing.others, strict=True):
+        left_out += [f"{name}/{other}" for other in others]
+        if not count:
+            raise InputError(
+                f"path: {folder / name} has no images; they are files whose names end in {', '.join(IMAGE_SUFFIXES)}"
+            )
+    if left_out:
+        more = f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
+        print(f"data: {folder}: left out {left_out[0]!r}{more}: no class folder, or no image file", file=sys.stderr)
+    return FolderImages(folder, classes, listing.counts, listing.rows)
+
+
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the class folders in a split's folder, and of all else that lies there, both sorted.
 
     Raises:

@@ -106,18 +106,13 @@ def read_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
 
     Raises:
         BrokenImageError: it cannot be decoded.
-        OSError: its file cannot be read.
+        InputError: its file cannot be read.
     """
-    content = images.read(i)
-    return decode(content) if isinstance(content, bytes) else content
-
-
-def load_pixels(images: ImageSet, i: int) -> NDArray[np.uint8]:
-    """Return what `read_pixels` does. Raises InputError naming an image whose file cannot be read, BrokenImageError."""
     try:
-        return read_pixels(images, i)
+        content = images.read(i)
     except OSError as error:
         raise InputError(f"{images.name(i)} can no longer be read: {error}") from error
+    return decode(content) if isinstance(content, bytes) else content
 
 
 def read_file(path: str) -> bytes:

@@ -40,16 +40,15 @@ class Listing:
     """The images of several folders.
 
     Attributes:
-        rows: each file's ``name``, in bytes, and its ``size``, folder after folder, sorted by name.
+        rows: each file's ``name``, in bytes, and its ``size``, folder after folder, sorted by name; or the file from
+            which `map_rows` maps them.
         counts: how many each folder has.
         others: what is no image in each folder, sorted.
-        file: where the rows are mapped from; None where they are in memory.
     """
 
-    rows: NDArray[np.void]
+    rows: NDArray[np.void] | Path
     counts: list[int]
     others: list[list[str]]
-    file: Path | None = None
 
 
 def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Listing:
@@ -64,7 +63,7 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
         InputError: a folder cannot be read.
     """
     if cache is None:
-        return _list(folder, classes, {})
+        return Listing(*_list(folder, classes, {}))
     directory = cache / "listings"
     remembered = directory / f"{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:24]}.json"
     with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
@@ -84,18 +83,18 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
         if rows is not None and list(known["classes"]) == list(old) == list(classes):
             os.utime(directory / known["file"])  # a run begins that maps it
             counts = [len(old[name][0]) for name in classes]
-            return Listing(rows, counts, [old[name][1] for name in classes], directory / known["file"])
-        found = _list(folder, classes, old)
-        file = directory / f"{hashlib.sha256(found.rows.data).hexdigest()[:24]}.rows"
+            return Listing(directory / known["file"], counts, [old[name][1] for name in classes])
+        rows, counts, others = _list(folder, classes, old)
+        file = directory / f"{hashlib.sha256(rows.data).hexdigest()[:24]}.rows"
         # What runs in other processes map is not changed: another content has another name.
-        replace_file(file, found.rows.dtype["name"].str.encode().ljust(16) + found.rows.tobytes())
+        replace_file(file, rows.dtype["name"].str.encode().ljust(16) + rows.tobytes())
         entries = {
-            name: (times[name], known["classes"][name][1] if name in old else begun, count, others)
-            for name, count, others in zip(classes, found.counts, found.others, strict=True)
+            name: (times[name], known["classes"][name][1] if name in old else begun, count, other)
+            for name, count, other in zip(classes, counts, others, strict=True)
         }
         write_json(remembered, {"format": _FORMAT_VERSION, "file": file.name, "classes": entries})
         _remove_outdated(directory)
-        return Listing(map_rows(file), found.counts, found.others, file)
+        return Listing(file, counts, others)
 
 
 def _remove_outdated(directory: Path) -> None:
@@ -133,13 +132,15 @@ def _times(folder: Path, classes: Sequence[str]) -> dict[str, int]:
         raise InputError(f"path: {error.filename} cannot be read: {error.strerror}") from error
 
 
-def _list(folder: Path, classes: Sequence[str], known: dict[str, tuple[NDArray[np.void], list[str]]]) -> Listing:
+def _list(
+    folder: Path, classes: Sequence[str], known: dict[str, tuple[NDArray[np.void], list[str]]]
+) -> tuple[NDArray[np.void], list[int], list[list[str]]]:
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda name: known[name] if name in known else _images(folder / name), classes))
     # Arrays of bytes: a million Python strings would be copied by every forked worker that looks at them.
     name = np.dtype(f"S{max((rows.dtype['name'].itemsize for rows, _ in found), default=1)}")
     rows = np.concatenate([np.empty(0, _dtype(name)), *(rows.astype(_dtype(name)) for rows, _ in found)])
-    return Listing(rows, [len(rows) for rows, _ in found], [others for _, others in found])
+    return rows, [len(rows) for rows, _ in found], [others for _, others in found]
 
 
 def _images(folder: Path) -> tuple[NDArray[np.void], list[str]]:

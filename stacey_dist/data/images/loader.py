@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stacey_dist.data.images.augment import Transform
 from stacey_dist.data.images.decode import BrokenImageError
-from stacey_dist.data.images.image_set import ImageSet, load_pixels
+from stacey_dist.data.images.image_set import ImageSet, read_pixels
 from stacey_dist.data.images.workers import Place, Workers
 from stacey_dist.data.sampler import GlobalSampler
 from stacey_dist.data.tokens import IGNORED_LABEL
@@ -140,7 +140,7 @@ class ImageLoader:
         count = min(len(self._images), _MOST_BROKEN)
         for i in ((sample + tried) % len(self._images) for tried in range(count)):
             try:
-                return i, load_pixels(self._images, i)
+                return i, read_pixels(self._images, i)
             except BrokenImageError as error:
                 broken[i] = reason = str(error)
         raise InputError(f"none of {count} images from {self._images.name(sample)} on can be read: {reason}")
@@ -189,7 +189,7 @@ def evaluation_batches(
             i = (start + row) * num_processes + process_index
             if i < len(images):
                 try:
-                    pixels[row] = transform.evaluation(load_pixels(images, i))
+                    pixels[row] = transform.evaluation(read_pixels(images, i))
                     labels[row] = images.labels[i]
                 except BrokenImageError as error:
                     broken[i] = str(error)

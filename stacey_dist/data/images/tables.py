@@ -20,6 +20,7 @@ from stacey_dist.data.images.decode import BrokenImageError
 from stacey_dist.data.images.image_set import identity_of, read_file, read_sampled
 from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError, one_line
+from stacey_dist.files import replacing
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -123,7 +124,8 @@ def parquet_images(
         paths = [file.absolute() for file in files]
         features, source = _features(paths[0]), f"{files[0].parent}, {split}"
         columns = _columns(features, image_column, label_column, source)
-        dataset = _load_parquet(paths, datasets.Features({name: features[name] for name in columns}), directory)
+        kept = datasets.Features({name: features[name] for name in columns})
+        dataset = datasets.concatenate_datasets([_converted(path, kept, directory) for path in paths])
         return TableImages(dataset, columns, source)
 
     return _with_equal_classes(load(train, "train"), load(validation, "validation"))
@@ -173,83 +175,75 @@ def _with_equal_classes(train: TableImages, validation: TableImages) -> tuple[Ta
     return train, validation
 
 
-def _load_parquet(files: Sequence[Path], features: Any, directory: Path) -> Any:
-    """Return a memory-mapped ``datasets.Dataset`` of the columns of some files, in their order.
-
-    `datasets.load_dataset` would convert them too, but takes ``::`` and ``$NAME`` in paths for something else.
-
-    Args:
-        files: their absolute paths.
-        features: the columns that are kept, and what they are cast to.
-        directory: where the Arrow files are kept, each known by its parquet file's path, size and time of change.
-    """
-    import datasets
-
-    converted = [(file, directory / _arrow_name(file, features)) for file in files]
-    found = [_opened(*each) for each in converted]
-    if any(each is None for each in found):
-        with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
-            for number, (file, arrow) in enumerate(converted):
-                if found[number] is None and _opened(file, arrow) is None:  # nor has another process converted it
-                    _convert(file, features, arrow)
-        found = [datasets.Dataset.from_file(str(arrow)) for _, arrow in converted]
-    return datasets.concatenate_datasets(found)
-
-
-def _opened(file: Path, arrow: Path) -> Any:
-    """Return the dataset that a parquet file was converted to; None if it was not, or the result is damaged."""
-    import datasets
-
-    try:
-        dataset = datasets.Dataset.from_file(str(arrow))
-        return dataset if dataset.num_rows == pq.read_metadata(file).num_rows else None
-    except (OSError, pa.ArrowException):
-        return None
-
-
-def _arrow_name(file: Path, features: Any) -> str:
-    status = file.stat()
-    known = [_FORMAT_VERSION, str(file), status.st_size, status.st_mtime_ns, features.to_dict()]
-    return f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.arrow"
-
-
 def _features(file: Path) -> Any:
     import datasets
 
     # Parquet and what its metadata say of features each fail in ways of their own: all mean that it cannot be read.
     try:
-        with pq.ParquetFile(file) as opened:
-            return datasets.Features.from_arrow_schema(opened.schema_arrow)
+        return datasets.Features.from_arrow_schema(pq.read_schema(file))
     except Exception as error:
         raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
+
+
+def _converted(file: Path, features: Any, directory: Path) -> Any:
+    """Return the memory-mapped ``datasets.Dataset`` of a parquet file, which is converted to Arrow once.
+
+    `datasets.load_dataset` would convert it too, but takes ``::`` and ``$NAME`` in paths for something else.
+
+    Args:
+        file: its absolute path.
+        features: the columns that are kept, and what they are cast to.
+        directory: where the Arrow file is kept, known by its parquet file's path, size and time of change.
+    """
+    import datasets
+
+    status = file.stat()
+    known = [_FORMAT_VERSION, str(file), status.st_size, status.st_mtime_ns, features.to_dict()]
+    arrow = directory / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.arrow"
+
+    def opened() -> Any:
+        """Return the dataset; None if the file was not converted, or the result is damaged."""
+        try:
+            dataset = datasets.Dataset.from_file(str(arrow))
+            return dataset if dataset.num_rows == pq.read_metadata(file).num_rows else None
+        except (OSError, pa.ArrowException):
+            return None
+
+    if (found := opened()) is None:
+        with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
+            if (found := opened()) is None:  # nor has another process converted it
+                _convert(file, features, arrow)
+                found = datasets.Dataset.from_file(str(arrow))
+    return found
 
 
 def _convert(file: Path, features: Any, arrow: Path) -> None:
     from datasets.table import table_cast
 
-    temporary, schema = arrow.with_suffix(".tmp"), features.arrow_schema
+    schema = features.arrow_schema
     try:
-        with pq.ParquetFile(file) as opened, open(temporary, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-            rows = opened.metadata.num_rows
-            with tqdm(desc=f"reading {file.name}", total=rows, unit="img", dynamic_ncols=True, leave=False) as bar:
-                for batch in opened.iter_batches(_ROWS, columns=list(features)):
-                    table = pa.Table.from_batches([batch]).select(list(features))
-                    stream.write_table(table_cast(table, schema))
-                    bar.update(len(batch))
-            stream.close()
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, arrow)
+        with (
+            pq.ParquetFile(file) as opened,
+            tqdm(desc=f"reading {file.name}", unit="img", dynamic_ncols=True, leave=False) as bar,
+            replacing(arrow) as sink,
+            pa.ipc.new_stream(sink, schema) as stream,
+        ):
+            bar.reset(opened.metadata.num_rows)
+            for batch in opened.iter_batches(_ROWS, columns=list(features)):
+                table = pa.Table.from_batches([batch]).select(list(features))
+                stream.write_table(table_cast(table, schema))
+                bar.update(len(batch))
     except OSError:
         raise
     except Exception as error:
         raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _columns(features: Any, image_column: str | None, label_column: str | None, source: str) -> tuple[str, str]:
-    """Return the names of the columns of images and of labels."""
+    """Return the names of the columns of images and of labels.
+
+    Each is the one that is asked for, else one of a usual name, else the only one that is declared to be such.
+    """
     import datasets
 
     def holds_images(feature: Any) -> bool:
@@ -259,32 +253,24 @@ def _columns(features: Any, image_column: str | None, label_column: str | None, 
     def holds_labels(feature: Any) -> bool:
         return "int" in str(getattr(feature, "dtype", ""))
 
+    def column(name: str, wanted: str | None, usual: Sequence[str], kind: type, could_be: Callable[[Any], bool]) -> str:
+        declared = [each for each, feature in features.items() if isinstance(feature, kind)]
+        fitting = [each for each, feature in features.items() if each in declared or could_be(feature)]
+        chosen = [each for each in usual if each in fitting] or declared * (len(declared) == 1)
+        if wanted is not None:
+            chosen = [wanted] if wanted in fitting else []
+        if not chosen:
+            reason = "must be set" if wanted is None else f"{wanted!r} is no column of {name}s"
+            there = (
+                f"{each} ({getattr(feature, 'dtype', type(feature).__name__)})" for each, feature in features.items()
+            )
+            raise InputError(f"{name}_column: {reason}; {source} has {', '.join(there)}")
+        return chosen[0]
+
     return (
-        _column("image_column", image_column, features, IMAGE_COLUMNS, datasets.Image, holds_images, source),
-        _column("label_column", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, holds_labels, source),
+        column("image", image_column, IMAGE_COLUMNS, datasets.Image, holds_images),
+        column("label", label_column, LABEL_COLUMNS, datasets.ClassLabel, holds_labels),
     )
-
-
-def _column(
-    argument: str,
-    wanted: str | None,
-    features: Any,
-    usual: Sequence[str],
-    kind: type,
-    could_be: Callable[[Any], bool],
-    source: str,
-) -> str:
-    """Return the column that is asked for, else one of a usual name, else the only one that is declared to be such."""
-    declared = [name for name, feature in features.items() if isinstance(feature, kind)]
-    fitting = [name for name, feature in features.items() if name in declared or could_be(feature)]
-    chosen = [name for name in usual if name in fitting] or declared * (len(declared) == 1)
-    if wanted is not None:
-        chosen = [wanted] if wanted in fitting else []
-    if not chosen:
-        reason = "must be set" if wanted is None else f"{wanted!r} is no column of {argument.removesuffix('_column')}s"
-        there = (f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
-        raise InputError(f"{argument}: {reason}; {source} has {', '.join(there)}")
-    return chosen[0]
 
 
 def _labels(stored: Any, names: list[str] | None, place: str) -> NDArray[np.int64]:

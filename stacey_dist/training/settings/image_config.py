@@ -1,7 +1,7 @@
 """The settings that only `train_imagenet.py` has. The defaults are those of its quickstart."""
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from stacey_dist.training.settings import optimizer_defaults
 from stacey_dist.training.settings.config import (
@@ -37,6 +37,14 @@ class ImageModelConfig:
     """Initialize the weight of each block's last batch norm to 0."""
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over all processes. GPUs only."""
+
+    def build(self, classes: list[str]) -> Any:
+        """Return the ResNet, with random weights. Its batch norms are not synchronized yet."""
+        from stacey_dist.models import build_resnet  # transformers takes seconds to import
+
+        return build_resnet(
+            self.depth, classes, stem=self.stem, width=self.width, zero_init_residual=self.zero_init_residual
+        )
 
 
 @dataclass
@@ -156,8 +164,5 @@ class ImageConfig(RunConfig):
         """Return the names of the classes of the model's layers."""
         import torch
 
-        from stacey_dist.models import build_resnet
-
         with torch.device("meta"):
-            model = build_resnet(self.model.depth, ["a", "b"], stem=self.model.stem, width=self.model.width)
-        return {type(module).__name__ for module in model.modules()}
+            return {type(module).__name__ for module in self.model.build(["a", "b"]).modules()}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from stacey_dist.data.images import (
     open_images,
 )
 from stacey_dist.errors import SettingsError, settings_errors
-from stacey_dist.models import build_resnet
 from stacey_dist.models.export import describe_export, describe_model
 from stacey_dist.training.ahead import Transfer
 from stacey_dist.training.engine import Engine
@@ -39,12 +38,8 @@ from stacey_dist.training.settings.image_config import ImageConfig, ImageDataCon
 from stacey_dist.training.settings.value_types import check
 from stacey_dist.training.task import Task
 
-_OF_DATA = (
-    *("path", "dataset", "image_column", "label_column", "cache", "cache_dir"),
-    *("crop", "min_scale", "eval_resize", "workers", "prefetch"),
-)
 SETTINGS = {
-    **{name: f"data.{name}" for name in _OF_DATA},
+    **{field.name: f"data.{field.name}" for field in fields(ImageDataConfig)},
     "resize_to": "data.cache_resize",
     "size": "data.image_size",
     "timeout": "data.timeout_seconds",
@@ -63,6 +58,7 @@ class ImageData:
     identity: str
     """Differs where the images differ, wherever they lie."""
     transform: Transform
+    workers: Workers
 
 
 @settings_errors(SETTINGS)
@@ -72,12 +68,14 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     Raises SettingsError for a path or data set that holds no images in a form that is known, for a setting of the model
     that this device does not have, for batches that are too small for batch norms or too large for the memory.
     """
+    data, device = run.config.data, run.accelerator.device.type
     if run.config.model.sync_batch_norm:
-        device = run.accelerator.device.type
         check(device != "cpu", "model.sync_batch_norm", True, "torch synchronizes batch norms on GPUs only")
-    data = run.config.data
     _check_batch_norms(run)
-    _workers(data, run.accelerator.device).check_memory(run.micro_batch_size, data.image_size)
+    # On a CPU the network has the cores.
+    count = data.workers if data.workers is not None else 0 if device == "cpu" else cores_per_process()
+    workers = Workers(count, data.prefetch, device == "cuda", data.timeout_seconds, stop_requested)
+    workers.check_memory(run.micro_batch_size, data.image_size)
     cache = Path(data.cache_dir or data_directory(run.config.run_dir))
 
     def work() -> tuple[ImageSet, ImageSet, str]:
@@ -99,22 +97,13 @@ def prepare_data(run: Run[ImageConfig]) -> ImageData:
     run.save_processor = partial(_save_processor, data)
     transform = Transform(data.image_size, data.crop, data.flip, data.min_scale, data.eval_resize)
     run.say(f"data: {len(train):,} training and {len(validation):,} held-out images of {len(train.classes):,} classes")
-    return ImageData(train, validation, identity, transform)
+    return ImageData(train, validation, identity, transform, workers)
 
 
 def build_model(run: Run[ImageConfig], data: ImageData) -> Any:
     """Build the ResNet of the configuration, see `make_model`."""
     model = run.config.model
-    resnet = make_model(
-        run,
-        lambda: build_resnet(
-            model.depth,
-            data.train.classes,
-            stem=model.stem,
-            width=model.width,
-            zero_init_residual=model.zero_init_residual,
-        ),
-    )
+    resnet = make_model(run, lambda: model.build(data.train.classes))
     if model.sync_batch_norm:
         resnet = nn.SyncBatchNorm.convert_sync_batchnorm(resnet)
     count = sum(p.numel() for p in resnet.parameters())
@@ -146,7 +135,6 @@ class ImageClassification(Task):
         # strided 1x1 convolution has fewer than 8 channels (its issue 6035; torch 2.13), which only narrow models have.
         self._row_major = accelerator.device.type == "cpu" and settings.model.width < 8
         self._transfer = Transfer(accelerator.device)
-        self._workers = _workers(settings.data, accelerator.device)
         self._broken: set[int] = set()
         """Held-out images that cannot be read and were named."""
         self._loader = ImageLoader(
@@ -157,7 +145,7 @@ class ImageClassification(Task):
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             micro_batch_size=run.micro_batch_size,
-            workers=self._workers,
+            workers=data.workers,
         )
 
     def micro_batches(self, position: int) -> Iterator[ImageBatch]:
@@ -183,7 +171,7 @@ class ImageClassification(Task):
             num_processes=accelerator.num_processes,
             batch_size=self.run.micro_batch_size,
             broken=self._broken,
-            workers=self._workers,
+            workers=self.data.workers,
         )
         totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1, top-5
         for batch in map(self._on_device, batches):
@@ -228,7 +216,7 @@ def _check_batch_norms(run: Run[ImageConfig]) -> None:
     if run.micro_batch_size > 1 or (settings.sync_batch_norm and run.accelerator.num_processes > 1):
         return
     with torch.device("meta"):
-        model = build_resnet(settings.depth, ["one", "other"], stem=settings.stem, width=settings.width)
+        model = settings.build(["one", "other"])
         try:
             model(pixel_values=torch.zeros(1, 3, size, size))
         except ValueError as error:
@@ -244,13 +232,6 @@ def _forward_flops(model: nn.Module, image_size: int) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         type(described)(described.config)(pixel_values=torch.zeros(2, 3, image_size, image_size))
     return counter.get_total_flops() // 2  # a batch norm refuses a single image that has shrunk to a pixel
-
-
-def _workers(data: ImageDataConfig, device: torch.device) -> Workers:
-    # On a CPU the network has the cores.
-    count = data.workers if data.workers is not None else 0 if device.type == "cpu" else cores_per_process()
-    pin_memory = device.type == "cuda"
-    return Workers(count, data.prefetch, pin_memory, data.timeout_seconds, stop_requested)
 
 
 def finish(run: Run[ImageConfig], data: ImageData, engine: Engine, checkpoint: Path) -> str:

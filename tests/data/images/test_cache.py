@@ -48,7 +48,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(images: ImageSet, directory: Path, cache: Any = "decoded", resize_to: int | None = None) -> ImageSet:
-    return cached(images, cache, directory, resize_to, threads=2, progress=False)
+    return cached(images, cache, directory, resize_to, progress=False)
 
 
 def check(images: ImageSet, photos: Photos, shorter: int | None = None) -> None:
@@ -186,6 +186,7 @@ def test_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"^cache: the disk of .* is full; set `cache` to none$"):
         make(Photos(), tmp_path)
+    assert [file.name for file in tmp_path.glob("*/*")] == ["lock"]  # what was written makes room again
 
 
 def damage_index(place: Path) -> None:
