@@ -173,7 +173,8 @@ def fsdp2(job: Job, rank: int) -> RankMemory:
         longest = _ceil(rows, ranks)
         padded += longest * row
         own += (min(rows, longest * (rank + 1)) - min(rows, longest * rank)) * row
-    layer, tail = (sum(p.elements for p in unit) for unit in (job.model.layer(), job.model.tail))
+    tail = sum(p.elements for p in job.model.tail)
+    layer = max((sum(p.elements for p in unit) for unit in job.model.layers), default=tail)
     buffers = {
         # Two layers, of which one is on its way, and the tail, which stays gathered into the backward pass.
         "gathered weights": (2 * layer + tail) * job.compute_bytes,
