@@ -3,7 +3,10 @@
 Tables of measured figures (figures.py), diagrams (diagrams.py), the reference of settings and commands (reference.py).
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `experiments` is not installed
 
 import diagrams
 import figures
