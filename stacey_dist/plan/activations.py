@@ -25,24 +25,11 @@ class Activations:
 
     Attributes:
         saved: kept from the forward pass for the backward pass, when the loss is known, its softmax included.
-        in_forward: towards the end of the forward pass, where autocast still has a copy of every matrix.
-        in_loss: in the backward pass of the loss: `saved`, and two gradients of the size of the softmax.
-        in_head: in the backward pass of the output matrix, with its gradient before that is added up.
-        in_layer: in the last layer's backward pass; with gradient checkpointing, after it was computed again.
-        in_embedding: in the backward pass of the input embedding; of a tied model, which has the output's gradient too.
+        peak: the most that is there at once.
     """
 
     saved: int
-    in_forward: int
-    in_loss: int
-    in_head: int
-    in_layer: int
-    in_embedding: int
-
-    @property
-    def peak(self) -> int:
-        """The most that is there at once."""
-        return max(self.in_forward, self.in_loss, self.in_head, self.in_layer, self.in_embedding)
+    peak: int
 
 
 def activations(
@@ -88,7 +75,7 @@ def activations(
     gradient = stream + autocast
     elements = vocabulary * hidden
     embedding, logits = elements * stream, tokens * size * vocabulary
-    # When a layer's backward pass begins, that of the head is over. It begins with the feed-forward block: the gradient
+    # In the last layer's backward pass, that of the head is over. It begins with the feed-forward block: the gradient
     # of its product and of a matrix, then those of the product's factors; and of its output.
     wide = size * intermediate * tokens
     last_norm = tokens * (norm + size * hidden)
@@ -98,14 +85,12 @@ def activations(
         in_layer += layer - (tokens * FLOAT * hidden if stream == FLOAT else 0) + matrices_of_layer
         # What was kept of a layer becomes a part of it again, but for the result that is added to the stream.
         in_layer -= kept - (tokens * size * hidden if kept else 0)
-    # The forward pass ends with the logits; before, with the feed-forward block of a layer that keeps nothing.
+    # The forward pass ends with the logits, when autocast still has a copy of all matrices; before, with the feed-
+    # forward block of a layer that keeps nothing.
     in_forward = before_loss + (matrices - head if checkpointing else 0)
     in_forward += max(logits, (2 if kept else 3) * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
-    return Activations(
-        saved=saved,
-        in_forward=in_forward,
-        in_loss=saved + 2 * softmax,
-        in_head=before_loss + max(logits + (autocast or stream) * elements, gradient * elements),
-        in_layer=in_layer,
-        in_embedding=tokens * 2 * INDEX + rotations + embedding * (3 if tied else 1),
-    )
+    in_loss = saved + 2 * softmax  # two gradients of the size of the softmax
+    # The output matrix's gradient is there before it is added up. A tied embedding has the output's gradient too.
+    in_head = before_loss + max(logits + (autocast or stream) * elements, gradient * elements)
+    in_embedding = tokens * 2 * INDEX + rotations + embedding * (3 if tied else 1)
+    return Activations(saved, peak=max(in_forward, in_loss, in_head, in_layer, in_embedding))
