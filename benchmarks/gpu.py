@@ -48,9 +48,9 @@ RIVALS = (
     *(f"Stacey {name}, kernel" for name in ("p2, p = 2.8", "p2, p = 3", "pp, p = 2.8", "2p, p = 2.8")),
 )
 RUNS = 3  # of a launcher or a loop
-# Updates between two checkpoints, of which a run has three. The last third before the first one is timed: a loader has
-# read ahead while the first updates compiled their kernels, and these batches must be gone.
-LLAMA_EVERY, RESNET_EVERY, SMOKE_EVERY = 60, 90, 3
+EVERY = {"llama": 60, "resnet50": 90}
+"""Updates between two checkpoints, of which a run has three. The last third before the first one is timed: a loader has
+read ahead while the first updates compiled their kernels, and these batches must be gone."""
 
 
 def main() -> None:
@@ -103,7 +103,6 @@ def llama_config(smoke: bool) -> LLMConfig:
     data, model = config.data, config.model
     data.dataset = data.dataset_config = data.max_tokens = data.cache_dir = config.tokenizer.name = None
     config.tokenizer.vocab_size, data.validation_every = 400, 2
-    config.checkpoint.every_steps = SMOKE_EVERY if smoke else LLAMA_EVERY
     if smoke:
         model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.num_attention_heads = 16, 24, 2, 2
         data.sequence_length = model.max_position_embeddings = 32
@@ -131,7 +130,7 @@ def llama_launcher(device: str, smoke: bool) -> dict[str, Any]:
         text = Path(directory, "text.txt")
         text.write_text("\n\n".join(page.read_text() for page in pages))
         config.data.files = [str(text)]
-        return train(replace(LLM, load_parts=lambda: parts), config)
+        return train(replace(LLM, load_parts=lambda: parts), config, every("llama", smoke))
 
 
 def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
@@ -148,9 +147,8 @@ def llama_bare(device: str, smoke: bool) -> dict[str, Any]:
     loop = BareLoop(model, optimizer, config.train.max_grad_norm)
     shape = (config.train.global_batch_size, config.data.sequence_length)
     inputs, labels = (torch.randint(data.vocab_size, shape, device=device) for _ in range(2))
-    updates = config.checkpoint.every_steps or 0
-    clock = Clock(torch.device(device), updates)
-    for _ in range(updates):
+    clock = Clock(torch.device(device), every("llama", smoke))
+    for _ in range(every("llama", smoke)):
         clock.tick()
         loop.step(inputs, labels, config.train.mixed_precision or "no")
     return clock.figures()
@@ -170,7 +168,6 @@ def resnet(smoke: bool, from_memory: bool) -> dict[str, Any]:
     config: ImageConfig = IMAGES.parse(["--config", str(ROOT / "configs/imagenet/resnet50_p2.yaml")])
     config.data.dataset = config.data.cache_dir = config.train.epochs = None
     config.data.prefetch = 1
-    config.checkpoint.every_steps = SMOKE_EVERY if smoke else RESNET_EVERY
     if smoke:
         config.model.depth, config.model.width, config.data.image_size, config.data.eval_resize = 18, 4, 32, 32
         config.train.global_batch_size, config.data.workers = 4, 1
@@ -183,7 +180,7 @@ def resnet(smoke: bool, from_memory: bool) -> dict[str, Any]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(photo)
         config.data.path = directory
-        return train(replace(IMAGES, load_parts=lambda: parts), config)
+        return train(replace(IMAGES, load_parts=lambda: parts), config, every("resnet50", smoke))
 
 
 class Clock:
@@ -223,7 +220,11 @@ def timed(task: type[Any]) -> Callable[..., Any]:
     return Timed
 
 
-def train(launcher: Any, config: Any) -> dict[str, Any]:
+def every(model: str, smoke: bool) -> int:
+    return 3 if smoke else EVERY[model]
+
+
+def train(launcher: Any, config: Any, every: int) -> dict[str, Any]:
     """Train with three checkpoints: the second has its memory, and here does not wait until the first is written."""
     from stacey_dist.training import loop, saving
 
@@ -239,13 +240,13 @@ def train(launcher: Any, config: Any) -> dict[str, Any]:
         stalls.append(time.perf_counter() - begin)
 
     saving.Saver.save = timed_save  # type: ignore[method-assign]
-    config.train.max_steps = 3 * config.checkpoint.every_steps
+    config.checkpoint.every_steps, config.train.max_steps = every, 3 * every
     config.train.eval_every_steps, config.schedule.warmup_steps = config.train.max_steps, 1
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         config.run_dir = directory
         job = launcher.build(config)
         task: Any = job.task
-        task.clock = Clock(job.run.accelerator.device, config.checkpoint.every_steps)
+        task.clock = Clock(job.run.accelerator.device, every)
         loop.train(job.run, task, job.engine)
         task.close()
         found = {

@@ -11,16 +11,22 @@ import functools
 import itertools
 import json
 import math
+import socket
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from measure import show
+from scale_data import image_starts, parts, preparing
 from scale_heartbeats import heartbeats
-from scale_preparing import preparing
 
 from stacey_dist.bench import machine
+from stacey_dist.checkpoint.collectives import rank0_call
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.checkpoint.shard import Range, _header, shard_name
 from stacey_dist.checkpoint.shares import _MODULUS, Ledger, Share, _hash
@@ -29,6 +35,34 @@ from stacey_dist.files import parse_json
 
 MANY = (1024, 2048, 4096)
 Kinds = dict[str, tuple[tuple[int, ...], str]]
+
+
+def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
+    """Call `work(rank, *arguments)` in processes that are joined by gloo; return the last one's result."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("fork")
+    results = context.Queue()
+    joined = [
+        context.Process(target=_join, args=(work, rank, count, port, results, arguments)) for rank in range(count)
+    ]
+    for process in joined:
+        process.start()
+    result = results.get()
+    for process in joined:
+        process.join()
+    return result
+
+
+def _join(work: Callable[..., Any], rank: int, count: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    result = work(rank, *arguments)
+    if rank == count - 1:
+        results.put(result)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def kinds(layers: int, experts: int = 0) -> Kinds:
@@ -48,6 +82,28 @@ def kinds(layers: int, experts: int = 0) -> Kinds:
         found |= {f"optimizer/model.{name}.weight/{key}": (shape, "bfloat16") for key in ("z", "m")}
         found[f"optimizer/model.{name}.weight/step"] = (), "int64"
     return found
+
+
+def _receive(rank: int, size: int) -> int:
+    most, original = 0, torch.empty
+
+    def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = original(*arguments, **options)
+        most += tensor.nbytes if tensor.dtype == torch.uint8 else 0
+        return tensor
+
+    torch.empty = empty
+    rank0_call(lambda: b"x" * size)
+    torch.empty = original
+    return most
+
+
+def resume() -> None:
+    """What a process takes for the manifest that the first one has read."""
+    size = 2_670_000
+    rows = [(n, in_processes(_receive, n, size) / 2**20) for n in (2, 4, 8)]
+    show(f"Resuming: a manifest of {size / 2**20:.2f} MiB", ("processes", "MiB of buffers on the last one"), *rows)
 
 
 def shares(contents: Kinds, counts: tuple[int, ...]) -> dict[int, list[Share]]:
@@ -125,7 +181,7 @@ def headers() -> None:
     show("Headers of the processes' files", head, *rows)
 
 
-TABLES = (saving, headers, heartbeats, preparing)
+TABLES = (resume, saving, headers, heartbeats, parts, preparing, image_starts)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
