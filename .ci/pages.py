@@ -1,11 +1,13 @@
-"""What is drawn or made of the documentation: `python .ci/pages.py` writes it, and a test holds that it is current.
+"""What is made of the documentation: `python .ci/pages.py` writes it, and a test holds that it is current.
 
-Tables of measured figures (figures.py), diagrams (diagrams.py), the reference of settings and commands (reference.py).
+Tables of measured figures (figures.py), the reference of settings and commands (reference.py).
 """
 
+import sys
 from pathlib import Path
 
-import diagrams
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `experiments` is not installed
+
 import figures
 import reference
 
@@ -13,7 +15,6 @@ import reference
 def pages() -> dict[Path, str]:
     """Return the text of each file that is made, as it is to be."""
     made = {path: figures.drawn(path.read_text(encoding="utf-8")) for path in figures.PAGES}
-    made |= {diagrams.ASSETS / name: draw() for name, draw in diagrams.DIAGRAMS.items()}
     return made | reference.pages()
 
 

@@ -4,13 +4,13 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from experiments import __main__ as experiments
 from stacey_dist import cli
 from stacey_dist.plan import command as plan
 from stacey_dist.training import prepare_command
@@ -155,9 +155,6 @@ def table(header: list[str], cells: Any) -> list[str]:
 
 def commands() -> str:
     """Return the page of the commands."""
-    sys.path.insert(0, str(ROOT))  # `experiments` is not installed
-    from experiments import __main__ as experiments
-
     lines = [
         "# Commands",
         "",

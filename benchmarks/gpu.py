@@ -34,7 +34,7 @@ from training_loop import BareLoop
 
 from stacey_dist import bench
 from stacey_dist.plan.job import Job
-from stacey_dist.plan.model import VOCABULARIES, llama
+from stacey_dist.plan.model import VOCABULARIES, planned_model
 from stacey_dist.plan.plans import peak_bytes
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.processes.devices import memory_in_use
@@ -107,10 +107,6 @@ def llama_config(smoke: bool) -> LLMConfig:
         model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.num_attention_heads = 16, 24, 2, 2
         data.sequence_length = model.max_position_embeddings = 32
     return config
-
-
-def planned(smoke: bool) -> Any:
-    return llama(llama_config(smoke), vocabulary(smoke))
 
 
 def vocabulary(smoke: bool) -> int:
@@ -285,8 +281,8 @@ def table(figures: dict[str, Any]) -> str:
         ours, known = statistics.median(run["seconds"] for run in launcher), peak_flops(figures["machine"])
         stall = statistics.median(run["save_stall_seconds"] for run in launcher)
         peak, run = max(run["peak_bytes"] for run in launcher), launcher[0]
-        smoke = figures["smoke"]
-        plan = peak_bytes(Job(llama_config(smoke), planned(smoke), "single", 1, 1))
+        config, tokens = llama_config(figures["smoke"]), vocabulary(figures["smoke"])
+        plan = peak_bytes(Job(config, planned_model(config, tokens), "single", 1, 1))
         rows |= {
             "launcher, tokens/s": f"{run['units_per_second'] * run['seconds'] / ours:,.0f}",
             "launcher, MFU": f"{run['flops_per_second'] * run['seconds'] / ours / known:.1%}" if known else "–",

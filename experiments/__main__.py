@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.errors import TrialError
+from experiments.trial import TrialError
 from stacey_dist.cli import exit_status
 
 

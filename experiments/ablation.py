@@ -10,8 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.comparison import training
-from experiments.comparison_report import final
+from experiments.comparison import results, training
 from experiments.framework import Experiment, Outcome, Reproduction, Scale, configs
 from experiments.llm import LARGE, TASK
 from experiments.trial import data_settings
@@ -60,9 +59,9 @@ def run(reproduction: Reproduction) -> Outcome:
         for label, change in changes.items()
         for seed in range(reproduction.seeds)
     }
-    values = reproduction.compute(list(parts.values()), in_runs=True)
+    (runs,) = results(reproduction, parts)
     seeds = range(reproduction.seeds)
-    found = {label: [final(values[parts[label, seed].name], TASK.metric) for seed in seeds] for label in changes}
+    found = {label: [runs[label, seed].final(TASK.metric) for seed in seeds] for label in changes}
     return Outcome({"losses": found}, table(found), {"ablation": figure(found)})
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from experiments.comparison import training
-from experiments.comparison_report import curves, final, report, shown
+from experiments.comparison import results, training
+from experiments.comparison_figures import curves
+from experiments.comparison_report import report, table_of_losses
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.long import TASK
 from experiments.trial import data_settings
@@ -27,8 +28,8 @@ def run(reproduction: Reproduction) -> Outcome:
         changed = {"schedule.final_alpha": at_end}
         title = f"STACEY(p,p), α {'constant' if at_end is None else f'grows to {at_end:g}'}"
         short[title] = part("stacey_pp", label, 0, size["short"], **changed)
-    values = reproduction.compute(list(short.values()), in_runs=True)
-    ends = {title: final(values[made.name], TASK.metric) for title, made in short.items()}
+    (found_short,) = results(reproduction, short)
+    ends = {title: result.final(TASK.metric) for title, result in found_short.items()}
     long = {
         (name, seed): part(name, name, seed, size["long"])
         for seed in range(1, reproduction.seeds + 1)
@@ -38,23 +39,17 @@ def run(reproduction: Reproduction) -> Outcome:
     for title, (name, factor) in size["controls"].items():
         rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}
         controls[title] = part(name, control(name, factor), 1, size["long"], **rates)
-    values = reproduction.compute([*long.values(), *controls.values()], in_runs=True)
-    found = {key: values[made.name] for key, made in long.items()}
-    results = report(found, TASK.metric, size["runs"], {}, {})
-    others = {title: final(values[made.name], TASK.metric) for title, made in controls.items()}
-    short_table, other_table = _table(size["short"], 0, ends), _table(size["long"], 1, others)
-    table = "\n".join([results.table, "", *short_table, "", *other_table, ""])
-    return Outcome({**results.values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
+    found, controlled = results(reproduction, long, controls)
+    values, table = report(found, TASK.metric, size["runs"])
+    others = {title: result.final(TASK.metric) for title, result in controlled.items()}
+    table += table_of_losses(f"{size['short']} updates, seed 0", ends, TASK.metric)
+    table += table_of_losses(f"{size['long']} updates, seed 1", others, TASK.metric)
+    return Outcome({**values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
 
 
 def control(name: str, factor: float) -> str:
     """Return what the run of an optimizer with so many times its learning rates is called."""
     return f"{name}-rates-{factor:g}"
-
-
-def _table(updates: int, seed: int, losses: dict[str, float | None]) -> list[str]:
-    rows = [f"| {title} | {shown(loss, TASK.metric)} |" for title, loss in losses.items()]
-    return [f"| {updates} updates, seed {seed} | held-out loss |", "|---|---|", *rows]
 
 
 _PP = {

@@ -6,16 +6,17 @@ selected its settings. Then p is varied, and all else stays as it was found. At 
 its settings are in configs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison_report import curves, curves_by_p, report, search
-from experiments.framework import RUN, Advance, Outcome, Part, Reproduction, configs
+from experiments.comparison_figures import curves, curves_by_p, search
+from experiments.comparison_report import report
+from experiments.framework import Advance, Outcome, Part, Reproduction, configs
 from experiments.sweep import Sweep, read_sweep
-from experiments.trial import Interrupted, Trial, data_settings, threads_each
+from experiments.trial import Interrupted, Result, Trial, data_settings, threads_each
 from experiments.tuning import Tuner
 from stacey_dist.errors import SettingsError
 
@@ -81,17 +82,15 @@ def compare(task: Task, reproduction: Reproduction) -> Outcome:
         if name in chosen
         for p in values
     }
-    values = reproduction.compute([*runs.values(), *varied.values()], in_runs=True)
-    found = {key: values[part.name] for key, part in runs.items()}
-    by_p = {key: values[part.name] for key, part in varied.items()}
+    found, by_p = results(reproduction, runs, varied)
     settings = {name: own for name, (_, own) in chosen.items()}
-    results = report(found, task.metric, settings, searched, by_p)
+    values, table = report(found, task.metric, settings, searched, by_p)
     figures = {"curves": curves(found, task.metric)}
     if searched:
         figures["search"] = search(searched, task.metric)
     if by_p:
         figures["p"] = curves_by_p(by_p, task.metric)
-    return Outcome(results.values, results.table, figures)
+    return Outcome(values, table, figures)
 
 
 Chosen = dict[str, tuple[Path, dict[str, Any]]]
@@ -110,36 +109,29 @@ def _settings(
     for name, sweep in sweeps.items():
         if (sweep.program, sweep.metric) != (task.program, task.metric):
             raise SettingsError(f"{size.sweeps}/{name}.yaml: it must be of {task.program} and {task.metric}")
-    parts = [tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()]
-    searched = dict(zip(sweeps, reproduction.compute(parts, in_runs=True).values(), strict=True))
+    parts = {name: tuning(reproduction, name, sweep, size.trials, overrides) for name, sweep in sweeps.items()}
+    (searched,) = reproduction.compute(parts)
     best = {name: rows[0]["settings"] for name, rows in searched.items() if rows[0]["state"] == "complete"}
     return {name: (sweeps[name].config, {**sweeps[name].fixed, **own}) for name, own in best.items()}, searched
 
 
 def training(reproduction: Reproduction, program: str, config: Path, settings: dict[str, Any], name: str) -> Part:
-    """Return a training run as a part; its value is a `trial.Result` as a dictionary."""
+    """Return a training run as a part; `results` gives what it found."""
     trial = Trial(program, config, settings, reproduction.directory / "runs" / name, threads_each(reproduction.workers))
-    return Part(name, RUN, partial(train, reproduction, trial))
+    return Part(name, partial(train, reproduction, trial))
+
+
+def results(reproduction: Reproduction, *groups: Mapping[Any, Part]) -> list[dict[Any, Result]]:
+    """Compute groups of training runs; return the results of each by the keys of its parts."""
+    return [{key: Result(**value) for key, value in found.items()} for found in reproduction.compute(*groups)]
 
 
 def train(reproduction: Reproduction, trial: Trial, advance: Advance) -> dict[str, Any]:
     """Run a trial as a part of an experiment, or what is left of it; return its `Result` as a dictionary."""
-    result = trial.run(stop=reproduction.stop, advance=_in_runs(advance))
+    result = trial.run(stop=reproduction.stop, advance=advance)
     if result is None:
         raise Interrupted
     return asdict(result)
-
-
-def _in_runs(advance: Advance) -> Callable[[float], None]:
-    """Return a function that tells the progress bar, which counts in whole numbers, of shares of a run."""
-    done = 0.0
-
-    def tell(share: float) -> None:
-        nonlocal done
-        before, done = done, done + share
-        advance(round(RUN * done) - round(RUN * before))
-
-    return tell
 
 
 def tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, overrides: dict[str, Any]) -> Part:
@@ -153,8 +145,8 @@ def tuning(reproduction: Reproduction, name: str, sweep: Sweep, trials: int, ove
             overrides={"seed": 0, **overrides},
             threads=threads_each(reproduction.workers),
             stop=reproduction.stop,
-            advance=_in_runs(advance),
+            advance=advance,
         )
         return tuner.run()
 
-    return Part(f"tune-{name}", RUN * trials, compute)
+    return Part(f"tune-{name}", compute, runs=trials)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.comparison import train
-from experiments.framework import RUN, Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.framework import Advance, Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.trial import Trial, data_settings, threads_each
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer
@@ -120,10 +120,10 @@ def run(reproduction: Reproduction) -> Outcome:
         for name, own in size["runs"].items()
         for seed in range(1, reproduction.seeds + 1)
     }
-    values = reproduction.compute(list(parts.values()), in_runs=True)
+    (values,) = reproduction.compute(parts)
     found: dict[str, list[Rows]] = {}
-    for (name, _), part in parts.items():
-        found.setdefault(name, []).append(values[part.name])
+    for (name, _), rows in values.items():
+        found.setdefault(name, []).append(rows)
     first = {name: runs[0] for name, runs in found.items()}
     return Outcome({"rows": found}, _table(found), {"coupling": _figure(first)})
 
@@ -140,7 +140,7 @@ def _part(reproduction: Reproduction, name: str, settings: dict[str, Any]) -> Pa
             raise SettingsError(f"{directory}: the run diverged; give it other settings")
         return read_rows(directory / "coupling.jsonl")
 
-    return Part(name, RUN, compute)
+    return Part(name, compute)
 
 
 def _mean(row: dict[str, Any], kind: str) -> float:

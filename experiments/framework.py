@@ -29,18 +29,11 @@ from stacey_dist.files import replace_file
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.version import __version__
 
-RUN = 1000
-"""What the progress bar counts a training run as, whatever its length."""
-
-_BAR: dict[str, Any] = dict(mininterval=1.0, smoothing=0.0)
 # Several runs are under way at a time, so seconds for a run would say little.
-BAR_OF_RUNS = dict(
-    bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f} of {total:.0f} runs [{elapsed}, {remaining} left]", **_BAR
-)
-"""How tqdm shows the progress of training runs."""
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f} of {total:.0f} runs [{elapsed}, {remaining} left]"
 
-# Called with how many updates were made, or thousandths of runs, since its last call.
-Advance = Callable[[int], object]
+Advance = Callable[[float], object]
+"""Called with what was done since its last call, in runs."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +53,10 @@ class Part:
 
     name: str
     """The name of its file too."""
-    updates: int
-    """The length of its share of the progress bar."""
     compute: Callable[[Advance], Any]
     """Gives what JSON holds: numbers, text, lists and dicts with text as keys."""
+    runs: int = 1
+    """Its share of the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +90,16 @@ class Reproduction:
     data: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def compute(self, parts: Sequence[Part], *, in_runs: bool = False) -> dict[str, Any]:
-        """Return the values of all parts by their names; those that are finished already are read, the others computed.
+    def compute(self, *groups: Mapping[Any, Part]) -> list[dict[Any, Any]]:
+        """Return the values of groups of parts, each by the keys of its part.
 
-        The progress bar shows updates, or, where a part is made of them, training runs.
+        Parts that are finished already are read, the others computed. Parts of one name are one.
         """
-        files = {part.name: self.directory / "parts" / f"{part.name}.json" for part in parts}
-        left = [part for part in parts if not files[part.name].exists()]
-        total = sum(part.updates for part in parts)
-        finished = total - sum(part.updates for part in left)
-        bar_lock = threading.Lock()
-        unit = RUN if in_runs else 1
-        shown: dict[str, Any] = BAR_OF_RUNS if in_runs else {**_BAR, "unit": " updates", "unit_scale": True}
-        with tqdm(total=total / unit, initial=finished / unit, **shown) as bar:
-
-            def advance(updates: int) -> None:
-                with bar_lock:
-                    bar.update(min(updates / unit, total / unit - bar.n))  # not past the end by a rounded sum
+        parts = {part.name: part for group in groups for part in group.values()}
+        files = {name: self.directory / "parts" / f"{name}.json" for name in parts}
+        left = [part for name, part in parts.items() if not files[name].exists()]
+        total = sum(part.runs for part in parts.values())
+        with progress(total, finished=total - sum(part.runs for part in left)) as (bar, advance):
 
             def compute(part: Part) -> None:
                 if not self.stop.is_set():
@@ -121,7 +107,7 @@ class Reproduction:
                     write(files[part.name], dump(part.compute(advance)))
 
             together([partial(compute, part) for part in left], self.workers, self.stop)
-        return {name: json.loads(file.read_text()) for name, file in files.items()}
+        return [{key: json.loads(files[part.name].read_text()) for key, part in group.items()} for group in groups]
 
 
 @dataclass(frozen=True)
@@ -191,6 +177,19 @@ def _statement(experiment: Experiment, scale: str) -> bytes:
     if experiment.trains:
         texts.append(launchers_defaults())
     return "".join([repr(experiment.scales[scale].settings), *texts]).encode()
+
+
+@contextlib.contextmanager
+def progress(runs: int, finished: int = 0) -> Iterator[tuple["tqdm[Any]", Advance]]:
+    """Show a bar of so many runs; give the bar, and what advances it, which threads may call."""
+    lock = threading.Lock()
+    with tqdm(total=runs, initial=finished, bar_format=_BAR, mininterval=1.0, smoothing=0.0) as bar:
+
+        def advance(done: float) -> None:
+            with lock:
+                bar.update(min(done, runs - bar.n))  # not past the end by a rounded sum
+
+        yield bar, advance
 
 
 def _draw(figure: Figure, file: Path) -> None:

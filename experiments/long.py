@@ -1,13 +1,14 @@
 """Does the coupling pay in long runs? Equal budgets, 10 000 updates; docs/results/long-runs.md has the protocol."""
 
+import math
 from typing import Any
 
-from experiments.comparison import Task, training, tuning
-from experiments.comparison_report import LABELS, curves, final, report, shown
+from experiments.comparison import Task, results, training, tuning
+from experiments.comparison_figures import curves
+from experiments.comparison_report import LOOKS, report, table_of_losses
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
-from experiments.result import Result
 from experiments.sweep import Sweep, read_sweep
-from experiments.trial import data_settings
+from experiments.trial import Result, data_settings
 
 TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
@@ -23,15 +24,15 @@ def run(reproduction: Reproduction) -> Outcome:
     size = reproduction.scale.settings
     overrides = data_settings(TASK.program, reproduction.directory, reproduction.data, {})
     sweeps = {name: read_sweep(configs() / _SWEEPS / f"{name}.yaml") for name in size["optimizers"]}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, int], Result] = {}
     searched: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for start in range(0, len(sweeps), _AT_A_TIME):
         names = list(sweeps)[start : start + _AT_A_TIME]
         short = {**overrides, **size["proxy"]}
         parts = {name: tuning(reproduction, name, sweeps[name], size["proxies"], short) for name in names}
-        proxies = reproduction.compute(list(parts.values()), in_runs=True)
-        searched |= {name: proxies[part.name] for name, part in parts.items()}
+        (proxies,) = reproduction.compute(parts)
+        searched |= proxies
         names = [name for name in names if searched[name][0]["state"] == "complete"]
         candidates = {name: _candidates(name, sweeps[name], searched[name][0]["settings"]) for name in names}
         long = {
@@ -39,31 +40,31 @@ def run(reproduction: Reproduction) -> Outcome:
             for name in names
             for label, settings in candidates[name].items()
         }
-        results = reproduction.compute(list(long.values()), in_runs=True)
+        (tried,) = results(reproduction, long)
         for name in names:
-            losses = {label: Result(**results[long[name, label].name]).final(TASK.metric) for label in candidates[name]}
+            losses = {label: _loss(tried[name, label]) for label in candidates[name]}
             chosen[name] = candidates[name][min(losses, key=losses.__getitem__)]
         runs = {
             (name, seed): _long(reproduction, sweeps[name], {**chosen[name], **overrides}, seed, name)
             for seed in range(1, reproduction.seeds + 1)
             for name in names
         }
-        results = reproduction.compute(list(runs.values()), in_runs=True)
-        found |= {key: results[part.name] for key, part in runs.items()}
-    compared = report(found, TASK.metric, chosen, searched, {})
+        found |= results(reproduction, runs)[0]
+    values, table = report(found, TASK.metric, chosen, searched)
     figures = {"curves": curves(found, TASK.metric), "time": curves(found, TASK.metric, over_time=True)}
     if not size["wsd"]:
-        return Outcome(compared.values, compared.table, figures)
-    values = compared.values["optimizers"]
-    means = {name: values[name]["mean"] for name in _COUPLED if name in values and values[name]["mean"] is not None}
+        return Outcome(values, table, figures)
+    compared = values["optimizers"]
+    means = {name: compared[name]["mean"] for name in _COUPLED if name in compared}
+    means = {name: mean for name, mean in means.items() if mean is not None}
     names = [name for name in ("adamw", min(means, key=means.__getitem__, default="")) if name in chosen]
     wsd = {**overrides, "schedule.name": "wsd"}
     parts = {name: _long(reproduction, sweeps[name], {**chosen[name], **wsd}, 1, f"{name}-wsd") for name in names}
-    results = reproduction.compute(list(parts.values()), in_runs=True)
-    ends = {name: final(results[part.name], TASK.metric) for name, part in parts.items()}
-    lines = [f"| {LABELS[name]} | {shown(loss, TASK.metric)} |" for name, loss in ends.items()]
-    table = "\n".join([compared.table, "", "| with wsd, seed 1 | held-out loss |", "|---|---|", *lines, ""])
-    return Outcome({**compared.values, "wsd": ends}, table, figures)
+    (decayed,) = results(reproduction, parts)
+    ends = {name: result.final(TASK.metric) for name, result in decayed.items()}
+    labelled = {LOOKS[name].label: loss for name, loss in ends.items()}
+    table += table_of_losses("with wsd, seed 1", labelled, TASK.metric)
+    return Outcome({**values, "wsd": ends}, table, figures)
 
 
 def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -71,6 +72,12 @@ def _candidates(name: str, sweep: Sweep, best: dict[str, Any]) -> dict[str, dict
     settings = {**sweep.fixed, **best}
     halved = {setting: settings[setting] / 2 for setting in _HALVED.get(name, ("optimizer.lr",))}
     return {"as-found": settings, "halved": {**settings, **halved}}
+
+
+def _loss(result: Result) -> float:
+    """Return the loss after the last update; infinity if the run diverged."""
+    loss = result.final(TASK.metric)
+    return math.inf if loss is None else loss
 
 
 def _long(reproduction: Reproduction, sweep: Sweep, settings: dict[str, Any], seed: int, name: str) -> Part:

@@ -80,7 +80,7 @@ def descend(start: Tensor, p: int, make: MakeOptimizer, iterations: int, advance
         x.grad = gradient(x.detach(), p)
         optimizer.step()
         path[iteration] = x.detach()
-        advance(1)
+        advance(1 / iterations)
     return path
 
 
@@ -132,14 +132,13 @@ def run(reproduction: Reproduction) -> Outcome:
     def part(p: int, name: str, q: int, alpha: float, tau: float) -> Part:
         slug = f"{VARIANTS[name]}-p{q}-alpha{alpha:g}-tau{tau:g}" if name in VARIANTS else name.lower()
         make = make_optimizer(name, q, alpha, tau)
-        return Part(f"N{p}-{slug}", iterations, partial(measure, p, make, reproduction.seeds, iterations))
+        return Part(f"N{p}-{slug}", partial(measure, p, make, reproduction.seeds, iterations))
 
     compared = {(p, name): part(p, name, p, ALPHA, TAU) for p in DISTRIBUTIONS for name in OPTIMIZERS}
     sweep = {(*settings, p): part(p, *settings) for settings in SWEEP for p in DISTRIBUTIONS}
-    parts = {part.name: part for part in (*compared.values(), *sweep.values())}  # some are in both
-    values = reproduction.compute(list(parts.values()))
-    found = {key: values[part.name] for key, part in compared.items()}
-    swept = {key: values[part.name] for key, part in sweep.items()}
+    found, swept = reproduction.compute(compared, sweep)
+    values = {compared[key].name: value for key, value in found.items()}
+    values |= {sweep[key].name: value for key, value in swept.items()}  # some are in both
     return Outcome(
         {"iterations": iterations, "shown_every": SHOWN_EVERY, "parts": values},
         table(found, swept, reproduction.seeds, iterations, NEAR),

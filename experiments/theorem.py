@@ -62,6 +62,7 @@ def noise_of_batches(objective: Objective, seeds: int, steps: int) -> Tensor:
 def average_gradient(objective: Objective, p: float, noise: Tensor, advance: Advance) -> list[float]:
     """Run algorithm 1 for T updates, one run for each column of `noise`, which has shape (T, runs, d).
 
+    `advance` is called with 1 for each update.
     Returns 1/T sum_t ||nabla f(theta_t)||_{p*}^{p*}, t from 0 to T - 1, of each run.
     """
     steps, runs, _ = noise.shape
@@ -84,7 +85,7 @@ def measure(objective: Objective, p: float, lengths: list[int], seeds: int, adva
     for steps in lengths:
         noise = noise_of_batches(objective, seeds, steps)
         noise = torch.cat([noise, torch.zeros_like(noise[:, :1])], dim=1)
-        *runs, without = average_gradient(objective, p, noise, advance)
+        *runs, without = average_gradient(objective, p, noise, lambda done: advance(done / sum(lengths)))
         noisy.append(runs)
         exact.append(without)
     return {
@@ -103,12 +104,13 @@ def run(reproduction: Reproduction) -> Outcome:
 
     def part(objective: Objective, p: float) -> Part:
         name = f"{objective.name}-p{p:g}"
-        return Part(name, sum(lengths), partial(measure, objective, p, lengths, reproduction.seeds))
+        return Part(name, partial(measure, objective, p, lengths, reproduction.seeds))
 
     parts = {(made.name, p): part(made, p) for made in (make() for make in OBJECTIVES) for p in NORMS}
-    values = reproduction.compute(list(parts.values()))
-    found = {key: values[part.name] for key, part in parts.items()}
-    return Outcome({"parts": values}, table(found), {"theorem": figure(found)})
+    (found,) = reproduction.compute(parts)
+    return Outcome(
+        {"parts": {parts[key].name: value for key, value in found.items()}}, table(found), {"theorem": figure(found)}
+    )
 
 
 EXPERIMENT = Experiment(

@@ -20,12 +20,11 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import TrialError
-from experiments.result import Result, evaluations
 from stacey_dist import yaml_files
 from stacey_dist.cores import available_cores
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.launchers import LAUNCHERS
+from stacey_dist.training.reports.rows import read_rows
 
 OnEvaluation = Callable[[dict[str, Any]], bool]
 """Told the row of metrics.jsonl of an evaluation; returns whether the run is to end there."""
@@ -42,6 +41,30 @@ _OWN = {
 
 class Interrupted(KeyboardInterrupt):
     """Training was told to stop, and can resume later."""
+
+
+class TrialError(RuntimeError):
+    """A training run ended with an error that is not its settings'. The message has its last words."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a complete training run."""
+
+    evaluations: list[dict[str, Any]]
+    """The rows of metrics.jsonl that hold held-out figures, in order of their `step`."""
+    diverged: bool
+    """It was given up, because losses or gradients were not finite."""
+    seconds_per_update: float
+    """Median over its progress rows."""
+    state_bytes_per_parameter: float
+    """Of the optimizer's state tensors."""
+    threads: int
+    """Of the CPU, which it had."""
+
+    def final(self, metric: str) -> float | None:
+        """Return a held-out figure after the last update; None if the run diverged, or the figure is not finite."""
+        return None if self.diverged else self.evaluations[-1][metric]
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,11 @@ class Trial:
             reason = next((line for line in reversed(said) if "error:" in line), said[-1])
             raise SettingsError(f"{self.directory.name}: {reason}")
         raise TrialError(f"{output}: exit status {process.exitcode}\n" + "\n".join(said[-20:]))
+
+
+def evaluations(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl that hold held-out figures, so far."""
+    return [row for row in read_rows(directory / "metrics.jsonl") if "eval_loss" in row]
 
 
 def data_settings(program: str, directory: Path, data: str | None, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.resnet.modeling_resnet  # noqa: F401
 
 from experiments.framework import dump, write
-from experiments.result import Result, evaluations
+from experiments.trial import Result, evaluations
 from stacey_dist.errors import DivergedError
 from stacey_dist.sharding import state_bytes
 from stacey_dist.training.launchers import LAUNCHERS

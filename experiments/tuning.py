@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scipy.stats.qmc import LatinHypercube
-from tqdm import tqdm
 
-from experiments.errors import TrialError
 from experiments.framework import (
-    BAR_OF_RUNS,
     claimed,
     digest,
     dump,
     identity_of_data,
     launchers_defaults,
+    progress,
     together,
     versions,
     write,
 )
 from experiments.sweep import INFINITY, Range, Sweep, read_sweep
-from experiments.trial import Interrupted, Trial, data_settings, threads_each, users_data
+from experiments.trial import Interrupted, Trial, TrialError, data_settings, threads_each, users_data
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 
@@ -184,8 +182,8 @@ class Tuner:
             if result is None and self.stop.is_set():
                 raise Interrupted
             final = None if result is None else result.final(self.sweep.metric)
-            if final is None or not math.isfinite(final):
-                trial.set_user_attr("diverged", final is not None)
+            if final is None:
+                trial.set_user_attr("diverged", result is not None)
                 self.study.tell(trial, state=state.PRUNED)
             else:
                 self.study.tell(trial, final)
@@ -247,7 +245,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
     files = {"sweep": digest(file.read_bytes()), "configuration": digest(sweep.config.read_bytes())}
     files["launchers' defaults"] = digest(launchers_defaults().encode())
     identity = {"seed": seed, "data": identity_of_data(data), **files, "versions": versions()}
-    with claimed(directory, identity), tqdm(total=trials, **BAR_OF_RUNS) as bar:
+    with claimed(directory, identity), progress(trials) as (_, advance):
         tuner = Tuner(
             sweep,
             directory,
@@ -256,7 +254,7 @@ def search(file: Path, directory: Path, *, trials: int, workers: int, seed: int,
             overrides=data_settings(sweep.program, directory, data, {}),
             workers=workers,
             threads=threads_each(workers),
-            advance=lambda runs: bar.update(min(runs, trials - bar.n)),  # not past the end by a rounded sum
+            advance=advance,
         )
         found = tuner.run()
     write(directory / "trials.json", dump(found))

@@ -11,7 +11,7 @@ from stacey_dist.errors import SettingsError, unknown
 from stacey_dist.plan.hardware import GB, GPUS, Gpu, find_gpu
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES
-from stacey_dist.plan.modules import planned_model
+from stacey_dist.plan.model import planned_model
 from stacey_dist.plan.plans import make_plan, propose_plans
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.training.launchers import LLM

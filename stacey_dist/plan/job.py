@@ -5,8 +5,7 @@ from typing import Literal
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.plan.activations import Arithmetic
-from stacey_dist.plan.model import Llama, Parameter
-from stacey_dist.plan.modules import Modules
+from stacey_dist.plan.model import Model, Parameter
 from stacey_dist.training.optimizers import check_engine
 from stacey_dist.training.settings.config import OptimizerConfig, Recomputed
 from stacey_dist.training.settings.llm_config import LLMConfig
@@ -31,7 +30,7 @@ class Job:
     """
 
     config: LLMConfig
-    model: Llama | Modules
+    model: Model
     engine: str
     nodes: int
     gpus_per_node: int
@@ -124,8 +123,12 @@ class Job:
 
     @property
     def groups(self) -> list[list[Parameter]]:
-        """The model's parameters in the optimizer's groups."""
-        return self.model.groups(decay_norms=self.config.optimizer.decay_norms_and_biases)
+        """The model's parameters in the optimizer's groups: norms and biases apart, if they have no weight decay."""
+        every = self.model.parameters
+        if self.config.optimizer.decay_norms_and_biases:
+            return [every]
+        groups = [p for p in every if len(p.shape) > 1], [p for p in every if len(p.shape) <= 1]
+        return [group for group in groups if group]
 
     def with_batch(self, micro: int, *, checkpointing: Recomputed | None = None, batch: int | None = None) -> "Job":
         """Return the same job with another micro-batch, and other gradient checkpointing or global batch if given."""

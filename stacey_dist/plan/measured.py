@@ -41,11 +41,8 @@ def measured(
         _lines(described, points, length, arithmetic, checkpointing)
         for points in ((_FEW, _MANY) if sequences > _FEW[1] else (_FEW,))
     ]
-    found = [max(round(a + b * sequences) for a, b in each) for each in zip(*lines, strict=True)]
-    saved, forward, head, layers, embedding = found
-    return Activations(
-        saved=saved, in_forward=forward, in_loss=head, in_head=head, in_layer=layers, in_embedding=embedding
-    )
+    saved, *moments = (max(round(a + b * sequences) for a, b in each) for each in zip(*lines, strict=True))
+    return Activations(saved, peak=max(moments))
 
 
 @functools.cache

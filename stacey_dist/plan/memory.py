@@ -88,7 +88,7 @@ def zero2(job: Job, rank: int) -> RankMemory:
 
 def _by_parameters(job: Job, rank: int) -> RankMemory:
     """Return what ZeRO-1 and 2 keep where they add gradients in the weights' dtype."""
-    sizes, gradients = flat_slices(job), kept_gradients(job)(rank)
+    sizes, gradients = flat_slices(job), kept_gradients(job)[rank]
     compute, owned = job.compute_bytes, sum(sizes)
     buffers = {"gradient bucket": BUCKET * compute}
     if job.accumulation > 1:
@@ -99,34 +99,18 @@ def _by_parameters(job: Job, rank: int) -> RankMemory:
     return RankMemory(device, buffers=buffers, update=max(sizes) * (flat + MASTER))
 
 
-def kept_gradients(job: Job) -> Callable[[int], int]:
-    """Return a function that counts the gradient elements, with padding, that a rank keeps in `_by_parameters`."""
-    groups = [list(accumulate((p.elements for p in group), initial=0)) for group in job.groups]
-    sizes = flat_slices(job)
-
-    def gradients(rank: int) -> int:
-        kept = 0
-        for bounds, size in zip(groups, sizes, strict=True):
+def kept_gradients(job: Job) -> list[int]:
+    """Return the gradient elements, with padding, that each rank keeps in `_by_parameters`."""
+    kept = [0] * job.ranks
+    for group, size in zip(job.groups, flat_slices(job), strict=True):
+        bounds = list(accumulate((p.elements for p in group), initial=0))
+        for rank in range(job.ranks):
             start, stop = rank * size, (rank + 1) * size
             if start < bounds[-1]:  # from the beginning of its first parameter to the end of its last
-                kept += bounds[bisect_left(bounds, min(stop, bounds[-1]))] - bounds[bisect_right(bounds, start) - 1]
-            kept += min(size, max(0, stop - bounds[-1]))
-        return kept
-
-    return gradients
-
-
-def _fullest_slice(job: Job) -> int:
-    """Return the lowest rank among those that keep the most gradients in `_by_parameters`.
-
-    Neighboring ranks whose slices lie within the same parameter keep equally many, so only one of them is tried.
-    """
-    ranks = {0, job.ranks - 1}
-    for group, size in zip(job.groups, flat_slices(job), strict=True):
-        for bound in accumulate(p.elements for p in group):
-            ranks |= {bound // size, bound // size + 1}
-    kept = kept_gradients(job)
-    return min((rank for rank in ranks if rank < job.ranks), key=lambda rank: (-kept(rank), rank))
+                last = bounds[bisect_left(bounds, min(stop, bounds[-1]))]
+                kept[rank] += last - bounds[bisect_right(bounds, start) - 1]
+            kept[rank] += min(size, max(0, stop - bounds[-1]))
+    return kept
 
 
 def flat_slices(job: Job) -> list[int]:
@@ -173,7 +157,8 @@ def fsdp2(job: Job, rank: int) -> RankMemory:
         longest = _ceil(rows, ranks)
         padded += longest * row
         own += (min(rows, longest * (rank + 1)) - min(rows, longest * rank)) * row
-    layer, tail = (sum(p.elements for p in unit) for unit in (job.model.layer(), job.model.tail))
+    tail = sum(p.elements for p in job.model.tail)
+    layer = max((sum(p.elements for p in unit) for unit in job.model.layers), default=tail)
     buffers = {
         # Two layers, of which one is on its way, and the tail, which stays gathered into the backward pass.
         "gathered weights": (2 * layer + tail) * job.compute_bytes,
@@ -192,12 +177,12 @@ ENGINES: dict[str, Callable[[Job, int], RankMemory]] = {
 
 def most_loaded_rank(job: Job) -> tuple[int, RankMemory]:
     """Return the rank that keeps most on its device (the first of several), and what it keeps."""
-    rank = 0  # on other engines it has no fewer rows than another
+    elements = [0]  # on other engines rank 0 has no fewer rows than another
     if job.engine == "zero1" or (job.engine == "zero2" and job.compute_bytes == MASTER):
-        rank = _fullest_slice(job)
+        elements = kept_gradients(job)
     elif job.engine == "zero_redundancy" and job.state_bytes:
-        owned = owned_elements(job)
-        rank = owned.index(max(owned))
+        elements = owned_elements(job)
+    rank = elements.index(max(elements))
     return rank, ENGINES[job.engine](job, rank)
 
 

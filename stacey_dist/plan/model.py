@@ -1,11 +1,13 @@
-"""The LLaMA that is planned: its parameters in the order and groups that the engines see, and its arithmetic."""
+"""The model that is planned, of any architecture, as its own modules say it, without memory for its weights."""
 
+import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.reports.flops import flops_per_token
-from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.settings.llm_config import LLMConfig, check_length, described_llama, described_model
 
 # Sizes of vocabularies by the tokenizer's name on the hub, so that a plan needs no download.
 VOCABULARIES = {"t5-base": 32_100, "hf-internal-testing/llama-tokenizer": 32_000}
@@ -24,84 +26,35 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def grouped(parameters: list[Parameter], decay_norms: bool) -> list[list[Parameter]]:
-    """Return the optimizer's groups: with weight decay, and (norms and biases, unless they decay too) without."""
-    matrices = [p for p in parameters if len(p.shape) > 1 or decay_norms]
-    norms = [p for p in parameters if len(p.shape) == 1 and not decay_norms]
-    return [matrices, norms] if norms else [matrices]
-
-
 @dataclass(frozen=True)
-class Llama:
-    """Shape of a `LlamaForCausalLM` as `stacey_dist.training.tasks.llm_model.build_model` makes it."""
+class Model:
+    """A causal language model of transformers.
 
-    name = "LLaMA"
-    in_experts = 0
-    """Parameters that are an expert's."""
+    Attributes:
+        name: its class; of the LLaMA of the settings' numbers "LLaMA".
+        of_numbers: whether it is that one, for whose activations there are formulas.
+        described: its configuration, as in a config.json.
+        parameters: all of them in the order of `model.parameters()`, a tied one once.
+        embedding: the input embedding's, in a list of its own, unless it is tied.
+        layers: those of each layer.
+        tail: the others.
+        active: how many parameters a token passes through: fewer than there are, in a mixture of experts.
+        in_experts: how many are an expert's.
+        head: elements of the output matrix.
+        flops_per_token: operations of forward and backward on a token, as in the MFU of `train_llm.py`.
+    """
 
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    tied: bool
-
-    @property
-    def head_size(self) -> int:
-        """Elements of an attention head."""
-        return self.hidden // self.heads
-
-    @property
-    def embedding(self) -> Parameter:
-        """The input embedding; also the output matrix where they are tied."""
-        return Parameter("model.embed_tokens.weight", (self.vocabulary, self.hidden))
-
-    @property
-    def tail(self) -> list[Parameter]:
-        """The last norm and the output matrix, which FSDP2 gathers together; of a tied model, the embedding too."""
-        norm = Parameter("model.norm.weight", (self.hidden,))
-        if self.tied:
-            return [norm, self.embedding]
-        return [norm, Parameter("lm_head.weight", (self.vocabulary, self.hidden))]
-
-    def layer(self, index: int = 0) -> list[Parameter]:
-        """Return the parameters of a layer."""
-        hidden, wide, keys = self.hidden, self.intermediate, self.key_value_heads * self.head_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (wide, hidden),
-            "mlp.up_proj": (wide, hidden),
-            "mlp.down_proj": (hidden, wide),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        return [Parameter(f"model.layers.{index}.{name}.weight", shape) for name, shape in shapes.items()]
-
-    @property
-    def units(self) -> list[list[Parameter]]:
-        """Parameters that Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the tail."""
-        first = [] if self.tied else [[self.embedding]]
-        return [*first, *(self.layer(index) for index in range(self.layers)), self.tail]
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """All of them in the order of `model.parameters()`, a tied one once."""
-        layers = [parameter for index in range(self.layers) for parameter in self.layer(index)]
-        last = self.tail[:1] if self.tied else self.tail
-        return [self.embedding, *layers, *last]
-
-    def groups(self, *, decay_norms: bool) -> list[list[Parameter]]:
-        """Return the optimizer's groups, see `grouped`."""
-        return grouped(self.parameters, decay_norms)
-
-    @property
-    def head(self) -> int:
-        """Elements of the output matrix."""
-        return self.vocabulary * self.hidden
+    name: str
+    of_numbers: bool
+    described: str
+    parameters: list[Parameter]
+    embedding: list[list[Parameter]]
+    layers: list[list[Parameter]]
+    tail: list[Parameter]
+    active: int
+    in_experts: int
+    head: int
+    flops_per_token: float
 
     @property
     def elements(self) -> int:
@@ -109,37 +62,80 @@ class Llama:
         return sum(p.elements for p in self.parameters)
 
     @property
-    def active(self) -> int:
-        """Those that a token passes through: all."""
-        return self.elements
-
-    @property
-    def matrix_elements(self) -> int:
-        """Those that a token is multiplied with: all but the embedding's look-up and the norms."""
-        layers = self.layers * sum(p.elements for p in self.layer() if len(p.shape) > 1)
-        return layers + self.vocabulary * self.hidden
-
-    def flops_per_token(self, length: int) -> float:
-        """Return the floating-point operations of forward and backward on a token, as in the MFU of `train_llm.py`."""
-        weights = self.elements - (0 if self.tied else self.embedding.elements)
-        return flops_per_token(weights, self.layers * self.hidden * length)
+    def units(self) -> list[list[Parameter]]:
+        """Parameters that Accelerate's FSDP2 gathers together: the embedding (unless tied), each layer, the rest."""
+        return [*self.embedding, *self.layers, self.tail]
 
 
-def llama(config: LLMConfig, vocabulary: int | None = None) -> Llama:
-    """Return the LLaMA of a configuration. Raises SettingsError as `vocabulary_size` does."""
-    model = config.model
-    return Llama(
-        vocabulary=vocabulary_size(config, vocabulary),
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        layers=model.num_hidden_layers,
-        heads=model.num_attention_heads,
-        key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        tied=model.tie_word_embeddings,
+def planned_model(config: LLMConfig, vocabulary: int | None = None) -> Model:
+    """Return the model of a configuration, with `vocabulary` tokens if that is given.
+
+    Raises SettingsError if it cannot be read, or does not fit together; or as `_vocabulary_size`.
+    """
+    described = described_model(config.model)
+    length = config.data.sequence_length
+    if described is None:
+        return make_model(described_llama(config, _vocabulary_size(config, vocabulary)), length, of_numbers=True)
+    if config.model.embeddings == "new":
+        vocabulary = _vocabulary_size(config, vocabulary)
+    if vocabulary is not None:
+        described["vocab_size"] = vocabulary
+    try:
+        planned = make_model(described, length)
+    except ValueError as error:
+        setting = "config" if config.model.config else "pretrained"
+        raise SettingsError(f"model.{setting}: {getattr(config.model, setting)}: {error}") from error
+    check_length(config, described)
+    return planned
+
+
+def make_model(described: dict[str, Any], length: int, *, of_numbers: bool = False) -> Model:
+    """Return the model of a config.json, on sequences of `length` tokens. Raises ValueError if it does not fit."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from stacey_dist.models import causal_lm
+
+    with torch.device("meta"), no_init_weights():
+        model = causal_lm.new_model(causal_lm.causal_config(described))
+    model.tie_weights()
+    names = {param: name for name, param in model.named_parameters()}
+
+    def parameters(found: Any) -> list[Parameter]:
+        return [Parameter(names[param], tuple(param.shape)) for param in dict.fromkeys(found) if param in left]
+
+    def taken(module: Any) -> list[Parameter]:
+        own = list(module.parameters())
+        found = parameters(own)
+        for param in own:
+            left.pop(param, None)
+        return found
+
+    left = dict.fromkeys(model.parameters())
+    everything = parameters(left)
+    output = model.get_output_embeddings()
+    tied = output is None or output.weight is model.get_input_embeddings().weight
+    embedding = [] if tied else [taken(model.get_input_embeddings())]
+    classes = causal_lm.layer_classes(model)
+    layers = [taken(module) for module in model.modules() if isinstance(module, classes)]
+    _, active = causal_lm.count_parameters(model)
+    attended = causal_lm.attended(causal_lm.causal_config(described), length)
+    return Model(
+        name="LLaMA" if of_numbers else type(model).__name__,
+        of_numbers=of_numbers,
+        described=json.dumps(described, sort_keys=True),
+        parameters=everything,
+        embedding=embedding,
+        layers=layers,
+        tail=parameters(left),
+        active=active,
+        in_experts=sum(p.numel() for p in causal_lm.experts(model)),
+        head=0 if output is None else math.prod(output.weight.shape),
+        flops_per_token=flops_per_token(causal_lm.multiplied_parameters(model), attended),
     )
 
 
-def vocabulary_size(config: LLMConfig, vocabulary: int | None = None) -> int:
+def _vocabulary_size(config: LLMConfig, vocabulary: int | None) -> int:
     """Return how many tokens the configured tokenizer has, `vocabulary` if that is given.
 
     Raises SettingsError if that is not known without loading it.

@@ -1,5 +1,6 @@
 """The plan of a job: its memory and its speed; and the plans that a search proposes."""
 
+import json
 from dataclasses import dataclass, replace
 
 from stacey_dist.errors import SettingsError
@@ -7,7 +8,6 @@ from stacey_dist.plan.activations import Activations, activations
 from stacey_dist.plan.hardware import Gpu
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES, RankMemory, most_loaded_rank
-from stacey_dist.plan.model import Llama
 from stacey_dist.plan.speed import Speed, estimate_speed
 from stacey_dist.training.settings.config import Recomputed
 
@@ -87,8 +87,8 @@ def largest_micro_batch(job: Job, room: float) -> int:
 
 def _activations(job: Job) -> Activations:
     checkpointing, how = job.config.train.gradient_checkpointing, (job.config.data.sequence_length, job.arithmetic)
-    if isinstance(job.model, Llama):
-        return activations(job.model, job.micro_batch, *how, checkpointing=checkpointing)
+    if job.model.of_numbers:
+        return activations(json.loads(job.model.described), job.micro_batch, *how, checkpointing=checkpointing)
     from stacey_dist.plan.measured import measured
 
     return measured(job.model.described, job.micro_batch, *how, checkpointing=checkpointing)

@@ -84,7 +84,7 @@ def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu) -> Speed:
     """
     length = job.config.data.sequence_length
     tokens = job.config.train.global_batch_size * length
-    flops = job.model.flops_per_token(length) * tokens
+    flops = job.model.flops_per_token * tokens
     done = flops
     # Each layer's forward pass, a third of its arithmetic, once more; selectively nothing that is counted.
     if job.config.train.gradient_checkpointing is True:

@@ -22,17 +22,20 @@ def test_alpha_grows_by_powers_of_e():
 def test_a_run_that_diverged_is_told_in_both(monkeypatch):
     """As parts that were made: one of the short runs has diverged."""
 
-    def made(self, parts, in_runs):
-        return {
-            part.name: {
-                "evaluations": [] if "e+11" in part.name else [{"step": 1, "eval_loss": 2.0}],
-                "diverged": "e+11" in part.name,
-                "seconds_per_update": 1.0,
-                "state_bytes_per_parameter": 4.0,
-                "threads": 1,
+    def made(self, *groups):
+        return [
+            {
+                key: {
+                    "evaluations": [] if "e+11" in part.name else [{"step": 1, "eval_loss": 2.0}],
+                    "diverged": "e+11" in part.name,
+                    "seconds_per_update": 1.0,
+                    "state_bytes_per_parameter": 4.0,
+                    "threads": 1,
+                }
+                for key, part in parts.items()
             }
-            for part in parts
-        }
+            for parts in groups
+        ]
 
     monkeypatch.setattr(framework.Reproduction, "compute", made)
     scale = registry.EXPERIMENTS["alpha"].scales["cpu"]

@@ -17,16 +17,10 @@ from PIL import Image
 
 from experiments import ablation, comparison, llm, long, registry
 from experiments.__main__ import main
-from experiments.comparison_report import (
-    LABELS,
-    curves,
-    curves_by_p,
-    mean_with_interval,
-    report,
-    updates_to_reach,
-)
+from experiments.comparison_figures import curves, curves_by_p
+from experiments.comparison_report import LOOKS, mean_with_interval, report, updates_to_reach
 from experiments.framework import Part, Reproduction, Scale
-from experiments.trial import Trial
+from experiments.trial import Result, Trial
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.settings.image_config import ImageOptimizerConfig
 from tests.ended import still_running
@@ -36,17 +30,11 @@ from tests.training.helpers import launch, rows
 
 def result(*losses, diverged=False, seconds=1.0, state=8.0, threads=1):
     evaluations = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(losses, start=1)]
-    return {
-        "evaluations": evaluations,
-        "diverged": diverged,
-        "seconds_per_update": seconds,
-        "state_bytes_per_parameter": state,
-        "threads": threads,
-    }
+    return Result(evaluations, diverged, seconds, state, threads)
 
 
 def test_updates_to_reach():
-    losses = result(4.0, 3.0, 2.0, 1.0)["evaluations"]
+    losses = result(4.0, 3.0, 2.0, 1.0).evaluations
     assert updates_to_reach(losses, "eval_loss", 2.5) == 25.0
     assert updates_to_reach(losses, "eval_loss", 2.0) == 30.0
     assert updates_to_reach(losses, "eval_loss", 5.0) == 10.0  # at the first evaluation, or before
@@ -77,38 +65,38 @@ FOUND = {
 def test_report():
     settings = {"adamw": {"optimizer.name": "adamw", "optimizer.lr": 0.00123456}, "lion": {}, "sgd": {}}
     searched = {"lion": [{"state": state, "value": 1.0, "settings": {}} for state in ("complete", "pruned", "pruned")]}
-    told = report(FOUND, "eval_loss", settings, searched, {("lion", 3.0): result(1.5)})
-    lion, sgd = told.values["optimizers"]["lion"], told.values["optimizers"]["sgd"]
+    values, table = report(FOUND, "eval_loss", settings, searched, {("lion", 3.0): result(1.5)})
+    lion, sgd = values["optimizers"]["lion"], values["optimizers"]["sgd"]
     assert lion["mean"] == pytest.approx(0.95)
     # With seed 1 it is at 1.0 after 20 updates of 30, with seed 2 at 1.2 after 18.
     assert lion["share_of_updates"] == pytest.approx((20 / 30 + 18 / 30) / 2)
     assert lion["time_per_update"] == pytest.approx(0.6)
     assert (sgd["mean"], sgd["diverged"], sgd["share_of_updates"]) == (3.0, 1, None)
-    table = [line for line in told.table.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in table[1:4]] == ["Lion", "AdamW", "SGD, Nesterov"]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:4]] == ["Lion", "AdamW", "SGD, Nesterov"]
     # -0.1 and -0.2 against AdamW; t with one degree of freedom: 12.706
-    assert "| 0.9500 ± 0.6353 | -0.1500 ± 0.6353 | 63% | 0.60 x | 4.0 B |" in table[1]
-    assert "| – | 100% |" in table[2]
-    assert "lr 0.00123 |" in table[2]
-    assert "(1 of 2 diverged)" in table[3]
-    assert "Lion 1 / 2 / 0" in told.table
-    assert "| Lion | 1.5000 |" in told.table
-    json.dumps(told.values, allow_nan=False)
+    assert "| 0.9500 ± 0.6353 | -0.1500 ± 0.6353 | 63% | 0.60 x | 4.0 B |" in lines[1]
+    assert "| – | 100% |" in lines[2]
+    assert "lr 0.00123 |" in lines[2]
+    assert "(1 of 2 diverged)" in lines[3]
+    assert "Lion 1 / 2 / 0" in table
+    assert "| Lion | 1.5000 |" in table
+    json.dumps(values, allow_nan=False)
 
 
 def test_what_was_timed_with_other_threads_is_not_compared():
     found = {**FOUND, ("lion", 2): result(2.0, 1.0, 1.0, threads=2)}
-    told = report(found, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
-    assert all(row["time_per_update"] is None for row in told.values["optimizers"].values())
-    assert "| 63% | – | " in told.table
+    values, table = report(found, "eval_loss", {name: {} for name, _ in FOUND})
+    assert all(row["time_per_update"] is None for row in values["optimizers"].values())
+    assert "| 63% | – | " in table
 
 
 def test_what_diverged_with_some_seed_is_not_first():
     lucky = {("sgd", 1): result(0.1), ("sgd", 2): result(None, diverged=True)}
-    told = report({**lucky, **FOUND, **lucky}, "eval_loss", {name: {} for name, _ in FOUND}, {}, {})
-    assert told.values["optimizers"]["sgd"]["mean"] == 0.1
-    table = [line for line in told.table.splitlines() if line.startswith("| ")]
-    assert table[-1].split("|")[1].strip() == LABELS["sgd"]
+    values, table = report({**lucky, **FOUND, **lucky}, "eval_loss", {name: {} for name, _ in FOUND})
+    assert values["optimizers"]["sgd"]["mean"] == 0.1
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert lines[-1].split("|")[1].strip() == LOOKS["sgd"].label
 
 
 def test_curves_by_p_are_not_flattened_by_one_that_explodes():
@@ -119,10 +107,10 @@ def test_curves_by_p_are_not_flattened_by_one_that_explodes():
 
 def test_an_optimizer_without_a_completed_run_is_told_of():
     searched = {"adam": [{"state": "diverged", "value": None, "settings": {}}], "lion": []}
-    told = report(FOUND, "eval_loss", {name: {} for name, _ in FOUND}, searched, {})
-    assert "Adam 0 / 0 / 1" in told.table
-    assert "Without a completed run, and so left out: Adam." in told.table
-    assert told.values["untrained"].keys() == {"adam"}
+    values, table = report(FOUND, "eval_loss", {name: {} for name, _ in FOUND}, searched)
+    assert "Adam 0 / 0 / 1" in table
+    assert "Without a completed run, and so left out: Adam." in table
+    assert values["untrained"].keys() == {"adam"}
 
 
 def test_curves_leave_out_what_diverged():
@@ -143,7 +131,7 @@ def test_an_optimizer_without_a_completed_run_does_not_hold_up_the_others(config
         "stacey_p2": [{"state": "complete", "value": 1.0, "settings": {"optimizer.lr": 0.1}}],
     }
     monkeypatch.setattr(
-        comparison, "tuning", lambda reproduction, name, *_: Part(f"tune-{name}", 1, lambda advance: rows[name])
+        comparison, "tuning", lambda reproduction, name, *_: Part(f"tune-{name}", lambda advance: rows[name])
     )
     reproduction = Reproduction(TOYS["llm"], 2, tmp_path)
     chosen, searched = comparison._settings(llm.TASK, TUNED, reproduction, {})

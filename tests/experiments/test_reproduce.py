@@ -15,8 +15,8 @@ from PIL import Image
 
 from experiments import framework, registry
 from experiments.__main__ import main
-from experiments.errors import TrialError
 from experiments.framework import Outcome, Part, Reproduction, Scale
+from experiments.trial import TrialError
 from stacey_dist.errors import SettingsError
 
 TOY = {
@@ -108,10 +108,10 @@ def test_a_finished_part_is_read_not_computed(tmp_path):
 
     reproduction = Reproduction(TOY["theorem"], 3, tmp_path)
     value = {"third": 1 / 3, "list": [0.1, 1e-300]}
-    assert reproduction.compute([Part("a", 1, lambda advance: value)]) == {"a": value}
-    assert reproduction.compute([Part("a", 1, never)]) == {"a": value}
+    assert reproduction.compute({1: Part("a", lambda advance: value)}) == [{1: value}]
+    assert reproduction.compute({1: Part("a", never)}, {(2, 3): Part("a", never)}) == [{1: value}, {(2, 3): value}]
     with pytest.raises(ValueError, match="not JSON compliant"):  # rather than a file that other programs cannot read
-        reproduction.compute([Part("b", 1, lambda advance: float("nan"))])
+        reproduction.compute({1: Part("b", lambda advance: float("nan"))})
     assert not (tmp_path / "parts" / "b.json").exists()
 
 

@@ -15,9 +15,8 @@ import yaml
 
 from experiments import tuning
 from experiments.__main__ import main
-from experiments.errors import TrialError
 from experiments.sweep import read_sweep
-from experiments.trial import Interrupted, Result
+from experiments.trial import Interrupted, Result, TrialError
 from experiments.tuning import Tuner
 from stacey_dist.errors import SettingsError
 from tests.experiments.tasks import ROOT, write_sweeps

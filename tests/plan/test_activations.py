@@ -15,18 +15,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stacey_dist.models.causal_lm import attention_of, causal_config, new_model
 from stacey_dist.plan.activations import activations
 from stacey_dist.plan.measured import _measure, measured
-from stacey_dist.plan.model import Llama
 from stacey_dist.training.recomputation import KEPT, compute_again
 from tests.models.architectures import described
 
+
 # Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.
+def llama(vocabulary, hidden, intermediate, layers, heads, key_value_heads, tied):
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=tied,
+        max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+
+
 SHAPES = {
-    "wide vocabulary": (3, 32, Llama(1001, 64, 172, 2, 4, 4, False)),
-    "wide layers": (2, 64, Llama(61, 64, 176, 6, 8, 2, False)),
-    "tied": (1, 16, Llama(1013, 36, 53, 2, 6, 3, True)),
+    "wide vocabulary": (3, 32, llama(1001, 64, 172, 2, 4, 4, False)),
+    "wide layers": (2, 64, llama(61, 64, 176, 6, 8, 2, False)),
+    "tied": (1, 16, llama(1013, 36, 53, 2, 6, 3, True)),
 }
 
-VOCABULARIES = {shape.vocabulary for _, _, shape in SHAPES.values()}
+VOCABULARIES = {shape.vocab_size for _, _, shape in SHAPES.values()}
 
 
 class Results(TorchDispatchMode):
@@ -62,19 +70,13 @@ CHECKPOINTING = (False, "selective", True)
 )  # fmt: skip
 def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
     sequences, length, shape = SHAPES[name]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads,
-            tie_word_embeddings=shape.tied, max_position_embeddings=length, use_cache=False,
-        )
-    ).to(torch.bfloat16 if arithmetic == "low" else torch.float32)  # fmt: skip
+    model = LlamaForCausalLM(shape).to(torch.bfloat16 if arithmetic == "low" else torch.float32)
     assert model.config._attn_implementation == "sdpa"
     compute_again(model, checkpointing)
     model.train()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-    inputs = torch.randint(shape.vocabulary, (sequences, length))
+    inputs = torch.randint(shape.vocab_size, (sequences, length))
     labels = inputs.clone()
     parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     kept = {}
@@ -96,10 +98,10 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
         Results(keep) if checkpointing == "selective" else nullcontext(),
     ):
         loss()
-    planned = activations(shape, sequences, length, arithmetic, checkpointing=checkpointing)
+    planned = activations(shape.to_dict(), sequences, length, arithmetic, checkpointing=checkpointing)
     saved = sum(storage.nbytes() for storage in kept.values())
     if checkpointing:  # autograd does not know of two arguments of each layer, the rotations
-        saved += 2 * length * shape.head_size * (2 if arithmetic == "low" else 4)
+        saved += 2 * length * shape.head_dim * (2 if arithmetic == "low" else 4)
     assert planned.saved == saved
     kept.clear()
     tracker = MemTracker()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stacey_dist.plan import Job, llama, make_plan
+from stacey_dist.plan import Job, make_plan, planned_model
 from stacey_dist.plan.hardware import GPUS, find_gpu
 from stacey_dist.plan.plans import peak_bytes
 from tests.plan.test_plan import config_of
@@ -32,7 +32,7 @@ def job_of(model, gpus, sequence, micro, accumulation, checkpointing):
     config.data.sequence_length, config.train.micro_batch_size = int(sequence), int(micro)
     config.train.global_batch_size = gpus * int(micro) * int(accumulation)
     config.train.gradient_checkpointing = checkpointing
-    return Job(config, llama(config, 128_256 if model == "8b" else None), "fsdp2", gpus // 8, 8)
+    return Job(config, planned_model(config, 128_256 if model == "8b" else None), "fsdp2", gpus // 8, 8)
 
 
 def plans(row):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stacey_dist.plan import Job, checkpoint_bytes, llama
+from stacey_dist.plan import Job, checkpoint_bytes, planned_model
 from stacey_dist.plan.hardware import find_gpu
 from stacey_dist.plan.memory import BUCKET, ENGINES
 from stacey_dist.plan.speed import transfers
@@ -52,7 +52,7 @@ def single(tied):
 def job_of(engine, precision, tied, processes):
     config = config_of(engine, precision, tied, processes, "unused")
     nodes = 2 if engine == "hsdp" else 1
-    return Job(config, llama(config, VOCABULARY), engine, nodes, processes // nodes)
+    return Job(config, planned_model(config, VOCABULARY), engine, nodes, processes // nodes)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_ranks_of_many_own_what_is_planned(rank, processes):
         padding = 2 * 2 * processes if engine == "zero2" else 0  # of each group, to 2 elements a rank
         assert count <= state // 4 <= count + padding
     config = large()
-    job = Job(config, llama(config), "fsdp2", processes // 8, 8)
+    job = Job(config, planned_model(config), "fsdp2", processes // 8, 8)
     assert 2 * count_70b == ENGINES["fsdp2"](job, rank).device["z"]
 
 

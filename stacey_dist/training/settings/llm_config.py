@@ -217,6 +217,24 @@ def described_model(model: ModelConfig) -> dict[str, Any] | None:
         return read_description(name)
 
 
+def described_llama(config: LLMConfig, vocab_size: int) -> dict[str, Any]:
+    """Return the LLaMA of the configured numbers, as in a config.json."""
+    model = config.model
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings or config.data.sequence_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
 def check_length(config: LLMConfig, described: dict[str, Any]) -> None:
     """Raise SettingsError if a model, as in a config.json, is declared for shorter sequences than the data's."""
     from stacey_dist.models.causal_lm import causal_config, longest_sequence

@@ -25,7 +25,7 @@ from stacey_dist.models.causal_lm import (
 from stacey_dist.training.initial_weights import InitialWeights, initial_weights, make_model
 from stacey_dist.training.processes.launch import loads_weights_from_rank0
 from stacey_dist.training.run import Run
-from stacey_dist.training.settings.llm_config import LLMConfig, check_length, described_model
+from stacey_dist.training.settings.llm_config import LLMConfig, check_length, described_llama, described_model
 from stacey_dist.training.tasks.attention import implementation
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
     if settings.config or settings.pretrained:
         described = run.call_on_main(lambda: described_model(settings)) or {}
     else:
-        described = _llama(run.config, data)
+        described = described_llama(run.config, data.vocab_size)
     described = dict(described, dtype=None, torch_dtype=None)  # of the weights in a file: here a setting says it
     if settings.pretrained is None:
         described |= _special_tokens(data)
@@ -125,24 +125,6 @@ def describe(model: Any, config: LLMConfig) -> str:
     also = f" ({active:,} active)" if active < total else ""
     begun = f", weights of {config.model.pretrained}" if config.model.pretrained else ""
     return f"{name} with {total:,} parameters{also}{begun}"
-
-
-def _llama(config: LLMConfig, data: "TextData") -> dict[str, Any]:
-    """Return the LLaMA of the configured numbers, as in a `config.json`."""
-    model = config.model
-    return {
-        "model_type": "llama",
-        "vocab_size": data.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
-        "max_position_embeddings": model.max_position_embeddings or config.data.sequence_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "initializer_range": model.initializer_range,
-        "tie_word_embeddings": model.tie_word_embeddings,
-    }
 
 
 def _special_tokens(data: "TextData") -> dict[str, Any]:
