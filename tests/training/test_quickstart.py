@@ -35,6 +35,10 @@ def test_it_learns_and_says_where_everything_is(quickstart):
     assert evaluations == sorted(evaluations, reverse=True)
     assert evaluations[-1] < HELD_OUT_LOSS_BOUND
     assert "model and tokenizer for transformers: runs/quickstart/model" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("to continue, at the last lr, ")]
+    assert ": accelerate launch " in line
+    assert "train_llm.py --config runs/quickstart/config.yaml" in line
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).is_file(), name
     assert len(list((run / "checkpoints").iterdir())) == 2
