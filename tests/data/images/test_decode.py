@@ -21,7 +21,7 @@ from PIL import Image
 
 from stacey_dist.data.images import BrokenImageError, decode
 from stacey_dist.data.images.decode import FORMATS
-from tests.data.images.helpers import encoded, picture, pillow
+from tests.data.images.helpers import MODULES_ALONE, encoded, picture, pillow
 
 ROOT = Path(__file__).parents[3]
 
@@ -300,8 +300,8 @@ def claiming(width: int, height: int) -> dict[str, bytes]:
 
 def test_files_made_to_fill_the_memory_are_refused(tmp_path: Path) -> None:
     # A process with too little memory for such an image, even for a moment.
-    code = (
-        "import resource, sys\n"
+    code = MODULES_ALONE + (
+        "import resource\n"
         "from pathlib import Path\n"
         "from stacey_dist.data.images.decode import BrokenImageError, decode\n"
         "import psutil; size = psutil.Process().memory_info().vms + 2**28\n"
