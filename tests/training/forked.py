@@ -129,7 +129,8 @@ def _join_the_fork_server():
             state |= {"_forkserver_alive_fd": os.open(pipe, os.O_WRONLY)}
         except FileNotFoundError:  # nobody has started it, or all that used it have ended
             multiprocessing.set_forkserver_preload(["tests.training.preload_imports"])
-            with unittest.mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):  # whatever this test has changed
+            environ = _ENVIRONMENT | {"SHARED_BY_WORKERS": str(path.parent)}  # whatever this test has changed
+            with unittest.mock.patch.dict(os.environ, environ, clear=True):
                 _start_a_fork_server()
             state = {name: value for name, value in vars(_OWN).items() if name.startswith("_forkserver_")}
         vars(_OWN).update(state)
