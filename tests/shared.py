@@ -1,5 +1,6 @@
 """What costs much and serves many tests is made once for all of pytest's processes."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -10,6 +11,15 @@ from pathlib import Path
 from stacey_dist.files import replace_file
 
 
+@contextlib.contextmanager
+def locked(name):
+    """Hold the lock of a name in pytest's processes' shared directory; the context value is a path there."""
+    path = Path(os.environ["SHARED_BY_WORKERS"]) / name
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
 def made_once(make, *arguments):
     """Return what make(directory, *arguments) returns: one of pytest's processes calls it, the others read the result.
 
@@ -18,10 +28,8 @@ def made_once(make, *arguments):
     """
     called = f"{make.__module__}.{make.__qualname__}"
     name = f"{make.__name__}-{hashlib.sha256(repr((called, arguments)).encode()).hexdigest()[:8]}"
-    directory = Path(os.environ["SHARED_BY_WORKERS"]) / name
-    result, failure = directory.with_suffix(".pickle"), directory.with_suffix(".failed")
-    with open(directory.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(name) as directory:
+        result, failure = directory.with_suffix(".pickle"), directory.with_suffix(".failed")
         if failure.exists():
             raise AssertionError(f"{name} failed in another of pytest's processes, or before:\n{failure.read_text()}")
         if not result.exists():

@@ -3,8 +3,6 @@
 import ast
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ from stacey_dist.training import Callback
 from stacey_dist.training.settings.image_config import ImageConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
 from tests.sharding.processes import spawn
-from tests.training.forked import environment
+from tests.training.forked import Forked
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -128,13 +126,12 @@ def trainer_example():
 
 
 @pytest.mark.parametrize("name", ["accelerate", "trainer"])
-def test_example_in_a_process_of_its_own(name, tmp_path):
-    program = f"from tests.test_docs import *; {name}_example()"
-    environ = environment() | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+def test_example_in_a_process_of_its_own(name, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text(f"from tests.test_docs import *; {name}_example()")
+    monkeypatch.chdir(tmp_path)
+    output, status = Forked(program=program).wait()
+    assert status == 0, output[-4000:]
 
 
 def test_library_example(tmp_path):

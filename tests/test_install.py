@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -63,7 +64,21 @@ def install(directory, *requirements):
     constrained = ["uv", "pip", "install", "--python", directory, "-c", ROOT / "constraints.txt"]
     run(*constrained, *requirements, env=without_the_source_tree())
     run("uv", "pip", "check", "--python", directory)
+    copy_compiled_files(next(directory.glob("lib/python*/site-packages")))
     return directory / "bin"
+
+
+def copy_compiled_files(there):
+    """Give an environment this one's compiled files, which Python takes where the sources are the same.
+
+    uv installs none, and the first import of torch compiles for ten seconds.
+    """
+    here = Path(sysconfig.get_path("purelib"))
+    for package in there.iterdir():
+        for compiled in (here / package.name).rglob("__pycache__"):
+            target = there / compiled.relative_to(here)
+            if target.parent.is_dir():
+                shutil.copytree(compiled, target, dirs_exist_ok=True)
 
 
 @pytest.mark.slow

@@ -372,10 +372,11 @@ def test_every_scale_finds_its_configurations():
             if scale_name in ("toy", "given"):
                 continue
             size = scale.settings["size"]
+            if size.sweeps is not None:
+                assert_valid({**size.overrides, **size.without_data}, ROOT / "configs" / size.sweeps / "base.yaml")
             for optimizer in size.optimizers:
                 if size.sweeps is not None:
                     assert (ROOT / "configs" / size.sweeps / f"{optimizer}.yaml").is_file()
-                    assert_valid({**size.overrides, **size.without_data}, ROOT / "configs" / size.sweeps / "base.yaml")
                 else:
                     short = optimizer.removeprefix("stacey_")
                     config = yaml.safe_load((ROOT / "configs" / size.configs.format(short)).read_text())

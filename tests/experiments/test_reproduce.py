@@ -1,14 +1,10 @@
 """`python -m experiments reproduce`: files, settings, and what a kill leaves."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,6 +14,7 @@ from experiments.__main__ import main
 from experiments.framework import Outcome, Part, Reproduction, Scale
 from experiments.trial import TrialError
 from stacey_dist.errors import SettingsError
+from tests.training.forked import Forked
 
 TOY = {
     "synthetic": Scale("a toy", 3, {"iterations": 40}),
@@ -79,14 +76,10 @@ main(["reproduce", name, "--scale", "toy", "--out", out])
 def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["reproduce", "theorem", "--scale", "toy", "--out"]
-    root = Path(__file__).parents[2]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, "theorem", str(killed), "4"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    output, status = Forked("theorem", killed, 4, program=program).wait()
+    assert status == -signal.SIGKILL, output
     finished = sorted((killed / "parts").glob("*.json"))
     assert len(finished) == 4
     assert not (killed / "table.md").exists()

@@ -2,7 +2,6 @@
 
 import os
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -11,33 +10,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACCELERATE = Path(__file__).parents[2] / "configs/accelerate"
+from tests.training.forked import launch_environment
+
 # Nothing divides: an odd vocabulary, 3 key-value heads; one matrix is larger than ZeRO-3 leaves whole.
 SHAPE = dict(
     hidden_size=108, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
 )  # fmt: skip
 VOCABULARY = 1013
-
-
-def launch_environment(name, processes):
-    """Return the variables that `accelerate launch` sets for a configuration of configs/accelerate."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    options = ["--config_file", str(ACCELERATE / f"{name}.yaml"), "--num_processes", str(processes)]
-    options += ["--num_machines", "1", "--main_process_port", "0"]
-    if name == "hsdp":
-        options += ["--parallelism_config_dp_shard_size", str(processes // 2)]
-    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "train_llm.py"]))
-    if parsed.use_deepspeed:
-        parsed.deepspeed_fields_from_accelerate_config = ""
-        changed = prepare_deepspeed_cmd_env(parsed)[1]
-    else:
-        changed = prepare_multi_gpu_env(parsed)
-    if name.endswith("zero_redundancy"):
-        changed["ROLE_NAME"] = "zero_redundancy"  # which torchrun sets
-    of_the_process = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {key: value for key, value in changed.items() if key not in of_the_process}
 
 
 def config_of(engine, precision, tied, processes, directory):
@@ -215,8 +194,11 @@ def measure_all(rank, cases, directory):
 
 def launch_as(engine, precision, processes):
     """Put into the environment what `accelerate launch` would."""
-    name = engine if engine in ("hsdp", "zero3_offload") else "cpu" if engine == "single" else f"cpu_{engine}"
-    os.environ.update(launch_environment(name, processes), ACCELERATE_MIXED_PRECISION=precision)
+    if engine == "single":
+        launched = {"ACCELERATE_USE_CPU": "true"}
+    else:
+        launched = launch_environment(engine if engine in ("hsdp", "zero3_offload") else f"cpu_{engine}", processes)
+    os.environ.update(launched, ACCELERATE_MIXED_PRECISION=precision)
 
 
 def simulate(rank, processes, cases):

@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tests.training.forked import server
+import tests.training.forked  # noqa: F401  # the server that processes are forked from; it hides GPUs
 
 
 def spawn(function, world_size, *arguments, device="cpu"):
     """Call `function(rank, *arguments)` in `world_size` joined processes; returns rank 0's result."""
     with tempfile.TemporaryDirectory() as directory:
-        server()  # for the CPU: it hides GPUs
         arguments = (function, world_size, directory, arguments, device)
         method = "forkserver" if device == "cpu" else "spawn"
         torch.multiprocessing.start_processes(_process, arguments, nprocs=world_size, start_method=method)

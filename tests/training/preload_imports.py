@@ -11,6 +11,7 @@ os.environ.update(HIDDEN)
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is imported
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
+import sentencepiece.sentencepiece_model_pb2  # noqa: F401  # what saving a tokenizer imports
 import torch.distributed.checkpoint  # noqa: F401
 from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping

@@ -15,6 +15,9 @@ from tests.training.helpers import SMOOTH, assert_equal_checkpoints, checkpoint,
 
 pytestmark = pytest.mark.slow
 PROGRAM = "tests/training/in_turn.py"
+# On one process: dropout has a state, and experts are tensors of another kind. The others have the same names and bits
+# there as on several processes, where each of them resumes.
+RESUMED_ALONE = ("gpt_neox", "mixtral")
 # On several processes; one process keeps all activations, and has the same results.
 RECOMPUTED = {"qwen3": "true", "llama": "selective", "gpt_neox": "selective", "mixtral": "selective"}
 
@@ -36,6 +39,7 @@ def prepared():
 def run_all(place, prepared, engine, processes):
     """Train each architecture, and once more from the checkpoint in the middle; return where, and what was printed."""
     directory, config = prepared
+    resumed = ARCHITECTURES if processes > 1 else RESUMED_ALONE
     runs = []
     for kind in ARCHITECTURES:
         own = ["--config", config, "--model.config", directory / f"{kind}.json", *SMOOTH]
@@ -43,12 +47,13 @@ def run_all(place, prepared, engine, processes):
             own += ["--train.gradient_checkpointing", RECOMPUTED.get(kind, "false")]
         middle = place / kind / "checkpoints/step_00000002"
         runs.append([*own, "--run_dir", place / kind])
-        runs.append([*own, "--run_dir", place / f"{kind}-resumed", "--checkpoint.resume_from", middle])
+        if kind in resumed:
+            runs.append([*own, "--run_dir", place / f"{kind}-resumed", "--checkpoint.resume_from", middle])
     (place / "runs.json").write_text(json.dumps([[str(word) for word in run] for run in runs]))
     forked = Forked(program=PROGRAM, processes=processes, engine=engine, RUNS=place / "runs.json")
     output, status = forked.wait(seconds=550)
     assert status == 0, output[-5000:]
-    for kind in ARCHITECTURES:
+    for kind in resumed:
         assert_equal_checkpoints(place / kind, place / f"{kind}-resumed", 4)
     return place, output
 

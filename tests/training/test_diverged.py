@@ -80,7 +80,15 @@ def test_the_last_checkpoint_of_a_ruined_run_deletes_nothing(config, tmp_path):
     assert read_manifest(run / "checkpoints" / "step_00000009")["finite"] is False
 
 
-@pytest.mark.parametrize("what", ["run_dir moved", "run_dir removed", "checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "run_dir moved",
+        pytest.param("run_dir removed", marks=pytest.mark.exhaustive),  # to the run, as if it was moved
+        "checkpoints",
+        "metrics.jsonl",
+    ],
+)
 def test_what_is_renamed_or_removed_while_the_run_goes_on(config, tmp_path, what):
     run, moved = tmp_path / "run", tmp_path / "moved"
     last = 400 if what.startswith("run_dir") else 100  # a run that is stopped must not be at its end by then

@@ -1,5 +1,6 @@
 """train_llm.py on every engine, in the environment that `accelerate launch` gives with the users' configuration."""
 
+import json
 import shutil
 import signal
 from types import SimpleNamespace
@@ -179,6 +180,21 @@ def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
     output = launch(*arguments, "--run_dir", run, processes=2, engine="cpu_fsdp2")
     assert output.count("resumed from") == 1
     assert_nearly_equal_runs(run, one_process[0] / "run")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ["cpu_ddp", *ENGINES])
+def test_forked_processes_have_the_environment_that_the_launcher_gives(tmp_path, engine):
+    program = tmp_path / "program.py"
+    program.write_text("import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['RANK'], 'w'))")
+    for name, through_accelerate in (("launched", True), ("forked", False)):
+        how = dict(engine=engine, program=program, through_accelerate=through_accelerate)
+        launch(tmp_path / name, processes=2, **how)
+    for rank in "01":
+        launched, forked = (json.loads((tmp_path / f"{name}{rank}").read_text()) for name in ("launched", "forked"))
+        others = {"MASTER_PORT", "PYTHONPATH", "PYTORCH_NVML_BASED_CUDA_CHECK"}
+        different = {name for name, value in launched.items() if forked.get(name) != value} - others
+        assert not {name for name in different if not name.startswith(("TORCHELASTIC_", "PYTEST_"))}
 
 
 def of_deepspeed(stage=2, dtype="float32", precision="no", asked=None, **sections):

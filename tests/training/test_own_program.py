@@ -3,14 +3,12 @@
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.shared import made_once
-from tests.training.forked import ROOT, environment
+from tests.training.forked import ROOT
 from tests.training.helpers import SMOOTH, assert_equal_checkpoints, launch, rows, training_rows
 
 pytestmark = pytest.mark.slow
@@ -137,7 +135,7 @@ def test_deepspeed_casts_its_inputs_too(tmp_path, precision):
     assert rows(tmp_path / "run")[-1]["eval_loss"] < 0.5
 
 
-def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
+def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path, monkeypatch):
     options = ("--train.max_steps", "40", "--train.cpu_threads", "1", *SMOOTH)
     options += ("--schedule.name", "constant", "--schedule.warmup_steps", "0")
     launch(*options, "--run_dir", tmp_path / "whole", program=EXAMPLE)
@@ -151,11 +149,9 @@ def test_the_example_trains_on_zero2_then_fsdp2_and_in_a_notebook(tmp_path):
     for name in ("own_task.py", "notebook.py"):
         code = (ROOT / "docs/examples" / name).read_text()
         (tmp_path / name).write_text(code.replace('"40"]', f'"40", {options[2:]}]'.replace("(", "*(")))
-    script = subprocess.run(
-        [sys.executable, "notebook.py"], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert script.returncode == 0, script.stderr[-3000:]
-    assert "resumed from runs/notebook/checkpoints/step_00000020 after 20 updates" in script.stdout
+    monkeypatch.chdir(tmp_path)
+    output = launch(program=tmp_path / "notebook.py")
+    assert "resumed from runs/notebook/checkpoints/step_00000020 after 20 updates" in output
     assert_equal_checkpoints(tmp_path / "runs/notebook", tmp_path / "whole", 40)
 
 

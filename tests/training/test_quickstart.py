@@ -1,4 +1,4 @@
-"""The README's first command, a fifteenth as long: the default run learns, and what it exports is what it trained."""
+"""The README's first command, a thirtieth as long: the default run learns, and what it exports is what it trained."""
 
 import math
 
@@ -13,19 +13,19 @@ from tests.training.helpers import launch_as_typed, rows
 
 pytestmark = pytest.mark.slow
 
-# Measured: 6.13, from 7.62 (4.09 after all 600 updates). The text differs between Python versions, hence the room.
-HELD_OUT_LOSS_BOUND = 6.3
+# Measured: 6.39, from 7.62 (4.09 after all 600 updates). The text differs between Python versions, hence the room.
+HELD_OUT_LOSS_BOUND = 6.55
 
 
 def launch_quickstart(directory):
-    often = ("--train.eval_every_steps", "20", "--checkpoint.every_steps", "20")
-    output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "40", *often)
+    often = ("--train.eval_every_steps", "10", "--checkpoint.every_steps", "10")
+    output = launch_as_typed(directory, "train_llm.py", "--train.max_steps", "20", *often)
     return directory / "runs" / "quickstart", output
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    """`accelerate launch train_llm.py` for 40 updates in an empty directory: (run directory, what it printed)."""
+    """`accelerate launch train_llm.py` for 20 updates in an empty directory: (run directory, what it printed)."""
     return made_once(launch_quickstart)
 
 
@@ -35,6 +35,10 @@ def test_it_learns_and_says_where_everything_is(quickstart):
     assert evaluations == sorted(evaluations, reverse=True)
     assert evaluations[-1] < HELD_OUT_LOSS_BOUND
     assert "model and tokenizer for transformers: runs/quickstart/model" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("to continue, at the last lr, ")]
+    assert ": accelerate launch " in line
+    assert "train_llm.py --config runs/quickstart/config.yaml" in line
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("config.yaml", "metrics.jsonl", "loss.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).is_file(), name
     assert len(list((run / "checkpoints").iterdir())) == 2

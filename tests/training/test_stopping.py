@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import psutil
 import pytest
 
 from tests.ended import still_running
-from tests.training.forked import Forked, command, environment
+from tests.training.forked import Forked
 from tests.training.helpers import write_config
 
 pytestmark = pytest.mark.slow
@@ -97,30 +96,25 @@ def test_a_second_sigterm_later_on_ends_a_run_at_once(config, tmp_path):
 
 
 def test_a_collective_that_another_process_does_not_come_to(config, tmp_path):
-    log = tmp_path / "log"
-    launch = command("--config", config, "--run_dir", tmp_path / "run", processes=2, program=PROGRAM)
-    variables = {"KIND": "collective", "PLACE": "update", "COUNT": "3"}
-    with (
-        log.open("w") as file,
-        subprocess.Popen(launch, env={**environment(), **variables}, stdout=file, stderr=subprocess.STDOUT) as launcher,
-    ):
-        while log.read_text().count("waiting\n") < 2:
-            assert launcher.poll() is None, log.read_text()
-            time.sleep(0.05)
-        processes = psutil.Process(launcher.pid).children(recursive=True)
-        sent = time.monotonic()
-        launcher.send_signal(signal.SIGTERM)
-        launcher.wait(60)
-    output = log.read_text()
-    assert time.monotonic() - sent < 33, output  # torchrun's agent waits for 30 seconds at most
-    assert launcher.returncode != 0
+    how = dict(program=PROGRAM, processes=2, KIND="collective", PLACE="update", COUNT=3)
+    group = Forked("--config", config, "--run_dir", tmp_path / "run", **how)
+    log = Path(group.output.name)
+    while log.read_text().count("waiting\n") < 2:
+        assert group.alive(), log.read_text()
+        time.sleep(0.05)
+    sent = time.monotonic()
+    group.send(signal.SIGTERM)
+    while any(process.is_alive() for process in group.processes):
+        assert time.monotonic() - sent < 30, log.read_text()  # torchrun's agent waits no longer
+        time.sleep(0.05)
+    output, status = group.wait()
+    assert status != 0
     # On a loaded machine, one stops so much before the other that the other is told of it first.
     stopped = re.findall(r"^rank (\d): SIGTERM: stopped in ", output, re.MULTILINE)
     assert sorted(stopped) == ["0", "1"] or (len(stopped) == 1 and "stopped answering" in output), output
-    assert not still_running(processes, 2)
 
 
-def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
+def test_a_save_that_goes_on_is_not_cut_short(tmp_path):
     """Bytes that are written count as progress, and nothing else does: in a save, or in the wait for an earlier one."""
     code = (
         "import os, signal, sys, threading, time\n"
@@ -143,12 +137,11 @@ def test_a_save_that_goes_on_is_not_cut_short(config, tmp_path, monkeypatch):
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    Saver.save(SimpleNamespace(_begin=begin, settings=SimpleNamespace(asynchronous=True)), None)\n"
     )
-    started = {}
-    for then in ("ends", "then hangs"):
-        how = ["python", "-c", code, tmp_path / then, then]
-        started[then] = subprocess.Popen(how, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    started = {then: Forked(tmp_path / then, then, program=program) for then in ("ends", "then hangs")}
     for then, status in (("ends", 0), ("then hangs", 128 + signal.SIGTERM)):
-        output, errors = started[then].communicate(timeout=50)
-        assert "saved" in output, errors
-        assert started[then].returncode == status
-        assert ("SIGTERM: stopped in " in errors) == (status != 0)
+        output, found = started[then].wait(50)
+        assert "saved" in output
+        assert found == status, output
+        assert ("SIGTERM: stopped in " in output) == (status != 0)
