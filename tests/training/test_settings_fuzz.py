@@ -105,9 +105,7 @@ def options(rng, names):
             name = "".join(rng.choice([c, "", c + c, ".", "x"]) if rng.random() < 0.1 else c for c in name)
         arguments += [f"--{name}={value(rng)}"] if rng.random() < 0.5 else [f"--{name}", value(rng)]
     if rng.random() < 0.1:
-        arguments.insert(
-            rng.randrange(len(arguments) + 1), rng.choice(["--", "-", "x", "", "-x", "--=", "--config", "@x"])
-        )
+        arguments.insert(rng.randrange(len(arguments) + 1), rng.choice(STRAY))
     return arguments
 
 

@@ -34,7 +34,7 @@ def write_card(directory: Path, manifest: dict[str, Any], run: Path | None) -> N
         run: the run directory; its evaluations are in the card.
     """
     extra = manifest["extra"]
-    settings = extra["config"] if isinstance(extra.get("config"), dict) else {}
+    settings = _section(extra, "config")
     task = "image-classification" if (directory / "preprocessor_config.json").exists() else "text-generation"
     rows = {
         "data": _data(settings),
@@ -86,9 +86,7 @@ def _loading(directory: Path, name: str, settings: dict[str, Any]) -> str:
         lines = [f"from transformers import {', '.join(sorted(filter(None, (model, beside))))}"]
     else:
         lines = [f"from {package} import {model}"] + ([f"from transformers import {beside}"] if beside else [])
-    hub = settings.get("hub")
-    place = hub.get("push_to") if isinstance(hub, dict) else None
-    lines += ["", f'directory = "{_cell(place or "path of this directory")}"']
+    lines += ["", f'directory = "{_cell(_section(settings, "hub").get("push_to") or "path of this directory")}"']
     lines.append(f"model = {model}.from_pretrained(directory)")
     if beside:
         variable = "tokenizer" if beside == "AutoTokenizer" else "processor"
@@ -98,9 +96,14 @@ def _loading(directory: Path, name: str, settings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of settings, which others may have written; empty where there is none."""
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _data(settings: dict[str, Any]) -> str:
-    data = settings.get("data")
-    if not isinstance(data, dict):
+    if not (data := _section(settings, "data")):
         return _UNKNOWN
     named = [_shown(data[key], key) for key in ("files", "sources", "dataset", "path") if data.get(key)]
     texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in named]
@@ -110,8 +113,7 @@ def _data(settings: dict[str, Any]) -> str:
 def _amount(extra: dict[str, Any], settings: dict[str, Any]) -> str:
     if "step" not in extra:
         return _UNKNOWN
-    data = settings.get("data")
-    length = data.get("sequence_length") if isinstance(data, dict) else None
+    length = _section(settings, "data").get("sequence_length")
     what = f"sequences of {length} tokens" if length else "samples"
     skipped = f", {extra['skipped_steps']} of them skipped" if extra.get("skipped_steps") else ""
     return f"{extra.get('position', '?')} {what}, in {extra['step']} updates{skipped}"

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from stacey_dist.training.callbacks import Callback, Training
@@ -12,12 +11,7 @@ _AT_MOST_EVERY_SECONDS = 20.0  # training waits for it, on a slow machine for a 
 
 
 class Plot(Callback):
-    """Draws a picture of the run after evaluations, and at the end of the run.
-
-    Args:
-        name: of the picture.
-        draw: writes it.
-    """
+    """Has `draw` write the picture `name` of the run after evaluations, and at the end of the run."""
 
     def __init__(self, name: str, draw: Callable[[Training], None]) -> None:
         self.name, self.draw = name, draw
@@ -61,20 +55,16 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return found
 
 
-def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -> None:
+def draw_losses(training: Training) -> None:
     """Draw loss, accuracy if there is one, learning rate and gradient norm over the updates into loss.png.
 
     Raises OSError where the file cannot be written.
-
-    Args:
-        metrics: a metrics.jsonl, beside which the picture is put.
-        label: what the loss is.
-        unit: what the data is counted in, in the plural, as in "tokens".
-        units_per_update: how many of them an update has, for the axis above.
     """
     from matplotlib.figure import Figure  # the main process alone draws
 
-    rows = read_rows(metrics)
+    directory, task = training.run.directory, training.task
+    units_per_update = task.units(0)
+    rows = read_rows(directory / "metrics.jsonl")
     train, held_out = column(rows, "loss"), column(rows, "eval_loss")
     accuracy = [(step, 100 * share) for step, share in column(rows, "eval_top1")]
     heights = [3.0, *([2.0] if accuracy else []), 1.0, 1.0]
@@ -92,9 +82,9 @@ def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -
         _annotate_last(losses, held_out, "{:.3f}")
     if train or held_out:
         losses.legend()
-    losses.set(ylabel=label, title=metrics.parent.name)
+    losses.set(ylabel=getattr(task, "loss_label", "loss"), title=directory.name)
     above = losses.secondary_xaxis("top", functions=(lambda x: x * units_per_update, lambda x: x / units_per_update))
-    above.set(xlabel=unit)
+    above.set(xlabel=task.unit)
     if accuracy:
         panels[1].plot(*zip(*accuracy, strict=True), color="tab:orange", marker="o", markersize=4)
         _annotate_last(panels[1], accuracy, "{:.2f} %")
@@ -108,7 +98,7 @@ def draw_losses(metrics: Path, label: str, unit: str, units_per_update: float) -
         axes.yaxis.set_label_coords(-0.115, 0.5)
         axes.margins(y=0.1)
         axes.grid(alpha=0.3)
-    figure.savefig(metrics.with_name("loss.png"), dpi=120)
+    figure.savefig(directory / "loss.png", dpi=120)
 
 
 def _annotate_last(axes: Any, points: list[tuple[int, float]], form: str) -> None:

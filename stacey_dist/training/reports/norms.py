@@ -34,13 +34,10 @@ def layer_of(name: str) -> str:
 
 
 class Norms(Callback):
-    """Writes the Euclidean norms of each layer's tensors every so many updates: of weights, gradients and states.
+    """Writes the Euclidean norms of each layer's tensors every `every` updates: of weights, gradients and states.
 
     The gradients are those that the optimizer takes: summed, and clipped. On an update that is looked at, each process
     has a copy of its share of the weights, and the host waits for the device; on others nothing is done.
-
-    Args:
-        every: how many updates.
     """
 
     def __init__(self, every: int) -> None:

@@ -9,12 +9,7 @@ _ENTRIES = 1_000_000  # allocations that are kept; a longer range keeps its last
 
 
 class Profiler(Callback):
-    """Profiles the updates from `first` to `last` on the main process, into run_dir/profile.
-
-    Args:
-        first: the first update.
-        last: the last one.
-    """
+    """Profiles the updates from `first` to `last` on the main process, into run_dir/profile."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last

@@ -4,14 +4,7 @@ from typing import Any
 
 
 def progress_line(row: dict[str, Any], unit: str, max_steps: int, seconds_left: float) -> str:
-    """Return a row of metrics.jsonl as a line.
-
-    Args:
-        row: the row.
-        unit: what is counted per second, as in "tokens".
-        max_steps: updates of the whole run.
-        seconds_left: until its end.
-    """
+    """Return a row of metrics.jsonl as a line; `unit` is what it counts, as in "tokens"."""
     parts = [
         f"step {row['step']}/{max_steps}",
         f"epoch {row['epoch']:.2f}",

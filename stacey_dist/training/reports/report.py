@@ -3,7 +3,7 @@
 import io
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -120,7 +120,7 @@ def page(records: Sequence[Record]) -> str:
 def _results(records: Sequence[Record]) -> str:
     figures = list(dict.fromkeys(name for record in records for row in record.rows for name in row if "eval_" in name))
     head = ["run", "updates", "trained on", "training loss", *figures, "best eval_loss", "speed", "time", "skipped"]
-    return _table(head, [_result(record, color, figures) for record, color in zip(records, _colors(), strict=False)])
+    return _table(head, [_result(record, color, figures) for record, color in zip(records, itertools.cycle(_COLORS))])
 
 
 def _result(record: Record, color: str, figures: Sequence[str]) -> list[str]:
@@ -174,7 +174,7 @@ def _figure(records: Sequence[Record], axis: int, name: str) -> str:
         figure = Figure(figsize=(10, 3 * -(-len(panels) // 2)), layout="constrained")
         for place, (key, title) in enumerate(panels, start=1):
             axes = figure.add_subplot(-(-len(panels) // 2), 2, place)
-            for record, color in zip(records, _colors(), strict=False):
+            for record, color in zip(records, itertools.cycle(_COLORS)):
                 _, steps, places = record.places()[axis]
                 points = column(record.rows, key)
                 if not steps or not points:
@@ -190,7 +190,3 @@ def _figure(records: Sequence[Record], axis: int, name: str) -> str:
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]
-
-
-def _colors() -> Iterator[str]:
-    return itertools.cycle(_COLORS)

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 class Samples(Callback):
-    """Prints a text that the model continues after each evaluation, and logs it to the trackers.
-
-    Args:
-        data: the run's data.
-        tokens: how many it adds.
-    """
+    """Has the model continue a held-out text by `tokens` after each evaluation, for the log and the trackers."""
 
     def __init__(self, data: "TextData", tokens: int) -> None:
         self.data, self.tokens = data, tokens
@@ -51,16 +46,10 @@ def try_sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> 
 
 
 def sample(run: Run[Any], engine: Engine, data: "TextData", tokens: int) -> str:
-    """Return how the model continues a quarter of a held-out window; empty except on the main process.
+    """Return how the model continues a quarter of a held-out window by up to `tokens`; "" but on the main process.
 
     All processes call it together: sharded weights are gathered by all. The random numbers are the same each time, and
-    those of training stay as they are.
-
-    Args:
-        run: the run.
-        engine: its model, which is left in evaluation mode.
-        data: its data.
-        tokens: the tokens of the continuation, at most.
+    those of training stay as they are. The model is left in evaluation mode.
     """
     device = run.accelerator.device
     prompt_length = max(1, run.config.data.sequence_length // 4)
