@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import transformers
 from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging
 
 from stacey_dist.errors import InputError, first_line
 from stacey_dist.files import check_regular, read_json
@@ -32,24 +36,23 @@ def model_directory(name: str) -> Path:
 
     Raises InputError about `pretrained`.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return _download(name)
-    except Exception as error:  # the hub's client has many kinds
-        raise InputError(
-            f"pretrained: {name} is neither a directory nor a model of the hub: {first_line(error)}"
-        ) from error
+    return Path(name) if Path(name).is_dir() else _download(name, "pretrained")
 
 
 @functools.cache
-def _download(name: str, file: str | None = None) -> Path:
-    """Return where a file of the hub's model is, or the directory of all `_FILES`: the hub is asked once in a run."""
-    import huggingface_hub
+def _download(name: str, argument: str, file: str | None = None) -> Path:
+    """Return where a file of the hub's model is, or the directory of all `_FILES`: the hub is asked once in a run.
 
-    if file is not None:
-        return Path(huggingface_hub.hf_hub_download(name, file))
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    Raises InputError, about `argument`.
+    """
+    try:
+        if file is not None:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub's client has many kinds
+        raise InputError(
+            f"{argument}: {name} is neither a file, a directory nor a model of the hub: {first_line(error)}"
+        ) from error
 
 
 def read_description(name: str) -> dict[str, Any]:
@@ -64,12 +67,7 @@ def read_description(name: str) -> dict[str, Any]:
     is_directory = Path(name).is_dir()
     path = Path(name) / "config.json" if is_directory else Path(name)
     if not (is_directory or path.exists() or name.endswith(".json")):
-        try:
-            path = _download(name, "config.json")
-        except Exception as error:  # the hub's client has many kinds
-            raise InputError(
-                f"config: {name} is neither a file, a directory nor a model of the hub: {first_line(error)}"
-            ) from error
+        path = _download(name, "config", "config.json")
     try:
         described = without_code(read_json(path))
         causal_config(described)
@@ -83,20 +81,17 @@ def causal_config(described: Any) -> Any:
 
     Raises ValueError, in one line, if it describes anything else.
     """
-    import transformers
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
     kind = described.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(
             f"model_type {kind!a} is not one of transformers {transformers.__version__}, and code that comes with a "
             "model is not run"
         )
     try:
         with without_network():
-            config = transformers.CONFIG_MAPPING[kind].from_dict(without_code(described))
+            config = CONFIG_MAPPING[kind].from_dict(without_code(described))
     except Exception as error:  # of many kinds, as configurations can hold anything
         raise ValueError(first_line(error)) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -122,8 +117,6 @@ def new_model(config: Any, attention: str | None = None) -> Any:
     Raises:
         ValueError: the configuration does not fit together. The message is one line.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config._attn_implementation = attention
     try:
         with without_network():
@@ -139,8 +132,6 @@ def attention_of(config: Any, length: int) -> str | None:
     `CAUSAL` where a token attends to all before it and to nothing else, which needs no mask; else None, transformers'
     own choice with its masks; or "eager", where scores are capped or biased: its other attentions leave that out.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     active = _active(config)
     if any(_EAGER_ALONE.search(name) for name in active):
@@ -153,8 +144,6 @@ def attention_spans(config: Any, length: int) -> dict[str, int | None] | None:
 
     None stands for all in `length` tokens. The whole is None where tokens attend in another way.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     active = _active(config)
     window = active.pop("sliding_window", None)
     active.pop("use_sliding_window", None)
@@ -180,9 +169,6 @@ def _active(config: Any) -> dict[str, Any]:
 @functools.cache
 def _default(model_type: str) -> Any:
     """Return the default configuration of a `model_type`."""
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # some defaults do not fit together
     try:
@@ -218,12 +204,6 @@ def takes_any_mask(made: Any) -> bool:
     return bool(made._supports_sdpa and made._supports_attention_backend and made._supports_flash_attn)
 
 
-def longest_sequence(config: Any) -> int | None:
-    """Return the tokens of the longest sequence that a model is declared for; None if it says none."""
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def weight_files(directory: Path) -> list[Path]:
     """Return a model's files of weights.
 
@@ -256,18 +236,14 @@ def experts(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (p for p in module.parameters(recurse=False) if p.dim() == 3)
 
 
-def active_share(config: Any, model: nn.Module) -> float:
-    """Return which share of its experts a token passes through; 1 in a model without any, or that does not say."""
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
-    counts = [p.shape[0] for p in experts(model)]
-    return min(1.0, chosen / max(counts)) if counts and isinstance(chosen, int) else 1.0
-
-
 def count_parameters(model: Any) -> tuple[int, int]:
     """Return the number of parameters, and of those that a token passes through: fewer in a mixture of experts."""
-    total = sum(p.numel() for p in model.parameters())
-    of_experts = sum(p.numel() for p in experts(model))
-    return total, total - round(of_experts * (1 - active_share(model.config, model)))
+    total, in_experts = sum(p.numel() for p in model.parameters()), list(experts(model))
+    chosen = getattr(model.config, "num_experts_per_tok", None) or getattr(model.config, "moe_topk", None)
+    if not in_experts or not isinstance(chosen, int):
+        return total, total
+    share = min(1.0, chosen / max(p.shape[0] for p in in_experts))
+    return total, total - round(sum(p.numel() for p in in_experts) * (1 - share))
 
 
 def multiplied_parameters(model: Any) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto import modeling_auto
 
+from stacey_dist import models
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError, read_manifest
 from stacey_dist.checkpoint.model_tensors import Contents
 from stacey_dist.checkpoint.read import read_tensors, tensors
@@ -34,10 +36,6 @@ def loader(name: str) -> str:
     Args:
         name: the model's class, as `describe_model` has it.
     """
-    from transformers.models.auto import modeling_auto
-
-    from stacey_dist import models
-
     for kind in ("CAUSAL_LM", "IMAGE_CLASSIFICATION"):
         if name in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values():
             return f"transformers.AutoModelFor{'CausalLM' if kind == 'CAUSAL_LM' else 'ImageClassification'}"

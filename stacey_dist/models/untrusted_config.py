@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import constants
 
+from stacey_dist import models
 from stacey_dist.errors import first_line
 
 # Names of code, kernels and quantizers, each of which transformers would import or fetch.
@@ -38,10 +41,6 @@ _MOST_MODULES = 100_000
 
 def model_class(name: Any) -> Any:
     """Return the model of transformers or stacey_dist that has this name; None if it is of neither."""
-    import transformers
-
-    from stacey_dist import models
-
     if not isinstance(name, str) or not name.isidentifier():
         return None
     for package, home in ((transformers, "transformers.models."), (models, "stacey_dist.models.")):
@@ -76,8 +75,6 @@ def build_shell(described: Any, name: Any = None) -> Any:
 
 
 def _builder(described: dict[str, Any], name: Any) -> Callable[[], Any]:
-    import transformers
-
     if name is None:
         named = described.get("architectures")
         name = named[0] if isinstance(named, list) and named else None
@@ -117,8 +114,6 @@ def without_code(value: Any) -> Any:
 @contextmanager
 def without_network() -> Iterator[None]:
     """Keep huggingface_hub from downloading: some models would fetch parts that their configurations name."""
-    from huggingface_hub import constants
-
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:

@@ -83,8 +83,8 @@ def planned_model(config: LLMConfig, vocabulary: int | None = None) -> Model:
     try:
         planned = make_model(described, length)
     except ValueError as error:
-        setting = "config" if config.model.config else "pretrained"
-        raise SettingsError(f"model.{setting}: {getattr(config.model, setting)}: {error}") from error
+        source = config.model.source
+        raise SettingsError(f"model.{source}: {getattr(config.model, str(source))}: {error}") from error
     check_length(config, described)
     return planned
 

@@ -56,6 +56,13 @@ class ModelConfig:
     """Implementation of attention: torch's scaled_dot_product_attention, the package flash-attn, FlexAttention, or
     matrix products."""
 
+    @property
+    def source(self) -> Literal["config", "pretrained"] | None:
+        """The setting that names another model than the LLaMA of the numbers; None where there is none."""
+        if self.config is not None:
+            return "config"
+        return None if self.pretrained is None else "pretrained"
+
 
 @dataclass
 class CorpusConfig:
@@ -190,14 +197,7 @@ class LLMConfig(RunConfig):
 
         from stacey_dist.models.causal_lm import causal_config, new_model
 
-        described = described_model(self.model) or {
-            "model_type": "llama",
-            "vocab_size": 8,
-            "hidden_size": 4,
-            "intermediate_size": 4,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-        }
+        described = described_model(self.model) or {"model_type": "llama", "num_hidden_layers": 1}
         with torch.device("meta"):
             model = new_model(causal_config(described))
         return {type(module).__name__ for module in model.modules()}
@@ -208,13 +208,12 @@ def described_model(model: ModelConfig) -> dict[str, Any] | None:
 
     Raises SettingsError if it cannot be read, or is not of a causal language model.
     """
-    name = model.config or model.pretrained
-    if name is None:
+    if model.source is None:
         return None
     from stacey_dist.models.causal_lm import read_description
 
-    with settings_errors({"config": f"model.{'config' if model.config else 'pretrained'}"}):
-        return read_description(name)
+    with settings_errors({"config": f"model.{model.source}"}):
+        return read_description(getattr(model, model.source))
 
 
 def described_llama(config: LLMConfig, vocab_size: int) -> dict[str, Any]:
@@ -237,15 +236,12 @@ def described_llama(config: LLMConfig, vocab_size: int) -> dict[str, Any]:
 
 def check_length(config: LLMConfig, described: dict[str, Any]) -> None:
     """Raise SettingsError if a model, as in a config.json, is declared for shorter sequences than the data's."""
-    from stacey_dist.models.causal_lm import causal_config, longest_sequence
+    from stacey_dist.models.causal_lm import causal_config
 
-    if (longest := longest_sequence(causal_config(described))) is not None:
-        name = config.model.config or config.model.pretrained
-        config.require(
-            config.data.sequence_length <= longest,
-            "data.sequence_length",
-            f"{name} has max_position_embeddings = {longest}",
-        )
+    longest = getattr(causal_config(described), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest > 0:
+        allowed = f"{config.model.config or config.model.pretrained} has max_position_embeddings = {longest}"
+        config.require(config.data.sequence_length <= longest, "data.sequence_length", allowed)
 
 
 def _check_corpus(corpus: CorpusConfig, prefix: str) -> None:
@@ -277,16 +273,16 @@ def _check_sources(data: DataConfig) -> None:
 
 def _check_model(config: LLMConfig) -> None:
     model = config.model
-    other = next((name for name in ("config", "pretrained") if getattr(model, name)), None)
-    if other is None:
+    if model.source is None:
         _check_numbers(config)
-    both = model.config and model.pretrained
-    config.require(not both, "model.config", "give it or model.pretrained, not both")
-    for setting in fields(model):
-        own = setting.name in ("config", "pretrained", "embeddings", "attention", "dtype")
-        allowed = f"model.{other} = {getattr(model, other or 'config')} has its own numbers; change them there"
-        is_default = getattr(model, setting.name) == setting.default
-        config.require(own or other is None or is_default, f"model.{setting.name}", allowed)
+    else:
+        both = model.config is not None and model.pretrained is not None
+        config.require(not both, "model.config", "give it or model.pretrained, not both")
+        allowed = f"model.{model.source} = {getattr(model, model.source)} has its own numbers; change them there"
+        for setting in fields(model):
+            is_number = setting.name not in ("config", "pretrained", "embeddings", "attention", "dtype")
+            is_default = getattr(model, setting.name) == setting.default
+            config.require(is_default or not is_number, f"model.{setting.name}", allowed)
     named = [name for name in ("name", "file") if getattr(config.tokenizer, name)]
     alone = model.embeddings is not None and model.pretrained is None
     config.require(not alone, "model.embeddings", "it goes with model.pretrained")

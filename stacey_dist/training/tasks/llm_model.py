@@ -80,10 +80,8 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
     Raises SettingsError if a configuration does not fit together, or weights do not fit it.
     """
     settings = run.config.model
-    if settings.config or settings.pretrained:
-        described = run.call_on_main(lambda: described_model(settings)) or {}
-    else:
-        described = described_llama(run.config, data.vocab_size)
+    described = run.call_on_main(lambda: described_model(settings)) if settings.source else None
+    described = described or described_llama(run.config, data.vocab_size)
     described = dict(described, dtype=None, torch_dtype=None)  # of the weights in a file: here a setting says it
     if settings.pretrained is None:
         described |= _special_tokens(data)
@@ -94,10 +92,9 @@ def build_model(run: Run[LLMConfig], data: "TextData") -> Any:
         else:
             model = make_model(run, lambda: new_model(causal_config(described), attention))
     except ValueError as error:
-        if isinstance(error, SettingsError) or not (settings.config or settings.pretrained):
+        if isinstance(error, SettingsError) or settings.source is None:
             raise
-        setting = "config" if settings.config else "pretrained"
-        raise SettingsError(f"model.{setting}: {getattr(settings, setting)}: {error}") from error
+        raise SettingsError(f"model.{settings.source}: {getattr(settings, settings.source)}: {error}") from error
     model = _cast(model, getattr(torch, settings.dtype))
     model.tie_weights()  # a model that is built without memory is not tied yet
     run.say(f"model: {describe(model, run.config)}; {run.config.optimizer.name}, lr {run.config.optimizer.lr:g}")
@@ -120,8 +117,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 def describe(model: Any, config: LLMConfig) -> str:
     """Return a model's architecture and numbers of parameters, for people."""
     total, active = count_parameters(model)
-    of_numbers = config.model.config is None and config.model.pretrained is None
-    name = "LLaMA" if of_numbers else type(model).__name__
+    name = "LLaMA" if config.model.source is None else type(model).__name__
     also = f" ({active:,} active)" if active < total else ""
     begun = f", weights of {config.model.pretrained}" if config.model.pretrained else ""
     return f"{name} with {total:,} parameters{also}{begun}"
