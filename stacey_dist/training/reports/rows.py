@@ -12,12 +12,7 @@ from stacey_dist.files import replace_file
 
 
 class RowFile:
-    """Writes a metrics.jsonl; rows that cannot be written, as on a full disk, wait until they can.
-
-    Args:
-        path: the file.
-        say: prints a line for the user.
-    """
+    """Writes a metrics.jsonl; rows that cannot be written, as on a full disk, wait until they can."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.say = path, say

@@ -20,9 +20,12 @@ def start_trackers(run: Run[Any], step: int) -> None:
     wandb_settings = {"name": tracking.run_name or run.directory.name, "dir": str(run.directory)}
     if "wandb" in run.tracker_ids:
         wandb_settings |= {"id": run.tracker_ids["wandb"], "resume": "allow"}
-    if "wandb" in tracking.trackers and "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
-        wandb_settings["mode"] = "offline"
-        run.say("wandb: not logged in, so the run is kept offline; `wandb sync` uploads it")
+    if "wandb" in tracking.trackers and "WANDB_MODE" not in os.environ:
+        import wandb
+
+        if not wandb.login(prompt=False):
+            wandb_settings["mode"] = "offline"
+            run.say("wandb: not logged in, so the run is kept offline; `wandb sync` uploads it")
     settings = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
         for key, value in flatten(to_dict(run.config)).items()
@@ -33,9 +36,9 @@ def start_trackers(run: Run[Any], step: int) -> None:
         init_kwargs={"wandb": wandb_settings, "tensorboard": {"purge_step": step + 1}},
     )
     if "wandb" in tracking.trackers and accelerator.is_main_process:
-        wandb = accelerator.get_tracker("wandb", unwrap=True)
-        wandb.define_metric("*", step_metric="step")  # wandb's own steps only grow: it would drop updates made again
-        run.tracker_ids = {"wandb": wandb.id}
+        tracker = accelerator.get_tracker("wandb", unwrap=True)
+        tracker.define_metric("*", step_metric="step")  # wandb's own steps only grow: it would drop updates made again
+        run.tracker_ids = {"wandb": tracker.id}
 
 
 def log(run: Run[Any], row: dict[str, Any]) -> None:
@@ -45,9 +48,3 @@ def log(run: Run[Any], row: dict[str, Any]) -> None:
             tracker.log(row)
         else:
             tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-
-
-def _logged_in_to_wandb() -> bool:
-    import wandb
-
-    return bool(wandb.login(prompt=False))
