@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.trial import TrialError
 from stacey_dist.cli import exit_status
 
 
@@ -12,11 +11,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 for training that failed, 2 for bad usage."""
     options = vars(make_parser().parse_args(arguments))
     command = options.pop("command")
-    try:
-        return exit_status(lambda: command(**options), "experiments", resumable=True, extra="experiments")
-    except TrialError as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        return 1
+
+    def run() -> int:
+        from experiments.trial import TrialError  # within `exit_status`, which names the extra if a package is missing
+
+        try:
+            status: int = command(**options)
+        except TrialError as error:
+            print(f"experiments: {error}", file=sys.stderr)
+            return 1
+        return status
+
+    return exit_status(run, "experiments", resumable=True, extra="experiments")
 
 
 def make_parser() -> argparse.ArgumentParser:
