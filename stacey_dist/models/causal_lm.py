@@ -50,8 +50,9 @@ def _download(name: str, argument: str, file: str | None = None) -> Path:
             return Path(huggingface_hub.hf_hub_download(name, file))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's client has many kinds
+        local = "a directory" if file is None else "a file, a directory"
         raise InputError(
-            f"{argument}: {name} is neither a file, a directory nor a model of the hub: {first_line(error)}"
+            f"{argument}: {name} is neither {local} nor a model of the hub: {first_line(error)}"
         ) from error
 
 

@@ -121,14 +121,15 @@ def _setting(run: Run, path: Path) -> str:
 
 def _check(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
     """Refuse a checkpoint that a run of these settings does not resume from; say what has changed otherwise."""
-    if _setting(run, path) == "run_dir":
+    is_own = _setting(run, path) == "run_dir"
+    if is_own:
         _check_own(run, path, extra)
-    elif extra["step"] >= run.config.train.max_steps:
+    _compare(run, path, extra, module, data_identity)
+    if not is_own and extra["step"] >= run.config.train.max_steps:
         raise SettingsError(
             f"checkpoint.resume_from: {path} has {extra['step']} updates already; train.max_steps = "
             f"{run.config.train.max_steps} is not allowed, it must be more"
         )
-    _compare(run, path, extra, module, data_identity)
 
 
 def _check_own(run: Run, path: Path, extra: dict[str, Any]) -> None:

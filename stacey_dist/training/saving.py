@@ -76,7 +76,7 @@ class Saver:
         return by_count or step in updates_before_decay(self.run.config)[:1]
 
     def save(self, progress: Progress, *, delete_older: bool = True, must_succeed: bool = False) -> Path:
-        """Save, beside training if the settings say so, and return the path. A failure is reported later.
+        """Save, beside training if the settings say so, and return the path. Its failure is then reported later.
 
         Args:
             progress: of the run.
@@ -87,6 +87,8 @@ class Saver:
             path = self._begin(progress, delete_older)
             if must_succeed or not self.settings.asynchronous:
                 self._background.wait()
+        if not (must_succeed or self.settings.asynchronous):
+            self.report()
         if must_succeed and (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
         return path

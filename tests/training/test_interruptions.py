@@ -238,6 +238,7 @@ def test_a_run_outlives_a_limit_of_the_process_for_a_while(config, tmp_path, lim
     output, status = Forked(*arguments, program="tests/training/limited.py", LIMIT=f"{limit} 4 7").wait()
     assert status == 0, output
     assert output.count("a checkpoint failed, training continues: ") == 2, output
+    assert output.index("a checkpoint failed") < output.index(f"step 5/{STEPS}")  # a save that is waited for
     assert message in output
     assert step_of(find_checkpoints(run / "checkpoints")[0]) == STEPS
     verify(last(run))

@@ -109,6 +109,8 @@ def test_options_as_people_type_them():
     shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
     assert (shell.data.files, shell.seed, shell.optimizer.betas) == (["a,1.txt", "b.txt"], 3, (0.8, 0.9))
     assert parse(LLMConfig, ["--train.profile", "3", "5"]).train.profile == (3, 5)
+    # and a variable that is not set, by nothing
+    assert parse(LLMConfig, ["--model.config", "", "--model.pretrained", ""]).model.source is None
 
 
 def test_a_setting_that_is_a_truth_or_a_word(tmp_path):

@@ -168,7 +168,7 @@ class _Parser(ArgumentParser):
 
     def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
         """Return the values of a configuration's fields: what is given, over other settings."""
-        # These hold every default: parsed again, defaults take a third of the time.
+        # `settings` has every default already, as in `parse`; parsing them again would take a third of the time.
         parsed = self.instantiate(self.parse_object(given, namespace=settings, defaults=False) if given else settings)
         return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
 

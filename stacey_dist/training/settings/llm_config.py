@@ -56,6 +56,10 @@ class ModelConfig:
     """Implementation of attention: torch's scaled_dot_product_attention, the package flash-attn, FlexAttention, or
     matrix products."""
 
+    def __post_init__(self) -> None:
+        """Take an empty name, as of a shell's variable that is not set, for one that is not given."""
+        self.config, self.pretrained = self.config or None, self.pretrained or None
+
     @property
     def source(self) -> Literal["config", "pretrained"] | None:
         """The setting that names another model than the LLaMA of the numbers; None where there is none."""
@@ -276,7 +280,7 @@ def _check_model(config: LLMConfig) -> None:
     if model.source is None:
         _check_numbers(config)
     else:
-        both = model.config is not None and model.pretrained is not None
+        both = model.config and model.pretrained
         config.require(not both, "model.config", "give it or model.pretrained, not both")
         allowed = f"model.{model.source} = {getattr(model, model.source)} has its own numbers; change them there"
         for setting in fields(model):
