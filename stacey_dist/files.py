@@ -105,16 +105,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     At any instant, a loss of power included, the whole old or the whole new file is there.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with open(temporary, "wb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
     sync_directory(path.parent)
 
 

@@ -43,7 +43,7 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
     if world_size() == 1 or model in _compared:
         return
     replicated = together(lambda: [f for f in fragments(model, optimizer) if f.replicas > 1], group)
-    _compare("is not the same parameter", "", _names(model), group)
+    _compare("is not the same parameter", "", together(lambda: _names(model), group), group)
     # Ranks of other shards hold other elements, and are not compared.
     held = _hash([(f.name, f"{f.start} {f.stop}") for f in replicated])
     _compare("has other values", held, together(lambda: list(_values(replicated)), group), group)

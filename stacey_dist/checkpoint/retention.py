@@ -1,5 +1,6 @@
 """Delete old checkpoints, after a new one is complete."""
 
+import errno
 import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -8,7 +9,6 @@ from pathlib import Path
 from stacey_dist.checkpoint.manifest import (
     DamagedCheckpointError,
     find_checkpoints,
-    may_pass,
     read_manifest,
     says_finite,
     step_of,
@@ -68,7 +68,8 @@ def _fallbacks(checkpoints: Iterable[Path]) -> list[Path]:
         try:
             finite = says_finite(read_manifest(path))
         except DamagedCheckpointError as error:
-            if isinstance(error.__cause__, OSError) and may_pass(error.__cause__):
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (errno.ENOENT, errno.ENOTDIR):
                 unreadable.append(path)
             continue
         if finite or (finite is None and not found):

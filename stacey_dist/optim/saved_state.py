@@ -14,7 +14,7 @@ def load(optimizer: Any, load_groups: Callable[[dict[str, Any]], None], state_di
     """Load a state dict into an `ElementwiseOptimizer`; `load_groups` is torch's own `load_state_dict`.
 
     torch's casts every state to its parameter's dtype, which would turn bfloat16 states into float32 ones, and float32
-    states of bfloat16 parameters into rounded ones. So it gets the groups alone.
+    states of bfloat16 parameters into rounded ones. So it does not get them.
     """
     final: dict[str, Any] = {}
 
@@ -25,7 +25,9 @@ def load(optimizer: Any, load_groups: Callable[[dict[str, Any]], None], state_di
             _check_state(number, state, optimizer.state_names, param.shape)
         for group, saved_group in zip(optimizer.param_groups, final["param_groups"], strict=False):
             optimizer._check_group({**saved_group, "params": group["params"]})
-        return {**final, "state": {}}
+        numbers = {number for group in final["param_groups"] for number in group["params"]}
+        others = {key: value for key, value in final["state"].items() if key not in numbers}
+        return {**final, "state": others}  # what a program keeps besides, torch loads as it is
 
     def complete(_: Any) -> None:
         for group in optimizer.param_groups:

@@ -45,7 +45,10 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ForeignCheckpointError(f"{path}: it can't be read: {one_line(error)}") from error
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.filename == str(path):  # which its message names once more
+            reason = f"{type(error).__name__}: {error.strerror}"
+        raise ForeignCheckpointError(f"{path}: it can't be read: {reason}") from error
 
 
 def renamed(path: Path, values: dict[str, T], rename: Callable[[str], str]) -> dict[str, T]:
