@@ -119,8 +119,10 @@ class Encoder:
         """
 
         def lost() -> bool:
-            numbers = _numbers(self._folder(group))
-            return number not in numbers and (self._end(group).exists() or max(numbers, default=0) > number)
+            # Not `exists`: NFS may remember for a minute that a file was not there.
+            names = os.listdir(self._folder(group))
+            later = [each for each in names if each == _END or (each.endswith(".npz") and each > _chunk_name(number))]
+            return bool(later) and _chunk_name(number) not in names
 
         try:
             if lost():

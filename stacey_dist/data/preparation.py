@@ -1,6 +1,7 @@
 """Prepare one source: join the chunks of its inputs, in order, into the parts of a directory."""
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -267,17 +268,21 @@ class Preparation:
     def _reports(self, group: Group) -> Generator[list[Failure], None, None]:
         """Yield what the helpers report while a group's chunks are awaited.
 
-        Without helpers, write these chunks, or those of other groups while another process has this one.
+        Without helpers, write these chunks, or one of another group while another process has this one.
         """
+        others = self._encoder.work()
         while True:
             if self._helpers.running:
                 yield self._helpers.reports(_POLL_SECONDS)
                 continue
-            for work in (self._encoder.work_on(group), self._encoder.work()):
-                for failure in work:
-                    yield [] if failure is None else [failure]
-            time.sleep(_POLL_SECONDS)  # what is left is in the hands of other processes
-            yield []
+            waits = True
+            for failure in itertools.chain(self._encoder.work_on(group), itertools.islice(others, 1)):
+                waits = False
+                yield [] if failure is None else [failure]
+            if waits:  # what is left is in the hands of other processes
+                time.sleep(_POLL_SECONDS)
+                yield []
+                others = self._encoder.work()
 
     def _take(self, now: _Pass, block: Block) -> None:
         """Append the documents of a block, up to the limit, and count its records."""

@@ -221,7 +221,11 @@ def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
 
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
     """Return the identities of all files in a local directory that ``datasets`` loads, at any depth."""
-    files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names]
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"dataset: {error}") from error
+
+    files = [os.path.join(place, name) for place, _, names in os.walk(directory, onerror=refuse) for name in names]
     if not files:
         raise InputError(f"dataset: the directory {directory} has no files")
     return [file_identity(file) for file in sorted(files)]

@@ -102,7 +102,9 @@ def test_where_an_earlier_version_did_not_write_it(tmp_path):
     assert steps(tmp_path) == [6, 3]
 
 
-@pytest.mark.parametrize(("number", "stays"), [(errno.EMFILE, True), (errno.EIO, True), (errno.ENOENT, False)])
+@pytest.mark.parametrize(
+    ("number", "stays"), [(errno.EMFILE, True), (errno.EIO, True), (errno.EINVAL, True), (errno.ENOENT, False)]
+)
 def test_one_that_cannot_be_read_now_stays(tmp_path, monkeypatch, number, stays):
     good = save(tmp_path, 1)
     newest = save(tmp_path, 2, ruined=True)

@@ -4,6 +4,8 @@ import errno
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from stacey_dist.data import (
     preparation,
     prepare,
 )
+from stacey_dist.data.encoding import Group
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, list_input, list_source, texts, tree, write_c4
 
@@ -41,6 +44,26 @@ def test_holds_documents_out(tmp_path: Path) -> None:
     assert tokens_of(directory, "validation") == expected(all_texts[::10])
     assert len(list(directory.glob("train-*.bin"))) > 5
     assert not (directory / "progress.json").exists()
+
+
+def test_a_group_that_another_process_has_lost_is_taken_after_a_chunk_of_another_group() -> None:
+    made: list[str] = []
+
+    def chunks_of_another() -> Iterator[None]:
+        while True:
+            made.append("other")
+            yield None
+
+    def chunks_of_this() -> Iterator[None]:
+        if len(made) >= 3:  # until then, another process has it
+            made.append("this")
+            yield None
+
+    encoder = SimpleNamespace(work_on=lambda group: chunks_of_this(), work=chunks_of_another)
+    waiting: Any = SimpleNamespace(_helpers=SimpleNamespace(running=False), _encoder=encoder)
+    reports = preparation.Preparation._reports(waiting, Group("train", 0, [], "key"))
+    assert [next(reports) for _ in range(4)] == [[]] * 4
+    assert made == ["other", "other", "other", "this"]
 
 
 @pytest.mark.usefixtures("small")

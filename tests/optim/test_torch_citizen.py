@@ -190,6 +190,14 @@ def test_state_that_an_engine_widened_comes_back_narrow():
     assert_equal_runs((model, optimizer), (other, other_optimizer))
 
 
+def test_what_a_program_keeps_in_the_state_is_loaded_too():
+    optimizer = Stacey(make_model().parameters())
+    optimizer.state["program"] = {"seen": 3}
+    other = Stacey(make_model().parameters())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state["program"] == {"seen": 3}
+
+
 def test_the_state_dict_of_another_optimizer_is_refused_and_nothing_is_loaded():
     model = make_model()
     optimizer = Stacey(model.parameters(), lr=0.01, alpha=0.5)

@@ -19,7 +19,6 @@ from stacey_dist.training.recomputation import KEPT, compute_again
 from tests.models.architectures import described
 
 
-# Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.
 def llama(vocabulary, hidden, intermediate, layers, heads, key_value_heads, tied):
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -28,6 +27,7 @@ def llama(vocabulary, hidden, intermediate, layers, heads, key_value_heads, tied
     )  # fmt: skip
 
 
+# Sequences, length, model: one whose softmax is the largest part, one whose layers are, with grouped keys; one tied.
 SHAPES = {
     "wide vocabulary": (3, 32, llama(1001, 64, 172, 2, 4, 4, False)),
     "wide layers": (2, 64, llama(61, 64, 176, 6, 8, 2, False)),

@@ -125,6 +125,19 @@ def check_what_may_differ(directory):
         assert verify(path)["finite"] is True
 
 
+def check_whole_states(directory):
+    """A state dict of one process has whole tensors, which are not a rank's rows until a step or a load has cut them."""
+    alone = model_of()
+    trained = Stacey(alone.parameters())
+    alone(torch.randn(4, 5)).sum().backward()
+    trained.step()
+    sharded = fully_shard(model_of())
+    optimizer = Stacey(sharded.parameters())
+    optimizer.load_state_dict(trained.state_dict())
+    with pytest.raises(SettingsError, match=r"keeps z of 0\.weight in the shape \(3, 5\); only state"):
+        save_checkpoint(Path(directory) / "checkpoint", sharded, optimizer)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -133,6 +146,7 @@ CHECKS = {
         check_tensor_parallel,
         check_other_weights,
         check_what_may_differ,
+        check_whole_states,
     )
 }
 

@@ -121,14 +121,19 @@ def _join_the_fork_server():
 
     Its imports take 12 seconds, and 600 MB. What is private to multiprocessing is where a process finds its server.
     """
+    if _runs(_OWN._forkserver_pid):
+        return
     with locked("fork-server") as path:
         try:
             state = pickle.loads(path.read_bytes())
+            if not _runs(state["_forkserver_pid"]):
+                raise FileNotFoundError
             # It ends when nobody has the other end of this pipe open any more.
             pipe = f"/proc/{state.pop('process')}/fd/{state['_forkserver_alive_fd']}"
             state |= {"_forkserver_alive_fd": os.open(pipe, os.O_WRONLY)}
         except FileNotFoundError:  # nobody has started it, or all that used it have ended
             multiprocessing.set_forkserver_preload(["tests.training.preload_imports"])
+            _OWN._forkserver_pid = None
             environ = _ENVIRONMENT | {"SHARED_BY_WORKERS": str(path.parent)}  # whatever this test has changed
             with unittest.mock.patch.dict(os.environ, environ, clear=True):
                 _start_a_fork_server()
@@ -137,11 +142,19 @@ def _join_the_fork_server():
         replace_file(path, pickle.dumps(state | {"process": os.getpid()}))
 
 
+def _runs(number):
+    """Return whether a process runs. One that has ended may still be listed, until its parent has waited for it."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 _ENVIRONMENT = dict(os.environ)
 _OWN = multiprocessing.forkserver._forkserver
 _start_a_fork_server = _OWN.ensure_running
 # So do the package's own users of multiprocessing's fork server, whatever they preload.
-_OWN.ensure_running = functools.cache(_join_the_fork_server)
+_OWN.ensure_running = _join_the_fork_server
 
 
 def server():

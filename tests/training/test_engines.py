@@ -182,8 +182,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(one_process, tmp_path):
     assert_nearly_equal_runs(run, one_process[0] / "run")
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("engine", ["cpu_ddp", *ENGINES])
+@pytest.mark.parametrize("engine", ["cpu_ddp", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ENGINES)])
 def test_forked_processes_have_the_environment_that_the_launcher_gives(tmp_path, engine):
     program = tmp_path / "program.py"
     program.write_text("import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['RANK'], 'w'))")

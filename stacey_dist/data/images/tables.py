@@ -1,5 +1,7 @@
 """Images in parquet files as the Hugging Face Hub keeps them, or from the Hub: memory-mapped Arrow tables."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -125,8 +127,15 @@ def parquet_images(
         features, source = _features(paths[0]), f"{files[0].parent}, {split}"
         columns = _columns(features, image_column, label_column, source)
         kept = datasets.Features({name: features[name] for name in columns})
-        dataset = datasets.concatenate_datasets([_converted(path, kept, directory) for path in paths])
-        return TableImages(dataset, columns, source)
+        with contextlib.ExitStack() as stack:
+
+            @functools.cache
+            def lock() -> None:  # once for all files: another process may convert them at the same time
+                when_full = "name a `cache_dir` on another"
+                stack.enter_context(locked_directory(directory, "cache_dir", when_full, announce=True))
+
+            found = [_converted(path, kept, directory, lock) for path in paths]
+        return TableImages(datasets.concatenate_datasets(found), columns, source)
 
     return _with_equal_classes(load(train, "train"), load(validation, "validation"))
 
@@ -185,7 +194,7 @@ def _features(file: Path) -> Any:
         raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
 
 
-def _converted(file: Path, features: Any, directory: Path) -> Any:
+def _converted(file: Path, features: Any, directory: Path, lock: Callable[[], object]) -> Any:
     """Return the memory-mapped ``datasets.Dataset`` of a parquet file, which is converted to Arrow once.
 
     `datasets.load_dataset` would convert it too, but takes ``::`` and ``$NAME`` in paths for something else.
@@ -194,6 +203,7 @@ def _converted(file: Path, features: Any, directory: Path) -> Any:
         file: its absolute path.
         features: the columns that are kept, and what they are cast to.
         directory: where the Arrow file is kept, known by its parquet file's path, size and time of change.
+        lock: locks the directory, where a file is to be written.
     """
     import datasets
 
@@ -209,11 +219,12 @@ def _converted(file: Path, features: Any, directory: Path) -> Any:
         except (OSError, pa.ArrowException):
             return None
 
-    if (found := opened()) is None:
-        with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
-            if (found := opened()) is None:  # nor has another process converted it
-                _convert(file, features, arrow)
-                found = datasets.Dataset.from_file(str(arrow))
+    if (found := opened()) is not None:
+        return found
+    lock()
+    if (found := opened()) is None:  # nor has another process converted it
+        _convert(file, features, arrow)
+        found = datasets.Dataset.from_file(str(arrow))
     return found
 
 

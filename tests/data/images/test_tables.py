@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from stacey_dist.data.images import BrokenImageError, cached, decode, open_images, read_pixels
+from stacey_dist.data.images import BrokenImageError, cached, decode, open_images, read_pixels, tables
 from stacey_dist.data.images.image_set import sampled
 from stacey_dist.data.images.tables import parquet_images
+from stacey_dist.data.lock import locked_directory
 from stacey_dist.errors import InputError
 from tests.data.images.helpers import encoded, picture, same
 
@@ -77,6 +78,20 @@ def test_hub(tmp_path: Path) -> None:
 def parquet(tmp_path: Path, train: Path, validation: Path | None = None, **columns: str | None) -> Any:
     settings: dict[str, Any] = dict(image_column=None, label_column=None) | columns
     return parquet_images([train], [validation or train], **settings, cache_dir=str(tmp_path / "arrow"))
+
+
+def test_all_files_are_converted_under_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write(tmp_path / f"{name}.parquet", rows(4)) for name in "abc"]
+    locks = []
+
+    def locked(*arguments: Any, **settings: Any) -> Any:
+        locks.append(arguments)
+        return locked_directory(*arguments, **settings)
+
+    monkeypatch.setattr(tables, "locked_directory", locked)
+    for number in (1, 1):  # a process that waits says so once
+        train, _ = parquet_images(files, files, image_column=None, label_column=None, cache_dir=str(tmp_path / "arrow"))
+        assert (len(train), len(locks)) == (12, number)
 
 
 def test_undeclared_columns(tmp_path: Path) -> None:
