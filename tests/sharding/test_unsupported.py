@@ -126,7 +126,7 @@ def check_what_may_differ(directory):
 
 
 def check_whole_states(directory):
-    """A state dict of one process has whole tensors, which are not a rank's rows until a step or a load has cut them."""
+    """A state dict of one process has whole tensors, which are not a rank's rows."""
     alone = model_of()
     trained = Stacey(alone.parameters())
     alone(torch.randn(4, 5)).sum().backward()
