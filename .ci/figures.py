@@ -57,11 +57,12 @@ def alpha_long() -> list[list[str]]:
 
 
 def alpha_summary() -> list[list[str]]:
-    """Return the mean over the seeds of the long runs of the experiment on alpha, and of the differences from AdamW."""
+    """Return the means over new seeds of the long runs, and of their differences from AdamW."""
     rows = [["run", "held-out loss", "against AdamW", "bytes of state"]]
-    names = ("adamw", "stacey_pp", "stacey_pp_growing")
-    found = {(name, seed): _result(ALPHA / f"{name}-10000-seed{seed}.json") for name in names for seed in (1, 2, 3)}
-    values, _ = report(found, "eval_loss", {name: {} for name in names})
+    runs = {name: ALPHA / f"{name}-10000" for name in ("adamw", "stacey_pp", "stacey_pp_growing")}
+    runs["stacey_uncoupled"] = LONG_RUNS / "stacey_uncoupled"
+    found = {(name, seed): _result(Path(f"{run}-seed{seed}.json")) for name, run in runs.items() for seed in (1, 2, 3)}
+    values, _ = report(found, "eval_loss", {name: {} for name in runs})
     for name, of in values["optimizers"].items():
         against = "–" if name == "adamw" else f"{of['difference']:+.4f} ± {of['interval_of_difference']:.4f}"
         loss = f"{of['mean']:.4f} ± {of['interval']:.4f}"
