@@ -171,7 +171,7 @@ def _verify_file(file: Path, expected: dict[str, Any]) -> None:
         raise DamagedCheckpointError(f"{file}: its content does not match its checksum")
 
 
-def may_pass(error: OSError) -> bool:
+def _may_pass(error: OSError) -> bool:
     """Return whether another attempt to read may succeed: the disk or a limit was at fault, not the file."""
     return error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
@@ -182,7 +182,7 @@ def _persistently(read: Callable[..., T], *arguments: Any) -> T:
         try:
             return read(*arguments)
         except OSError as error:
-            if not may_pass(error):
+            if not _may_pass(error):
                 raise
             time.sleep(_READ_AGAIN_SECONDS)
     return read(*arguments)

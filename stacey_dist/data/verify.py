@@ -20,6 +20,7 @@ from stacey_dist.data.parts import ASIDE, INDEX, held_out_of, read_index
 from stacey_dist.data.source import Source
 from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError
+from stacey_dist.files import replacing
 
 _CHUNK = 2**23
 """Bytes that are read at once."""
@@ -95,24 +96,19 @@ def repair_parts(directory: Path, damaged: list[DamagedPart], source: Source, to
 
 def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Tokenizer) -> None:
     path = directory / part.name
-    temporary = path.with_name(path.name + ".tmp")
     wanted, tokens, crc = part.entry["tokens"], 0, 0
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         for document in _documents(read_index(directory), part, source, tokenizer):
             content = document[: wanted - tokens]
             file.write(content.data)
             tokens, crc = tokens + len(content), zlib.crc32(content.data, crc)
             if tokens == wanted:
                 break
-        file.flush()
-        os.fsync(file.fileno())
-    if (tokens, crc) != (wanted, part.entry["crc32"]):
-        temporary.unlink()
-        raise InputError(
-            f"{path} {part.reason}, and the text gives other tokens now than when it was made; delete {directory} to "
-            "prepare all of it again"
-        )
-    os.replace(temporary, path)
+        if (tokens, crc) != (wanted, part.entry["crc32"]):
+            raise InputError(
+                f"{path} {part.reason}, and the text gives other tokens now than when it was made; delete {directory} "
+                "to prepare all of it again"
+            )
     path.with_name(path.name + ASIDE).unlink(missing_ok=True)
 
 

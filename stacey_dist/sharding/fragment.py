@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stacey_dist.optim.memory import local
 
@@ -96,11 +97,12 @@ def make_fragment(
         tensor = local(tensor).detach()
         return tensor if offset is None else tensor.narrow(0, offset, stop - start)
 
-    tensors = {
-        key: part(value)
-        for key, value in state.items()
-        if key != "step" and isinstance(value, Tensor) and value.shape == owner.shape
-    }
+    def is_placed_as_owner(value: Any) -> bool:
+        # The shape of a DTensor is that of all ranks' parts together. A whole tensor has it, and is no rank's part.
+        alike = isinstance(value, DTensor) == isinstance(owner, DTensor)
+        return isinstance(value, Tensor) and alike and value.shape == owner.shape
+
+    tensors = {key: part(value) for key, value in state.items() if key != "step" and is_placed_as_owner(value)}
     step = state.get("step")
     if isinstance(step, int | float):
         step = torch.tensor(step, device="cpu")

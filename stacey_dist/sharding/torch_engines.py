@@ -89,6 +89,4 @@ def _rows(name: str, param: DTensor, state: dict[str, Any]) -> Fragment:
         else:
             replica, replicas = replica * size + place, replicas * size
     start, stop = (rows * param.shape[1:].numel() for rows in (first, last))
-    # A whole tensor, as a state dict of one process has it, is not this rank's rows.
-    state = {key: value for key, value in state.items() if key == "step" or isinstance(value, DTensor)}
     return make_fragment(name, param.shape, start, stop, param, state, replica=replica, replicas=replicas)

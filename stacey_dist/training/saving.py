@@ -87,10 +87,10 @@ class Saver:
             path = self._begin(progress, delete_older)
             if must_succeed or not self.settings.asynchronous:
                 self._background.wait()
-        if not (must_succeed or self.settings.asynchronous):
-            self.report()
         if must_succeed and (error := self._background.failure()) is not None:
             self.run.fail(f"run_dir: the checkpoint after update {progress.step} failed: {error}")
+        if not self.settings.asynchronous:
+            self.report()
         return path
 
     def describe_resume_point(self) -> str:

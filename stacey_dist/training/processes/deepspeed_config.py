@@ -55,9 +55,10 @@ def check_file() -> None:
     if str(path) == "none":
         return
     # JSON is YAML but for its tabs, which no text in it may hold: this finds keys that are given twice, with lines.
-    settings = yaml_files.load(yaml_files.read_text(path).replace("\t", " "), str(path))
+    text = yaml_files.read_text(path)
+    settings = yaml_files.load(text.replace("\t", " "), str(path))
     try:
-        json.loads(yaml_files.read_text(path), parse_constant=_no_number)
+        json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise SettingsError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
