@@ -113,7 +113,8 @@ class Code:
 
 def compile_variant(variant: str, p: float, sm: int) -> Code:
     """Compile the kernel for float32 weights and gradients, bfloat16 states and stochastic rounding."""
-    settings = StaceySettings(0.01, p, variant, 0.01, 1e-3, 0.9, 0.99, 1e-8, 0.1)  # type: ignore[arg-type]
+    numbers = dict(lr=0.01, alpha=0.01, tau=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    settings = StaceySettings(p=p, variant=variant, **numbers)  # type: ignore[arg-type]
     values = compile_time_values(settings, torch.float32, torch.float32, torch.bfloat16)
     pointers = dict(
         table="*i64", block_rows="*i32", block_numbers="*i64", rates="*fp64", scale="*fp32", found_inf="*fp32"

@@ -24,7 +24,7 @@ _TIMEOUT = datetime.timedelta(hours=6)
 
 
 class BackgroundSaver:
-    """Saves checkpoints beside training, one after the other; all ranks make the same calls.
+    """Saves checkpoints in the background, one after the other; all ranks make the same calls.
 
     A thread of each rank writes the copy and talks to the other ranks' threads over a gloo group of its own. The
     copy's memory is kept for the next one. A program that ends waits for the last save. Call `wait` before you destroy

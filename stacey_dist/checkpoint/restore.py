@@ -39,10 +39,11 @@ class Allocated:
 
     Attributes:
         ranges: what to read, by name, most of it directly into weights and states.
-        reordered: tensors that are not in row-major order, as checkpoints are, and flat tensors to read in their place.
+        reordered: pairs of tensors (target, flat). Checkpoints are row-major: a target in another memory order is read
+            into `flat` and copied from there.
         steps: fragments, and the counts of their updates to read. An engine may count once for many parameters.
-        unsaved: fragments and keys of states that the checkpoint lacks: a parameter that no update has reached, in one
-            tensor with others.
+        unsaved: fragments and keys of states that are not in the checkpoint. Under ZeRO, a parameter without updates
+            shares a flat tensor with parameters that have state.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
@@ -100,7 +101,7 @@ def _states(contents: Contents) -> dict[str, dict[str, Kind]]:
 
 @torch.no_grad()
 def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
-    """Replace the optimizer's state by tensors for the state that was saved; return what this rank has to read.
+    """Replace the optimizer's state with empty tensors for the saved state. Return what this rank has to read.
 
     Args:
         contents: the tensors that were saved; `check_fit` has passed.

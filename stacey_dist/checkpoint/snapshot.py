@@ -30,8 +30,8 @@ class Snapshot:
     Attributes:
         ranges: ranges of flattened tensors in host memory, by the tensors' names.
         contents: the shape and dtype of the whole tensors, by the same names.
-        host_memory: flat tensors of an earlier snapshot, by name, to copy into again where they fit, because new memory
-            costs more time than the copy. It is brought up to date.
+        host_memory: flat buffers by name, reused if they fit, because allocating them costs more than the copy. New
+            buffers are added.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)

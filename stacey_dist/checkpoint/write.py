@@ -34,9 +34,9 @@ def save_checkpoint(
 
     All ranks call it together, with a path that all of them reach. Each writes what it holds; none gathers anything
     but frozen parameters, one after another.
-    The directory appears under its name when every file in it is complete and on the disk. A directory that is there
-    already is replaced, which takes two renames. A kill between them leaves none under the name, until the next save
-    there brings the old one back: a name for each save is safer. Only a checkpoint or an empty directory is replaced.
+    The directory gets its name when all its files are complete and synced. A checkpoint of that name, or an empty
+    directory, is replaced by two renames. If the process is killed between them, nothing has the name until the next
+    save there restores the old checkpoint; to avoid this, use a new name for each save.
     The manifest's entry `finite` says whether all trainable weights and optimizer states are finite. Buffers and frozen
     parameters do not count.
 
@@ -122,9 +122,9 @@ def _replaced(path: Path) -> Path:
 
 
 def clear_leftovers(directory: Path, before: int | None = None) -> None:
-    """Remove what killed saves have left in a directory that nobody saves into now.
+    """Remove what killed saves left behind in a directory. No save may be running there.
 
-    With `before`, saves of at least so many updates may be going on there, and only what is older is removed.
+    With `before`, only saves of fewer updates are removed, and others may be running.
     """
     for hidden in directory.glob(".step_*.tmp*"):
         match = _LEFTOVER.fullmatch(hidden.name)

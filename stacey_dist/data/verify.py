@@ -137,7 +137,7 @@ def _documents(
 
 
 class Verification:
-    """Reads all parts of directories in threads, beside training.
+    """Reads all parts of directories in threads, in the background.
 
     A damaged part is put aside under another name, so that the next start prepares it again.
 

@@ -63,7 +63,7 @@ def read_description(name: str) -> dict[str, Any]:
         name: the file, a directory that has it, or a name on the Hugging Face hub.
 
     Raises:
-        InputError: about `config`: it cannot be had, or is not a configuration.
+        InputError: about `config`: it is not available, or is not a configuration.
     """
     is_directory = Path(name).is_dir()
     path = Path(name) / "config.json" if is_directory else Path(name)

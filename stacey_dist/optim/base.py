@@ -39,14 +39,15 @@ class ElementwiseOptimizer(Optimizer):
     group is `capturable`; torch's own optimizers have a float32, which stops at 2^24), and the tensors named in
     `state_names`, shaped and placed as the parameter (DTensors for a DTensor).
 
-    As with torch's fused optimizers, `step` looks at two attributes that may be set before it is called, by
-    `torch.amp.GradScaler` if `fused=True`: `grad_scale`, a one-element tensor by whose reciprocal, rounded to float32,
-    gradients are multiplied on the way (they themselves are not changed); and `found_inf`, one that makes the step
-    change nothing where it is not 0. `scaled_gradients` sets the first for the steps within it.
+    Like torch's fused optimizers, `step` reads two optional attributes, one-element tensors, which
+    `torch.amp.GradScaler` sets if `fused=True`. Gradients are divided by `grad_scale` during the update (multiplied by
+    its reciprocal, rounded to float32); the gradient tensors do not change. If `found_inf` is not 0, the step changes
+    nothing. `scaled_gradients` sets `grad_scale` for the steps within it.
 
-    Until a parameter's first step with `lr` > 0, no step is counted, and an element without a gradient so far stays
-    exactly as it is: its state begins from the weight of the next step. `torch.distributed.checkpoint` takes a step
-    with `lr` 0 and zero gradients to make an optimizer create its state; it must change nothing.
+    A parameter's steps are counted from the first one with `lr` > 0. Until then, an element that has had no nonzero
+    gradient does not change, and its state is initialized again from its weight at the next step:
+    `torch.distributed.checkpoint` makes an optimizer create its state by a step with `lr` 0 and zero gradients, which
+    must change nothing.
     """
 
     state_names: tuple[str, ...] = ()
@@ -62,10 +63,10 @@ class ElementwiseOptimizer(Optimizer):
         self.forget_begun()
 
     def forget_begun(self) -> None:
-        """Have the next step look again at which parameters have made a step that counts: the state was replaced."""
-        self._begun: set[Tensor] = set()
-        self._fresh: set[Tensor] = set()
-        """Parameters whose state was made here, in a step that did not count."""
+        """Forget which parameters have made a counted step. Called after their state was replaced."""
+        self._counted: set[Tensor] = set()
+        self._created_here: set[Tensor] = set()
+        """Parameters whose state was created here, in a step that was not counted."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
@@ -121,8 +122,8 @@ class ElementwiseOptimizer(Optimizer):
         """
         if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
-                f"{type(self).__name__}: a step is captured in a CUDA graph, whose replays would count no updates; "
-                "capturable=True is needed in every group"
+                f"{type(self).__name__}: step() was captured in a CUDA graph without capturable=True; replays would "
+                "not count steps. Set capturable=True in every group"
             )
         loss = None
         if closure is not None:
@@ -163,7 +164,7 @@ class ElementwiseOptimizer(Optimizer):
         for part in parts:
             param, weight, gradient = part
             state = self.state[param]
-            if (param not in self._begun or not state) and self._begin(group, part):
+            if (param not in self._counted or not state) and self._make_uncounted_step(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
             if call is None or not _add_row(launches, weight, gradient, state):
@@ -176,40 +177,44 @@ class ElementwiseOptimizer(Optimizer):
         if others and (found_inf is None or not bool(found_inf)):
             self._update_plainly(group, others)
 
-    def _begin(self, group: dict[str, Any], part: Part) -> bool:
-        """Create the state of a parameter. With a learning rate of 0 make its step, without counting it; return True.
+    def _make_uncounted_step(self, group: dict[str, Any], part: Part) -> bool:
+        """Prepare a parameter's first counted step. If its lr is 0, make the step without counting it; return True.
 
-        Whether a step counts, and what it changes, must not depend on other elements: ranks have different ones.
+            no state                      create it
+            state with step > 0           it was loaded: an ordinary step
+            state created here, step 0    initialize elements that had no gradient so far again, from the weight now
+
+        Whether a step is counted, and what it changes, must not depend on other elements: ranks have different ones.
         """
         param, weight, gradient = part
         state = self.state[param]
-        self._begun.add(param)
+        self._counted.add(param)  # `_update_group` below does not come here again
         if not state:
             state["step"] = step_count(0, param, group)
             state.update(self.initial_state(param, group))
-            self._fresh.add(param)
+            self._created_here.add(param)
         elif kernels.is_capturing() or int(state["step"]) != 0:  # it was loaded
             return False
-        elif param in self._fresh:
-            unreached = self._unreached(state)
-            for name, fresh in self.initial_state(param, group).items():
-                torch.where(unreached, local(fresh), local(state[name]), out=local(state[name]))
+        elif param in self._created_here:
+            untouched = self._had_no_gradient(state)
+            for name, initial in self.initial_state(param, group).items():
+                torch.where(untouched, local(initial), local(state[name]), out=local(state[name]))
         if float(group["lr"]) != 0.0:
             return False
-        unreached = self._unreached(state) & (gradient == 0)
-        if not unreached.all():
+        untouched = self._had_no_gradient(state) & (gradient == 0)
+        if not untouched.all():
             tensors = [weight, *(local(state[name]) for name in self.state_names)]
             before = [tensor.clone() for tensor in tensors]
-            state["step"].fill_(-1)  # the step counts it up, and it is not to be counted
+            state["step"].fill_(-1)  # the step increments it, and must not be counted
             self._update_group(group, [part])
             state["step"].zero_()
             for tensor, old in zip(tensors, before, strict=True):
-                torch.where(unreached, old, tensor, out=tensor)
-        self._begun.discard(param)
+                torch.where(untouched, old, tensor, out=tensor)
+        self._counted.discard(param)
         return True
 
-    def _unreached(self, state: dict[str, Any]) -> Tensor:
-        """Return which elements have had no gradient other than 0; a scalar stands for all."""
+    def _had_no_gradient(self, state: dict[str, Any]) -> Tensor:
+        """Return which elements have had no gradient other than 0; a scalar holds for all."""
         return torch.tensor(True)
 
     def _convert_state(
@@ -292,14 +297,14 @@ class ElementwiseOptimizer(Optimizer):
 def _add_row(
     launches: dict[Any, tuple[Kernel | None, list[Row]]], weight: Tensor, gradient: Tensor, state: dict[str, Any]
 ) -> bool:
-    """Add a parameter to the launch of its kind. Return False if no kernel can take it."""
+    """Add a parameter to the launch for its device and dtypes. Return False if no kernel can take it."""
     row = Row.of(weight, gradient, state)
-    kind = kernels.kind(row)
-    if kind is None:
+    key = kernels.launch_key(row)
+    if key is None:
         return False
-    if kind not in launches:
-        launches[kind] = (kernel(row.weight.device.type), [])
-    found, rows = launches[kind]
+    if key not in launches:
+        launches[key] = (kernel(row.weight.device.type), [])
+    found, rows = launches[key]
     rows.append(row)
     return found is not None
 

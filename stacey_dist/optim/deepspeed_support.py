@@ -22,10 +22,10 @@ def support_in_deepspeed(optimizer_class: type[Optimizer]) -> None:
 
 @functools.cache
 def _without_initial_update(wrapper: Any) -> set[type[Optimizer]]:
-    """Return a set of classes; DeepSpeed's wrapper of stage 0 in bf16 and fp16 creates no states of theirs itself.
+    """Patch DeepSpeed's wrapper for stage 0 in bf16 and fp16, once. Return the set of classes that the patch is for.
 
-    It does so by an update with zero gradients at the full lr before the first real one. That would count a step, decay
-    and couple; ours create their states in their first step.
+    The wrapper creates optimizer state by a step with zero gradients at the full lr. That step would be counted, and
+    would apply weight decay and the coupling. The patch skips it; these classes create state in their first step.
     """
     classes: set[type[Optimizer]] = set()
     initialize = wrapper.initialize_optimizer_states

@@ -48,14 +48,20 @@ class LpDescent(ElementwiseOptimizer):
         settings = dict(lr=lr, p=p, eps=eps, weight_decay=weight_decay, rounding=rounding, seed=seed)
         super().__init__(params, settings)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled; settings that an older version did not have take their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("rounding", "stochastic")
+            group.setdefault("seed", 0)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)
 
     def _chunk_update(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         lr = rule_lr(group["lr"], dtype)
         p, eps, weight_decay = group["p"], group["eps"], group["weight_decay"]
-        # An optimizer that was pickled by an older version has neither.
-        store = Store(group.get("rounding", "stochastic"), group.get("seed", 0), step)
+        store = Store(group["rounding"], group["seed"], step)
 
         def update(weight: Tensor, gradient: Tensor) -> None:
             new = lp_descent_update(weight.to(dtype), gradient, lr=lr, p=p, eps=eps, weight_decay=weight_decay)

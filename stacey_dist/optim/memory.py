@@ -26,8 +26,8 @@ def is_plain(kind: type) -> bool:
     return adds_names
 
 
-def whole(tensor: Any) -> Any:
-    """Return a DTensor's whole value, for which all ranks call it together; what is no DTensor, as it is."""
+def full_tensor(tensor: Any) -> Any:
+    """Return the full tensor of a DTensor, for which all ranks call it together; any other value unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -44,10 +44,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_simple(tensor: Tensor) -> bool:
-    """Return whether a tensor is what most are: plain, on a CPU or GPU, contiguous, with its value in its memory.
+    """Return whether a tensor is plain, on a CPU or GPU, contiguous, and has its value in its memory, as most are.
 
-    True says that `defect` is None, that `local` and `readable` return the tensor itself, and that kernels may take it.
-    An optimizer calls this for each parameter and gradient in each step, so it is the fastest check here.
+    Then `defect` is None, `local` and `readable` return the tensor itself, and kernels may take it. An optimizer calls
+    this for each parameter and gradient in each step, so it is the fastest check here.
     """
     return (
         (type(tensor) in _PLAIN_TYPES or is_plain(type(tensor)))
@@ -62,7 +62,7 @@ def is_simple(tensor: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same value without the negative bit and with memory; the tensor itself where it has."""
+    """Return a tensor of the same value whose memory holds it: the tensor itself, or a copy."""
     if tensor._is_zerotensor():
         return tensor.clone()
     return tensor.resolve_neg()

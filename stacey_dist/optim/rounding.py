@@ -3,10 +3,10 @@
 Rounded to nearest, a bfloat16 z loses most of its movement: an increment below half a step of the grid is
 dropped every time. Rounded up with a probability equal to the fraction that would be dropped, it is right on
 average. The random bits come from no generator: they are a hash of the seed, the step count and the bits of an
-element's values before rounding. z and m share one, of their new values, and take 16 bits of it each; a weight has one
-of its own, of its new value and its gradient.
+element's values before rounding. One hash, of the new z and m, rounds both, with 16 bits each. A second hash, of the
+new weight and its gradient, rounds the weight.
 So there is no state to save, and an element is rounded in the same way in a whole parameter, in a flat ZeRO partition
-and in a DTensor shard. The price: within a step, elements with the same new z and m are rounded in the same way.
+and in a DTensor shard. The price: in one step, elements with equal new z and m are rounded in the same way.
 """
 
 import torch
@@ -36,7 +36,7 @@ def key_base(seed: int, which: int) -> int:
 
 
 def random_bits(first: Tensor, second: Tensor, key: int) -> Tensor:
-    """Return 32 random bits an element, as int32: a hash of two float32 numbers of it and a key; 0 where one is NaN.
+    """Return 32 random bits per element, as int32: a hash of its two float32 numbers and a key; 0 if one is NaN.
 
     A NaN's bits are not the same on all machines, and adding to them may make a number of it.
     """

@@ -31,17 +31,17 @@ from stacey_dist.optim.power import (
 
 Variant = Literal["p2", "pp", "2p"]
 
-# The smallest number that rounds to 1/2 in float32, the dtype in which kernels compare beta.
+# The smallest float64 that rounds to 0.5 in float32: the comparison here then decides as the kernels' in float32 does.
 HALF = 0.5 - 2.0**-26
 # The largest log2(alpha) in a mirror step: `power.exp2_times` takes the exponent of alpha |c| then.
 MAX_LOG2_ALPHA = 120.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StaceySettings:
     """The numbers of one STACEY step, as the paper names them.
 
-    `log2_alpha` is log2(alpha) as (whole, fraction) for a mirror step; None: computed from alpha.
+    `log2_alpha` is log2(alpha) as (whole, fraction), for the mirror step. None: it is computed from `alpha`.
     """
 
     lr: float
@@ -111,15 +111,15 @@ def steepest_direction(x: Tensor, p: float, eps: float) -> Tensor:
 
 
 def log2_in_parts(alpha: float) -> tuple[float, float]:
-    """Return log2(alpha), at most `MAX_LOG2_ALPHA`, as (whole, fraction); (0, 0) for alpha = 0, which has no use."""
+    """Return log2(alpha), at most `MAX_LOG2_ALPHA`, as (whole, fraction). For alpha = 0 return (0, 0), unused."""
     log = min(math.log2(alpha), MAX_LOG2_ALPHA) if alpha > 0.0 else 0.0
     return float(round(log)), log - round(log)
 
 
-def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.dtype) -> Tensor:
+def scale_with_lr(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.dtype) -> Tensor:
     """Return tau and alpha scaled with the learning rate, for `Stacey(lr_reference=...)`.
 
-        share = lr / lr_reference        tau' = min(1, tau share)        alpha' = alpha share
+        factor = lr / lr_reference        tau' = min(1, tau factor)        alpha' = alpha factor
 
     The paper's are constant: at lr = 0 a weight still moves, toward z. Here lr = 0 leaves weights and z exactly as they
     are. These are IEEE-754 operations and `log2_parts`, so the host and a GPU work out the same bits.
@@ -129,32 +129,33 @@ def follow(lr: Tensor, reference: float, alpha: float, tau: float, dtype: torch.
         reference: the learning rate at which alpha and tau hold.
         alpha: the dual step size at the reference.
         tau: the coupling at the reference.
-        dtype: float32 or float64, in which the update is computed; the share is rounded to it.
+        dtype: float32 or float64, in which the update is computed; the factor is rounded to it.
 
     Returns alpha', tau' and log2(alpha') as (whole, fraction): four float64 numbers on lr's device.
     """
-    # Not by a number of the host: CUDA would multiply by its reciprocal.
-    share = (lr / torch.full_like(lr, reference)).to(dtype)
-    whole, fraction = (part.double() for part in log2_parts(share))
+    # Divide by a tensor. For a Python number, CUDA multiplies by the reciprocal, which gives other bits.
+    factor = (lr / torch.full_like(lr, reference)).to(dtype)
+    whole, fraction = (part.double() for part in log2_parts(factor))
     alpha_whole, alpha_fraction = log2_in_parts(alpha)
     fraction += alpha_fraction  # within [-1, 2]; its integer part is moved to `whole`
     carry = fraction.round()
     whole = (whole + alpha_whole + carry).clamp(max=MAX_LOG2_ALPHA)
-    share = share.double()
-    return torch.cat([share * alpha, (share * tau).clamp(max=1.0), whole, fraction - carry])
+    factor = factor.double()
+    return torch.cat([factor * alpha, (factor * tau).clamp(max=1.0), whole, fraction - carry])
 
 
 def mirror_step(z: Tensor, c: Tensor, alpha: float, p: float, log2_alpha: tuple[float, float] | None = None) -> Tensor:
     """Make the dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
 
     |z|^(p-1) underflows in float32 for ordinary weights at p = 16, and |z|^(p-1) followed by its root would lose
-    z's last bits at every step. So the larger of the two terms of u is taken out of the root:
+    z's last bits at every step. So the larger of the two terms of u is factored out of the root:
 
-        z' = z (1 + t)^r                        where |z|^(p-1) >= alpha |c|
-        z' = -sign(c) (alpha |c|)^r (1 + t)^r   elsewhere,             r = 1 / (p - 1)
+        z' = z (1 + ratio)^r                        where |z|^(p-1) >= alpha |c|
+        z' = -sign(c) (alpha |c|)^r (1 + ratio)^r   elsewhere,             r = 1 / (p - 1)
 
-    with t the smaller term over the larger one, from the difference of their logarithms. c = 0 leaves z exactly
-    as it is. NaN or infinity in z or c gives NaN or infinity.
+    `ratio` is the smaller term over the larger one, negative if they have opposite signs. It is computed as 2^-|gap|,
+    where gap = k + t is the difference of their logarithms. If c is 0, z is returned unchanged. NaN or infinity in z or
+    c gives NaN or infinity.
     """
     if p == 2.0:
         return multiply_add(c, -alpha, z)

@@ -13,13 +13,13 @@ from stacey_dist.optim.memory import readable
 def load(optimizer: Any, load_groups: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
     """Load a state dict into an `ElementwiseOptimizer`; `load_groups` is torch's own `load_state_dict`.
 
-    torch's casts every state to its parameter's dtype, which would turn bfloat16 states into float32 ones, and float32
-    states of bfloat16 parameters into rounded ones. So it does not get them.
+    torch's casts state to its parameter's dtype, which would widen bfloat16 states or round float32 ones. So the states
+    are removed from what it gets, and are loaded here.
     """
     final: dict[str, Any] = {}
 
     def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-        # An older version, or another optimizer, may lack settings: these are as in the constructor.
+        # Settings that the state dict lacks, as one of an older version, take the constructor's values.
         final.update(given, param_groups=[{**optimizer.defaults, **group} for group in given["param_groups"]])
         for param, _group, number, state in _states(optimizer, final):
             _check_state(number, state, optimizer.state_names, param.shape)

@@ -21,9 +21,9 @@ from stacey_dist.optim.group_settings import (
     state_dtype,
 )
 from stacey_dist.optim.kernels import Call, NoKernelError
-from stacey_dist.optim.memory import local, whole
+from stacey_dist.optim.memory import full_tensor, local
 from stacey_dist.optim.rounding import Store
-from stacey_dist.optim.rule import StaceySettings, Variant, follow, stacey_update
+from stacey_dist.optim.rule import StaceySettings, Variant, scale_with_lr, stacey_update
 
 
 class Stacey(ElementwiseOptimizer):
@@ -110,8 +110,14 @@ class Stacey(ElementwiseOptimizer):
     ) -> None:
         rule = dict(lr=lr, p=p, variant=variant, alpha=alpha, tau=tau, betas=betas, eps=eps, weight_decay=weight_decay)
         states = dict(z_init=z_init, state_dtype=state_dtype, rounding=rounding, seed=seed)
-        launch = dict(fused=fused, capturable=capturable, lr_reference=lr_reference)
-        super().__init__(params, {**rule, **states, **launch})
+        launch = dict(fused=fused, capturable=capturable)
+        super().__init__(params, {**rule, "lr_reference": lr_reference, **states, **launch})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled; settings that an older version did not have take their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("lr_reference", None)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_common_settings(self, group)
@@ -149,7 +155,7 @@ class Stacey(ElementwiseOptimizer):
         start = param.detach() if group["z_init"] == "params" else torch.zeros_like(param)
         return {"z": start.to(dtype, copy=True), "m": torch.zeros_like(param, dtype=dtype)}
 
-    def _unreached(self, state: dict[str, Any]) -> Tensor:
+    def _had_no_gradient(self, state: dict[str, Any]) -> Tensor:
         return local(state["m"]) == 0
 
     def _check_fused(self, group: dict[str, Any]) -> None:
@@ -173,20 +179,20 @@ class Stacey(ElementwiseOptimizer):
             self._settings({**group, "lr": 0.0, "lr_reference": None} if lr_on_device else group, torch.float32),
             group["rounding"] == "stochastic",
             group["seed"],
-            grad_scale=whole(getattr(self, "grad_scale", None)),
+            grad_scale=full_tensor(getattr(self, "grad_scale", None)),
             capturable=capturable,
             lr=group["lr"] if lr_on_device else None,
-            lr_reference=group.get("lr_reference") if lr_on_device else None,
+            lr_reference=group["lr_reference"] if lr_on_device else None,
             found_inf=getattr(self, "found_inf", None) if capturable else None,
         )
 
     def _settings(self, group: dict[str, Any], dtype: torch.dtype) -> StaceySettings:
         beta1, beta2 = group["betas"]
         lr, alpha, tau, log2_alpha = rule_lr(group["lr"], dtype), group["alpha"], group["tau"], None
-        reference = group.get("lr_reference")  # an optimizer that was pickled by an older version has none
+        reference = group["lr_reference"]
         if reference is not None:
             rate = torch.tensor([lr], dtype=torch.float64, device="cpu")
-            alpha, tau, *log2_alpha = follow(rate, reference, alpha, tau, dtype).tolist()
+            alpha, tau, *log2_alpha = scale_with_lr(rate, reference, alpha, tau, dtype).tolist()
         return StaceySettings(
             lr=lr,
             p=group["p"],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stacey_dist.training.settings.config import Recomputed
+from stacey_dist.training.settings.config import Checkpointing
 
 FLOAT = 4
 INDEX = 8  # bytes of a token's number
@@ -33,7 +33,12 @@ class Activations:
 
 
 def activations(
-    llama: Mapping[str, Any], sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: Recomputed
+    llama: Mapping[str, Any],
+    sequences: int,
+    length: int,
+    arithmetic: Arithmetic,
+    *,
+    checkpointing: Checkpointing,
 ) -> Activations:
     """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens.
 

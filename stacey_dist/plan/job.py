@@ -7,7 +7,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.plan.activations import Arithmetic
 from stacey_dist.plan.model import Model, Parameter
 from stacey_dist.training.optimizers import check_engine
-from stacey_dist.training.settings.config import OptimizerConfig, Recomputed
+from stacey_dist.training.settings.config import Checkpointing, OptimizerConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -130,7 +130,7 @@ class Job:
         groups = [p for p in every if len(p.shape) > 1], [p for p in every if len(p.shape) <= 1]
         return [group for group in groups if group]
 
-    def with_batch(self, micro: int, *, checkpointing: Recomputed | None = None, batch: int | None = None) -> "Job":
+    def with_batch(self, micro: int, *, checkpointing: Checkpointing | None = None, batch: int | None = None) -> "Job":
         """Return the same job with another micro-batch, and other gradient checkpointing or global batch if given."""
         train = self.config.train
         train = replace(

@@ -21,8 +21,8 @@ from transformers.integrations import moe
 import stacey_dist.training.tasks.llm_model  # noqa: F401  # it registers the attention
 from stacey_dist.models.causal_lm import attention_of, causal_config, layer_classes, new_model
 from stacey_dist.plan.activations import Activations, Arithmetic
-from stacey_dist.training.recomputation import compute_again
-from stacey_dist.training.settings.config import Recomputed
+from stacey_dist.training.activation_checkpointing import checkpoint_activations
+from stacey_dist.training.settings.config import Checkpointing
 
 # A peak is piecewise linear in the number of sequences. One line is fitted through small numbers and one through large
 # ones; the higher one counts.
@@ -30,7 +30,7 @@ _FEW, _MANY = (1, 2), (64, 128)
 
 
 def measured(
-    described: str, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: Recomputed
+    described: str, sequences: int, length: int, arithmetic: Arithmetic, *, checkpointing: Checkpointing
 ) -> Activations:
     """Return the bytes of a micro-batch of `sequences` sequences of `length` tokens, as `activations` does.
 
@@ -53,7 +53,9 @@ def _lines(described: str, points: tuple[int, int], *how: Any) -> list[tuple[flo
     return [(p - slope * points[0], slope) for p, slope in zip(first, slopes, strict=True)]
 
 
-def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, checkpointing: Recomputed) -> list[int]:
+def _bytes(
+    described: str, sequences: int, length: int, arithmetic: Arithmetic, checkpointing: Checkpointing
+) -> list[int]:
     """Return what `_measure` gives for all layers, from one layer of each kind and what a second one adds."""
     config = causal_config(json.loads(described))
     with FakeTensorMode():
@@ -64,7 +66,7 @@ def _bytes(described: str, sequences: int, length: int, arithmetic: Arithmetic, 
         finally:
             torch.set_default_dtype(torch.float32)
         model.tie_weights()
-        compute_again(model, checkpointing)
+        checkpoint_activations(model, checkpointing)
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         measure = functools.partial(_measure, model, sequences, length, arithmetic)

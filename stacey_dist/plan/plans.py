@@ -9,7 +9,7 @@ from stacey_dist.plan.hardware import Gpu
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.memory import ENGINES, RankMemory, most_loaded_rank
 from stacey_dist.plan.speed import Speed, estimate_speed
-from stacey_dist.training.settings.config import Recomputed
+from stacey_dist.training.settings.config import Checkpointing
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
             candidate = replace(job, engine=engine)
         except SettingsError:  # single on several GPUs, hsdp on one node, a dtype that DeepSpeed does not take
             continue
-        kinds: tuple[Recomputed, ...] = (False, "selective", True)
+        kinds: tuple[Checkpointing, ...] = (False, "selective", True)
         for checkpointing in kinds:
             jobs = [candidate.with_batch(micro, checkpointing=checkpointing) for micro in divisors]
             fitting = [plan for plan in (make_plan(job, gpu) for job in jobs) if plan.peak <= room]

@@ -69,7 +69,7 @@ class _Unit:
 
 
 def table(plans: list[Plan], gpu: Gpu, room: float, command: str) -> str:
-    """Return plans for people: a column for each, which differ in the optimizer alone; and the command of the run."""
+    """Return plans as text: a column for each, which differ in the optimizer alone; and the command of the run."""
     unit = _Unit("GiB", GIB) if plans[0].peak >= GIB else _Unit("MiB", MIB)
     blocks = [
         _heading(plans[0].job, gpu),

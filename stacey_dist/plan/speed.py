@@ -18,7 +18,7 @@ class Transfer:
     """A kind of collective in an update.
 
     Attributes:
-        what: for people.
+        what: a human-readable name.
         collective: "all-reduce", "reduce-scatter", "all-gather" or "broadcast"; "copy" to or from the host.
         tensor_bytes: of the whole tensors, over all calls in an update.
         sent_bytes: what a rank sends of them.

@@ -1,4 +1,5 @@
-"""DeepSpeed: flat partitions of a group of parameters (ZeRO-1/2), of each parameter (ZeRO-3), or none (stage 0).
+"""DeepSpeed: flat partitions of a group of parameters (ZeRO-1/2), of each parameter (ZeRO-3), or none (stage 0,
+which the launchers refuse).
 
 DeepSpeed's public accessors return copies (`safe_get_local_...`) or gather whole parameters; the views here are of the
 tensors that these accessors read.
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole
+from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole_fragment
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
@@ -30,7 +31,7 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
         else:
             master = masters.get(param, param)
             inner = getattr(optimizer, "optimizer", optimizer)
-            yield whole(name, master, inner.state.get(master, {}), everywhere=True)
+            yield whole_fragment(name, master, inner.state.get(master, {}), everywhere=True)
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:

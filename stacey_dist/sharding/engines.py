@@ -25,7 +25,7 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
         empty: list the empty shards too, which FSDP2 keeps state for.
 
     Raises:
-        RuntimeError: the accelerator was to shard the model, and it is not sharded.
+        RuntimeError: the accelerator was launched to shard the model, but the model is not sharded.
         NotImplementedError: a way to shard that is not supported; the message names it.
         SettingsError: the optimizer updates parameters that are not the model's.
     """
@@ -34,7 +34,9 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     if accelerator is not None:
         _check_launched_engine(accelerator, adapter, model)
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
-    _refuse_foreign_parameters(model, optimizer, adapter)  # after FSDP2 has freed the parameters that it had gathered
+    _refuse_foreign_parameters(
+        model, optimizer, adapter
+    )  # after FSDP2 has resharded the parameters that it had gathered
     return found
 
 
@@ -100,5 +102,5 @@ def _check_launched_engine(accelerator: Any, adapter: ModuleType, model: nn.Modu
     if not came_up.get(launched, True):
         raise RuntimeError(
             f"Accelerate was launched for {launched}, but the model is not sharded by it; "
-            "give what Accelerator.prepare returned"
+            "pass the objects that Accelerator.prepare returned"
         )

@@ -73,7 +73,7 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in parts if part == "module" or part not in _WRAPPERS)
 
 
-def whole(name: str, param: Tensor, state: Mapping[str, Any], *, everywhere: bool) -> Fragment:
+def whole_fragment(name: str, param: Tensor, state: Mapping[str, Any], *, everywhere: bool) -> Fragment:
     """Return the fragment of a parameter that is whole on this rank; on every rank, if `everywhere`."""
     replica, replicas = (dist.get_rank(), dist.get_world_size()) if everywhere and dist.is_initialized() else (0, 1)
     return make_fragment(name, param.shape, 0, param.numel(), param, state, replica=replica, replicas=replicas)

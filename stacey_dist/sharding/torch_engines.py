@@ -12,14 +12,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole
+from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_parameters, whole_fragment
 
 
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """Yield what this rank has of each parameter: possibly no rows. Ranks with the same elements are replicas.
 
-    A ZeroRedundancyOptimizer's parameters come from the ranks that update them alone. Parameters that FSDP2 has
-    gathered, as the root's are after an evaluation, are freed first.
+    With ZeroRedundancyOptimizer, only the rank that updates a parameter yields it. Parameters that FSDP2 has gathered,
+    as the root's are after an evaluation, are resharded first.
 
     Raises NotImplementedError for a parameter that is split other than by rows over one mesh dimension, and for an
     optimizer of some of the ranks.
@@ -35,9 +35,9 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
         if isinstance(param, DTensor):
             yield _rows(name, param, state)
         elif param not in owners:
-            yield whole(name, param, state, everywhere=True)
+            yield whole_fragment(name, param, state, everywhere=True)
         elif owners[param] == dist.get_rank():
-            yield whole(name, param, state, everywhere=False)
+            yield whole_fragment(name, param, state, everywhere=False)
 
 
 def shards(model: nn.Module) -> bool:

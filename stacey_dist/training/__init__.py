@@ -1,7 +1,8 @@
 """The launchers' training loop, and its API for your own model and data.
 
 `Launcher` describes a training program, `Parts` builds its model and data, `Task` has its data and loss, `Engine` makes
-one update on DDP, ZeRO or FSDP2, `train` is the loop, and a `Callback` observes it.
+one update on DDP, ZeRO or FSDP2, `train` is the loop, and a `Callback` observes it. `docs/how-to/programs.md` has a
+complete program. For a loop of your own, use `Launcher.build(config).engine`; see `Engine`.
 """
 
 from importlib import import_module

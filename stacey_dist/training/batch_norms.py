@@ -19,10 +19,10 @@ class BatchNorms:
         """Copy the statistics."""
         self._kept = [_joined(buffers) for buffers in self._buffers]
 
-    def restore(self, where: Tensor) -> None:
-        """Restore the copies if `where`, a scalar on the device, is not 0: a NaN would stay for ever."""
+    def restore(self, skipped: Tensor) -> None:
+        """Restore the copies if `skipped`, a scalar on the device, is not 0: a NaN would stay for ever."""
         for buffers, kept in zip(self._buffers, self._kept, strict=True):
-            values = torch.where(where != 0, kept, _joined(buffers)).split([buffer.numel() for buffer in buffers])
+            values = torch.where(skipped != 0, kept, _joined(buffers)).split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [v.view_as(buffer) for v, buffer in zip(values, buffers, strict=True)])
 
 

@@ -89,7 +89,9 @@ class Callback:
     Work for one process only, such as writing a file, begins with `training.run.accelerator.is_main_process`. If it
     may take longer than `train.collective_timeout_seconds`, after which processes give up waiting for each other, all
     call `training.run.call_on_main(work)`. Training waits for a callback. An error in one ends the run as an error in
-    the task does; the run resumes from its newest checkpoint.
+    the task does; the run resumes from its newest checkpoint. After SIGTERM or Ctrl-C, a callback that takes longer
+    than 20 seconds (or twice the longest recent micro-batch) ends the run without a save; a long one should call
+    `stacey_dist.training.processes.signals.progress()` at intervals.
     """
 
     def on_run_begin(self, training: Training) -> None:
@@ -114,9 +116,9 @@ class Callback:
     def on_checkpoint_saved(self, training: Training, path: Path) -> None:
         """Called on the main process alone, once the checkpoint at `path` is complete; it may take hours.
 
-        It is not called for a checkpoint that was deleted before, as `checkpoint.keep_last` asks. The checkpoint was
-        written beside training, which may be some updates further by then. The other processes wait: do not talk to
-        them. With several processes it is called in a thread.
+        It is not called for a checkpoint that `checkpoint.keep_last` has deleted already. Training may be some updates
+        ahead of the checkpoint. The other processes wait: do not use collectives. With several processes it runs in a
+        thread.
         """
 
     def on_run_end(self, training: Training) -> None:

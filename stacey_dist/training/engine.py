@@ -1,7 +1,16 @@
 """Make one update on the engine that `accelerate launch` was configured with.
 
-The training loop is the same for all engines. They differ in what sums, clips and applies gradients, and in what holds
-the loss scale.
+The training loop is the same for all engines: backward of each micro-batch, then `finish_update`.
+
+    engine           gradients are reduced                 clipped by    Stacey.step is called by, on
+    single, ddp      by DDP, in the last micro-batch       Stacey (*)    finish_update, whole parameters
+    zero_redundancy  by DDP, in the last micro-batch       Stacey (*)    ZeroRedundancyOptimizer, the parameters that
+                                                                         this rank owns, which it then broadcasts
+    fsdp2            by reduce-scatter, each micro-batch   Stacey (*)    finish_update, this rank's rows of DTensors
+    deepspeed        by DeepSpeed                          DeepSpeed     DeepSpeed's step, this rank's flat float32
+                                                                         partitions (`sharding/deepspeed.py`)
+
+(*) In its own pass over the gradients, by `grad_scale`. Gradients of other optimizers are clipped before the step.
 """
 
 import gc
@@ -21,7 +30,7 @@ from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.optim.base import kernel
-from stacey_dist.optim.memory import whole
+from stacey_dist.optim.memory import full_tensor
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
 from stacey_dist.training.batch_norms import BatchNorms
@@ -34,32 +43,46 @@ from stacey_dist.training.processes.launch import (
     shards_weights,
 )
 from stacey_dist.training.processes.launch_settings import configuration_errors
-from stacey_dist.training.processes.requests import Hosts, Requests
+from stacey_dist.training.processes.requests import Agreement, Requests
 from stacey_dist.training.run import Run
 
 
 class Engine:
     """The model and its optimizer on one process, DDP, ZeroRedundancyOptimizer or FSDP2.
 
+    An update in a loop of your own::
+
+        engine.begin_update({"lr": lr})
+        total = torch.zeros((), device=device)
+        for number, batch in enumerate(batches):
+            with engine.micro_batch(last=number == len(batches) - 1):
+                loss = share_of_loss(engine.model, batch)  # divided by the samples of the whole update
+                engine.backward(loss)
+            total += loss.detach()
+        loss, grad_norm, skipped = engine.finish_update(total)
+
     Args:
         run: the run.
         model: the model, not yet moved to a device or sharded.
         optimizer: its optimizer, without state.
 
+    Attributes:
+        module: the model as it was built.
+        model: what the engine made of it, such as DDP's wrapper; call this one to train.
+        optimizer: what Accelerate made of the optimizer; `sharding.base_optimizer` returns the innermost.
+
     Raises:
         SettingsError: the engine cannot do what the settings ask for.
     """
-
-    name: str
 
     def __init__(self, run: Run[Any], model: nn.Module, optimizer: Optimizer) -> None:
         self.run, self.module = run, model
         self.accelerator = run.accelerator
         self.name = requested_engine()
-        self.hosts = Hosts(self.accelerator.num_processes, run.config.train.collective_timeout_seconds)
+        self.agreement = Agreement(self.accelerator.num_processes, run.config.train.collective_timeout_seconds)
         self._prepare(optimizer)
-        self.batch_norms = BatchNorms(model)  # an engine that moves a model to a GPU puts other buffers into it
-        fragments(self.model, self.optimizer, self.accelerator)  # refuses what is not sharded as asked for
+        self._batch_norms = BatchNorms(model)  # now: `prepare` may replace buffers when it moves the model
+        fragments(self.model, self.optimizer, self.accelerator)  # raises if the model is not sharded as launched
         if isinstance(initial := getattr(model, "initial_weights", None), InitialWeights):
             initial.fill(self.model, self.optimizer, self.accelerator.device)
         self._make_capturable()
@@ -76,13 +99,13 @@ class Engine:
             )
 
     def _shard(self, optimizer: Optimizer) -> None:
-        """Have FSDP2 shard the model, which is without memory, or has its weights on rank 0 or on each process."""
+        """Shard the model with FSDP2. Its weights are on the meta device, on rank 0 only, or on every rank."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:  # Accelerate would have processes add gradients in bf16
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
         without_memory = any(param.is_meta for param in self.module.parameters())
-        sent = not without_memory and loads_weights_from_rank0(self.accelerator, self.module)
-        plugin.cpu_ram_efficient_loading = sent  # rank 0's weights, one at a time
+        rank0_sends = not without_memory and loads_weights_from_rank0(self.accelerator, self.module)
+        plugin.cpu_ram_efficient_loading = rank0_sends  # its weights, one at a time
         names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
         groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
         with configuration_errors("the configuration of `accelerate launch`"):
@@ -104,8 +127,9 @@ class Engine:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def set_group_settings(self, settings: dict[str, Any]) -> None:
-        """Set every parameter group's learning rate, or what else is given, for the next update."""
+    def begin_update(self, settings: dict[str, Any]) -> None:
+        """Set every parameter group's learning rate, or what else is given, for the update that begins."""
+        self._batch_norms.keep()
         for group in self.optimizer.param_groups:
             for name, value in settings.items():
                 if isinstance(group[name], Tensor):
@@ -122,7 +146,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
-        # Engines average gradients over processes.
+        # Engines average gradients over ranks, and shares are summed. Accelerate divides the loss by its
+        # gradient_accumulation_steps, which `start_accelerator` sets to 1.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def finish_update(self, loss: Tensor) -> Tensor:
@@ -135,23 +160,37 @@ class Engine:
 
         Returns:
             The outcome, on the device, float32 of shape (3,), the same on all processes: the loss, the gradient norm,
-            and 1 where one of them is not finite, else 0. With 1, weights and states are as they were.
+            and 1 if one of them is not finite, else 0. If it is 1, the update is skipped: weights, states and the
+            statistics of batch norms do not change.
         """
+        outcome = self._apply(loss)
+        self._batch_norms.restore(outcome[2])
+        return outcome
+
+    def cancel_update(self) -> None:
+        """Restore the statistics of batch norms, which the micro-batches of an update have changed."""
+        self._batch_norms.restore(torch.ones((), device=self.accelerator.device))
+
+    def _apply(self, loss: Tensor) -> Tensor:
+        """Do what `finish_update` does, but for batch norms."""
+        self.accelerator.unscale_gradients()  # this also records overflows for `scaler.update`
         base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
-        outcome = self._outcome(loss, self._gradient_norm())
+        gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
+        outcome = self._outcome(loss, full_tensor(nn.utils.get_total_norm(gradients)))
         _, norm, skipped = outcome
-        clips = isinstance(base, Stacey)  # in the pass over the gradients that it makes anyway
-        if limit > 0 and not clips:
+        clips_in_step = isinstance(base, Stacey)  # no pass over the gradients of its own
+        if limit > 0 and not clips_in_step:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         optimizer: Any = self.optimizer.optimizer  # Accelerate's own step waits, to know whether it skips
-        if clips or getattr(base, "_step_supports_amp_scaling", False):
-            divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips and limit > 0 else None
+        if clips_in_step or getattr(base, "_step_supports_amp_scaling", False):
+            clips = clips_in_step and limit > 0
+            divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips else None
             with _set(base, grad_scale=divisor, found_inf=skipped.to(self._update_device(skipped.device))):
                 optimizer.step()
         elif not skipped:  # it cannot skip an update by itself, so the host waits
             optimizer.step()
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # it recorded overflows when `_gradient_norm` unscaled the gradients
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad()
         return outcome
 
@@ -159,6 +198,7 @@ class Engine:
         """Have Stacey's kernel read on the GPU whether an update is skipped, and count updates there."""
         base = base_optimizer(self.optimizer)
         if isinstance(base, Stacey) and self._kernel_runs_on_gpu():
+            # ZeroRedundancyOptimizer has its own copy of the groups.
             for group in (*self.optimizer.param_groups, *base.param_groups):
                 group["capturable"] = True
 
@@ -171,12 +211,8 @@ class Engine:
         groups = base_optimizer(self.optimizer).param_groups
         return next((param.device for group in groups for param in group["params"]), otherwise)
 
-    def _gradient_norm(self) -> Tensor:
-        self.accelerator.unscale_gradients()
-        return whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-
     def _outcome(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Return an update's outcome from the shares of the loss and the first process's norm, by one all-reduce."""
+        """Return an update's outcome by one all-reduce: the summed loss, rank 0's gradient norm, whether to skip."""
         # Replicas on unlike processors may sum the norm in another order, and would drift apart.
         norm = norm if self.accelerator.is_main_process else torch.zeros_like(norm)
         shared = torch.stack([loss, norm.to(loss)])
@@ -187,10 +223,10 @@ class Engine:
 
     def any_process(self, value: bool) -> bool:
         """Return whether `value` is true on any process. All processes call it together."""
-        return self.hosts.ask(Requests(stop=value))().stop
+        return self.agreement.ask(Requests(stop=value))().stop
 
     def state_report(self) -> str:
-        """Return how much optimizer state a process holds, for people. All processes call it together."""
+        """Return how much optimizer state a process holds, as a line to print. All processes call it together."""
         parts = fragments(self.model, self.optimizer)
         mine = [state_bytes(self.optimizer), sum(f.stop - f.start for f in parts if f.replica == 0)]
         figures = torch.tensor(mine, dtype=torch.int64, device=self.accelerator.device)
@@ -264,8 +300,11 @@ class DeepSpeedEngine(Engine):
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
 
-    def finish_update(self, loss: Tensor) -> Tensor:
-        """Have DeepSpeed clip (to the norm in its configuration) and apply the gradients; see `Engine`."""
+    def _apply(self, loss: Tensor) -> Tensor:
+        """Have DeepSpeed clip the gradients, to the norm in its configuration, and apply them.
+
+        It may apply an update whose loss is not finite.
+        """
         outcome = self._outcome(loss, torch.zeros_like(loss))
         self.model.step()
         norm = float(self.model.get_global_grad_norm() or 0.0)

@@ -187,9 +187,9 @@ def _elements(tensor: Tensor) -> int:
 def make_model(run: Run[Any], build: Callable[[], M]) -> M:
     """Build a model whose initial weights are functions of (seed, name, element).
 
-    Its parameters come without values, and on engines that shard them without memory; the engine writes the values.
-    Where it is not known what a model's initialization writes into some parameter, the model is built with its values,
-    from the seed: by the first process, if the engine sends the others their shares.
+    Its parameters have no values, and on engines that shard them no memory; the engine writes the values. If a module's
+    initialization is not recognized, the model is built with values from the seed: on rank 0 alone, if the engine sends
+    the other ranks their shards.
 
     Args:
         run: the run.

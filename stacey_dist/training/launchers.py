@@ -34,7 +34,7 @@ class Parts:
         prepare_data: Find or prepare the run's data. Called by all processes together, as are the others; returns
             whatever the other parts need of the data.
         build_model: Build the model from the run and its data, on the CPU, with the same initial weights on every
-            process; or by `stacey_dist.training.initial_weights.make_model`, with which none has more than its share.
+            process; or call `stacey_dist.training.initial_weights.make_model`, which gives each process only its shard.
         task: Make the task from the run, its data and its model; a subclass of `Task`.
         finish: Export the model of the last checkpoint, from the run, its data, its engine and the checkpoint's
             path; returns a line that says where it is. None: the checkpoints are all that is left.
@@ -135,24 +135,26 @@ class Launcher(Generic[C]):
         All processes call it together.
 
         Raises:
-            SettingsError: The data, the model or the engine cannot be had as the settings ask for.
+            SettingsError: The data, the model or the engine cannot be created as configured.
         """
         from accelerate.utils import set_seed
 
+        from stacey_dist.training.activation_checkpointing import checkpoint_activations
         from stacey_dist.training.engine import build_engine
         from stacey_dist.training.optimizers import build_optimizer, check_engine
         from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
-        from stacey_dist.training.recomputation import compute_again
         from stacey_dist.training.start import start
 
         check_engine(config.optimizer.name, requested_engine())
         parts = self.load_parts()
-        config.require(parts.finish is not None or config.hub.push_to is None, "hub.push_to", "no model is exported")
+        config.require(
+            parts.finish is not None or config.hub.push_to is None, "hub.push_to", "this program exports no model"
+        )
         run = start(config)
         data = parts.prepare_data(run)
         set_seed(config.seed)  # the main process may have drawn random numbers for the data
         model = parts.build_model(run, data)
-        compute_again(model, config.train.gradient_checkpointing)
+        checkpoint_activations(model, config.train.gradient_checkpointing)
         if config.train.compile:
             model.compile()
         by_owner = requested_engine() == ZERO_REDUNDANCY

@@ -119,8 +119,7 @@ class _Trainer(Training):
             self.outcomes.read()
         settings = scheduled(self.config, progress.step, progress.skipped_steps)
         self.lr = settings["lr"]
-        engine.set_group_settings(settings)
-        engine.batch_norms.keep()
+        engine.begin_update(settings)
         count = self.run.process_batch_size // self.run.micro_batch_size
         loss = torch.zeros((), device=self.run.accelerator.device)
         for number, batch in enumerate(self._micro_batches(count)):
@@ -130,9 +129,8 @@ class _Trainer(Training):
                 share = self.task.loss(engine.model, batch)
                 engine.backward(share)
             loss += share.detach()
-        agreed = engine.hosts.ask(self._requests())
+        agreed = engine.agreement.ask(self._requests())
         outcome = engine.finish_update(loss)
-        engine.batch_norms.restore(outcome[2])
         progress.step += 1
         progress.position += self.task.batch_size
         self.outcomes.add(outcome)
@@ -237,13 +235,11 @@ class _Trainer(Training):
             )
 
     def _micro_batches(self, count: int) -> Iterator[Any]:
-        """Yield the update's micro-batches. A single process that waits for one when it has to stop saves and exits.
+        """Yield the update's `count` micro-batches.
 
-        Raises ValueError if the task does not have `count` of them: the last one has the engine add the gradients of
-        the processes.
-
-        With several processes, the others are in the middle of an update that this process cannot finish. So it ends
-        with an error, and they end too.
+        Raises ValueError if the task yields another number: gradients are reduced in the last one. If a stop signal
+        arrives while this process waits for data, a single process saves and exits; one of several raises an error,
+        because the others are in the middle of an update.
         """
         try:
             given = 0
@@ -254,15 +250,14 @@ class _Trainer(Training):
         except StoppedWaitingError:
             if self.run.accelerator.num_processes > 1:
                 raise
-            self.engine.batch_norms.restore(torch.ones((), device=self.run.accelerator.device))
+            self.engine.cancel_update()
             self.outcomes.read()
             self._save_and_wait(delete_older=not self.outcomes.last.skipped)
             self.leave()
         if given != count:
             raise ValueError(
-                f"{type(self.task).__name__}.micro_batches gave {'at least ' if given > count else ''}{given} of an "
-                f"update on a process; there must be {count}: train.global_batch_size / processes / "
-                "train.micro_batch_size"
+                f"{type(self.task).__name__}.micro_batches yielded {'at least ' if given > count else ''}{given} "
+                f"micro-batches; expected {count} = train.global_batch_size / processes / train.micro_batch_size"
             )
 
     def _seed(self, number: int) -> None:

@@ -1,6 +1,8 @@
 """Build the optimizer of a configuration, with parameter groups with and without weight decay."""
 
+import inspect
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,20 +14,16 @@ from stacey_dist.optim import LpDescent, Stacey
 from stacey_dist.training.muon import MuonWithAdamW, hidden_matrices
 from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig
 
-# What an engine must leave as it is, and the engines that do. FSDP2's DTensors gather what Muon needs.
-_ENGINES = {
-    "muon": ("whole matrices", ("single", "ddp", "fsdp2")),
-    "ademamix": ("one count of updates for all parameters", ("single", "ddp")),
-}
+# Optimizers that some engines cannot run, and the engines that can: Muon needs whole matrices, which FSDP2's DTensors
+# gather, and AdEMAMix one count of updates for all parameters.
+_ENGINES = {"muon": ("single", "ddp", "fsdp2"), "ademamix": ("single", "ddp")}
 
 
 def check_engine(name: str, engine: str) -> None:
     """Raise SettingsError where an optimizer does not go with an engine, or is not there."""
-    needs, engines = _ENGINES.get(name, ("", (engine,)))
+    engines = _ENGINES.get(name, (engine,))
     if engine not in engines:
-        raise SettingsError(
-            f"optimizer.name: {name} is not allowed with {engine}; it needs {needs}, as {', '.join(engines)} have them"
-        )
+        raise SettingsError(f"optimizer.name: {name} is not supported with {engine}; use {', '.join(engines)}")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise SettingsError(f"optimizer.name: muon needs torch >= 2.9, and this is {torch.__version__}")
 
@@ -67,8 +65,9 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
     settings: dict[str, Any] = dict(lr=config.lr)
     match config.name:
         case "stacey":
-            names = ("p", "variant", "alpha", "tau", "betas", "eps", "z_init", "state_dtype", "rounding")
-            return Stacey, settings | {name: getattr(config, name) for name in names} | {"seed": seed}
+            accepted = inspect.signature(Stacey).parameters.keys() - {"weight_decay"}  # which is a group's
+            own = {field.name: getattr(config, field.name) for field in fields(config) if field.name in accepted}
+            return Stacey, settings | own | {"seed": seed}
         case "lp_descent":
             return LpDescent, dict(settings, p=config.p, eps=config.eps, rounding=config.rounding, seed=seed)
         case "adamw":
@@ -94,9 +93,9 @@ def _class_and_settings(config: OptimizerConfig, seed: int) -> tuple[type[Optimi
 def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
     """Return those settings of update number `step` (from 0) that change over a run.
 
-    A pure function of the update's number, and of how many before it were skipped: nothing to save, and nothing that a
-    number of processes could step too often. All but the learning rate are constant in the paper, and unless the
-    settings say otherwise.
+    A pure function of the update's number and of the number of skipped updates before it: there is no state to save.
+    All but the learning rate are constant in the paper, and unless the settings say otherwise. alpha and tau are scaled
+    here; `Stacey(lr_reference=...)` does the same for programs whose groups have different learning rates.
     """
     optimizer, schedule = config.optimizer, config.schedule
     max_steps = config.train.max_steps
@@ -124,9 +123,9 @@ def scheduled(config: RunConfig, step: int, skipped: int = 0) -> dict[str, Any]:
 
 
 def depends_on_skipped(config: RunConfig, applied: int) -> bool:
-    """Return whether `scheduled` differs between an optimizer that has made `applied` updates and one with more.
+    """Return whether `scheduled` depends on the number of skipped updates, after `applied` updates that were not.
 
-    Bias correction has ended once beta2^t is nothing beside 1.
+    Bias correction ends once 1 - beta2^t rounds to 1.
     """
     optimizer = config.optimizer
     if optimizer.name == "ademamix":
@@ -140,7 +139,9 @@ def corrected_betas(betas: tuple[float, float], step: int) -> tuple[float, float
     With W_t = 1 - beta2^t, the sum of weights in a moving average of t gradients that began at 0,
 
         m_t / W_t = b2 m_(t-1) / W_(t-1) + (1 - b2) g_t,     b2 = beta2 W_(t-1) / W_t
-        c_t / (...) = b1 m_(t-1) / W_(t-1) + (1 - b1) g_t,   b1 = beta1 W_(t-1) / (beta1 W_(t-1) + 1 - beta1).
+        c_t / B_t = b1 m_(t-1) / W_(t-1) + (1 - b1) g_t,     b1 = beta1 W_(t-1) / B_t
+
+    with B_t = beta1 W_(t-1) + 1 - beta1.
     """
     beta1, beta2 = betas
     weight, next_weight = 1.0 - beta2**step, 1.0 - beta2 ** (step + 1)

@@ -83,7 +83,7 @@ class Outcomes:
         """The last one that was read; not a number before the first."""
         self.skipped_in_a_row = 0
         self.too_many = ""
-        """Which updates were skipped in a row, for people, where they are more than the limit."""
+        """Text that says which updates were skipped in a row, where they are more than the limit."""
 
     @property
     def unread(self) -> int:

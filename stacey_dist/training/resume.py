@@ -28,8 +28,8 @@ _NOT_OF_THE_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "t
 def restore(run: Run, engine: Engine, task: Task) -> Progress:
     """Load the newest complete and undamaged checkpoint of the run, or `checkpoint.resume_from`, if there is one.
 
-    One whose weights or optimizer states are not finite is skipped: no update from it could be applied. The updates
-    that are left of `train.epochs` are counted with the batch of now, which may not be the checkpoint's.
+    A checkpoint with weights or optimizer states that are not finite is skipped: no update from it could be applied.
+    The remaining updates of `train.epochs` are computed with the current batch size.
 
     Raises:
         SettingsError: the checkpoint was made with another model, data, seed or batch (the message lists the
@@ -42,7 +42,9 @@ def restore(run: Run, engine: Engine, task: Task) -> Progress:
     path, manifest = chosen
     extra, setting = manifest["extra"], _setting(run, path)
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
-        run.fail(f"{setting}: {path} is not of a run: it does not say its {' and '.join(sorted(missing))}")
+        run.fail(
+            f"{setting}: {path} is not a checkpoint of a run: its manifest has no {' and no '.join(sorted(missing))}"
+        )
     run.resolve_max_steps(task.samples_per_epoch, extra["step"], extra["position"])
     run.call_on_main(lambda: _check(run, path, extra, engine.module, task.data_identity))
     try:
@@ -178,8 +180,8 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
         refused += [text for name, text in changed.items() if name.startswith(("data.", "tokenizer."))]
     if refused:
         raise SettingsError(
-            f"{setting}: {path} is of another run; give another {setting}, or the settings it was made with, or name "
-            f"the changes that you want, except of {' and '.join(_NEVER_CHANGED)}, in checkpoint.allow_changes:\n  "
+            f"{setting}: {path} belongs to another run. Set another {setting}, restore the settings below, or list "
+            f"them in checkpoint.allow_changes (not possible for {' and '.join(_NEVER_CHANGED)}):\n  "
             + "\n  ".join(refused)
         )
     for text in changed.values():

@@ -76,7 +76,7 @@ class Saver:
         return by_count or step in updates_before_decay(self.run.config)[:1]
 
     def save(self, progress: Progress, *, delete_older: bool = True, must_succeed: bool = False) -> Path:
-        """Save, beside training if the settings say so, and return the path. Its failure is then reported later.
+        """Start a save and return its path. With `checkpoint.asynchronous`, a failure is reported later.
 
         Args:
             progress: of the run.
@@ -94,7 +94,7 @@ class Saver:
         return path
 
     def describe_resume_point(self) -> str:
-        """Return what the same command would resume from, for people, after a save in progress has ended."""
+        """Return a sentence on what the same command would resume from, after a save in progress has ended."""
         self._background.wait()
         usable = newest_usable(self.run.directory / "checkpoints")
         if usable is None:

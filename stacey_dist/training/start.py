@@ -20,7 +20,7 @@ from stacey_dist.training.settings.config import RunConfig
 def start(config: C) -> Run[C]:
     """Join the processes and prepare the run directory for a checked configuration.
 
-    Raises SettingsError for what the launch or its DeepSpeed configuration asks for and cannot be had.
+    Raises SettingsError if what the launch or its DeepSpeed configuration asks for is not available.
     """
     transformers.utils.logging.disable_progress_bar()
     separate_runs_of_a_sweep(config)

@@ -62,7 +62,8 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the micro-batch's share of the update's loss, a scalar.
 
-        The shares of all micro-batches and processes sum to the mean: divide by what the whole update holds.
+        It is the summed loss of the micro-batch, divided by the number of samples (or tokens) in the whole update, over
+        all micro-batches and processes. The mean of the micro-batch is too large: nothing divides it later.
         """
         ...
 

@@ -21,7 +21,7 @@ from stacey_dist.models.causal_lm import (
     read_description,
     router_weight,
 )
-from stacey_dist.training.recomputation import compute_again
+from stacey_dist.training.activation_checkpointing import checkpoint_activations
 from stacey_dist.training.reports.flops import flops_per_token
 from tests.models.architectures import ARCHITECTURES, OTHERS, SHAPE, described
 
@@ -161,7 +161,7 @@ def test_activations_that_are_computed_again_are_the_same(kind, recomputed):
     gradients = []
     for kept in (False, recomputed):
         model = made(kind, attention_of(causal_config(described(kind)), LENGTH)).train()
-        compute_again(model, kept)
+        checkpoint_activations(model, kept)
         torch.manual_seed(1)  # of dropout
         output = model(input_ids=torch.arange(48).reshape(3, LENGTH))
         (output.logits.square().mean() + (getattr(output, "aux_loss", None) or 0)).backward()

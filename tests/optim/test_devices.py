@@ -18,7 +18,7 @@ def results(variant, p, dtype):
         for narrow in (BF16, torch.float16)
     ]
     lr = torch.ones(1, device="cuda", dtype=torch.float64)
-    return [*new, *rounded, rule.follow(lr, 0.013, 0.3, 0.2, F32)]
+    return [*new, *rounded, rule.scale_with_lr(lr, 0.013, 0.3, 0.2, F32)]
 
 
 @pytest.mark.parametrize("variant", ["p2", "pp", "2p"])

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from stacey_dist import Stacey
 from stacey_dist.optim.kernels import Call
-from stacey_dist.optim.rule import MAX_LOG2_ALPHA, follow, log2_in_parts
+from stacey_dist.optim.rule import MAX_LOG2_ALPHA, log2_in_parts, scale_with_lr
 from tests.optim.helpers import make_problem, run
 from tests.optim.kernel_cases import BF16, F32, assert_same_bits, make_row
 
@@ -179,7 +179,7 @@ def test_a_learning_rate_on_the_device_gives_the_same_bits(triton_kernel, varian
 
 
 def test_the_share_is_exact_at_the_reference():
-    values = follow(torch.tensor([0.013], dtype=torch.float64), 0.013, 0.3, 0.2, torch.float32).tolist()
+    values = scale_with_lr(torch.tensor([0.013], dtype=torch.float64), 0.013, 0.3, 0.2, torch.float32).tolist()
     assert values[:2] == [0.3, 0.2]
     assert 2 ** (values[2] + values[3]) == pytest.approx(0.3, rel=1e-15)
 
@@ -209,7 +209,7 @@ def test_bad_references(value):
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.0, 1.4, 1e-9])
 def test_parts_of_the_logarithm_are_an_integer_and_at_most_a_half(dtype, share, alpha):
     lr = torch.tensor([share], dtype=torch.float64)
-    alpha_now, _, whole, fraction = follow(lr, 1.0, alpha, 0.1, dtype).tolist()
+    alpha_now, _, whole, fraction = scale_with_lr(lr, 1.0, alpha, 0.1, dtype).tolist()
     assert whole == round(whole)
     assert abs(fraction) <= 0.5
     assert whole + fraction == pytest.approx(math.log2(alpha_now), abs=2e-7)  # log2_parts' error in float32
@@ -217,7 +217,9 @@ def test_parts_of_the_logarithm_are_an_integer_and_at_most_a_half(dtype, share, 
 
 def test_the_logarithm_of_a_large_alpha_is_bounded_with_a_share_too():
     # More would exceed the exponents of float32 in the mirror step.
-    *_, whole, fraction = follow(torch.tensor([1e30], dtype=torch.float64), 1.0, 1e30, 0.1, torch.float32).tolist()
+    *_, whole, fraction = scale_with_lr(
+        torch.tensor([1e30], dtype=torch.float64), 1.0, 1e30, 0.1, torch.float32
+    ).tolist()
     assert whole == MAX_LOG2_ALPHA
     assert abs(fraction) <= 0.5
     assert sum(log2_in_parts(1e60)) == MAX_LOG2_ALPHA

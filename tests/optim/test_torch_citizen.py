@@ -322,7 +322,7 @@ def test_a_capture_needs_capturable(optimizer_class, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph.*capturable=True is needed in every group"):
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph.*Set capturable=True in every group"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -224,7 +224,9 @@ def simulate(rank, processes, cases):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     before, found = dict(os.environ), []
-    engine_module.Hosts = lambda processes, timeout: requests.Hosts(1, timeout)  # the fake store has no group of gloo
+    engine_module.Agreement = lambda processes, timeout: requests.Agreement(
+        1, timeout
+    )  # the fake store has no group of gloo
     for engine, config, vocabulary, update in cases:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()

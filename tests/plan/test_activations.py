@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stacey_dist.models.causal_lm import attention_of, causal_config, new_model
 from stacey_dist.plan.activations import activations
 from stacey_dist.plan.measured import _measure, measured
-from stacey_dist.training.recomputation import KEPT, compute_again
+from stacey_dist.training.activation_checkpointing import KEPT, checkpoint_activations
 from tests.models.architectures import described
 
 
@@ -72,7 +72,7 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
     sequences, length, shape = SHAPES[name]
     model = LlamaForCausalLM(shape).to(torch.bfloat16 if arithmetic == "low" else torch.float32)
     assert model.config._attn_implementation == "sdpa"
-    compute_again(model, checkpointing)
+    checkpoint_activations(model, checkpointing)
     model.train()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
@@ -128,7 +128,7 @@ def test_more_layers_and_sequences_are_extrapolated(kind):
         how = (16, arithmetic)
         model = new_model(causal_config(own), attention_of(causal_config(own), 16)).train()
         model.to(torch.bfloat16 if arithmetic == "low" else torch.float32)
-        compute_again(model, checkpointing)
+        checkpoint_activations(model, checkpointing)
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         saved, *parts = _measure(model, 3, *how)  # for real: a router sends tokens where it will

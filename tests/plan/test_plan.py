@@ -234,7 +234,7 @@ def test_options_of_the_launcher_are_options_of_the_plan(capsys):
         (["--nodes", "3"], "train.global_batch_size: 16 is not a multiple of the 24 GPUs"),
         (["--micro-batch-size", "16"], "train.micro_batch_size: 16 does not divide train.global_batch_size / GPUs = 2"),
         (["--optimizer", "muon"], "optimizer.name: muon is not planned yet"),
-        (["--optimizer", "ademamix", "--engine", "zero2"], "optimizer.name: ademamix is not allowed with deepspeed"),
+        (["--optimizer", "ademamix", "--engine", "zero2"], "optimizer.name: ademamix is not supported with deepspeed"),
         (["--model.attention", "eager"], "model.attention: eager is not planned"),
         (["--data.document_mask", "true"], "data.document_mask: true is not planned"),
         (["--nodes", "0"], "--nodes: 0 is not allowed; it must be >= 1"),

@@ -43,7 +43,7 @@ EVENTS = {
     "evaluation": (loop, "_evaluate"),
 }
 # DeepSpeed's engine has its own.
-ALSO = {"backward": (engine.DeepSpeedEngine, "backward"), "update": (engine.DeepSpeedEngine, "finish_update")}
+ALSO = {"backward": (engine.DeepSpeedEngine, "backward")}
 
 
 def main():

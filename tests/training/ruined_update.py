@@ -45,6 +45,5 @@ def finish_update(original):
 
 
 if __name__ == "__main__":
-    for owner in (engine.Engine, engine.DeepSpeedEngine):
-        owner.finish_update = finish_update(owner.finish_update)
+    engine.Engine.finish_update = finish_update(engine.Engine.finish_update)
     replace(LLM, load_parts=lambda: replace(llm.PARTS, task=RuinedLoss)).main()

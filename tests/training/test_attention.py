@@ -1,4 +1,4 @@
-"""Attention: documents packed into windows are as if alone, on every implementation; what cannot be had is refused."""
+"""Attention: packed documents are as if alone, on every implementation; what is not available is refused."""
 
 import sys
 from types import SimpleNamespace

@@ -113,7 +113,7 @@ def test_another_run_in_the_same_directory_is_refused(uninterrupted, tmp_path):
     run = shutil.copytree(directory / "run", tmp_path / "run")
     before = (run / "config.yaml").read_text()
     output = launch("--config", config, "--run_dir", run, "--seed", 1, "--model.num_hidden_layers", 3, expect=2)
-    assert "is of another run" in output
+    assert "belongs to another run" in output
     assert "seed: 0 in the checkpoint, 1 now" in output
     assert "model.num_hidden_layers: 2 in the checkpoint, 3 now" in output
     output = launch("--config", config, "--run_dir", run, "--checkpoint.resume", "never", expect=2)

@@ -123,7 +123,7 @@ def test_its_runs_are_guarded_as_the_packages_own(one, tmp_path):
 def test_what_its_model_cannot_do_is_refused(tmp_path):
     options = ("--run_dir", tmp_path / "run", "--train.max_steps", "1")
     output = launch(*options, "--hub.push_to", "a/b", program=EXAMPLE, expect=2)
-    assert "hub.push_to: a/b is not allowed; no model is exported" in output
+    assert "hub.push_to: a/b is not allowed; this program exports no model" in output
     output = launch(*options, "--train.gradient_checkpointing", "true", program=EXAMPLE, expect=2)
     assert "train.gradient_checkpointing: True is not allowed; Sequential has none" in output
 

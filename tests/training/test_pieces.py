@@ -24,7 +24,7 @@ from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.processes import devices, signals
 from stacey_dist.training.processes.failures import user_errors
-from stacey_dist.training.processes.requests import Hosts, Requests
+from stacey_dist.training.processes.requests import Agreement, Requests
 from stacey_dist.training.progress import Outcomes, Progress
 from stacey_dist.training.reports.flops import peak_flops
 from stacey_dist.training.reports.progress_line import duration
@@ -381,9 +381,9 @@ def agreed(rank):
     """Return what processes agree on whose replicas have summed the norm in another order."""
     engine = object.__new__(Engine)
     engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0)
-    engine.hosts = Hosts(2, timeout=60.0)
+    engine.agreement = Agreement(2, timeout=60.0)
     norm = torch.tensor(1.0) if rank == 0 else torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    answer = engine.hosts.ask(Requests(stop=rank == 1))
+    answer = engine.agreement.ask(Requests(stop=rank == 1))
     outcomes = [engine._outcome(torch.tensor(value), norm).tolist() for value in (2.0 + rank, (0.0, torch.inf)[rank])]
     mine = [outcomes, answer(), engine.any_process(rank == 1), engine.any_process(False)]
     everyone = [None, None]
@@ -421,10 +421,12 @@ def test_the_statistics_are_those_of_the_model_that_an_engine_has_moved(monkeypa
     monkeypatch.setattr(Engine, "_make_capturable", lambda self: None)
     monkeypatch.setattr(engine_module, "fragments", lambda *sharded: [])
     model = torch.nn.BatchNorm1d(2)
-    engine = Engine(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), config=RunConfig()), model, None)
-    engine.batch_norms.keep()
+    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    engine = Engine(SimpleNamespace(accelerator=accelerator, config=RunConfig()), model, None)
+    engine.optimizer = SimpleNamespace(param_groups=[])
+    engine.begin_update({})
     model(torch.full((4, 2), torch.inf))
-    engine.batch_norms.restore(torch.ones(()))
+    engine.cancel_update()
     assert torch.equal(model.running_mean, torch.zeros(2))
 
 

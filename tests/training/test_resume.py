@@ -166,11 +166,11 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "name", "line"), CHANGES, ids=[name for _, name, _ in CHANGES])
 def test_a_changed_run_is_refused_unless_the_change_is_wanted(directory, capsys, change, name, line):
-    with pytest.raises(SettingsError, match="is of another run") as refused:
+    with pytest.raises(SettingsError, match="belongs to another run") as refused:
         directory.start(**change)
     assert str(refused.value).splitlines()[1:] == [f"  {line}"]
     others = [other for _, other, _ in CHANGES if other != name]
-    with pytest.raises(SettingsError, match="is of another run"):
+    with pytest.raises(SettingsError, match="belongs to another run"):
         directory.start(**change, checkpoint__allow_changes=others)
     assert directory.start(**change, checkpoint__allow_changes=[name])[:2] == (
         Progress(20, 320, 1, evaluated_step=20),
@@ -203,7 +203,7 @@ def test_changes_of_a_mixture_are_named(tmp_path, capsys):
     directory.start(data__sources=sources)
     assert "data.sources" not in capsys.readouterr().out
     others = [SourceConfig(files=["a.txt"], weight=2.0), SourceConfig(files=["b.txt"])]
-    with pytest.raises(SettingsError, match="is of another run") as refused:
+    with pytest.raises(SettingsError, match="belongs to another run") as refused:
         directory.start("other data", data__sources=others)
     lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
     assert lines[0].startswith("data: the training or held-out data are not those")
@@ -269,7 +269,7 @@ def test_a_damaged_or_foreign_source_is_refused(directory, tmp_path):
     foreign = save_checkpoint(tmp_path / "foreign", model, Stacey(model.parameters()), {"step": 3})
     with pytest.raises(SettingsError, match="does not say its position and skipped_steps"):
         branch.start(checkpoint__resume_from=str(foreign))
-    with pytest.raises(SettingsError, match="is of another run"):
+    with pytest.raises(SettingsError, match="belongs to another run"):
         branch.start(checkpoint__resume_from=str(directory.checkpoint(20)), seed=5)
 
 

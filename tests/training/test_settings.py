@@ -298,7 +298,7 @@ OUT_OF_RANGE = [
     ("--model.pretrained a --model.embeddings keep", "model.embeddings: keep is not allowed; it goes with tokenizer.n"),
     ("--model.pretrained a --tokenizer.name b", "tokenizer.name: b is not allowed; say what becomes of the embeddings"),
     ("--model.pretrained a --tokenizer.file b", "tokenizer.file: b is not allowed; say what becomes of the embeddings"),
-    ("--model.config=~/a.json", "model.config: ~/a.json is not allowed; it must be a path written in full"),
+    ("--model.config=~/a.json", "model.config: ~/a.json is not allowed; it must be a path; a leading ~"),
     ("--data.validation_every 1", "data.validation_every: 1"),
     ("--data.sequence_length 0", "data.sequence_length: 0"),
     ("--data.files a.txt --data.dataset c4", "data.dataset: c4 is not allowed; give either data.files or data.dataset"),
@@ -307,8 +307,8 @@ OUT_OF_RANGE = [
     ("--hub.push_to a/b/c", "hub.push_to: a/b/c is not allowed; it must be the name of a model repository"),
     ("--seed -1", "seed: -1"),
     ("--seed 4294967296", "seed: 4294967296 is not allowed; it must be within [0, 4294967295]"),
-    ("--run_dir=~/run", "run_dir: ~/run is not allowed; it must be a path written in full"),
-    ("--data.cache_dir=~/cache", "data.cache_dir: ~/cache is not allowed; it must be a path written in full"),
+    ("--run_dir=~/run", "run_dir: ~/run is not allowed; it must be a path; a leading ~"),
+    ("--data.cache_dir=~/cache", "data.cache_dir: ~/cache is not allowed; it must be a path; a leading ~"),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Imported:
     """A foreign checkpoint as whole tensors, by the names of the model's parameters and buffers."""
 
     maker: str
-    """Whose it is, for people."""
+    """Who wrote it, as text."""
     weights: dict[str, Tensor]
     """Parameters (fp32 masters where there are some) and buffers."""
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)

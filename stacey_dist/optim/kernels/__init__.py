@@ -43,11 +43,11 @@ class Call:
     grad_scale: Tensor | None = None
     """Gradients are first multiplied by its reciprocal, rounded to float32."""
     capturable: bool = False
-    """The step counts lie on the device, and so do `lr` and `found_inf`; the host must not wait for any of them."""
+    """The step counts, `lr` and `found_inf` are on the device; the host does not wait for them."""
     lr: Tensor | None = None
     """Takes the place of `settings.lr`, for a kernel that is `capturable`."""
     lr_reference: float | None = None
-    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `rule.follow`."""
+    """With `lr`: the learning rate at which `settings.alpha` and `settings.tau` hold; see `rule.scale_with_lr`."""
     found_inf: Tensor | None = None
     """For a kernel that is `capturable`: nothing changes unless it is 0."""
 
@@ -56,10 +56,10 @@ class Kernel(Protocol):
     """One update of many parameters."""
 
     name: str
-    """For people, as in "C++ for AVX-512"."""
+    """A human-readable name, as "C++ for AVX-512"."""
 
     def __call__(self, rows: list[Row], call: Call) -> None:
-        """Update the rows in place and count their steps up. They are all of one `kind`."""
+        """Update the rows in place and increment their step counts. All rows have one `launch_key`."""
         ...
 
 
@@ -81,7 +81,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def kind(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
+def launch_key(row: Row) -> tuple[int, torch.dtype, torch.dtype, torch.dtype] | None:
     """Return what rows of one launch have in common: device index, and dtypes of weight, gradient and states.
 
     None if there is a `refusal`. Raises ValueError where a state has another shape or device than its parameter:

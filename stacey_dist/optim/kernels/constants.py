@@ -17,7 +17,11 @@ def power_kind(s: StaceySettings) -> int:
 
 
 def float_constants(s: StaceySettings) -> dict[str, float]:
-    """Return the numbers that the kernels round to float32, as torch does beside a float32 tensor, in their order."""
+    """Return the kernels' float32 constants, in the order of `Settings` in cpu.cpp.
+
+    The kernels round them to float32, as torch rounds a Python number beside a float32 tensor. With the lr on the
+    device, `triton.stacey_step` computes `primal_rate`, `pull` and what follows the lr by itself: change both.
+    """
     numbers = dict(
         primal_rate=(1.0 - s.tau) * s.lr,
         pull=s.tau + s.lr * s.weight_decay,

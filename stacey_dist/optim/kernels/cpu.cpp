@@ -47,6 +47,7 @@ struct Factor {
     float high, low, value;
 };
 
+// cpu.py has the same fields. The floats up to `inverse_scale` are those of constants.float_constants, in its order.
 struct Settings {
     int32_t variant, power, mirror_is_plain, alpha_is_zero, stochastic, has_scale;
     int32_t weight_dtype, gradient_dtype, z_dtype, m_dtype;
@@ -62,7 +63,7 @@ struct Tensors {
     void *weight;
     const void *gradient;
     void *z, *m;
-    int64_t *step;  // is counted up
+    int64_t *step;  // is incremented
     int64_t size;
 };
 
@@ -516,8 +517,8 @@ STAGE direction_stage(Buffers &b, int groups, const Settings &s) {
 }
 
 // The dual step of (p,p) and (2,p): u = |z|^(p-2) z - alpha c,  z' = sign(u) |u|^(1/(p-1)).
-//     z' = z (1 + t)^r                        where |z|^(p-1) >= alpha |c|
-//     z' = -sign(c) (alpha |c|)^r (1 + t)^r   elsewhere,             r = 1 / (p - 1)
+//     z' = z (1 + ratio)^r                        where |z|^(p-1) >= alpha |c|
+//     z' = -sign(c) (alpha |c|)^r (1 + ratio)^r   elsewhere,             r = 1 / (p - 1)
 
 STAGE z_stage(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
     EACH_GROUP {

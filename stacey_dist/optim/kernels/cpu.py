@@ -15,13 +15,13 @@ import torch
 from stacey_dist.optim.kernels import Call, NoKernelError, Row
 from stacey_dist.optim.kernels.constants import VARIANTS, float_constants, power_kind
 
-# By torch.backends.cpu.get_cpu_capability(): the library's name and the one for people. torch's AVX2 includes FMA3.
+# By torch.backends.cpu.get_cpu_capability(): the library's name and a human-readable one. torch's AVX2 includes FMA3.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "AVX-512"), "AVX2": ("avx2", "AVX2")}
 PORTABLE = ("portable", "any processor")
 
 
 class _Settings(ctypes.Structure):
-    """`Settings` in cpu.cpp."""
+    """Mirror `Settings` in cpu.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("variant", "power", "mirror_is_plain", "alpha_is_zero")),
@@ -38,7 +38,7 @@ class CpuKernel:
 
     Args:
         instruction_set: as in the library's name.
-        name: for people.
+        name: a human-readable one.
 
     Raises NoKernelError: the library is not there, or can't be loaded.
     """
@@ -76,8 +76,8 @@ class CpuKernel:
 
 def _find(name: str) -> Callable[..., Any]:
     """Return the function of the library of this name that was compiled from the cpu.cpp here."""
-    # A program that is started in the source tree imports the package from there; what was compiled is where the
-    # package is installed.
+    # A program started in the source tree imports the package from there, but the compiled library is in the installed
+    # package.
     here = Path(__file__).parent
     directories = [here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)]
     files = [path / f"{name}.so" for path in directories]

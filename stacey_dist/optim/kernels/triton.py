@@ -25,7 +25,7 @@ from stacey_dist.optim.kernels import Call, NoKernelError, Row, is_capturing
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
-from stacey_dist.optim.rule import HALF, StaceySettings, follow, log2_in_parts
+from stacey_dist.optim.rule import HALF, StaceySettings, log2_in_parts, scale_with_lr
 
 try:
     import triton
@@ -290,7 +290,7 @@ def stacey_step(
         mask = tl.max_constancy(mask, 8)
     if HAS_FOUND_INF:
         mask = tl.where(tl.load(found_inf) == 0.0, mask, False)
-    if LR_ON_DEVICE:  # (1 - tau) lr and tau + lr lambda, as Python works them out
+    if LR_ON_DEVICE:  # (1 - tau) lr and tau + lr lambda, as Python computes them; `_rates` has the order of `rates`
         lr = tl.load(rates)
         primal_rate = (tl.load(rates + 1) * lr).to(tl.float32)
         pull = (tl.load(rates + 2) + lr * tl.load(rates + 3)).to(tl.float32)
@@ -430,7 +430,7 @@ class _Tables:
 
 
 class TritonKernel:
-    """One launch for all rows. The tables of each parameter group serve again; what has moved since is sent again."""
+    """One launch for all rows. Tables are cached for each parameter group; only changed columns are copied again."""
 
     name = "Triton"
 
@@ -448,9 +448,9 @@ class TritonKernel:
             torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
     def _prepare(self, rows: list[Row], call: Call) -> Callable[[], object]:
-        """Count the steps, send what has moved, and return the launch."""
+        """Increment the step counts, copy changed addresses to the device, and return the launch."""
         s, first = call.settings, rows[0]
-        tables = self._find_tables(rows, call)
+        tables = self._advance(rows, call)
         unused = tables.table
         rates = unused if call.lr is None else self._rates(call, tables.table.device)
         device = unused.device  # to which torch's fused optimizers move these too
@@ -459,7 +459,7 @@ class TritonKernel:
             stacey_step[(tables.programs,)],
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf.to(device),
-            *float_constants(s).values(),
+            **float_constants(s),
             **compile_time_values(
                 s, first.weight.dtype, first.gradient.dtype, first.z.dtype, stochastic=call.stochastic,
                 lr_on_device=call.lr is not None, has_scale=call.grad_scale is not None,
@@ -477,12 +477,12 @@ class TritonKernel:
         rest = torch.empty(len(numbers), dtype=torch.float64, device=device)
         self._copy(np.array(numbers), rest)
         if call.lr_reference is not None:
-            alpha, tau, *log2_alpha = follow(lr, call.lr_reference, s.alpha, s.tau, torch.float32).split(1)
+            alpha, tau, *log2_alpha = scale_with_lr(lr, call.lr_reference, s.alpha, s.tau, torch.float32).split(1)
             rest = torch.cat([1.0 - tau, tau, rest[2:3], alpha, *log2_alpha])
         return torch.cat([lr, rest])
 
-    def _find_tables(self, rows: list[Row], call: Call) -> _Tables:
-        """Count the rows' steps up; return their tables, to which what has moved since the last launch is sent."""
+    def _advance(self, rows: list[Row], call: Call) -> _Tables:
+        """Increment the rows' step counts, copy changed addresses to the device, and return the rows' tables."""
         weights, gradients, zs, ms, steps = zip(*rows, strict=True)
         device, capturing = weights[0].device, is_capturing()
         sizes = list(map(Tensor.numel, weights))

@@ -88,8 +88,8 @@ def complete(run: Run[Any]) -> None:
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise SettingsError(
-            f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3, "
-            "and configs/accelerate/ddp.yaml shards nothing"
+            f"zero_optimization.stage: {stage} in the DeepSpeed configuration is not allowed; it must be 1, 2 or 3; "
+            "to train without sharding, use configs/accelerate/ddp.yaml"
         )
     _check_supported(config)
     if run.config.weights_dtype != "float32":

@@ -196,7 +196,7 @@ class Heartbeat:
         return [int(counter) for counter in self.store.multi_get(keys)]
 
     def _names(self, ranks: list[int]) -> str:
-        """Return ranks for people: "rank 3 on a, ranks 8, 9 on b"."""
+        """Return ranks as text: "rank 3 on a, ranks 8, 9 on b"."""
         by_host: dict[str, list[str]] = {}
         for other in ranks:
             known = self.store.check([f"host/{other}"])

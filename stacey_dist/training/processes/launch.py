@@ -144,7 +144,7 @@ def _check_engine(requested: str, accelerator: Accelerator) -> None:
 
 
 def describe_engine(accelerator: Accelerator) -> str:
-    """Return how processes share the work, for people: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
+    """Return how processes share the work, as text: " with DeepSpeed ZeRO-2", " with FSDP2", "" for one process."""
     name = requested_engine()
     if name == "deepspeed":
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]

@@ -13,7 +13,7 @@ from stacey_dist.errors import SettingsError
 
 # What a process has open besides: libraries, devices, data, logs.
 _OTHERS = 512
-# Groups of gloo: the requests of an update, checkpoints (or the default group, on CPUs), and saving beside training.
+# Groups of gloo: the requests of an update, checkpoints (or the default group, on CPUs), and saving in the background.
 _GROUPS = 3
 
 

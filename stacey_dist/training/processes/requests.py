@@ -1,4 +1,4 @@
-"""Requests of processes to each other during a run. The hosts agree on them without waiting for a device."""
+"""Requests of processes to each other during a run. They are combined on the CPU, without waiting for a device."""
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -24,8 +24,10 @@ class Requests:
     """A checkpoint is complete, and the callbacks do not know of it."""
 
 
-class Hosts:
-    """Combine requests between hosts, over a gloo group of its own. All processes create it together.
+class Agreement:
+    """Combines the requests of all processes by all-reduces on the CPU, in a gloo group of its own.
+
+    All processes create it together.
 
     Args:
         processes: how many there are.

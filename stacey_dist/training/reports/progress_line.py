@@ -1,4 +1,4 @@
-"""The progress of a run in a line, for people."""
+"""The progress of a run as a line of text."""
 
 from typing import Any
 

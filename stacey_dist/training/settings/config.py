@@ -14,23 +14,24 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.extras import install_line, is_installed
 from stacey_dist.training.settings import optimizer_defaults
 from stacey_dist.training.settings.value_types import (
+    Fraction,
+    FractionBelowOne,
     NonEmptyPath,
     NonNegativeFloat,
     NormOrder,
     PositiveFloat,
     PositiveInt,
     Seed,
-    Share,
-    ShareBelowOne,
-    UpdatesOrShare,
+    UpdatesOrFraction,
     check,
     check_values,
 )
 
-Recomputed = bool | Literal["selective"]
-"""Which activations are computed again."""
-# A number that is the chosen optimizer's own, unless it is given.
-_OWN: Any = None
+Checkpointing = bool | Literal["selective"]
+"""Which activations are recomputed in the backward pass: none, those of cheap operations, or all of a layer."""
+# The default depends on the optimizer. Such a setting has a value in `optimizer_defaults.TEXT` for each optimizer that
+# reads it, and in `_UNREAD` unless "stacey p2" reads it.
+_PER_OPTIMIZER: Any = None
 
 
 @dataclass
@@ -41,28 +42,28 @@ class OptimizerConfig:
 
     name: Literal["stacey", "lp_descent", "adamw", "adam", "lion", "sgd", "muon", "ademamix"] = "stacey"
     """The optimizer. muon updates the matrices of hidden layers, and AdamW the other parameters."""
-    lr: NonNegativeFloat = _OWN
+    lr: NonNegativeFloat = _PER_OPTIMIZER
     """The peak learning rate (eta in the paper)."""
-    weight_decay: NonNegativeFloat = _OWN
+    weight_decay: NonNegativeFloat = _PER_OPTIMIZER
     """Decoupled weight decay, multiplied by the scheduled lr. adam and sgd add it to the gradient instead."""
     decay_norms_and_biases: bool = False
     """Apply weight decay to one-dimensional parameters (norms, biases) too."""
     variant: Literal["p2", "pp", "2p"] = "p2"
     """stacey: the update rule, (p,2), (p,p) or (2,p). Each has its own defaults."""
-    p: NormOrder = _OWN
+    p: NormOrder = _PER_OPTIMIZER
     """stacey, lp_descent: p of the l_p norm, >= 2. At most 1000 for pp and 2p; p2 and lp_descent allow inf."""
-    alpha: NonNegativeFloat = _OWN
+    alpha: NonNegativeFloat = _PER_OPTIMIZER
     """stacey: the dual step size; choose it for p. ademamix: the weight of the slow average at the end of the run."""
-    tau: Share = _OWN
+    tau: Fraction = _PER_OPTIMIZER
     """stacey: the weight of z in the coupling; choose it for p. 0 turns the acceleration off."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = _OWN
+    betas: tuple[FractionBelowOne, FractionBelowOne] = _PER_OPTIMIZER
     """stacey, lion: interpolation for the step, decay of the momentum. adamw, adam, muon, ademamix: decay of the first
     and second moments."""
-    beta3: ShareBelowOne | None = None
+    beta3: FractionBelowOne | None = None
     """ademamix: the decay of the slow average at the end of the run. It grows from the first of betas."""
     eps: NonNegativeFloat = 1e-8
     """stacey, lp_descent, adamw, adam, muon, ademamix: added to the denominator."""
-    momentum: ShareBelowOne = _OWN
+    momentum: FractionBelowOne = _PER_OPTIMIZER
     """sgd, muon: the Nesterov momentum. sgd with 0 is plain SGD."""
     adamw_lr: NonNegativeFloat | None = None
     """muon: the peak learning rate of its AdamW."""
@@ -110,13 +111,13 @@ class ScheduleConfig:
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """The shape after the warm-up. cosine and linear decay to the end, wsd over the last decay_steps, constant
     never."""
-    warmup_steps: UpdatesOrShare | None = None
+    warmup_steps: UpdatesOrFraction | None = None
     """Updates of linear warm-up, or a fraction of the run. null: 20, or a tenth of a run of less than 200."""
-    decay_steps: UpdatesOrShare = 0.2
+    decay_steps: UpdatesOrFraction = 0.2
     """wsd: updates of the decay, or a fraction of the run. The checkpoint before the decay is kept, to train longer."""
     decay_shape: Literal["linear", "1-sqrt"] = "linear"
     """wsd: the shape of the decay, 1 - t or 1 - sqrt(t), where t goes from 0 to 1."""
-    min_lr_ratio: Share = 0.1
+    min_lr_ratio: Fraction = 0.1
     """The learning rate at the end of the decay, as a fraction of the peak."""
     alpha: Literal["constant", "lr"] = "constant"
     """stacey: constant keeps alpha, as in the paper. lr scales alpha in proportion to the learning rate."""
@@ -161,7 +162,7 @@ class TrainConfig:
     """Updates between evaluations. The run always evaluates at the end."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward passes. fp16 uses loss scaling. null: that of `accelerate launch`."""
-    gradient_checkpointing: Recomputed = False
+    gradient_checkpointing: Checkpointing = False
     """Compute activations again in the backward pass instead of keeping them; selective keeps the results of matrix
     products and attention, which cost most of the time."""
     compile: bool = False
@@ -323,7 +324,9 @@ def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     if config.schedule.final_alpha is not None and optimizer.name == "stacey":
         config.require(optimizer.alpha > 0, "optimizer.alpha", "it must be > 0 with schedule.final_alpha")
-        config.require(config.schedule.alpha == "constant", "schedule.alpha", "schedule.final_alpha changes alpha, too")
+        config.require(
+            config.schedule.alpha == "constant", "schedule.alpha", "it must be constant with schedule.final_alpha"
+        )
     config.require(optimizer.lr > 0 or optimizer.name != "lion", "optimizer.lr", "lion needs it > 0")
     if optimizer.name == "ademamix":
         missing = f"pytorch_optimizer is not installed; {install_line('pytorch_optimizer')}"
@@ -355,5 +358,5 @@ def _check_checkpoint(checkpoint: CheckpointConfig, changes_to_allow: tuple[str,
     for name in checkpoint.allow_changes:
         check(name in changes_to_allow, "checkpoint.allow_changes", name, f"it may name {', '.join(changes_to_allow)}")
     source = checkpoint.resume_from
-    allowed = f"checkpoint.resume_from = {source} has to be resumed, now and when the run was interrupted"
+    allowed = f"it must be auto with checkpoint.resume_from = {source}, from which an interrupted run resumes too"
     check(source is None or checkpoint.resume != "never", "checkpoint.resume", checkpoint.resume, allowed)

@@ -14,12 +14,12 @@ from stacey_dist.training.settings.config import (
 )
 from stacey_dist.training.settings.value_types import (
     FilePath,
+    FractionBelowOne,
     NonEmptyPath,
     NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
-    PositiveShare,
-    ShareBelowOne,
 )
 
 
@@ -71,7 +71,7 @@ class ImageDataConfig:
     crop: Literal["random_resized", "padded", "none"] = "padded"
     """Training crops. random_resized: random area and aspect ratio. padded: a random shift, after padding by 1/8. none:
     the center."""
-    min_scale: PositiveShare = 0.08
+    min_scale: PositiveFraction = 0.08
     """random_resized: the smallest fraction of the image's area."""
     flip: bool = False
     """Flip each training image horizontally with probability 1/2."""
@@ -107,7 +107,7 @@ class ImageOptimizerConfig(OptimizerConfig):
 class ImageTrainConfig(TrainConfig):
     """Length, batches, precision, logging and evaluation."""
 
-    label_smoothing: ShareBelowOne = 0.0
+    label_smoothing: FractionBelowOne = 0.0
     """Label smoothing: the fraction of the target that is spread evenly over all classes."""
 
 

@@ -37,19 +37,19 @@ AtLeastTwo = Annotated[int, Allowed(">= 2", lambda value: value >= 2)]
 Seed = Annotated[int, Allowed(f"within [0, {2**32 - 1}]", lambda value: 0 <= value < 2**32)]
 PositiveFloat = Annotated[float, Allowed("finite and > 0", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Allowed("a finite number >= 0", lambda value: 0 <= value < math.inf)]
-Share = Annotated[float, Allowed("within [0, 1]", lambda value: 0 <= value <= 1)]
-PositiveShare = Annotated[float, Allowed("within (0, 1]", lambda value: 0 < value <= 1)]
-ShareBelowOne = Annotated[float, Allowed("within [0, 1)", lambda value: 0 <= value < 1)]
-UpdatesOrShare = Annotated[
+Fraction = Annotated[float, Allowed("within [0, 1]", lambda value: 0 <= value <= 1)]
+PositiveFraction = Annotated[float, Allowed("within (0, 1]", lambda value: 0 < value <= 1)]
+FractionBelowOne = Annotated[float, Allowed("within [0, 1)", lambda value: 0 <= value < 1)]
+UpdatesOrFraction = Annotated[
     int | float,
     Allowed(
-        "a whole number of updates, or a share of the run below 1",
+        "a whole number of updates, or a fraction of the run, below 1",
         lambda value: value >= 0 and (value < 1 or value % 1 == 0),
     ),
 ]
 NormOrder = Annotated[float, Allowed("a number >= 2, or inf", lambda value: value >= 2)]
-# Else a directory of the name ~ would be made.
-FilePath = Annotated[str, Allowed("a path written in full: ~ is not expanded here", lambda path: path[:1] != "~")]
+# A directory named ~ would be created.
+FilePath = Annotated[str, Allowed("a path; a leading ~ is not expanded", lambda path: path[:1] != "~")]
 NonEmptyPath = Annotated[FilePath, Allowed("the name of a directory", lambda path: path.strip() != "")]
 
 

@@ -101,7 +101,7 @@ def _take_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
 
 
 def check_attention(run: Run[LLMConfig]) -> None:
-    """Raise SettingsError where `model.attention` cannot be had on the run's device, or in its precision."""
+    """Raise SettingsError where `model.attention` is not available on the run's device, or in its precision."""
     name, device = run.config.model.attention, run.accelerator.device.type
     if name == "flex":
         check(device == "cuda", "model.attention", name, "torch's FlexAttention has a backward pass on GPUs only")

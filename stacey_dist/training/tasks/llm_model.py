@@ -35,7 +35,7 @@ _SETTINGS = {"pretrained": "model.pretrained", "name_or_directory": "model.pretr
 
 
 def check_model(config: LLMConfig) -> None:
-    """Raise SettingsError if the configured architecture cannot be had, or takes no sequences of the data's length."""
+    """Raise SettingsError if the architecture is not available, or takes no sequences of the data's length."""
     if (described := described_model(config.model)) is None:
         return
     check_length(config, described)
@@ -115,7 +115,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def describe(model: Any, config: LLMConfig) -> str:
-    """Return a model's architecture and numbers of parameters, for people."""
+    """Return a model's architecture and numbers of parameters, as text to print."""
     total, active = count_parameters(model)
     name = "LLaMA" if config.model.source is None else type(model).__name__
     also = f" ({active:,} active)" if active < total else ""

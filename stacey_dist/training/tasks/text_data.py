@@ -65,7 +65,7 @@ class TextData:
     """Differs where the tokens, the tokenizer or the mixture differ, wherever the files lie."""
     tokenizer: Tokenizer | None
     verification: Verification | None = None
-    """On one process of each host: it compares the tokens with what was written, beside training."""
+    """On one process of each host: it compares the tokens with what was written, in the background."""
 
     @property
     def vocab_size(self) -> int:
@@ -82,7 +82,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     """Tokenize the configured text, or find it in the cache, and open it.
 
     Raises SettingsError for bad files, an unknown data set or tokenizer, too little text; for a `model.attention` that
-    cannot be had.
+    is not available.
     """
     check_attention(run)
     data = run.config.data

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.settings.config import Recomputed
+from stacey_dist.training.settings.config import Checkpointing
 
 # Products of activations and weights, and fused attention. Not `bmm`: attention without a fused kernel would keep a
 # matrix of scores for each head.
@@ -22,7 +22,7 @@ KEPT = {
 """Operations whose results selective checkpointing keeps."""
 
 
-def compute_again(model: Any, kind: Recomputed) -> None:
+def checkpoint_activations(model: Any, kind: Checkpointing) -> None:
     """Have a model of transformers compute its layers' activations again, as `train.gradient_checkpointing` says.
 
     Raises SettingsError if it cannot.
