@@ -23,9 +23,8 @@ def main() -> None:
     print(f"{machine('cpu')}; {kernel.name}\n")
     print("| | ns an element on one thread, median (minimum) |\n|---|---|")
     for variant, p in (("p2", 2.0), ("p2", 3.0), ("p2", math.inf), ("p2", 2.8), ("pp", 2.8), ("2p", 2.8)):
-        settings = StaceySettings(
-            lr=1e-2, p=p, variant=variant, alpha=1e-2, tau=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1
-        )  # type: ignore[arg-type]
+        numbers = dict(lr=1e-2, alpha=1e-2, tau=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+        settings = StaceySettings(p=p, variant=variant, **numbers)  # type: ignore[arg-type]
         weight = torch.randn(ELEMENTS) * 0.02
         row = Row(
             weight,
