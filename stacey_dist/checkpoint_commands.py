@@ -56,11 +56,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     add("export", export, text, path=_checkpoint, out=Path)
     text = (
-        "convert PATH, saved by Accelerator.save_state (DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) in a run with Stacey, "
+        "convert PATH, saved by Accelerator.save_state (one process, DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) in a run with Stacey, "
         "to the checkpoint OUT"
     )
     added = add("import", import_foreign, text, path=Path, out=Path)
-    added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for DDP")
+    added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for one process and DDP if the optimizer was made without parameter names")
     added.add_argument(
         "--frozen",
         action="append",
@@ -72,7 +72,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         action="append",
         nargs="+",
         metavar="PATTERN",
-        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with DDP if there are several "
+        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with --model if there are several "
         "groups: once for each group, in order. A parameter is in the first group that matches",
     )
     added.add_argument("--step", type=int, help="number of updates made (default: the optimizer's count)")
