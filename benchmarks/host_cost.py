@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 
 from stacey_dist.bench import machine
 from stacey_dist.optim import Stacey, base
-from stacey_dist.optim.kernels import Call, Row
+from stacey_dist.optim.kernels import Call, Row, apart
 from stacey_dist.optim.kernels.triton import TritonKernel
 
 
@@ -27,7 +27,8 @@ class HostPart(TritonKernel):
     """The kernel without its launch."""
 
     def __call__(self, rows: list[Row], call: Call) -> None:
-        self._prepare(rows, call)
+        ((launched, addresses),) = apart(rows, [row.weight.data_ptr() for row in rows])
+        self._prepare(launched, addresses, call)
         torch.autograd.graph.increment_version([row.weight for row in rows])
 
 

@@ -35,18 +35,28 @@ def make_parser() -> argparse.ArgumentParser:
     again.add_argument("name", metavar="NAME", help="an experiment, or list")
     again.add_argument("--scale", help="one that `reproduce list` shows for it; the first if not given")
     again.add_argument("--seeds", type=int, help="repeats, each with a seed of its own; the scale's own if not given")
-    again.add_argument("--out", type=Path, metavar="DIR", help="directory of the results; the same directory resumes (default: runs/NAME)")
+    again.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory of the results; the same directory resumes (default: runs/NAME)",
+    )
     again.add_argument("--workers", type=int, default=1, help="number of parts computed in parallel (default: 1)")
     again.add_argument("--data", help="what to train on in place of the experiment's own data, where it trains")
     again.set_defaults(command=reproduce)
     search = commands.add_parser("tune", help="search settings as a W&B sweep file states them, with Optuna")
     search.add_argument("sweep", metavar="SWEEP", type=Path, help="the file, as configs/sweeps has them")
-    search.add_argument("--trials", type=int, default=20, help="total number of runs; a larger number extends the search (default: 20)")
+    search.add_argument(
+        "--trials", type=int, default=20, help="total number of runs; a larger number extends the search (default: 20)"
+    )
     search.add_argument("--workers", type=int, default=1, help="number of parallel runs (default: 1)")
     search.add_argument("--seed", type=int, default=0, help="seed of the search (default: 0)")
     search.add_argument("--data", help="what to train on in place of the configuration's data")
     search.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory of the runs; the same directory resumes (default: runs/tune-DIRECTORY-FILE)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory of the runs; the same directory resumes (default: runs/tune-DIRECTORY-FILE)",
     )
     search.set_defaults(command=tune)
     return parser

@@ -30,6 +30,7 @@ LOOKS = {
     "stacey_pp_growing": Look("STACEY(p,p), α grows", "#0072B2", "-"),
     "stacey_2p": Look("STACEY(2,p)", "#CC79A7", "-"),
     "stacey_p2_tau": Look("STACEY(p,2), τ with lr", "#000000", "-"),
+    "stacey_p2_scheduled": Look("STACEY(p,2), α and τ with lr", "#000000", "-"),
     "stacey_uncoupled": Look("STACEY, τ = 0", "#000000", ":"),
     "muon": Look("Muon", "#8B4513", "--"),
     "ademamix": Look("AdEMAMix", "#F0E442", "--"),

@@ -131,6 +131,23 @@ class Experiment:
     """Patterns of the files under configs/ that state its settings."""
 
 
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "optuna",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "datasets",
+    "accelerate",
+    "lion-pytorch",
+    "pytorch-optimizer",
+)
+# A run that is resumed with other code than it began with would mix the results of both.
+_CODE = ("experiments", "stacey_dist/optim", "stacey_dist/training", "stacey_dist/models", "stacey_dist/data")
+
+
 def reproduce(
     experiment: Experiment,
     directory: Path,
@@ -248,9 +265,10 @@ def configs() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on, as far as it is installed."""
-    found = {"stacey_dist": __version__}
-    for package in ("torch", "numpy", "scipy", "optuna"):
+    """Return the versions of what a result depends on, as far as it is installed, and the digest of the code."""
+    code = [file for part in _CODE for file in sorted((configs().parent / part).rglob("*.py"))]
+    found = {"stacey_dist": __version__, "code": digest(b"".join(file.read_bytes() for file in code))}
+    for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -8,13 +8,13 @@ from experiments.framework import Experiment, Scale
 TASK = Task("train_llm.py", "eval_loss")
 _VARY_P = {"stacey_p2": (2.8, 8, 30, 1000), "stacey_pp": (2.8, 8, 30)}
 _SMALL = Size(
-    optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
+    optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_scheduled"),
     sweeps="sweeps/llm",
     trials=8,
     vary_p=_VARY_P,
 )
 LARGE = Size(
-    optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_tau"),
+    optimizers=(*PAPER_OPTIMIZERS, "stacey_p2_scheduled"),
     sweeps="sweeps/llm",
     trials=8,
     overrides={

@@ -9,6 +9,7 @@ from experiments.comparison_report import LOOKS, report, table_of_losses
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
 from experiments.sweep import Sweep, read_sweep
 from experiments.trial import Result, data_settings
+from stacey_dist.errors import SettingsError
 
 TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
@@ -50,6 +51,8 @@ def run(reproduction: Reproduction) -> Outcome:
             for name in names
         }
         found |= results(reproduction, runs)[0]
+    if not chosen:
+        raise SettingsError(f"{reproduction.directory}: no run of any optimizer was completed; look at the ranges")
     values, table = report(found, TASK.metric, chosen, searched)
     figures = {"curves": curves(found, TASK.metric), "time": curves(found, TASK.metric, over_time=True)}
     if not size["wsd"]:

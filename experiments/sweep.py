@@ -23,7 +23,12 @@ INFINITY = ".inf"
 """How YAML and the launchers' options write it, and how it is kept here: JSON has none."""
 
 _KEYS = ("program", "method", "metric", "parameters", "command", "name", "description", "project", "entity")
-_DISTRIBUTIONS = ("constant", "categorical", "uniform", "int_uniform", "log_uniform_values")
+_FORMS = {
+    "value": ({"value"}, ("constant",)),
+    "values": ({"values"}, ("categorical",)),
+    "range": ({"min", "max"}, ("uniform", "int_uniform", "log_uniform_values")),
+}
+"""W&B's forms of a parameter: their keys, and the distributions that go with them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def read_sweep(file: Path) -> Sweep:
         )
     if program not in LAUNCHERS:
         raise SettingsError(f"{file}: program: {program} is not allowed; it must be {' or '.join(LAUNCHERS)}")
+    for key in metric.keys() - {"name", "goal"}:
+        raise SettingsError(f"{file}: metric.{key}: {metric[key]} is not known here; a metric has a name and a goal")
     for key in content.keys() - set(_KEYS):
         raise SettingsError(f"{file}: {key}: {content[key]} is not known here; there may be {', '.join(_KEYS)}")
     if (method := content.get("method", "bayes")) != "bayes":
@@ -95,10 +102,12 @@ def read_sweep(file: Path) -> Sweep:
     fixed = _options(file, program, command)
     space: dict[str, Range | list[Any]] = {}
     for setting, description in parameters.items():
-        if isinstance(description, dict) and "value" in description and description.keys() <= {"value", "distribution"}:
+        where = f"{file}: {setting}"
+        form = _form(where, description)
+        if form == "value":
             fixed[setting] = _without_infinity(description["value"])
         else:
-            space[setting] = _searched(f"{file}: {setting}", description)
+            space[setting] = _choices(where, description) if form == "values" else _range(where, description)
     return Sweep(program, _find(file, config), name, goal == "maximize", fixed, space)
 
 
@@ -122,22 +131,32 @@ def _options(file: Path, program: str, command: list[str]) -> dict[str, Any]:
     return options
 
 
-def _searched(where: str, description: Any) -> Range | list[Any]:
-    known = {"value", "values", "min", "max", "distribution"}
-    if not isinstance(description, dict) or not description.keys() <= known:
-        raise SettingsError(f"{where}: {description} is not allowed; it may have {', '.join(sorted(known))}")
+def _form(where: str, description: Any) -> str:
+    """Return which of W&B's forms a parameter has: value, values or range; raise SettingsError for a mixture."""
+    if isinstance(description, dict):
+        given, distribution = description.keys() - {"distribution"}, description.get("distribution")
+        for form, (keys, distributions) in _FORMS.items():
+            if given == keys:
+                if distribution is None or distribution in distributions:
+                    return form
+                raise SettingsError(
+                    f"{where}: distribution: {distribution} does not go with {', '.join(sorted(keys))}; it may be "
+                    f"{', '.join(distributions)}"
+                )
+    raise SettingsError(f"{where}: {description} is not allowed; it must have value, values, or min and max")
+
+
+def _choices(where: str, description: dict[str, Any]) -> list[Any]:
+    values = description["values"]
+    if not isinstance(values, list) or not values:
+        raise SettingsError(f"{where}: values: {values!r} is not allowed; it must be a list")
+    return [_without_infinity(value) for value in values]
+
+
+def _range(where: str, description: dict[str, Any]) -> Range:
     distribution = description.get("distribution")
-    if distribution is not None and distribution not in _DISTRIBUTIONS:
-        raise SettingsError(
-            f"{where}: distribution: {distribution} is not known; there are {', '.join(_DISTRIBUTIONS)}"
-        )
-    if (values := description.get("values")) is not None:
-        if not isinstance(values, list) or not values:
-            raise SettingsError(f"{where}: values: {values!r} is not allowed; it must be a list")
-        return [_without_infinity(value) for value in values]
     low: Any = description.get("min")
     high: Any = description.get("max")
-    # YAML reads 1e-4 as text: it wants 1.0e-4.
     if any(type(bound) not in (int, float) or not math.isfinite(bound) for bound in (low, high)) or low >= high:
         raise SettingsError(
             f"{where}: min {low!r}, max {high!r} are not allowed; they must be finite numbers, min below max"
@@ -146,7 +165,7 @@ def _searched(where: str, description: Any) -> Range | list[Any]:
     if log and low <= 0:
         raise SettingsError(f"{where}: min {low} is not allowed; it must be above 0 for log_uniform_values")
     whole = isinstance(low, int) and isinstance(high, int) and distribution in (None, "int_uniform")
-    if distribution in ("constant", "categorical") or (distribution == "int_uniform" and not whole):
+    if distribution == "int_uniform" and not whole:
         raise SettingsError(f"{where}: distribution: {distribution} does not go with min {low} and max {high}")
     return Range(low, high, log, whole)
 

@@ -113,7 +113,7 @@ def summary(distance: Tensor) -> dict[str, Any]:
     return {
         "diverged": float(seeds - kept.shape[1]) / seeds,
         "arrived": arrived,
-        "arrival_median": float(arrival.double().median()) if arrived > 0.5 else None,
+        "arrival_median": float(arrival.double().quantile(0.5)) if arrived > 0.5 else None,
         "mean": shown.mean(dim=1).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),

@@ -56,11 +56,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     add("export", export, text, path=_checkpoint, out=Path)
     text = (
-        "convert PATH, saved by Accelerator.save_state (one process, DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) in a run with Stacey, "
-        "to the checkpoint OUT"
+        "convert PATH, saved by Accelerator.save_state (one process, DDP, FSDP2) or DeepSpeed (ZeRO-1, 2, 3) in a run "
+        "with Stacey, to the checkpoint OUT"
     )
     added = add("import", import_foreign, text, path=Path, out=Path)
-    added.add_argument("--model", type=Path, help="a transformers model directory or config.json; needed for one process and DDP if the optimizer was made without parameter names")
+    added.add_argument(
+        "--model",
+        type=Path,
+        help="a transformers model directory or config.json; needed for one process and DDP if the optimizer was made "
+        "without parameter names",
+    )
     added.add_argument(
         "--frozen",
         action="append",
@@ -72,8 +77,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         action="append",
         nargs="+",
         metavar="PATTERN",
-        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with --model if there are several "
-        "groups: once for each group, in order. A parameter is in the first group that matches",
+        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with --model if there are "
+        "several groups: once for each group, in order. A parameter is in the first group that matches",
     )
     added.add_argument("--step", type=int, help="number of updates made (default: the optimizer's count)")
     added.add_argument("--position", type=int, default=0, help="number of samples already trained on (default: 0)")
@@ -91,11 +96,11 @@ def list_all(dir: Path) -> int:
         folders[:] = sorted(name for name in folders if not (name.startswith(".") or (inside and name == runs.name)))
     for path in found:
         try:
-            print(f"{path}  {_summary(read_manifest(path))}")
+            print(f"{printable(path)}  {_summary(read_manifest(path))}")
         except DamagedCheckpointError as error:
-            print(f"{path}  {describe_damage(error)}")
+            print(f"{printable(path)}  {describe_damage(error)}")
     if not found:
-        print(f"no checkpoints under {dir}")
+        print(f"no checkpoints under {printable(dir)}")
     return 0
 
 
@@ -120,7 +125,7 @@ def show(path: Path) -> int:
 def verify_files(path: Path) -> int:
     """Compare every file with its checksum."""
     manifest = verify(path)
-    print(f"{path}: {len(manifest['files'])} files as they were written{_note_on_finiteness(manifest)}")
+    print(f"{printable(path)}: {len(manifest['files'])} files as they were written{_note_on_finiteness(manifest)}")
     return 0
 
 

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     about.set_defaults(command=info.print_info)
     compared = commands.add_parser("report", help="compare runs on one HTML page: results, settings and curves")
-    compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the run_dir of a run; give several to compare them")
+    compared.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the run_dir of a run, or of several")
     compared.add_argument(
         "--output",
         metavar="FILE.html",

@@ -9,6 +9,7 @@ import yaml
 
 from stacey_dist.cli import main
 from stacey_dist.training.reports.loss_plot import smoothed
+from stacey_dist.training.reports.report import Record
 from tests.browser import tab  # noqa: F401
 
 UPDATES = 20
@@ -111,3 +112,22 @@ def test_a_browser_shows_it(runs, tmp_path, tab, width):  # noqa: F811
         assert box["height"] > 100
     assert not page.evaluate("() => document.scrollingElement.scrollWidth > innerWidth")
     assert not wrong
+
+
+def test_the_hours_of_a_run_that_resumed():
+    """The first update after a resume is slow, and the updates before it are in no row."""
+    rows = [
+        {"step": 1, "tokens": 10, "tokens_per_second": 1.0, "seconds": 10.0, "lr": 0.1},
+        {"step": 100, "tokens": 1000, "tokens_per_second": 100.0, "seconds": 9.9, "lr": 0.1},
+        # killed after update 190, of which a checkpoint was saved
+        {"step": 191, "tokens": 1910, "tokens_per_second": 0.5, "seconds": 20.0, "lr": 0.1},
+        {"step": 200, "tokens": 2000, "tokens_per_second": 90.0, "seconds": 1.0, "lr": 0.1},
+    ]
+    (*_, (name, steps, hours)) = Record("a", {}, rows).places()
+    assert name == "hours of training"
+    assert steps == [0, 1, 100, 191, 200]
+    assert [round(3600 * hour, 6) for hour in hours] == [0.0, 10.0, 19.9, 19.9 + 20.0 + 9.0, 49.9]
+    for row in rows:  # of a version that did not write them
+        del row["seconds"]
+    (*_, (_, _, hours)) = Record("a", {}, rows[:2]).places()
+    assert [round(3600 * hour, 6) for hour in hours] == [0.0, 10.0, 19.9]

@@ -1,26 +1,23 @@
 """Save in the background: training waits only for the copy to host memory."""
 
 import atexit
-import datetime
 import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import together, world_size
+from stacey_dist.checkpoint.collectives import TIMEOUT, together, world_size
 from stacey_dist.checkpoint.manifest import as_read
 from stacey_dist.checkpoint.replicas import compare_once
 from stacey_dist.checkpoint.snapshot import snapshot
 from stacey_dist.checkpoint.write import write
 from stacey_dist.errors import one_line
 from stacey_dist.files import with_name
-
-# How long a rank waits for the one with the slowest disk.
-_TIMEOUT = datetime.timedelta(hours=6)
 
 
 class BackgroundSaver:
@@ -36,7 +33,8 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self.failed_in_a_row = 0
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None
+        self._group: Any = None
+        self._make_group()
         self._host_memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -54,17 +52,18 @@ class BackgroundSaver:
         See `save_checkpoint`; `extra` is copied, too. `then` is called on each rank when the checkpoint is complete.
         `failure` returns what went wrong.
         """
-        path = with_name(path)
+        path = Path(os.path.abspath(with_name(path)))  # the program may change its directory meanwhile
         self.wait()
+        self._make_group()
         copied = together(lambda: as_read(extra), self._group)
         compare_once(model, optimizer, self._group)
-        copies = snapshot(model, optimizer, self._host_memory)
+        copies = together(lambda: snapshot(model, optimizer, self._host_memory), self._group)
 
         def work() -> None:
             try:
                 write(path, copies, copied, self._group)
-                then()
-                self.failed_in_a_row = 0
+                together(then, self._group)
+                self.failed_in_a_row, self._failure = 0, None
             except Exception as error:  # `failure` tells the training thread
                 self.failed_in_a_row += 1
                 self._failure = error
@@ -72,6 +71,11 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=work, name=f"writes {path.name}")  # the interpreter waits for it
         self._thread.start()
         atexit.register(self._report_at_exit)
+
+    def _make_group(self) -> None:
+        """Make the threads' group: training uses the default one meanwhile, which may begin after this saver."""
+        if self._group is None and world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wait(self) -> None:
         """Wait until the last save has ended, also if it fails."""

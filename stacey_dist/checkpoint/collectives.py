@@ -5,6 +5,7 @@ Messages are small, and go through host memory.
 
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.errors import SettingsError
 
 T = TypeVar("T")
+
+# How long a rank waits for the one with the slowest disk, or with the largest file to verify.
+TIMEOUT = timedelta(hours=6)
 
 
 class FailedOnAnotherRankError(OSError):
@@ -34,7 +38,7 @@ def cpu_group(group: Any = None) -> Any:
     if any(pair.startswith("cpu:") for pair in dist.get_backend_config(default).split(",")):
         return default
     if default not in _cpu_groups:
-        _cpu_groups[default] = dist.new_group(backend="gloo")
+        _cpu_groups[default] = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return _cpu_groups[default]
 
 

@@ -1,6 +1,7 @@
 """Load a checkpoint into a model and its optimizer, on any engine and any number of ranks."""
 
 import errno
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +17,7 @@ from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.sharding import fragments, refresh_weights
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Any, *, verified: bool = False
-) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Load weights, buffers and optimizer state in place, bit for bit; return the manifest.
 
     ZeRO counts updates once for all parameters in a flat tensor. Where these had different counts, all continue with
@@ -31,7 +30,6 @@ def load_checkpoint(
         path: the checkpoint's directory, which all ranks can read.
         model: the model, or what its engine has made of it; names, shapes and dtypes must be the checkpoint's.
         optimizer: gets the state of the model's parameters, replacing what it has.
-        verified: the files' checksums were compared already.
 
     Raises:
         DamagedCheckpointError: a file is missing, cut short or altered; or a tensor does not fit the model. The
@@ -39,7 +37,7 @@ def load_checkpoint(
         OSError: a file could not be read, on this rank or another, after its checksum was compared.
     """
     path = Path(path)
-    manifest = rank0_call(lambda: read_manifest(path)) if verified else verify_together(path)
+    manifest = verify_together(path)
     load_verified(path, manifest, model, optimizer)
     return manifest
 
@@ -49,11 +47,11 @@ def load_verified(path: Path, manifest: dict[str, Any], model: nn.Module, optimi
     contents = tensors(manifest)
     together(lambda: check_fit(path, contents, model, optimizer))  # a rank sees the dtypes of its own shards only
     replicas = max((f.replicas for f in fragments(model, optimizer, empty=True)), default=1)
-    allocated = allocate(contents, model, optimizer)
+    allocated = together(lambda: allocate(contents, model, optimizer))
     together(lambda: _read(path, manifest, allocated.ranges, replicas))
     restore(allocated, optimizer)
-    for whole in whole_batches(contents, model):
-        together(lambda whole=whole: _read(path, manifest, whole))  # type: ignore[misc]
+    for batch in whole_batches(contents, model):
+        whole = together(functools.partial(_read_whole, path, manifest, batch))
         write_whole(model, {name.removeprefix("model/"): part.values for name, part in whole.items()})
     refresh_weights(model, optimizer)
 
@@ -67,11 +65,7 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
     manifest = read_manifest(path)
     kinds = tensors(manifest)
     kinds = {name: kinds[name] for name in (kinds if names is None else names)}
-    try:
-        whole = empty_ranges(kinds)
-    except RuntimeError as error:
-        raise OSError(errno.ENOMEM, f"{path}: there is no memory for its tensors: {error}") from error
-    _read(path, manifest, whole)
+    whole = _read_whole(path, manifest, kinds)
     return {name: part.values.view(kinds[name][0]) for name, part in whole.items()}
 
 
@@ -90,6 +84,16 @@ def verify_together(path: Path) -> dict[str, Any]:
     mine = list(manifest["files"])[rank() :: world_size()]
     together(lambda: verify_files(path, manifest, mine))
     return manifest
+
+
+def _read_whole(path: Path, manifest: dict[str, Any], contents: Contents) -> dict[str, Range]:
+    """Return whole tensors of the checkpoint, flat, in host memory."""
+    try:
+        whole = empty_ranges(contents)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"{path}: there is no memory for its tensors: {error}") from error
+    _read(path, manifest, whole)
+    return whole
 
 
 def _read(path: Path, manifest: dict[str, Any], ranges: dict[str, Range], replicas: int = 1) -> None:

@@ -25,6 +25,7 @@ def put_in_place(filled: Path, path: Path, replaced: Path) -> None:
 
 def bring_back(replaced: Path, path: Path) -> None:
     """Undo a replacement that was not completed; delete what a completed one has left."""
-    if replaced.exists() and not path.exists():
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
         replaced.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -194,11 +194,10 @@ def batches(contents: Contents) -> Iterator[Contents]:
         yield batch
 
 
-def whole_batches(contents: Contents, model: nn.Module) -> Iterator[dict[str, Range]]:
-    """Yield flat tensors to read frozen parameters and persistent buffers into, some at a time."""
+def whole_batches(contents: Contents, model: nn.Module) -> Iterator[Contents]:
+    """Yield the contents of frozen parameters and persistent buffers, some at a time."""
     names = [name for tensors in (frozen_parameters(model), persistent_buffers(model)) for name, _ in tensors]
-    for batch in batches({f"model/{name}": contents[f"model/{name}"] for name in names}):
-        yield empty_ranges(batch)
+    return batches({f"model/{name}": contents[f"model/{name}"] for name in names})
 
 
 def empty_ranges(contents: Contents) -> dict[str, Range]:

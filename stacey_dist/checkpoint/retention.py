@@ -1,6 +1,7 @@
 """Delete old checkpoints, after a new one is complete."""
 
 import errno
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -20,7 +21,7 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
     """Delete checkpoints older than `saved` from its directory, and what killed saves of older ones have left there.
 
     Only one process calls it. The newest checkpoint whose weights and optimizer states are finite is never deleted, nor
-    are newer ones that can't be read now.
+    are newer ones that can't be read now. Raises OSError if one cannot be deleted.
 
     Args:
         saved: the checkpoint that has just been completed, named by its updates as `step_00000100`.
@@ -38,10 +39,24 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
         kept_for_good = keep_every is not None and step_of(path) % keep_every == 0
         if path in needed or step_of(path) in kept or kept_for_good:
             continue
-        # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
-        hidden = path.with_name(f".{path.name}.tmp")
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint. Raises OSError if it cannot be deleted; a protected one keeps its name."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
+    hidden = path.with_name(f".{path.name}.tmp")
+    files = sorted(os.listdir(path))
+    path.rename(hidden)
+    try:
+        shutil.rmtree(hidden)
+    except OSError:
+        if sorted(os.listdir(hidden)) == files:
+            hidden.rename(path)
+        raise
 
 
 def newest_usable(directory: Path) -> Path | None:

@@ -19,8 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from stacey_dist.errors import SettingsError
 from stacey_dist.files import check_regular, parse_json
 
+# safetensors refuses to read a longer one.
+_MAX_HEADER_BYTES = 100_000_000
 # The dtypes that a checkpoint can hold, with safetensors' names of them.
 DTYPES = {
     torch.float64: "F64",
@@ -178,7 +181,7 @@ def _header(ordered: list[tuple[str, Range]]) -> bytes:
     position = 0
     for name, part in ordered:
         if part.values.dtype not in DTYPES:
-            raise TypeError(f"{name}: tensors of {part.values.dtype} can't be saved")
+            raise SettingsError(f"{name}: tensors of {part.values.dtype} can't be saved")
         stop = position + part.values.nbytes
         header[name] = {
             "dtype": DTYPES[part.values.dtype],
@@ -188,4 +191,9 @@ def _header(ordered: list[tuple[str, Range]]) -> bytes:
         position = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise SettingsError(
+            f"the names and ranges of {len(ordered)} tensors take {len(text) / 1e6:.0f} MB in a file's header, and "
+            "safetensors reads at most 100 MB; save with more ranks"
+        )
     return len(text).to_bytes(8, "little") + text

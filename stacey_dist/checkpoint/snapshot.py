@@ -98,10 +98,11 @@ def snapshot(model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | 
 
 def _refuse_unsaved_state(base: Any, fragment: Fragment) -> None:
     for key, value in base.state.get(fragment.owner, {}).items():
-        if isinstance(value, Tensor) and key != "step" and key not in fragment.state:
+        if value is not None and key != "step" and key not in fragment.state:
+            kept = f"in the shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
             raise SettingsError(
-                f"{type(base).__name__} keeps {key} of {fragment.name} in the shape {tuple(value.shape)}; only state "
-                "that is shaped as its parameter can be saved"
+                f"{type(base).__name__} keeps {key} of {fragment.name} {kept}; only tensors that are shaped as the "
+                "parameter can be saved"
             )
 
 

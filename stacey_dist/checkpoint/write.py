@@ -56,7 +56,7 @@ def save_checkpoint(
     """
     copied = together(lambda: as_read(extra))
     compare_once(model, optimizer)
-    return write(with_name(path), snapshot(model, optimizer), copied)
+    return write(with_name(path), together(lambda: snapshot(model, optimizer)), copied)
 
 
 def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None) -> Path:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from stacey_dist.errors import InputError
 
@@ -56,7 +57,8 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
     """Hold a lock file, which the system gives back when the process ends, however it ends.
 
     Args:
-        path: the lock file, made where it is not there; its directory is named in the message.
+        path: the lock file, made where it is not there; its directory is named in the message. One that can only be
+            read is shared with others that only read.
         announce: say on stderr when another process holds it and this one waits.
         wait: is called again and again while another process holds it; it takes some time, and may raise an error.
             None: do not wait.
@@ -65,10 +67,12 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
         BlockingIOError: another process holds it, and this one is not to wait.
         InputError: the file system has no such locks.
     """
-    with open(path, "ab") as file:
+    with _open(path) as file:
+        # Where nothing can be written, as in another user's cache, it waits for those who write.
+        kind = fcntl.LOCK_EX if file.writable() else fcntl.LOCK_SH
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if wait is None:
@@ -83,3 +87,12 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
                 announce = False
             wait()
         yield
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "ab")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS) or not path.exists():
+            raise
+        return open(path, "rb")

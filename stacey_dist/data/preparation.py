@@ -140,8 +140,8 @@ class Preparation:
             writer.close()
             if writer.tokens < 2:
                 raise InputError(
-                    f"the data give {writer.tokens} tokens for {split}, too few: add text, or lower "
-                    f"`validation_every` (now {self._every})"
+                    f"the data give {writer.tokens} tokens for {split}, too few: add documents (text is split at line "
+                    f"ends), lower `validation_every` (now {self._every}), or give files to hold out"
                 )
         splits = {split: writer.state() | {"tokens": writer.tokens} for split, writer in self._writers.items()}
         write_json(self._directory / INDEX, self._header() | {"splits": splits})

@@ -220,15 +220,24 @@ def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
 
 
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
-    """Return the identities of all files in a local directory that ``datasets`` loads, at any depth."""
+    """Return the identities of all files in a local directory that ``datasets`` loads, at any depth.
+
+    It follows links, and leaves out names that begin with a dot.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"dataset: {error}") from error
 
-    files = [os.path.join(place, name) for place, _, names in os.walk(directory, onerror=refuse) for name in names]
+    files = []
+    for place, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(place, name) for name in names if not name.startswith(".")]
     if not files:
         raise InputError(f"dataset: the directory {directory} has no files")
-    return [file_identity(file) for file in sorted(files)]
+    try:
+        return [file_identity(file) for file in sorted(files)]
+    except OSError as error:
+        raise InputError(f"dataset: {error}") from error
 
 
 def _text_bytes(file: str) -> int:

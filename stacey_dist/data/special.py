@@ -30,7 +30,7 @@ def read_literally(pretrained: Any) -> Any:
     for token in spelled_tokens:
         if _spells(backend, token):
             raise ValueError(f"text that spells {token!r} becomes that token")
-    return _as_generic(pretrained)
+    return as_generic(pretrained)
 
 
 def special_tokens(pretrained: Any) -> dict[str, int]:
@@ -63,8 +63,11 @@ def _split_spellings(backend: Any, tokens: list[str]) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
 
 
-def _as_generic(pretrained: Any) -> Any:
-    """Return the tokenizer as a class that reads all of its steps from tokenizer.json: others make their own."""
+def as_generic(pretrained: Any, **special: str) -> Any:
+    """Return the tokenizer as a class that reads all of its steps from tokenizer.json: others make their own.
+
+    `special` has other special tokens than those that it has, by the names of ``transformers``.
+    """
     import transformers
 
     return transformers.PreTrainedTokenizerFast(
@@ -73,5 +76,5 @@ def _as_generic(pretrained: Any) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=pretrained.model_max_length,
         chat_template=pretrained.chat_template,
-        **pretrained.special_tokens_map,
+        **{**pretrained.special_tokens_map, **special},
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from stacey_dist.data.bpe import train_bpe
 from stacey_dist.data.conversion import TRICKY_TEXTS, Inconvertible, convert
-from stacey_dist.data.special import read_literally, special_tokens, spelled
+from stacey_dist.data.special import as_generic, read_literally, special_tokens, spelled
 from stacey_dist.errors import InputError, one_line
 from stacey_dist.files import open_regular, replace_file
 
@@ -39,6 +39,13 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, leaving special tokens out."""
+        ...
+
+    def begin_with_end(self) -> None:
+        """Have saved tokenizers begin texts with no token, and name the end token as the begin token.
+
+        For a model that saw no begin token in training, where each document follows an end token.
+        """
         ...
 
     def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
@@ -116,7 +123,12 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
         # The classes of many models make steps of their own in the place of those in tokenizer.json.
         known = _has_tokenizer_json(name_or_directory)
         loader = transformers.PreTrainedTokenizerFast if known else transformers.AutoTokenizer
-        pretrained = loader.from_pretrained(name_or_directory, trust_remote_code=False, split_special_tokens=True)
+        options: dict[str, Any] = {"trust_remote_code": False, "split_special_tokens": True}
+        pretrained = loader.from_pretrained(name_or_directory, **options)
+        if known and pretrained.eos_token_id is None:
+            # Special tokens that the tokenizer's class has and no file names, as GPT-2's.
+            named = transformers.AutoTokenizer.from_pretrained(name_or_directory, trust_remote_code=False)
+            pretrained = loader.from_pretrained(name_or_directory, **options, **named.special_tokens_map)
     except Exception as error:  # the Hub client and every tokenizer class have their own
         raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
@@ -176,6 +188,10 @@ class _PretrainedTokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def begin_with_end(self) -> None:
+        self._backend.post_processor = None
+        self._pretrained = as_generic(self._pretrained, bos_token=self._pretrained.eos_token)
+
     def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         self._pretrained.save_pretrained(directory)
         if difference := _export_difference(self, directory, [*spelled(self._special), *texts]):
@@ -200,6 +216,7 @@ class _SentencePieceTokenizer:
             raise InputError(f"path: {name} has no end-of-sentence token, which ends each document")
         self.vocab_size = len(self._processor)
         self.end_token_id: int = self._processor.eos_id()
+        self._begin_id: int = self._processor.bos_id()
         self._converted: Any = None
         try:
             self._converted = convert(model)
@@ -219,6 +236,9 @@ class _SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text
+
+    def begin_with_end(self) -> None:
+        self._begin_id = self.end_token_id
 
     def save(self, directory: Path, texts: Sequence[str] = ()) -> None:
         directory = Path(directory)
@@ -253,7 +273,7 @@ class _SentencePieceTokenizer:
 
         names = {
             "eos_token": self._processor.eos_id(),
-            "bos_token": self._processor.bos_id(),
+            "bos_token": self._begin_id,
             "unk_token": self._processor.unk_id(),
         }
         return transformers.PreTrainedTokenizerFast(

@@ -24,7 +24,7 @@ from stacey_dist.optim.deepspeed_support import support_in_deepspeed
 from stacey_dist.optim.group_settings import state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
-from stacey_dist.optim.saved_state import load, step_count
+from stacey_dist.optim.saved_state import like_parameter, load, step_count
 
 # A parameter, and this rank's part of it and of its gradient.
 Part = tuple[Tensor, Tensor, Tensor]
@@ -120,6 +120,9 @@ class ElementwiseOptimizer(Optimizer):
         parameter or gradient whose memory is shared between its elements or was freed, and in the capture of a CUDA
         graph without `capturable`. Nothing is changed then.
         """
+        if len(self._counted) > len(self.state):  # a program has replaced parameters, which this must not keep alive
+            self._counted.intersection_update(self.state)
+            self._created_here.intersection_update(self.state)
         if kernels.is_capturing() and not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}: step() was captured in a CUDA graph without capturable=True; replays would "
@@ -162,12 +165,12 @@ class ElementwiseOptimizer(Optimizer):
         launches: dict[Any, tuple[Kernel | None, list[Row]]] = {}
         others: list[Part] = []
         for part in parts:
-            param, weight, gradient = part
+            param = part[0]
             state = self.state[param]
             if (param not in self._counted or not state) and self._make_uncounted_step(group, part):
                 continue
             self._convert_state(state, param, group, dtype)
-            if call is None or not _add_row(launches, weight, gradient, state):
+            if call is None or not self._add_row(launches, part):
                 others.append(part)
         for found, rows in launches.values():
             if found is not None and call is not None:
@@ -188,14 +191,14 @@ class ElementwiseOptimizer(Optimizer):
         """
         param, weight, gradient = part
         state = self.state[param]
-        self._counted.add(param)  # `_update_group` below does not come here again
-        if not state:
-            state["step"] = step_count(0, param, group)
-            state.update(self.initial_state(param, group))
+        is_new = not state
+        if is_new:  # all of it at once: there may be no memory for it
+            state.update(step=step_count(0, param, group), **self.initial_state(param, group))
             self._created_here.add(param)
-        elif kernels.is_capturing() or int(state["step"]) != 0:  # it was loaded
+        self._counted.add(param)  # `_update_group` below does not come here again
+        if not is_new and (kernels.is_capturing() or int(state["step"]) != 0):  # it was loaded
             return False
-        elif param in self._created_here:
+        if not is_new and param in self._created_here:
             untouched = self._had_no_gradient(state)
             for name, initial in self.initial_state(param, group).items():
                 torch.where(untouched, local(initial), local(state[name]), out=local(state[name]))
@@ -215,7 +218,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _had_no_gradient(self, state: dict[str, Any]) -> Tensor:
         """Return which elements have had no gradient other than 0; a scalar holds for all."""
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
 
     def _convert_state(
         self, state: dict[str, Any], param: Tensor, group: dict[str, Any], dtype: torch.dtype | None
@@ -228,6 +231,25 @@ class ElementwiseOptimizer(Optimizer):
         for name in self.state_names:
             if state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
+
+    def _add_row(self, launches: dict[Any, tuple[Kernel | None, list[Row]]], part: Part) -> bool:
+        """Add a parameter to the launch for its device and dtypes. Return False if no kernel can take it."""
+        param, weight, gradient = part
+        state = self.state[param]
+        row = Row.of(weight, gradient, state)
+        key = kernels.launch_key(row)
+        if key is None and kernels.refusal((weight, gradient)) is None:
+            # The parameter's order in memory has changed, as by `model.to(memory_format=...)`.
+            state.update({name: like_parameter(state[name], param, state[name].dtype) for name in self.state_names})
+            row = Row.of(weight, gradient, state)
+            key = kernels.launch_key(row)
+        if key is None:
+            return False
+        if key not in launches:
+            launches[key] = (kernel(weight.device.type), [])
+        found, rows = launches[key]
+        rows.append(row)
+        return found is not None
 
     def _update_plainly(self, group: dict[str, Any], parts: list[Part]) -> None:
         """Update parts by the plain rule."""
@@ -279,11 +301,14 @@ class ElementwiseOptimizer(Optimizer):
         Args:
             divisor: a positive tensor of one element; gradients are multiplied by its reciprocal, rounded to float32.
         """
+        before = getattr(self, "grad_scale", None)  # contexts may be nested
         self.grad_scale = divisor
         try:
             yield
         finally:
             vars(self).pop("grad_scale", None)  # `torch.amp.GradScaler` may have deleted it
+            if before is not None:
+                self.grad_scale = before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. The states come back in the group's `state_dtype`.
@@ -292,21 +317,6 @@ class ElementwiseOptimizer(Optimizer):
         of range; nothing is loaded then.
         """
         load(self, super().load_state_dict, state_dict)
-
-
-def _add_row(
-    launches: dict[Any, tuple[Kernel | None, list[Row]]], weight: Tensor, gradient: Tensor, state: dict[str, Any]
-) -> bool:
-    """Add a parameter to the launch for its device and dtypes. Return False if no kernel can take it."""
-    row = Row.of(weight, gradient, state)
-    key = kernels.launch_key(row)
-    if key is None:
-        return False
-    if key not in launches:
-        launches[key] = (kernel(row.weight.device.type), [])
-    found, rows = launches[key]
-    rows.append(row)
-    return found is not None
 
 
 @functools.cache

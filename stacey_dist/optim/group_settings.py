@@ -44,14 +44,19 @@ def check_finite(optimizer: Optimizer, group: dict[str, Any], setting: str) -> N
 def check_choice(optimizer: Optimizer, group: dict[str, Any], setting: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless a setting is one of several texts."""
     names = ", ".join(f'"{name}"' for name in allowed)
-    require(optimizer, group[setting] in allowed, setting, group[setting], f"it must be one of {names}")
+    value = group[setting]
+    require(optimizer, isinstance(value, str) and value in allowed, setting, value, f"it must be one of {names}")
 
 
 def check_betas(optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Make betas two floats. Raise ValueError unless each is within [0, 1)."""
     betas = group["betas"]
-    require(optimizer, isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be two numbers")
-    group["betas"] = tuple(as_float(optimizer, "betas", beta) for beta in betas)
+    try:
+        first, second = betas
+    except (TypeError, ValueError):
+        require(optimizer, False, "betas", betas, "it must be two numbers")
+        raise
+    group["betas"] = as_float(optimizer, "betas", first), as_float(optimizer, "betas", second)
     require(optimizer, all(0 <= beta < 1 for beta in group["betas"]), "betas", betas, "each must be within [0, 1)")
 
 
@@ -81,7 +86,7 @@ def as_float(optimizer: Optimizer, setting: str, value: object) -> float:
 
 def state_dtype(group: dict[str, Any]) -> torch.dtype:
     """Return the dtype of a group's z and m, which the group has by name."""
-    dtype: torch.dtype = getattr(torch, group["state_dtype"])
+    dtype: torch.dtype = getattr(torch, str(group["state_dtype"]).removeprefix("torch."))
     return dtype
 
 

@@ -35,7 +35,7 @@ from stacey_dist.sharding import base_optimizer, fragments, state_bytes
 from stacey_dist.sharding.fragment import canonical_name
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.initial_weights import InitialWeights, allocate
-from stacey_dist.training.processes import heartbeat
+from stacey_dist.training.processes import heartbeat, signals
 from stacey_dist.training.processes.launch import (
     compute_dtype,
     loads_weights_from_rank0,
@@ -44,6 +44,7 @@ from stacey_dist.training.processes.launch import (
 )
 from stacey_dist.training.processes.launch_settings import configuration_errors
 from stacey_dist.training.processes.requests import Agreement, Requests
+from stacey_dist.training.reports.trackers import close_trackers
 from stacey_dist.training.run import Run
 
 
@@ -235,11 +236,14 @@ class Engine:
         return f"optimizer state: {most / 2**20:,.1f} MiB a process, {most / parameters:.2f} bytes a parameter"
 
     def close(self) -> None:
-        """Free the model and the optimizer, then leave the other processes and close the trackers.
+        """Close the trackers, free the model and the optimizer, and leave the other processes.
 
-        In this order: a DDP wrapper that is freed after the process group waits for gloo's thread, with the
-        interpreter locked, while that thread may wait for the interpreter.
+        The launcher stops all processes when one has left, so all wait for the trackers of the main process. A DDP
+        wrapper that is freed after the process group waits for gloo's thread, with the interpreter locked, while that
+        thread may wait for the interpreter.
         """
+        with signals.writing():
+            self.run.call_on_main(partial(close_trackers, self.run))
         heartbeat.stop()
         del self.model, self.optimizer
         self.accelerator.free_memory()
@@ -306,7 +310,8 @@ class DeepSpeedEngine(Engine):
         It may apply an update whose loss is not finite.
         """
         outcome = self._outcome(loss, torch.zeros_like(loss))
-        self.model.step()
+        with _scale_updated_last(self.model.optimizer):
+            self.model.step()
         norm = float(self.model.get_global_grad_norm() or 0.0)
         outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
         # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
@@ -318,6 +323,26 @@ class DeepSpeedEngine(Engine):
         """DeepSpeed's dynamic loss scaler; None without one."""
         scaler = getattr(self.model.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
+
+
+@contextmanager
+def _scale_updated_last(optimizer: Any) -> Iterator[None]:
+    """Have DeepSpeed update its loss scale after a step made in this context.
+
+    It does so in the step, before it divides gradients by the scale: where the scale doubles, the gradients are half.
+    """
+    update_scale = getattr(optimizer, "_update_scale", None)
+    if update_scale is None:
+        yield
+        return
+    overflows: list[bool] = []
+    optimizer._update_scale = overflows.append
+    try:
+        yield
+    finally:
+        del optimizer._update_scale  # the class's own again
+    for overflow in overflows:
+        update_scale(overflow)
 
 
 def _cast_inputs(dtype: torch.dtype | None, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -145,6 +145,7 @@ class Launcher(Generic[C]):
         from stacey_dist.training.processes.launch import ZERO_REDUNDANCY, requested_engine
         from stacey_dist.training.start import start
 
+        config.validate()  # a program may have changed values since they were parsed
         check_engine(config.optimizer.name, requested_engine())
         parts = self.load_parts()
         config.require(

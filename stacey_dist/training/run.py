@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -26,12 +27,25 @@ T = TypeVar("T")
 C = TypeVar("C", bound=RunConfig)
 
 
+def print_line(text: str, end: str = "\n") -> None:
+    """Print text on standard output; a log file on a full disk is no reason to end a run."""
+    with suppress(OSError):
+        print(text, end=end, flush=True)
+
+
 class Run(Generic[C]):
     """One training run as seen by one of its processes.
 
     Args:
         config: the checked configuration.
         accelerator: Accelerate's view of the processes and the device.
+
+    Attributes:
+        config: the configuration.
+        accelerator: the Accelerator.
+        directory: `run_dir`.
+        process_batch_size: samples of an update on this process.
+        micro_batch_size: samples of a micro-batch.
 
     Raises:
         SettingsError: the global batch does not divide over processes and micro-batches; run_dir cannot be written, or
@@ -136,7 +150,7 @@ class Run(Generic[C]):
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""
         if self.accelerator.is_main_process:
-            print(message, flush=True)
+            print_line(message)
 
     def fail(self, message: str, error: type[SettingsError] = SettingsError) -> NoReturn:
         """End the run with a SettingsError, raised on one process. All processes call it together."""

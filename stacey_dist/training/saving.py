@@ -22,7 +22,7 @@ from stacey_dist.training.continuing import checkpoint_before_decay, updates_bef
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.processes import signals
 from stacey_dist.training.progress import Progress
-from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run, print_line
 from stacey_dist.training.settings.command_line import to_dict
 
 _GIVE_UP_AFTER = 2
@@ -157,7 +157,7 @@ class Saver:
                     kept.append(step_of(before_decay))
                 retain(saved, self.settings.keep_last, self.settings.keep_every, kept)
         except OSError as error:
-            print(f"an older checkpoint could not be deleted, training continues: {error}", flush=True)
+            print_line(f"an older checkpoint could not be deleted, training continues: {error}")
 
 
 def is_finite(saved: Path) -> bool | None:
@@ -174,8 +174,7 @@ def is_finite(saved: Path) -> bool | None:
 def _warn_unless_finite(saved: Path) -> None:
     if is_finite(saved) is False:
         usable = newest_usable(saved.parent)
-        print(
+        print_line(
             f"warning: {saved} holds weights or optimizer states that are not finite; a resumed run skips it, "
-            + (f"and resumes from {usable}" if usable else "and there is no other"),
-            flush=True,
+            + (f"and resumes from {usable}" if usable else "and there is no other")
         )

@@ -131,3 +131,35 @@ def test_a_manifest_needs_the_memory_of_its_size(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program), path / "manifest.json"]
     subprocess.run(command, check=True)
     assert json.loads((path / "manifest.json").read_text())["format"] == 2
+
+
+def test_a_relative_path_is_that_of_the_call(tmp_path, monkeypatch):
+    """The program may change its directory while the save is written."""
+    original = write.write_shard
+
+    def elsewhere(*arguments):
+        os.chdir(tmp_path / "b")
+        return original(*arguments)
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(write, "write_shard", elsewhere)
+    monkeypatch.chdir(tmp_path / "a")
+    saver = BackgroundSaver()
+    saver.save("step_00000001", *make())
+    saver.wait()
+    assert saver.failure() is None
+    verify(tmp_path / "a" / "step_00000001")
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_the_failure_is_that_of_the_last_save(tmp_path, monkeypatch):
+    saver = BackgroundSaver()
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_shard", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        saver.save(tmp_path / "step_00000001", *make())
+        saver.wait()
+    assert saver.failed_in_a_row == 1
+    saver.save(tmp_path / "step_00000002", *make())
+    saver.wait()
+    assert (saver.failed_in_a_row, saver.failure()) == (0, None)

@@ -20,6 +20,7 @@ from stacey_dist.checkpoint import (
     read_tensors,
     retain,
     save_checkpoint,
+    shard,
     verify,
     write,
 )
@@ -252,6 +253,64 @@ def test_retention_and_strangers(tmp_path):
     assert [p.name for p in find_checkpoints(tmp_path)] == ["step_00000100", "step_00000040"]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_keeps_its_name(tmp_path, monkeypatch):
+    """Its owner protects it, for example."""
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer, {})
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(PermissionError, match="step_00000001"):
+            retain(tmp_path / "step_00000002", keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+    verify(tmp_path / "step_00000001")
+
+    def half(path, **_):
+        (Path(path) / "manifest.json").unlink()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(OSError, match="Input/output error"):
+            retain(tmp_path / "step_00000002", keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_00000001.tmp", "step_00000002"]
+
+
+def test_a_link_to_a_checkpoint_is_deleted_and_not_its_target(tmp_path):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), 0)
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer, {})
+    (tmp_path / "step_00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "step_00000001").symlink_to(tmp_path / "elsewhere")
+    retain(tmp_path / "step_00000002", keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "step_00000002"]
+    verify(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(2)], 3, torch.zeros(7)], ids=["a list", "a number", "a tensor"])
+def test_state_that_would_be_lost_is_refused(tmp_path, value):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight] = {"momentum_buffer": None, "other": value}
+    with pytest.raises(SettingsError, match=r"SGD keeps other of weight .*only tensors that are shaped"):
+        save(tmp_path, 1, model, optimizer, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(shard, "_MAX_HEADER_BYTES", 100)
+    with pytest.raises(SettingsError, match="safetensors reads at most 100 MB; save with more ranks"):
+        save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("again", ["save", "clear"])
 def test_a_replacement_that_is_not_completed_keeps_the_old_one(tmp_path, monkeypatch, again):
     model = make_model()
@@ -389,7 +448,7 @@ def test_a_dtype_that_cannot_be_saved_is_named(tmp_path):
     model = torch.nn.Module()
     model.register_buffer("phases", torch.zeros(3, dtype=torch.complex64))
     model.weight = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match=r"model/phases: tensors of torch\.complex64 can't be saved"):
+    with pytest.raises(SettingsError, match=r"model/phases: tensors of torch\.complex64 can't be saved"):
         save(tmp_path, 1, model, build_optimizer(model, OptimizerConfig(), 0), {})
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from stacey_dist.checkpoint import (
     BackgroundSaver,
     DamagedCheckpointError,
+    background,
     find_checkpoints,
     load_checkpoint,
     read,
@@ -256,7 +257,49 @@ def check_frozen_parameters_are_written_in_turns(directory):
         restore._BATCH_BYTES = original
 
 
+def check_a_saver_older_than_the_process_group_has_its_own(directory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "world_size", lambda: 1)
+        saver = BackgroundSaver()
+    trainer = make(steps=1)
+    with messages.Counted() as counted:
+        saver.save(directory / "step_00000001", trainer.model, trainer.optimizer)
+        saver.wait()
+    assert saver.failure() is None
+    # `compare_once` and the copy talk over the saver's group too.
+    assert {group for group in counted.groups if group is not None} == {saver._group}
+
+
+def check_one_rank_that_cannot_copy_or_finish_fails_all(directory):
+    trainer, saver, last = make(steps=1), BackgroundSaver(), dist.get_rank() == dist.get_world_size() - 1
+
+    def fail(*arguments):
+        copies = original(*arguments)
+        if last:
+            raise RuntimeError("no memory")
+        return copies
+
+    for module, save in ((write, save_checkpoint), (background, saver.save)):
+        original = module.snapshot
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "snapshot", fail)
+            with pytest.raises(RuntimeError if last else FailedOnAnotherRankError, match="no memory"):
+                save(directory / "step_00000001", trainer.model, trainer.optimizer)
+
+    def then():
+        if last:
+            raise OSError("not deleted")
+
+    saver.save(directory / "step_00000002", trainer.model, trainer.optimizer, then=then)
+    saver.wait()
+    assert saver.failed_in_a_row == 1
+    assert "not deleted" in str(saver.failure())
+    verify(directory / "step_00000002")
+
+
 CHECKS = {
+    "a saver older than the process group": check_a_saver_older_than_the_process_group_has_its_own,
+    "one rank that cannot copy or finish fails all": check_one_rank_that_cannot_copy_or_finish_fails_all,
     "a save sends what its ranks have begun": functools.partial(
         messages.check_a_save_sends_what_its_ranks_have_begun, make=make
     ),

@@ -19,6 +19,7 @@ from stacey_dist.data import (
     train_sentencepiece,
 )
 from stacey_dist.data.paths import expand_files
+from stacey_dist.data.source import _directory_identity
 from stacey_dist.errors import InputError
 from tests.data.helpers import ByteTokenizer, hub_documents, list_source, texts
 
@@ -148,3 +149,21 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.model")
     with pytest.raises(InputError, match=r"^path: .*a\.model cannot be read: it is a pipe"):
         load_sentencepiece(tmp_path / "a.model")
+
+
+def test_the_identity_of_a_directory_is_of_what_is_read(tmp_path: Path) -> None:
+    directory, elsewhere = tmp_path / "set[1]", tmp_path / "elsewhere"
+    directory.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "b.jsonl").write_text('{"text": "old"}\n')
+    (directory / "a.jsonl").write_text('{"text": "a"}\n')
+    (directory / "linked").symlink_to(elsewhere)
+    first = _directory_identity(str(directory))
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "a.metadata").write_text("of a download")
+    assert _directory_identity(str(directory)) == first
+    (elsewhere / "b.jsonl").write_text('{"text": "new and longer"}\n')
+    assert _directory_identity(str(directory)) != first
+    (directory / "c.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"dataset: .*c\.jsonl"):
+        _directory_identity(str(directory))

@@ -341,3 +341,42 @@ def test_bare_model_is_refused(trained: tuple[Tokenizer, Path], tmp_path: Path, 
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"give the path of the \.model itself: .*tokenizer\.model"):
         load_pretrained(str(tmp_path))
+
+
+def test_special_tokens_of_the_class_alone(tmp_path: Path) -> None:
+    """The files of GPT-2 on the hub name no end token: its class does."""
+    from tokenizers import Tokenizer as Fast
+
+    byte_level(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    described = json.loads((tmp_path / "tokenizer.json").read_text().replace("<|end|>", "<|endoftext|>"))
+    described |= {"post_processor": None, "truncation": None, "padding": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    vocabulary = Fast.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    tokenizer = load_pretrained(str(tmp_path))
+    assert tokenizer.end_token_id == vocabulary["<|endoftext|>"] == 258
+    (ids,) = tokenizer.encode_batch(["the<|endoftext|>"])
+    assert ids[0] == 257
+    assert 258 not in ids
+
+
+@pytest.mark.parametrize("kind", ["trained", "pretrained"])
+def test_a_model_that_saw_no_begin_token_gets_none(trained: tuple[Tokenizer, Path], tmp_path: Path, kind: str) -> None:
+    if kind == "trained":
+        tokenizer = load_sentencepiece(trained[1])
+    else:
+        tokenizer = load_pretrained(str(byte_level(tmp_path / "a", eos_token="<|end|>", bos_token="<|end|>")))
+    fingerprint, texts = tokenizer.fingerprint, [*TRICKY_TEXTS, "the end"]
+    expected = tokenizer.encode_batch(texts)
+    tokenizer.begin_with_end()
+    assert tokenizer.fingerprint == fingerprint
+    assert tokenizer.encode_batch(texts) == expected
+    tokenizer.save(tmp_path / "b", texts)
+    auto = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert auto.bos_token_id == auto.eos_token_id == tokenizer.end_token_id
+    assert auto(texts)["input_ids"] == expected  # the post-processor's token is not there

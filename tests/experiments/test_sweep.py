@@ -37,6 +37,7 @@ def test_the_corners_of_every_range_are_valid_settings(file, tmp_path):
         "stacey_pp": "pp",
         "stacey_2p": "2p",
         "stacey_p2_tau": "p2",
+        "stacey_p2_scheduled": "p2",
         "stacey_uncoupled": "p2",
     }.get(file.stem)
     assert sweep.fixed["optimizer.name"] == ("stacey" if variant else file.stem)
@@ -127,9 +128,22 @@ def test_what_is_read(tmp_path):
         ({"metric": {"name": "eval_loss", "goal": "less"}}, "metric.goal: less is not allowed"),
         ({"parameters": {"optimizer.lr": {"min": 1.0, "max": 0.1}}}, "they must be finite numbers, min below max"),
         ({"parameters": {"optimizer.lr": {"min": "low", "max": 0.1}}}, "optimizer.lr: min 'low', max 0.1 are not"),
-        ({"parameters": {"optimizer.lr": {"min": 0.1}}}, "min 0.1, max None"),
+        ({"parameters": {"optimizer.lr": {"min": 0.1}}}, "it must have value, values, or min and max"),
+        ({"parameters": {"optimizer.lr": {"value": 0.1, "min": 0.1, "max": 1}}}, "it must have value, values, or min"),
+        (
+            {"parameters": {"optimizer.lr": {"values": [0.1], "min": 0.1, "max": 1}}},
+            "it must have value, values, or min",
+        ),
+        (
+            {"parameters": {"optimizer.lr": {"value": 0.1, "distribution": "log_normal"}}},
+            "distribution: log_normal does not go with value; it may be constant",
+        ),
+        ({"metric": {"name": "eval_loss", "target": 2.0}}, "metric.target: 2.0 is not known here"),
         ({"parameters": {"optimizer.lr": 3}}, "optimizer.lr: 3 is not allowed"),
-        ({"parameters": {"a.b": {"min": 1, "max": 2, "distribution": "normal"}}}, "distribution: normal is not known"),
+        (
+            {"parameters": {"a.b": {"min": 1, "max": 2, "distribution": "normal"}}},
+            "distribution: normal does not go with max, min; it may be uniform, int_uniform",
+        ),
         (
             {"command": ["${program}", "--config", "base.yaml", "--config=more.yaml"]},
             "command: it has several --config",
@@ -144,7 +158,7 @@ def test_what_is_read(tmp_path):
         ),
         (
             {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "categorical"}}},
-            "distribution: categorical does not go with min 0 and max 2",
+            "distribution: categorical does not go with max, min; it may be uniform",
         ),
         ({"parameters": {"a.b": {"values": 0.1}}}, "values: 0.1 is not allowed; it must be a list"),
         ({"parameters": {"a.b": {"values": "abc"}}}, "values: 'abc' is not allowed; it must be a list"),

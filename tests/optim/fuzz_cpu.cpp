@@ -33,7 +33,7 @@ int main(int, char **arguments) {
     for (; rounds < most; rounds++) {
         Settings s{};
         s.variant = draw(2), s.power = draw(3), s.stochastic = draw(1), s.has_scale = draw(1);
-        s.weight_dtype = draw(1), s.gradient_dtype = draw(1), s.z_dtype = s.m_dtype = draw(1);
+        s.weight_dtype = draw(1), s.gradient_dtype = draw(1), s.state_dtype = draw(1);
         s.seed = generator();
         s.primal_rate = 0.01f, s.pull = 0.002f, s.alpha = 0.01f, s.tau = 0.001f, s.eps = 1e-8f;
         s.beta1 = 0.9f, s.beta1_rest = 0.1f, s.beta2 = 0.99f, s.beta2_rest = 0.01f, s.inverse_scale = 0.5f;
@@ -47,7 +47,7 @@ int main(int, char **arguments) {
         for (auto &size : sizes) total += size = draw(3) ? draw(300) : draw(3);
         memory.reserve(12), copies.reserve(12), single_steps.resize(total + 1);
         for (int i = 0; i < 3; i++) {
-            for (int32_t dtype : {s.weight_dtype, s.gradient_dtype, s.z_dtype, s.m_dtype}) {
+            for (int32_t dtype : {s.weight_dtype, s.gradient_dtype, s.state_dtype, s.state_dtype}) {
                 memory.emplace_back(sizes[i], dtype);
                 copies.push_back(memory.back());
             }

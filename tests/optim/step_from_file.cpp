@@ -10,7 +10,7 @@ int main() {
     Settings s;
     int64_t size;
     if (std::fread(&s, sizeof s, 1, stdin) != 1 || std::fread(&size, sizeof size, 1, stdin) != 1) return 1;
-    const int32_t dtypes[] = {s.weight_dtype, s.gradient_dtype, s.z_dtype, s.m_dtype};
+    const int32_t dtypes[] = {s.weight_dtype, s.gradient_dtype, s.state_dtype, s.state_dtype};
     std::vector<uint8_t> memory[4];
     for (int i = 0; i < 4; i++) {
         memory[i].resize(size * bytes(dtypes[i]));

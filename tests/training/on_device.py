@@ -41,7 +41,7 @@ class Count(TorchDispatchMode):
 
 class Interpreted(triton.TritonKernel):
     def __call__(self, rows, call):
-        launch = self._prepare(rows, call)
+        launch = self._prepare(rows, [row.weight.data_ptr() for row in rows], call)
         with _disable_current_modes():  # the interpreter is the device
             launch()
 

@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import math
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from stacey_dist.training import engine as engine_module
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.continuing import checkpoint_before_decay
-from stacey_dist.training.engine import Engine
+from stacey_dist.training.engine import DeepSpeedEngine, Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.processes import devices, signals
 from stacey_dist.training.processes.failures import user_errors
@@ -29,6 +30,8 @@ from stacey_dist.training.progress import Outcomes, Progress
 from stacey_dist.training.reports.flops import peak_flops
 from stacey_dist.training.reports.progress_line import duration
 from stacey_dist.training.reports.rows import RowFile, read_rows
+from stacey_dist.training.reports.trackers import close_trackers, log, start_trackers
+from stacey_dist.training.run import print_line
 from stacey_dist.training.saving import Saver, checkpoint_path
 from stacey_dist.training.settings.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from stacey_dist.training.settings.llm_config import LLMConfig
@@ -512,3 +515,104 @@ def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):
         checkpoint_path(run, step).mkdir(parents=True)
         saver._retain(checkpoint_path(run, step), best, progress)
         assert left(run) == {1: [1], 2: [1, 2], 4: [1, 4], 5: [5]}[step]
+
+
+def test_signals_that_are_ignored_stay_ignored(request):
+    """A shell ignores SIGINT for a background job."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with signals.StopSignal() as stop:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+class FailingTracker:
+    def __init__(self, name, rows):
+        self.name, self.rows = name, rows
+
+    def log(self, row, step=None):
+        if self.rows is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.rows.append(row)
+
+    def finish(self):
+        raise ConnectionResetError("the service has died")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run():
+    said, rows = [], []
+    trackers = [FailingTracker("tensorboard", None), FailingTracker("wandb", rows)]
+    run = SimpleNamespace(accelerator=SimpleNamespace(trackers=trackers), say=said.append)
+    for step in (1, 2):
+        log(run, {"step": step, "loss": 0.5})
+    assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    close_trackers(run)
+    assert [line.split(" and ")[0] for line in said] == ["tensorboard failed", "wandb failed"]
+    assert "No space left on device" in said[0]
+    assert trackers == []
+
+
+def test_a_second_call_of_train_goes_on_with_the_trackers():
+    accelerator = SimpleNamespace(
+        trackers=["one that was started"], init_trackers=lambda *_, **__: pytest.fail("again")
+    )
+    tracking = SimpleNamespace(trackers=["tensorboard"])
+    start_trackers(SimpleNamespace(accelerator=accelerator, config=SimpleNamespace(tracking=tracking)), 3)
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        print_line("a checkpoint failed, training continues")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds
+
+
+def loss_scales(rank):
+    """Return the gradients that DeepSpeed applies in fp16 while its loss scale doubles; each is 0.5."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # it asks for instructions that torch can do without
+    found = {}
+    for stage in (1, 2, 3):
+        model = torch.nn.Linear(4, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        config = {
+            "train_batch_size": 1,
+            "zero_optimization": {"stage": stage},
+            "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 3},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        wrapped, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config
+        )
+        engine, before = object.__new__(DeepSpeedEngine), 0.0
+        engine.accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
+        engine.model, engine._batch_norms = wrapped, BatchNorms(model)
+        found[stage] = []
+        for update in range(8):
+            infinite = update == 5  # the scale is halved
+            output = wrapped(torch.full((1, 4), 0.5, dtype=torch.float16)).sum()
+            wrapped.backward(output * (torch.inf if infinite else 1.0))
+            engine.finish_update(torch.tensor(0.5))
+            weight = float(deepspeed.utils.safe_get_full_fp32_param(next(model.parameters())).flatten()[0])
+            found[stage].append((engine.scaler.cur_scale, before - weight))
+            before = weight
+    return found
+
+
+@pytest.mark.slow
+def test_deepspeed_divides_by_the_loss_scale_that_the_loss_was_multiplied_with():
+    for stage, updates in spawn(loss_scales, 1).items():
+        scales, applied = zip(*updates, strict=True)
+        assert len(set(scales)) > 2, stage
+        assert applied == (0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.5, 0.5), stage

@@ -4,6 +4,8 @@ import dataclasses
 import gzip
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -397,3 +399,72 @@ def test_bad_files(options, first, second, tmp_path):
 def test_a_models_own_configuration_goes_with_a_way_to_attend():
     config = LLM.parse(["--model.config", "model.json", "--model.attention", "eager"])
     assert (config.model.config, config.model.attention) == ("model.json", "eager")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("schedule.name", "cosin", "it must be one of cosine, linear, wsd"),
+        ("optimizer.variant", "xx", "it must be one of p2, pp, 2p"),
+        ("data.files", "a.txt", "it must be a list"),
+        ("optimizer.betas", (0.9,), "it must be 2 values"),
+        ("train.max_steps", "100", "it must be a whole number"),
+        ("train.max_steps", True, "it must be a whole number"),
+        ("train.compile", 1, "it must be true or false"),
+        ("optimizer.lr", "0.1", "it must be a number"),
+        ("run_dir", 3, "it must be text"),
+    ],
+)
+def test_values_that_a_program_assigns(setting, value, message):
+    config = LLMConfig()
+    section, _, name = setting.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
+    with pytest.raises(SettingsError, match=f"^{re.escape(setting)}: .*{re.escape(message)}"):
+        config.validate()
+
+
+def test_whole_numbers_are_numbers():
+    config = LLMConfig()
+    config.optimizer.lr, config.schedule.warmup_steps = 1, 0.5
+    config.validate()
+
+
+def test_a_section_may_be_empty(tmp_path):
+    """All of its lines may be comments."""
+    (tmp_path / "a.yaml").write_text("optimizer:\n  # lr: 1.0\nseed: 3\n")
+    assert parse(LLMConfig, ["--config", str(tmp_path / "a.yaml")]) == dataclasses.replace(LLMConfig(), seed=3)
+
+
+def test_null_is_no_file_of_that_name(capsys):
+    with pytest.raises(SystemExit):
+        parse(LLMConfig, ["--data.files", "null"])
+    assert "--data.files: null is not allowed; it must be a list" in capsys.readouterr().err
+
+
+def test_help_has_no_options_that_do_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        parse(LLMConfig, ["--help"])
+    text = capsys.readouterr().out
+    assert "Path to a configuration file" not in text
+    assert "settings that equal the previous optimizer's defaults count as not given" in " ".join(text.split())
+
+
+@dataclasses.dataclass
+class Own(LLMConfig):
+    """A program's settings."""
+
+    names: list[str] | None = None
+    """Names."""
+
+
+def test_a_list_that_may_be_null(tmp_path):
+    assert parse(Own, ["--names", "a", "b"]).names == ["a", "b"]
+    assert parse(Own, ["--names", "a,b"]).names == ["a", "b"]
+    assert parse(Own, ["--names", "null"]).names is None
+
+
+@pytest.mark.parametrize("kind", [dict[str, int], tuple[int, ...], Path, list])
+def test_types_that_settings_cannot_have(kind):
+    config = dataclasses.make_dataclass("Bad", [("x", kind, None)], bases=(LLMConfig,))
+    with pytest.raises(TypeError, match=r"Bad\.x: a setting of type .* is not supported; use bool, int"):
+        parse(config, [])

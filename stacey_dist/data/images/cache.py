@@ -163,7 +163,8 @@ def _make(directory: Path, load: Load, count: int, progress: bool) -> None:
         dynamic_ncols=True,
     )
     with bar, ThreadPoolExecutor(threads, "decode") as pool:
-        _check_space(directory, [load(i) for i in sampled(count)], images_left)
+        sizes = [0 if (pixels := load(i)) is None else pixels.size for i in sampled(count)]
+        _check_space(directory, sizes, images_left)
         for number in left:
             _write_part(directory, number, _in_order(pool, load, parts[number], 4 * threads), bar)
     complete = {
@@ -201,9 +202,9 @@ def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint
     replace_file(directory / _index_name(number), np.array(entries, dtype=_ENTRY).tobytes())
 
 
-def _check_space(directory: Path, pictures: list[NDArray[np.uint8] | None], count: int) -> None:
-    """Raise InputError where ``count`` images as large as these, on average, will not fit on the disk."""
-    needed = int(sum(pixels.size for pixels in pictures if pixels is not None) / len(pictures) * count * 1.02)
+def _check_space(directory: Path, sizes: list[int], count: int) -> None:
+    """Raise InputError where ``count`` images of these sizes in bytes, on average, will not fit on the disk."""
+    needed = int(sum(sizes) / len(sizes) * count * 1.02)
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise InputError(

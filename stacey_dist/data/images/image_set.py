@@ -128,7 +128,7 @@ def read_file(path: str) -> bytes:
             size = os.fstat(file.fileno()).st_size
             if size > _LARGEST_FILE:
                 raise BrokenImageError(f"{size:,} bytes are too many for an image")
-            return file.read(_LARGEST_FILE)
+            return file.read(size)  # a larger number would take that much memory first
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENXIO):
             raise BrokenImageError("no regular file") from error

@@ -81,7 +81,8 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
             old, rows = {}, None
         if rows is not None and list(known["classes"]) == list(old) == list(classes):
-            os.utime(directory / known["file"])  # a run begins that maps it
+            with contextlib.suppress(OSError):  # of another user's cache, perhaps
+                os.utime(directory / known["file"])  # a run begins that maps it
             counts = [len(old[name][0]) for name in classes]
             return Listing(directory / known["file"], counts, [old[name][1] for name in classes])
         rows, counts, others = _list(folder, classes, old)

@@ -29,7 +29,8 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 _FORMAT_VERSION = 1
 _ROWS = 1024
-"""In a batch of an Arrow file: 100 MB of photos."""
+"""In a batch of an Arrow file: 100 MB of photos. Fewer where images are so large that a batch would exceed:"""
+_BATCH_BYTES = 1 << 28
 
 
 class TableImages:
@@ -228,6 +229,13 @@ def _converted(file: Path, features: Any, directory: Path, lock: Callable[[], ob
     return found
 
 
+def _rows_at_once(metadata: Any) -> int:
+    """Return how many rows to read at once: pyarrow makes no batch of 2 GiB of images."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(_ROWS, _BATCH_BYTES // max(1, largest)))
+
+
 def _convert(file: Path, features: Any, arrow: Path) -> None:
     from datasets.table import table_cast
 
@@ -240,7 +248,7 @@ def _convert(file: Path, features: Any, arrow: Path) -> None:
             pa.ipc.new_stream(sink, schema) as stream,
         ):
             bar.reset(opened.metadata.num_rows)
-            for batch in opened.iter_batches(_ROWS, columns=list(features)):
+            for batch in opened.iter_batches(_rows_at_once(opened.metadata), columns=list(features)):
                 table = pa.Table.from_batches([batch]).select(list(features))
                 stream.write_table(table_cast(table, schema))
                 bar.update(len(batch))

@@ -5,6 +5,7 @@ returns the one for a device.
 """
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +77,25 @@ def find(device_type: str) -> Kernel:
     return kernel
 
 
+def apart(rows: list[Row], addresses: list[int]) -> list[tuple[list[Row], list[int]]]:
+    """Return the rows, and the addresses of their weights, in launches that have no weight twice.
+
+    The rows of one launch are updated at the same time. Two parameters may share their memory.
+    """
+    if len(set(addresses)) == len(addresses):
+        return [(rows, addresses)]
+    launches: list[tuple[list[Row], list[int]]] = []
+    times: Counter[int] = Counter()
+    for row, address in zip(rows, addresses, strict=True):
+        turn = times[address] if address else 0  # 0: it has no elements
+        times[address] += 1
+        if turn == len(launches):
+            launches.append(([], []))
+        launches[turn][0].append(row)
+        launches[turn][1].append(address)
+    return launches
+
+
 def is_capturing() -> bool:
     """Return whether work becomes part of a CUDA graph, in which the host cannot read what is on the device."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -113,7 +133,7 @@ def refusal(tensors: Sequence[Tensor]) -> str | None:
         # Any other dense order will do, channels_last for one, if it is the same for all.
         first = tensors[0]
         if any(tensor.stride() != first.stride() for tensor in tensors) or not _dense(first):
-            return f"a parameter of shape {tuple(first.shape)} has its elements in another order than its gradient"
+            return f"a parameter of shape {tuple(first.shape)} has gaps, or another order in memory than its gradient"
     return None
 
 

@@ -50,7 +50,7 @@ struct Factor {
 // cpu.py has the same fields. The floats up to `inverse_scale` are those of constants.float_constants, in its order.
 struct Settings {
     int32_t variant, power, mirror_is_plain, alpha_is_zero, stochastic, has_scale;
-    int32_t weight_dtype, gradient_dtype, z_dtype, m_dtype;
+    int32_t weight_dtype, gradient_dtype, state_dtype;
     uint64_t seed;
     float primal_rate, pull, alpha, tau, beta1, beta1_rest, beta2, beta2_rest, eps;
     Factor exponent, inner, root;  // (p - 2) / (p - 1), p - 1, 1 / (p - 1)
@@ -474,7 +474,7 @@ template <bool LOGARITHM>
 STAGE interpolation(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
     EACH_GROUP {
         const int64_t index = start + i * LANES;
-        Float g = gradient_at(t, index, s), m = load(t.m, index, s.m_dtype);
+        Float g = gradient_at(t, index, s), m = load(t.m, index, s.state_dtype);
         Float c = interpolate(m, g, s.beta1, s.beta1_rest);
         b.c[i] = c;
         b.m_new[i] = interpolate(m, g, s.beta2, s.beta2_rest);
@@ -522,7 +522,7 @@ STAGE direction_stage(Buffers &b, int groups, const Settings &s) {
 
 STAGE z_stage(Buffers &b, const Tensors &t, int64_t start, int groups, const Settings &s) {
     EACH_GROUP {
-        Float z = load(t.z, start + i * LANES, s.z_dtype);
+        Float z = load(t.z, start + i * LANES, s.state_dtype);
         Log2 log2_z = log2_parts(z);
         b.z[i] = z, b.z_whole[i] = whole_or_zero(log2_z.whole, z), b.z_fraction[i] = log2_z.fraction;
     }
@@ -597,11 +597,11 @@ STAGE coupling_stage(Buffers &b, const Tensors &t, int64_t start, int groups, Ke
         if (MIRROR) {
             z_new = b.z_new[i];
         } else {
-            Float z = load(t.z, index, s.z_dtype);
+            Float z = load(t.z, index, s.state_dtype);
             z_new = s.variant != P2 && s.alpha_is_zero && !s.mirror_is_plain ? z + b.c[i] * 0.0f
                                                                               : multiply_add(b.c[i], -s.alpha, z);
         }
-        if (s.z_dtype == FLOAT32) {
+        if (s.state_dtype == FLOAT32) {
             store(t.z, index, z_new), store(t.m, index, m_new);
         } else if (s.stochastic) {
             Random random = random_bits(z_new, m_new, keys.states);
@@ -658,12 +658,12 @@ void update_range(const Tensors &t, int64_t start, int64_t stop, Keys keys, cons
         auto at = [&](const void *tensor, int32_t dtype) { return (char *)tensor + index * bytes(dtype); };
         copy(weight, at(t.weight, s.weight_dtype), s.weight_dtype);
         copy(gradient, at(t.gradient, s.gradient_dtype), s.gradient_dtype);
-        copy(z, at(t.z, s.z_dtype), s.z_dtype);
-        copy(m, at(t.m, s.m_dtype), s.m_dtype);
+        copy(z, at(t.z, s.state_dtype), s.state_dtype);
+        copy(m, at(t.m, s.state_dtype), s.state_dtype);
         update(buffers, padded, 0, 1, keys, s);
         copy(at(t.weight, s.weight_dtype), weight, s.weight_dtype);
-        copy(at(t.z, s.z_dtype), z, s.z_dtype);
-        copy(at(t.m, s.m_dtype), m, s.m_dtype);
+        copy(at(t.z, s.state_dtype), z, s.state_dtype);
+        copy(at(t.m, s.state_dtype), m, s.state_dtype);
     }
 }
 

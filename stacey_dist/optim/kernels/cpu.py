@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stacey_dist.optim.kernels import Call, NoKernelError, Row
+from stacey_dist.optim.kernels import Call, NoKernelError, Row, apart
 from stacey_dist.optim.kernels.constants import VARIANTS, float_constants, power_kind
 
 # By torch.backends.cpu.get_cpu_capability(): the library's name and a human-readable one. torch's AVX2 includes FMA3.
@@ -26,7 +26,7 @@ class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("variant", "power", "mirror_is_plain", "alpha_is_zero")),
         *((name, ctypes.c_int32) for name in ("stochastic", "has_scale")),
-        *((name, ctypes.c_int32) for name in ("weight_dtype", "gradient_dtype", "z_dtype", "m_dtype")),
+        *((name, ctypes.c_int32) for name in ("weight_dtype", "gradient_dtype", "state_dtype")),
         ("seed", ctypes.c_uint64),
         ("numbers", ctypes.c_float * 20),  # `float_constants`
         ("inverse_scale", ctypes.c_float),
@@ -59,18 +59,18 @@ class CpuKernel:
             has_scale=call.grad_scale is not None,
             weight_dtype=first.weight.dtype == torch.bfloat16,
             gradient_dtype=first.gradient.dtype == torch.bfloat16,
-            z_dtype=first.z.dtype == torch.bfloat16,
-            m_dtype=first.m.dtype == torch.bfloat16,
+            state_dtype=first.z.dtype == torch.bfloat16,
             seed=call.seed & 0xFFFFFFFFFFFFFFFF,
             inverse_scale=0.0 if call.grad_scale is None else float(call.grad_scale.double().reciprocal()),
             numbers=tuple(float_constants(s).values()),
         )
-        table = array.array("q")
-        for weight, gradient, z, m, step in rows:
-            table.extend(
-                (weight.data_ptr(), gradient.data_ptr(), z.data_ptr(), m.data_ptr(), step.data_ptr(), weight.numel())
-            )
-        self._step(ctypes.byref(settings), table.buffer_info()[0], len(rows), torch.get_num_threads())
+        for launched, addresses in apart(rows, [row.weight.data_ptr() for row in rows]):
+            table = array.array("q")
+            for (weight, gradient, z, m, step), address in zip(launched, addresses, strict=True):
+                table.extend(
+                    (address, gradient.data_ptr(), z.data_ptr(), m.data_ptr(), step.data_ptr(), weight.numel())
+                )
+            self._step(ctypes.byref(settings), table.buffer_info()[0], len(launched), torch.get_num_threads())
         torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stacey_dist.errors import one_line
-from stacey_dist.optim.kernels import Call, NoKernelError, Row, is_capturing
+from stacey_dist.optim.kernels import Call, NoKernelError, Row, apart, is_capturing
 from stacey_dist.optim.kernels.constants import ONE, ROOT, SAME, VARIANTS, float_constants, power_kind
 from stacey_dist.optim.power import EXP2, LOG2, LOG2_NEAR_ONE, MAGIC, ZERO_EXPONENT
 from stacey_dist.optim.rounding import STATES, WEIGHT, key_base
@@ -444,13 +444,14 @@ class TritonKernel:
         """See `Kernel`."""
         # Triton launches on the current GPU, which need not be the one that the tensors are on.
         with torch.cuda.device_of(rows[0].weight):
-            self._prepare(rows, call)()
+            for launched, addresses in apart(rows, [row.weight.data_ptr() for row in rows]):
+                self._prepare(launched, addresses, call)()
             torch.autograd.graph.increment_version([row.weight for row in rows])  # as torch's operations in place do
 
-    def _prepare(self, rows: list[Row], call: Call) -> Callable[[], object]:
+    def _prepare(self, rows: list[Row], addresses: list[int], call: Call) -> Callable[[], object]:
         """Increment the step counts, copy changed addresses to the device, and return the launch."""
         s, first = call.settings, rows[0]
-        tables = self._advance(rows, call)
+        tables = self._advance(rows, addresses, call)
         unused = tables.table
         rates = unused if call.lr is None else self._rates(call, tables.table.device)
         device = unused.device  # to which torch's fused optimizers move these too
@@ -481,13 +482,14 @@ class TritonKernel:
             rest = torch.cat([1.0 - tau, tau, rest[2:3], alpha, *log2_alpha])
         return torch.cat([lr, rest])
 
-    def _advance(self, rows: list[Row], call: Call) -> _Tables:
+    def _advance(self, rows: list[Row], weights_at: list[int], call: Call) -> _Tables:
         """Increment the rows' step counts, copy changed addresses to the device, and return the rows' tables."""
         weights, gradients, zs, ms, steps = zip(*rows, strict=True)
         device, capturing = weights[0].device, is_capturing()
         sizes = list(map(Tensor.numel, weights))
         key = (call.seed, call.capturable, *sizes)
-        addresses = [list(map(Tensor.data_ptr, column)) for column in (gradients, weights, zs, ms, steps)]
+        gradients_at, *states_at = (list(map(Tensor.data_ptr, column)) for column in (gradients, zs, ms, steps))
+        addresses = [gradients_at, weights_at, *states_at]
         group = device, next((address for address, size in zip(addresses[1], sizes, strict=True) if size > 0), 0)
         # A graph's are its own: it fills them at each replay, and nothing in them may change.
         found = None if capturing else self._tables.pop(group, None)

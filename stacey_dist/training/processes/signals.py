@@ -44,6 +44,11 @@ def say(line: str, descriptor: int = 2) -> None:
         os.write(descriptor, f"{line}\n".encode())
 
 
+def heeded_signals() -> list[int]:
+    """Return the signals that stop a run: not those that are ignored, as SIGINT by a shell's background job."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 class StopSignal:
     """While entered, remembers the first SIGTERM or SIGINT in `received`. Outside the main thread it receives none.
 
@@ -59,7 +64,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in heeded_signals()}
         _state.stop = self
         _state.progress_at = _state.slowest = _state.slowest_before = 0.0
         return self
@@ -151,8 +156,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or _state.listening:
         yield
         return
-    # Not what is ignored, as SIGINT by a shell's background job.
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.getsignal(number) for number in heeded_signals()}
     listener = _Listener()
     for number in before:
         signal.signal(number, listener.interrupt)

@@ -4,6 +4,7 @@ import re
 
 # Dense bf16 tensor throughput in FLOP/s, as the makers state it (without sparsity).
 _PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

@@ -12,7 +12,7 @@ from stacey_dist.training.reports.flops import peak_flops
 from stacey_dist.training.reports.progress_line import progress_line
 from stacey_dist.training.reports.rows import RowFile
 from stacey_dist.training.reports.trackers import log, start_trackers
-from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run, print_line
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
@@ -70,13 +70,14 @@ class Metrics(Callback):
             "loss": outcome.loss,
             "lr": training.lr,
             "grad_norm": outcome.grad_norm,
+            "seconds": round(seconds - self._seconds, 3),
             **self._usage(seconds - self._seconds, training.clock.waited - self._waited),
             "skipped_steps": training.progress.skipped_steps,
         }
         if self.main:
             seconds_left = seconds / (step - self.start_step) * (self.max_steps - step)
             line = progress_line(row, self.unit, self.max_steps, seconds_left)
-            print(f"\r\x1b[K{line}" if self.live else line, end="\n" if due else "", flush=True)
+            print_line(f"\r\x1b[K{line}" if self.live else line, end="\n" if due else "")
         if due:
             self.write(row)
             self._units, self._waited, self._seconds = 0, training.clock.waited, seconds

@@ -55,11 +55,17 @@ class Record:
     def places(self) -> list[tuple[str, list[float], list[float]]]:
         """Return for each axis its name, and updates with where they are on it; both are empty if it is not known."""
         steps, units, hours = [0.0], [0.0], [0.0]
+        before = None
         for row in self.training:
             if (speed := row.get(f"{self.unit}_per_second")) and self.unit in row:
+                trained = row[self.unit] - units[-1]
+                seconds = row.get("seconds", trained / speed)
+                # After a resume, no row has the updates just before it: they had the speed of the row before.
+                seconds += max(0.0, trained - speed * seconds) / (before or speed)
                 steps.append(row["step"])
-                hours.append(hours[-1] + (row[self.unit] - units[-1]) / speed / 3600)
+                hours.append(hours[-1] + seconds / 3600)
                 units.append(row[self.unit])
+                before = speed
         known = steps if len(steps) > 1 else []
         every = [0.0, float(self.rows[-1]["step"])]
         return [("updates", every, every), (self.unit, known, units), ("hours of training", known, hours)]

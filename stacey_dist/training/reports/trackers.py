@@ -1,8 +1,11 @@
 """Experiment trackers: wandb and TensorBoard, through Accelerate."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from stacey_dist.errors import one_line
 from stacey_dist.training.run import Run
 from stacey_dist.training.settings.command_line import flatten, to_dict
 
@@ -15,7 +18,7 @@ def start_trackers(run: Run[Any], step: int) -> None:
         step: the updates it has. TensorBoard hides later ones, which a run that was killed has left.
     """
     tracking, accelerator = run.config.tracking, run.accelerator
-    if not tracking.trackers:
+    if not tracking.trackers or accelerator.trackers:  # a program may train on
         return
     wandb_settings = {"name": tracking.run_name or run.directory.name, "dir": str(run.directory)}
     if "wandb" in run.tracker_ids:
@@ -42,9 +45,28 @@ def start_trackers(run: Run[Any], step: int) -> None:
 
 
 def log(run: Run[Any], row: dict[str, Any]) -> None:
-    """Log a row to the trackers, if there are any. All processes call it together."""
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "wandb":
-            tracker.log(row)
-        else:
-            tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    """Log a row to the trackers, if there are any. One that fails is left out from then on."""
+    for tracker in list(run.accelerator.trackers):
+        with _failures_reported(run, tracker):
+            if tracker.name == "wandb":
+                tracker.log(row)
+            else:
+                tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def close_trackers(run: Run[Any]) -> None:
+    """Have the trackers write what they have not written yet."""
+    for tracker in list(run.accelerator.trackers):
+        with _failures_reported(run, tracker):
+            tracker.finish()
+    run.accelerator.trackers.clear()
+
+
+@contextmanager
+def _failures_reported(run: Run[Any], tracker: Any) -> Iterator[None]:
+    """Report a tracker's error and drop the tracker: a run must not end because a service or a disk fails."""
+    try:
+        yield
+    except Exception as error:  # each tracker has its own
+        run.accelerator.trackers.remove(tracker)
+        run.say(f"{tracker.name} failed and gets no more rows, training continues: {one_line(error)}")

@@ -74,7 +74,9 @@ def parse(
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a node, which all find it
             line = str(error).strip().encode("utf-8", "backslashreplace").decode()
             print(f"{parser.prog}: error: {line}", file=sys.stderr)
-            print(f"Try '{parser.prog} --help' for every setting.", file=sys.stderr)
+            # The commands of stacey-dist list their own options alone.
+            name = "train_llm.py" if parser.prog.startswith("stacey-dist ") else parser.prog
+            print(f"Try '{name} --help' for every setting.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -155,8 +157,14 @@ def _parser(config_class: type, program: str | None) -> "_Parser":
     parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
     parser.add_class_arguments(config_class, as_group=False)
     parser.kinds = dict(_fields(config_class))
+    sections = [kind for kind in get_type_hints(config_class).values() if dataclasses.is_dataclass(kind)]
+    docstrings = [kind.__doc__ or "" for kind in sections]
+    titles = {text.split("\n")[0].rstrip("."): " ".join(text.split()) for text in docstrings}
+    for group in parser._action_groups:
+        group.title = titles.get((group.title or "").rstrip(":."), group.title)
     for action in parser._actions:
-        if action.dest.endswith(".help"):  # of a list of sections
+        # jsonargparse's own: a file for a section, and the help of a list of sections.
+        if action.dest.endswith(".help") or any(name.startswith(f"{action.dest}.") for name in parser.kinds):
             action.help = SUPPRESS
     return parser
 
@@ -208,8 +216,21 @@ def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
             yield from _fields(kind, f"{prefix}{field.name}.")
+        elif not _is_supported(kind):
+            raise TypeError(
+                f"{config_class.__name__}.{field.name}: a setting of type {kind} is not supported; use bool, int, "
+                "float, str, Literal, None, lists and tuples of fixed length of these, or a dataclass"
+            )
         else:
             yield f"{prefix}{field.name}", kind
+
+
+def _is_supported(kind: Any) -> bool:
+    """Return whether YAML files and the command line can give a value of this type."""
+    if kind in (bool, int, float, str, NoneType) or get_origin(kind) is Literal or dataclasses.is_dataclass(kind):
+        return True
+    parts = get_args(kind)
+    return get_origin(kind) in (list, tuple, Union, UnionType) and bool(parts) and all(map(_is_supported, parts))
 
 
 def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -242,6 +263,7 @@ def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
     if isinstance(value, list):
+        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
         return value if get_origin(kind) is list else _from_text(f"--{name}", ",".join(value), kind)
     return _from_text(f"--{name}", value, kind)
 
@@ -249,7 +271,9 @@ def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
 def _from_text(where: str, value: str, kind: Any) -> Any:
     """Return the value that a text stands for, as a person types it, for a setting of this type."""
     if value != "null":
-        kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)
+        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+    elif get_origin(kind) in (list, tuple):
+        return _value(where, None, kind)
     if get_origin(kind) in (list, tuple):
         is_yaml = value.startswith("[") and value.endswith("]")  # and no pattern, as in [0-9].txt
         if get_origin(kind) is list and not _of_sections(kind) and value and not is_yaml:
@@ -271,6 +295,8 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
         raise SettingsError(f"--config {path}: it must hold settings, as in 'train: {{max_steps: 100}}'")
     sections = {name.split(".")[0] for name in kinds if "." in name}
     for section in sections & settings.keys():
+        if settings[section] is None:  # all of its lines are comments
+            settings[section] = {}
         if not isinstance(settings[section], dict):
             raise SettingsError(f"--config {path}: {section} must hold settings, not {settings[section]!r}")
     checked: dict[str, Any] = {}
@@ -279,7 +305,7 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
             continue
         if name not in kinds:
             others = [program for program, other in elsewhere.items() if name in dict(_fields(other))]
-            hint = f"; it is one of {others[0]}" if others else _nearest(name, ["config", *kinds])
+            hint = f"; it is one of {others[0]}" if others else _nearest(name, list(kinds))
             raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
         if name in checked:
             raise SettingsError(f"--config {path}: {name} is given twice, once with a dot in its name")

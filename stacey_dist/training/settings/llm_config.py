@@ -48,7 +48,7 @@ class ModelConfig:
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = False
-    """Fraction the input and output embeddings."""
+    """Share the input and output embeddings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights. bfloat16 has no float32 master weights, so it needs stacey or lp_descent, which round
     stochastically."""

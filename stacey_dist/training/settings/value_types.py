@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stacey_dist.errors import SettingsError
 
@@ -84,17 +84,31 @@ def _wrong(kind: Any, value: Any) -> str | None:
     arguments = get_args(kind)
     if value is None:
         return None
+    if get_origin(kind) is Literal:
+        return None if value in arguments else f"it must be one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return "it must be a list"
+        if get_origin(kind) is tuple and len(value) != len(arguments):
+            return f"it must be {len(arguments)} values"
         kinds = arguments if get_origin(kind) is tuple else arguments * len(value)
         found = [wrong for inner, item in zip(kinds, value, strict=True) if (wrong := _wrong(inner, item))]
         return found[0].replace("it must", "each must", 1) if found else None
     if get_origin(kind) in (Union, UnionType):
         wrongs = [_wrong(one, value) for one in arguments if one is not NoneType]
         return None if None in wrongs else wrongs[0]
+    plain = arguments[0] if get_origin(kind) is Annotated else kind
+    if get_origin(plain) is UnionType:
+        plain = float
+    if (name := _TYPES.get(plain)) and not (isinstance(value, plain) or (plain is float and type(value) is int)):
+        return f"it must be {name}"
+    if plain is not bool and isinstance(value, bool):
+        return f"it must be {_TYPES.get(plain, 'another value')}"
     rules = [*_ALWAYS, *(arguments[1:] if get_origin(kind) is Annotated else ())]
     return next((f"it must be {rule.words}" for rule in rules if not rule.holds(value)), None)
 
 
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _ALWAYS = (
     Allowed("a number", lambda value: value == value),
     Allowed("less than 2^63", lambda value: type(value) is not int or abs(value) < 2**63),

@@ -132,7 +132,10 @@ def tokenize(
             sources.append(_source(corpus))
     _check_apart(corpora, sources)
     with settings_errors(_SETTINGS):
-        tokenizer = own_tokenizer(config) or _tokenizer(config, sources, cache)
+        own = own_tokenizer(config)
+        tokenizer = own or _tokenizer(config, sources, cache)
+        if own is None and config.model.embeddings != "keep":
+            tokenizer.begin_with_end()
         check_vocabulary(config, tokenizer)
     directories = []
     for (prefix, corpus), source in zip(corpora.items(), sources, strict=True):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from stacey_dist.data.images import ArrayImages, BrokenImageError, listing, open_images, read_pixels
 from stacey_dist.data.images.folder import folder_images
-from stacey_dist.data.images.image_set import sampled
+from stacey_dist.data.images.image_set import read_file, sampled
 from stacey_dist.errors import InputError
 from tests.data.images.helpers import encoded, image_tree, numbered, picture, same
 
@@ -287,3 +288,12 @@ def test_a_file_too_large_for_an_image(tmp_path: Path) -> None:
     with pytest.raises(BrokenImageError, match="1,073,741,825 bytes are too many for an image"):
         train.read(1)
     assert train.identity
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    assert len(read_file(str(tmp_path / "a.jpg"))) == 1000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20

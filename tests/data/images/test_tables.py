@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from stacey_dist.data import lock
 from stacey_dist.data.images import BrokenImageError, cached, decode, open_images, read_pixels, tables
 from stacey_dist.data.images.image_set import sampled
 from stacey_dist.data.images.tables import parquet_images
-from stacey_dist.data.lock import locked_directory
+from stacey_dist.data.lock import locked, locked_directory
 from stacey_dist.errors import InputError
 from tests.data.images.helpers import encoded, picture, same
 
@@ -193,3 +194,45 @@ def test_a_cache_is_not_that_of_other_images_of_the_same_labels(tmp_path: Path) 
     with pytest.raises(BrokenImageError):
         found[0][1].read(301)
     assert found[1][1].read(301).shape == decode(content["img"][301]["bytes"]).shape
+
+
+def test_large_images_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow makes no batch of 2 GiB of images."""
+    counts, iter_batches = [], pq.ParquetFile.iter_batches
+
+    def counting(self: Any, rows: int, **options: Any) -> Any:
+        counts.append(rows)
+        return iter_batches(self, rows, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    write(tmp_path / "a/train-0.parquet", rows(40))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    expected, _ = open_images(str(tmp_path / "a"), cache_dir=str(tmp_path / "cache a"), cache="none")
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 4096)
+    found, _ = open_images(str(tmp_path / "b"), cache_dir=str(tmp_path / "cache b"), cache="none")
+    assert counts[0] == 1024
+    assert 0 < counts[-1] < 20
+    assert len(found) == len(expected)
+    assert all(same(read_pixels(found, i), read_pixels(expected, i)) for i in range(len(found)))
+
+
+def test_another_users_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock can be opened for reading alone."""
+    with locked_directory(tmp_path, "cache_dir", "make room", announce=False):
+        pass
+
+    def of_another_user(path: Any, mode: str) -> Any:
+        if mode != "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.open("rb")
+
+    monkeypatch.setattr(lock, "open", of_another_user, raising=False)
+    with locked_directory(tmp_path, "cache_dir", "make room", announce=False):
+        with locked(tmp_path / "lock", False, wait=None):  # who only read share it
+            pass
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError), locked(tmp_path / "lock", False, wait=None):
+            pass
+    monkeypatch.setattr(lock, "open", of_another_user, raising=False)
+    with pytest.raises(PermissionError), locked(tmp_path / "no lock", False):
+        pass
