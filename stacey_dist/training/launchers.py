@@ -96,8 +96,9 @@ class Launcher(Generic[C]):
 
     Args:
         program: The file that starts it, for messages.
-        config: The dataclass of its settings. Every field is an option of the command line and a key in YAML files;
-            `check_rules` says which values do not go together.
+        config: The dataclass of its settings. Every field is an option of the command line and a key in YAML files; its
+            type is `bool`, `int`, `float`, `str`, `Literal`, a list, a tuple of fixed length, one of these or None, or
+            a dataclass. `check_rules` says which values do not go together.
         load_parts: Return what a run is built of. It is called after the settings were checked, so that imports which
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
