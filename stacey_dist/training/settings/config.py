@@ -237,7 +237,7 @@ SHARED_CHANGES = ("seed", DATA_CHANGE, "train.global_batch_size", "optimizer.var
 class RunConfig:
     """The settings of a run of either launcher; a subclass adds those of its model and its data."""
 
-    run_dir: NonEmptyPath = "runs/quickstart"
+    run_dir: NonEmptyPath = "runs/default"
     """Directory of the run: configuration, metrics, plots, checkpoints and the exported model."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""

@@ -10,6 +10,7 @@ from stacey_dist.training.settings.config import SHARED_CHANGES, RunConfig, Trac
 from stacey_dist.training.settings.value_types import (
     AtLeastTwo,
     FilePath,
+    NonEmptyPath,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -166,6 +167,8 @@ class LLMTrackingConfig(TrackingConfig):
 class LLMConfig(RunConfig):
     """Pretrain a LLaMA with STACEY."""
 
+    run_dir: NonEmptyPath = "runs/quickstart"
+    """Directory of the run: configuration, metrics, plots, checkpoints and the exported model."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
