@@ -210,9 +210,7 @@ def test_fused_that_cannot_be_had(monkeypatch):
     param = parameter()
     optimizer = Stacey([param], fused=True)
     param.grad = torch.ones(6, 4).t()
-    with pytest.raises(
-        RuntimeError, match=r"fused=True, but a parameter of shape \(4, 6\) has its elements in another"
-    ):
+    with pytest.raises(RuntimeError, match=r"fused=True, but a parameter of shape \(4, 6\) has gaps, or another order"):
         optimizer.step()
     assert torch.equal(param, torch.ones(4, 6))
     monkeypatch.setattr(kernels, "find", missing)
