@@ -10,11 +10,13 @@ A page says where a table belongs:
 import functools
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from experiments.alpha import EXPERIMENT, control
 from experiments.comparison_report import LOOKS, report
+from experiments.coupling import KINDS, mean_over_layers
 from experiments.trial import Result
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +33,7 @@ def tables() -> dict[str, list[list[str]]]:
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
     drawn = {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long(), "alpha-summary": alpha_summary()}
-    return whole | columns | drawn
+    return whole | columns | drawn | {"coupling": coupling()}
 
 
 def long_runs() -> list[list[str]]:
@@ -68,6 +70,23 @@ def alpha_summary() -> list[list[str]]:
         loss = f"{of['mean']:.4f} ± {of['interval']:.4f}"
         rows.append([LOOKS[name].label, loss, against, f"{of['state_bytes_per_parameter']:.0f}"])
     return rows
+
+
+def coupling() -> list[list[str]]:
+    """Return the means over layers and two seeds of what z does, at four moments of each run."""
+    runs = {
+        "stacey_pp": "STACEY(p,p), τ constant",
+        "stacey_pp_tau_with_lr": "STACEY(p,p), τ with lr",
+        "stacey_p2": "STACEY(p,2), τ with lr",
+    }
+    found = json.loads((ROOT / "docs/results/coupling.json").read_text())
+    table = [["run", "update", *KINDS.values()]]
+    for name, label in runs.items():
+        for step in (750, 1500, 2250, 3000):
+            rows = [row for seed in (1, 2) for row in found[f"{name}-seed{seed}"] if row["step"] == step]
+            means = (statistics.mean(mean_over_layers(row, kind) for row in rows) for kind in KINDS)
+            table.append([label, f"{step:,}".replace(",", " "), *(f"{mean:.2f}" for mean in means)])
+    return table
 
 
 def _losses(directory: Path, labels: dict[str, str]) -> list[list[str]]:

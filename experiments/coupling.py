@@ -143,7 +143,8 @@ def _part(reproduction: Reproduction, name: str, settings: dict[str, Any]) -> Pa
     return Part(name, compute)
 
 
-def _mean(row: dict[str, Any], kind: str) -> float:
+def mean_over_layers(row: dict[str, Any], kind: str) -> float:
+    """Return the mean of a column of coupling.jsonl over the layers."""
     return statistics.mean(value for name, value in row.items() if name.startswith(f"{kind}/"))
 
 
@@ -156,7 +157,7 @@ def _table(found: dict[str, list[Rows]]) -> str:
         for name, runs in found.items():
             for quarter in (1, 2, 3, 4):
                 rows = [run[quarter * len(run) // 4 - 1] for run in runs]
-                means = (statistics.mean(_mean(row, kind) for row in rows) for kind in KINDS)
+                means = (statistics.mean(mean_over_layers(row, kind) for row in rows) for kind in KINDS)
                 yield f"| {name} | {rows[0]['step']} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
 
     return "\n".join(lines())
@@ -187,7 +188,7 @@ EXPERIMENT = Experiment(
     "not in the paper: what z does over a run of the small LLaMA, by layer",
     {
         "cpu": Scale(
-            "0.9 M parameters, 3 000 updates of (p,p) and (p,2); a quarter of an hour on two cores",
+            "0.9 M parameters, 3 000 updates of (p,p) and (p,2); an hour on two cores",
             2,
             {
                 "runs": {

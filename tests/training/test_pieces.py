@@ -588,6 +588,7 @@ def loss_scales(rank):
             "train_batch_size": 1,
             "zero_optimization": {"stage": stage},
             "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 3},
+            "gradient_clipping": 0.0,  # without it, DeepSpeed clips at 1.0
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -614,5 +615,5 @@ def loss_scales(rank):
 def test_deepspeed_divides_by_the_loss_scale_that_the_loss_was_multiplied_with():
     for stage, updates in spawn(loss_scales, 1).items():
         scales, applied = zip(*updates, strict=True)
-        assert len(set(scales)) > 2, stage
+        assert {256, 512} <= set(scales), stage
         assert applied == (0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.5, 0.5), stage

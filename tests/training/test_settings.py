@@ -404,7 +404,7 @@ def test_a_models_own_configuration_goes_with_a_way_to_attend():
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("schedule.name", "cosin", "it must be one of cosine, linear, wsd"),
+        ("schedule.name", "cosin", "it must be one of cosine, linear, constant, wsd"),
         ("optimizer.variant", "xx", "it must be one of p2, pp, 2p"),
         ("data.files", "a.txt", "it must be a list"),
         ("optimizer.betas", (0.9,), "it must be 2 values"),
