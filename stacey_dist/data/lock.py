@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,8 +58,8 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
     """Hold a lock file, which the system gives back when the process ends, however it ends.
 
     Args:
-        path: the lock file, made where it is not there; its directory is named in the message. One that can only be
-            read is shared with others that only read.
+        path: the lock file, made where it is not there; its directory is named in the message. In a
+            directory that can only be read, it is shared with others that only read.
         announce: say on stderr when another process holds it and this one waits.
         wait: is called again and again while another process holds it; it takes some time, and may raise an error.
             None: do not wait.
@@ -68,8 +69,9 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
         InputError: the file system has no such locks.
     """
     with _open(path) as file:
-        # Where nothing can be written, as in another user's cache, it waits for those who write.
-        kind = fcntl.LOCK_EX if file.writable() else fcntl.LOCK_SH
+        # In a directory where this user writes nothing, as another user's cache, it waits for those who write.
+        only_reads = not file.writable() and not os.access(path.parent, os.W_OK)
+        kind = fcntl.LOCK_SH if only_reads else fcntl.LOCK_EX
         while True:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -90,7 +90,7 @@ def literal_directory(directory: str) -> Iterator[str]:
                 f"dataset: {directory} has characters that the datasets library takes for a pattern, and so has "
                 f"the directory for temporary files, {links}; set TMPDIR to another, or rename it"
             )
-        for place, _, names in os.walk(path, followlinks=True):
+        for place, _, names in os.walk(path):
             inside = os.path.join(links, os.path.relpath(place, path))
             os.makedirs(inside, exist_ok=True)
             for name in names:

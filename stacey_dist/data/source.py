@@ -222,14 +222,14 @@ def _if_skipping(on_bad_record: OnBadRecord) -> dict[str, str]:
 def _directory_identity(directory: str) -> list[dict[str, Any]]:
     """Return the identities of all files in a local directory that ``datasets`` loads, at any depth.
 
-    It follows links, and leaves out names that begin with a dot.
+    As ``datasets``, it follows no links to directories, and leaves out names that begin with a dot.
     """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"dataset: {error}") from error
 
     files = []
-    for place, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+    for place, folders, names in os.walk(directory, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.join(place, name) for name in names if not name.startswith(".")]
     if not files:

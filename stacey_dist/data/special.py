@@ -75,6 +75,9 @@ def as_generic(pretrained: Any, **special: str) -> Any:
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_max_length=pretrained.model_max_length,
+        model_input_names=pretrained.model_input_names,
+        padding_side=pretrained.padding_side,
+        truncation_side=pretrained.truncation_side,
         chat_template=pretrained.chat_template,
         **{**pretrained.special_tokens_map, **special},
     )

@@ -1,5 +1,6 @@
 """Tokenizers: trained here, any sentencepiece model, or any fast tokenizer of the Hugging Face Hub."""
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -126,9 +127,8 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
         options: dict[str, Any] = {"trust_remote_code": False, "split_special_tokens": True}
         pretrained = loader.from_pretrained(name_or_directory, **options)
         if known and pretrained.eos_token_id is None:
-            # Special tokens that the tokenizer's class has and no file names, as GPT-2's.
-            named = transformers.AutoTokenizer.from_pretrained(name_or_directory, trust_remote_code=False)
-            pretrained = loader.from_pretrained(name_or_directory, **options, **named.special_tokens_map)
+            special = _special_tokens_of_class(name_or_directory, pretrained)
+            pretrained = loader.from_pretrained(name_or_directory, **options, **special)
     except Exception as error:  # the Hub client and every tokenizer class have their own
         raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)
@@ -151,6 +151,17 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
     if len(tokenizer.encode_batch(["The quick brown fox jumps over the lazy dog."])[0]) < 2:
         raise InputError(f"{name} is empty: it gives no tokens for English text")
     return tokenizer
+
+
+def _special_tokens_of_class(name_or_directory: str, pretrained: Any) -> dict[str, str]:
+    """Return the special tokens that a tokenizer's class has and no file names, as GPT-2's does, where it has them."""
+    import transformers
+
+    with contextlib.suppress(Exception):  # every class has its own, and there may be none
+        named = transformers.AutoTokenizer.from_pretrained(name_or_directory, trust_remote_code=False)
+        vocabulary = pretrained.get_vocab()
+        return {name: token for name, token in named.special_tokens_map.items() if token in vocabulary}
+    return {}
 
 
 def _has_tokenizer_json(name_or_directory: str) -> bool:

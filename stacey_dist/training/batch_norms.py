@@ -21,7 +21,7 @@ class BatchNorms:
 
     def restore(self, skipped: Tensor) -> None:
         """Restore the copies if `skipped`, a scalar on the device, is not 0: a NaN would stay for ever."""
-        for buffers, kept in zip(self._buffers, self._kept, strict=True):
+        for buffers, kept in zip(self._buffers, self._kept, strict=False):  # none were kept before an update
             values = torch.where(skipped != 0, kept, _joined(buffers)).split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [v.view_as(buffer) for v, buffer in zip(values, buffers, strict=True)])
 

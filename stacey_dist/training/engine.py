@@ -129,7 +129,10 @@ class Engine:
                 torch.distributed.broadcast(buffer, src=0)
 
     def begin_update(self, settings: dict[str, Any]) -> None:
-        """Set every parameter group's learning rate, or what else is given, for the update that begins."""
+        """Begin an update: copy the statistics of batch norms, and set the learning rate or other group settings.
+
+        Call it before each update, also if nothing is to be set: a skipped update restores the copies.
+        """
         self._batch_norms.keep()
         for group in self.optimizer.param_groups:
             for name, value in settings.items():
@@ -169,7 +172,8 @@ class Engine:
         return outcome
 
     def cancel_update(self) -> None:
-        """Restore the statistics of batch norms, which the micro-batches of an update have changed."""
+        """Undo the micro-batches of an update: restore the statistics of batch norms, and clear the gradients."""
+        self.optimizer.zero_grad()
         self._batch_norms.restore(torch.ones((), device=self.accelerator.device))
 
     def _apply(self, loss: Tensor) -> Tensor:

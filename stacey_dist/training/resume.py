@@ -15,7 +15,7 @@ from stacey_dist.training import loss_scale
 from stacey_dist.training.continuing import lr_change
 from stacey_dist.training.engine import Engine
 from stacey_dist.training.progress import Progress, check_progress
-from stacey_dist.training.run import Run
+from stacey_dist.training.run import Run, print_line
 from stacey_dist.training.settings.command_line import flatten, to_dict
 from stacey_dist.training.settings.config import DATA_CHANGE
 from stacey_dist.training.task import Task
@@ -157,7 +157,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
     """Refuse a checkpoint of another run; say what has changed otherwise."""
     setting = _setting(run, path)
     if "config" not in extra:
-        print(f"{path} was imported: there are no settings to compare with", flush=True)
+        print_line(f"{path} was imported: there are no settings to compare with")
         return
     allowed = run.config.checkpoint.allow_changes
     # A version that did not have a setting did what its default does.
@@ -185,9 +185,9 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
             + "\n  ".join(refused)
         )
     for text in changed.values():
-        print(f"changed since the checkpoint: {text}", flush=True)
+        print_line(f"changed since the checkpoint: {text}")
     if change := lr_change(run.config, extra["config"], extra["step"]):
-        print(change, flush=True)
+        print_line(change)
 
 
 def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from stacey_dist.data import (
     TokenStream,
     files_source,
+    hub_source,
     load_pretrained,
     load_sentencepiece,
     prepare,
@@ -151,19 +152,25 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         load_sentencepiece(tmp_path / "a.model")
 
 
-def test_the_identity_of_a_directory_is_of_what_is_read(tmp_path: Path) -> None:
-    directory, elsewhere = tmp_path / "set[1]", tmp_path / "elsewhere"
+@pytest.mark.parametrize("name", ["set", "set[1]"])
+def test_the_identity_of_a_directory_is_of_what_is_read(tmp_path: Path, name: str) -> None:
+    directory, elsewhere = tmp_path / name, tmp_path / "elsewhere"
     directory.mkdir()
     elsewhere.mkdir()
     (elsewhere / "b.jsonl").write_text('{"text": "old"}\n')
     (directory / "a.jsonl").write_text('{"text": "a"}\n')
     (directory / "linked").symlink_to(elsewhere)
+    (directory / "itself").symlink_to(directory)
+    (directory / "below").mkdir()
+    (directory / "below" / "c.jsonl").symlink_to(elsewhere / "b.jsonl")
     first = _directory_identity(str(directory))
+    source = hub_source(str(directory), None, "train", None, "text", False)
+    assert sorted(document.text for document in source.documents()) == ["a", "old"]
     (directory / ".cache").mkdir()
     (directory / ".cache" / "a.metadata").write_text("of a download")
     assert _directory_identity(str(directory)) == first
     (elsewhere / "b.jsonl").write_text('{"text": "new and longer"}\n')
     assert _directory_identity(str(directory)) != first
-    (directory / "c.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"dataset: .*c\.jsonl"):
+    (directory / "d.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"dataset: .*d\.jsonl"):
         _directory_identity(str(directory))

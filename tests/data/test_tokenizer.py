@@ -365,12 +365,21 @@ def test_special_tokens_of_the_class_alone(tmp_path: Path) -> None:
     assert 258 not in ids
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+def test_a_token_of_the_class_that_the_vocabulary_lacks_is_not_added(tmp_path: Path, model_type: str) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(InputError, match="has no end-of-sequence token, which ends each document"):
+        load_pretrained(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["trained", "pretrained"])
 def test_a_model_that_saw_no_begin_token_gets_none(trained: tuple[Tokenizer, Path], tmp_path: Path, kind: str) -> None:
     if kind == "trained":
         tokenizer = load_sentencepiece(trained[1])
     else:
-        tokenizer = load_pretrained(str(byte_level(tmp_path / "a", eos_token="<|end|>", bos_token="<|end|>")))
+        tokenizer = load_pretrained(str(byte_level(tmp_path / "a", eos_token="<|end|>", padding_side="left")))
     fingerprint, texts = tokenizer.fingerprint, [*TRICKY_TEXTS, "the end"]
     expected = tokenizer.encode_batch(texts)
     tokenizer.begin_with_end()
@@ -380,3 +389,4 @@ def test_a_model_that_saw_no_begin_token_gets_none(trained: tuple[Tokenizer, Pat
     auto = AutoTokenizer.from_pretrained(tmp_path / "b")
     assert auto.bos_token_id == auto.eos_token_id == tokenizer.end_token_id
     assert auto(texts)["input_ids"] == expected  # the post-processor's token is not there
+    assert auto.padding_side == ("left" if kind == "pretrained" else "right")

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -413,6 +414,10 @@ def test_a_models_own_configuration_goes_with_a_way_to_attend():
         ("train.compile", 1, "it must be true or false"),
         ("optimizer.lr", "0.1", "it must be a number"),
         ("run_dir", 3, "it must be text"),
+        ("run_dir", None, "it must have a value"),
+        ("optimizer.name", None, "it must have a value"),
+        ("optimizer.lr", np.float64(0.1), "it must be a number, not of type float64"),
+        ("train.gradient_checkpointing", "full", "it must be true or false or one of selective"),
     ],
 )
 def test_values_that_a_program_assigns(setting, value, message):

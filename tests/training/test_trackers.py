@@ -12,7 +12,9 @@ def test_tensorboard_hides_the_updates_after_the_checkpoint(tmp_path):
 
     config, told = RunConfig(), {}
     config.tracking.trackers = ["tensorboard"]
-    accelerator = SimpleNamespace(init_trackers=lambda project, config, init_kwargs: told.update(init_kwargs))
+    accelerator = SimpleNamespace(
+        trackers=[], init_trackers=lambda project, config, init_kwargs: told.update(init_kwargs)
+    )
     run = SimpleNamespace(config=config, accelerator=accelerator, directory=tmp_path, tracker_ids={})
     for begun, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
         start_trackers(run, begun)

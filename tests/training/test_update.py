@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stacey_dist.training import loop, start
+from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.callbacks import Clock
 from stacey_dist.training.engine import DeepSpeedEngine, Engine
 from stacey_dist.training.processes import signals
@@ -22,6 +23,7 @@ def test_replicas_are_clipped_by_the_norm_of_the_first_process(monkeypatch, limi
     torch.nn.init.zeros_(model.weight)
     model.weight.grad = torch.full((1, 1), 4.0)
     engine = object.__new__(Engine)
+    engine._batch_norms = BatchNorms(model)
     engine.run = SimpleNamespace(config=RunConfig())
     engine.run.config.train.max_grad_norm = limit
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -44,6 +46,7 @@ def test_replicas_are_clipped_by_the_norm_of_the_first_process(monkeypatch, limi
 def test_what_deepspeed_applies_though_it_is_not_finite_counts_as_skipped(norm, overflow, expected):
     """So the run ends at train.max_skipped_steps. DeepSpeed gives -1 for a norm that is not finite."""
     engine = object.__new__(DeepSpeedEngine)
+    engine._batch_norms = BatchNorms(torch.nn.Linear(1, 1))
     engine.accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
     zero = SimpleNamespace(overflow=overflow)
     engine.model = SimpleNamespace(step=lambda: None, get_global_grad_norm=lambda: norm, optimizer=zero)
@@ -51,7 +54,7 @@ def test_what_deepspeed_applies_though_it_is_not_finite_counts_as_skipped(norm, 
     assert float(engine.finish_update(torch.tensor(torch.nan))[2]) == 1.0
 
 
-@pytest.mark.parametrize(("given", "message"), [(1, "gave 1 of"), (3, "gave at least 3 of"), (2, None)])
+@pytest.mark.parametrize(("given", "message"), [(1, "yielded 1 micro"), (3, "yielded at least 3 micro"), (2, None)])
 def test_a_task_must_have_as_many_micro_batches_as_the_update(given, message):
     """With fewer, DDP's replicas would not add their gradients."""
 
@@ -64,7 +67,7 @@ def test_a_task_must_have_as_many_micro_batches_as_the_update(given, message):
     if message is None:
         assert list(trainer._micro_batches(2)) == [0, 1]
         return
-    with pytest.raises(ValueError, match=rf"Whole.micro_batches {message} an update on a process; there must be 2"):
+    with pytest.raises(ValueError, match=rf"Whole.micro_batches {message}-batches; expected 2 = "):
         list(trainer._micro_batches(2))
 
 

@@ -57,16 +57,18 @@ def log(run: Run[Any], row: dict[str, Any]) -> None:
 def close_trackers(run: Run[Any]) -> None:
     """Have the trackers write what they have not written yet."""
     for tracker in list(run.accelerator.trackers):
-        with _failures_reported(run, tracker):
+        with _failures_reported(run, tracker, "could not finish"):
             tracker.finish()
     run.accelerator.trackers.clear()
 
 
 @contextmanager
-def _failures_reported(run: Run[Any], tracker: Any) -> Iterator[None]:
+def _failures_reported(
+    run: Run[Any], tracker: Any, what: str = "failed and gets no more rows, training continues"
+) -> Iterator[None]:
     """Report a tracker's error and drop the tracker: a run must not end because a service or a disk fails."""
     try:
         yield
     except Exception as error:  # each tracker has its own
         run.accelerator.trackers.remove(tracker)
-        run.say(f"{tracker.name} failed and gets no more rows, training continues: {one_line(error)}")
+        run.say(f"{tracker.name} {what}: {one_line(error)}")

@@ -63,7 +63,10 @@ def check_values(section: Any, prefix: str = "") -> None:
     kinds = get_type_hints(type(section), include_extras=True)
     for setting in dataclasses.fields(section):
         name, value = f"{prefix}{setting.name}", getattr(section, setting.name)
-        if dataclasses.is_dataclass(value):
+        if value is None:
+            optional = setting.default is None or NoneType in get_args(kinds[setting.name])
+            check(optional, name, "null", "it must have a value")
+        elif dataclasses.is_dataclass(value):
             check_values(value, f"{name}.")
         elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):
@@ -82,8 +85,6 @@ def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
 def _wrong(kind: Any, value: Any) -> str | None:
     """Return what a value must be and is not; None if it is allowed."""
     arguments = get_args(kind)
-    if value is None:
-        return None
     if get_origin(kind) is Literal:
         return None if value in arguments else f"it must be one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, tuple):
@@ -96,14 +97,16 @@ def _wrong(kind: Any, value: Any) -> str | None:
         return found[0].replace("it must", "each must", 1) if found else None
     if get_origin(kind) in (Union, UnionType):
         wrongs = [_wrong(one, value) for one in arguments if one is not NoneType]
-        return None if None in wrongs else wrongs[0]
+        first, *others = [wrong for wrong in wrongs if wrong is not None] or [""]
+        words = [first, *(wrong.removeprefix("it must be ") for wrong in others)]
+        return None if None in wrongs else " or ".join(words)
     plain = arguments[0] if get_origin(kind) is Annotated else kind
     if get_origin(plain) is UnionType:
         plain = float
-    if (name := _TYPES.get(plain)) and not (isinstance(value, plain) or (plain is float and type(value) is int)):
-        return f"it must be {name}"
-    if plain is not bool and isinstance(value, bool):
-        return f"it must be {_TYPES.get(plain, 'another value')}"
+    # Exact types: YAML, in which a run's settings are kept, has no numbers of numpy, and no numbers that are bool.
+    if (name := _TYPES.get(plain)) and type(value) is not plain and not (plain is float and type(value) is int):
+        foreign = type(value).__module__ != "builtins"
+        return f"it must be {name}{f', not of type {type(value).__name__}' if foreign else ''}"
     rules = [*_ALWAYS, *(arguments[1:] if get_origin(kind) is Annotated else ())]
     return next((f"it must be {rule.words}" for rule in rules if not rule.holds(value)), None)
 

@@ -1,5 +1,6 @@
 """Parquet and the Hub: read as they lie, refused with a reason."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -230,6 +231,7 @@ def test_another_users_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return path.open("rb")
 
     monkeypatch.setattr(lock, "open", of_another_user, raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with locked_directory(tmp_path, "cache_dir", "make room", announce=False):
         with locked(tmp_path / "lock", False, wait=None):  # who only read share it
             pass
@@ -237,5 +239,6 @@ def test_another_users_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(BlockingIOError), locked(tmp_path / "lock", False, wait=None):
             pass
     monkeypatch.setattr(lock, "open", of_another_user, raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(PermissionError), locked(tmp_path / "no lock", False):
         pass
