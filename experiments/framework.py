@@ -251,11 +251,16 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
             write(file, dump(settings))
         there = json.loads(file.read_text())
         for name, value in settings.items():
-            if there.get(name) != value:
-                raise SettingsError(
-                    f"--out {directory}: it must be another directory, for this one holds a run with {name} "
-                    f"{there.get(name)}, not {value}"
-                )
+            found = there.get(name)
+            if found == value:
+                continue
+            if isinstance(found, dict) and isinstance(value, dict):
+                names = sorted(key for key in found.keys() | value.keys() if found.get(key) != value.get(key))
+                found, value = ({key: one.get(key) for key in names} for one in (found, value))
+            raise SettingsError(
+                f"--out {directory}: it must be another directory, for this one holds a run with {name} {found}, not "
+                f"{value}"
+            )
         yield
 
 

@@ -139,8 +139,9 @@ def _form(where: str, description: Any) -> str:
             if given == keys:
                 if distribution is None or distribution in distributions:
                     return form
+                names = " and ".join(sorted(keys, reverse=True))
                 raise SettingsError(
-                    f"{where}: distribution: {distribution} does not go with {', '.join(sorted(keys))}; it may be "
+                    f"{where}: distribution: {distribution} does not go with {names}; it may be "
                     f"{', '.join(distributions)}"
                 )
     raise SettingsError(f"{where}: {description} is not allowed; it must have value, values, or min and max")

@@ -77,8 +77,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         action="append",
         nargs="+",
         metavar="PATTERN",
-        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed with --model if there are "
-        "several groups: once for each group, in order. A parameter is in the first group that matches",
+        help="patterns of the parameters of one optimizer group, as in '*norm*'. Needed if --model is needed and "
+        "there are several groups: once for each group, in order. A parameter is in the first group that matches",
     )
     added.add_argument("--step", type=int, help="number of updates made (default: the optimizer's count)")
     added.add_argument("--position", type=int, default=0, help="number of samples already trained on (default: 0)")

@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -49,15 +48,16 @@ class BackgroundSaver:
     ) -> None:
         """Copy what this rank holds and start a thread that writes it, after an earlier save has ended.
 
-        See `save_checkpoint`; `extra` is copied, too. `then` is called on each rank when the checkpoint is complete.
+        See `save_checkpoint`; `extra` is copied, too. `then` is called on each rank when the checkpoint is complete; if
+        it raises an error on one, the save counts as failed on all.
         `failure` returns what went wrong.
         """
-        path = Path(os.path.abspath(with_name(path)))  # the program may change its directory meanwhile
+        path = with_name(path).absolute()  # the program may change its directory meanwhile
         self.wait()
         self._make_group()
         copied = together(lambda: as_read(extra), self._group)
         compare_once(model, optimizer, self._group)
-        copies = together(lambda: snapshot(model, optimizer, self._host_memory), self._group)
+        copies = snapshot(model, optimizer, self._host_memory, self._group)
 
         def work() -> None:
             try:

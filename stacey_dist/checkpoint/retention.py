@@ -35,11 +35,17 @@ def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Col
     if len(counted) <= keep_last:
         return
     needed = _fallbacks(counted)
+    errors = []
     for path in counted[keep_last:]:
         kept_for_good = keep_every is not None and step_of(path) % keep_every == 0
         if path in needed or step_of(path) in kept or kept_for_good:
             continue
-        _delete(path)
+        try:
+            _delete(path)
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _delete(path: Path) -> None:

@@ -87,7 +87,7 @@ def write_shard(path: Path, ranges: dict[str, Range]) -> tuple[dict[str, Any], b
 
     Returns the file's size and SHA-256, and whether all `trained` ranges are finite; None if there are none.
 
-    Raises OSError naming the file, TypeError for a dtype that safetensors lacks.
+    Raises OSError naming the file, SettingsError for a dtype that safetensors lacks or too long a header.
     """
     # The widest first, so that each tensor is aligned.
     ordered = sorted(ranges.items(), key=lambda item: (-item[1].values.element_size(), item[0]))

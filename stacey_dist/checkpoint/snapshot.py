@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stacey_dist.checkpoint.collectives import rank, world_size
+from stacey_dist.checkpoint.collectives import rank, together, world_size
 from stacey_dist.checkpoint.model_tensors import (
     Kind,
     check_names,
@@ -67,33 +67,46 @@ class Snapshot:
         self.contents[name] = describe(values.shape if shape is None else shape, flat.dtype)
 
 
-def snapshot(model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | None = None) -> Snapshot:
+def snapshot(
+    model: nn.Module, optimizer: Any, host_memory: dict[str, Tensor] | None = None, group: Any = None
+) -> Snapshot:
     """Copy the ranges that this rank writes to host memory.
 
     Each element of `model/NAME` (weights, fp32 masters where the engine has them; frozen parameters; persistent
     buffers) and `optimizer/NAME/KEY` (z, m, step, or another optimizer's state) is with exactly one rank.
-    All ranks call it together.
+    All ranks call it together, and all of them raise if one cannot copy.
 
     Args:
         model: the model on its engine.
         optimizer: its optimizer on its engine.
         host_memory: as in `Snapshot`.
+        group: the process group over which ranks talk.
     """
-    check_names(model)
     copies = Snapshot(host_memory={} if host_memory is None else host_memory)
+    together(lambda: _add_trainable_parameters(copies, model, optimizer), group)
+    errors = _add_frozen_parameters(copies, model)
+
+    def finish() -> None:
+        if errors:
+            raise errors[0]
+        if rank() == 0:  # buffers may differ between ranks, and belong together
+            for name, buffer in persistent_buffers(model):
+                copies.add(f"model/{name}", buffer)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    together(finish, group)
+    return copies
+
+
+def _add_trainable_parameters(copies: Snapshot, model: nn.Module, optimizer: Any) -> None:
+    check_names(model)
     for fragment in fragments(model, optimizer):
         _refuse_unsaved_state(base_optimizer(optimizer), fragment)
         _add_fragment(copies, fragment)
     for name, param in trainable_parameters(model):
         if rank() == 0 and full_shape(param).numel() == 0:  # without a fragment, but a part of the model
             copies.add(f"model/{name}", torch.empty(full_shape(param), dtype=param.dtype, device="cpu"))
-    _add_frozen_parameters(copies, model)
-    if rank() == 0:  # buffers may differ between ranks, and belong together
-        for name, buffer in persistent_buffers(model):
-            copies.add(f"model/{name}", buffer)
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return copies
 
 
 def _refuse_unsaved_state(base: Any, fragment: Fragment) -> None:
@@ -121,10 +134,18 @@ def _add_fragment(copies: Snapshot, f: Fragment) -> None:
         copies.add(f"optimizer/{f.name}/step", f.step.to(dtype), shape=torch.Size())
 
 
-def _add_frozen_parameters(copies: Snapshot, model: nn.Module) -> None:
-    """Add every world_size-th frozen parameter. Each is whole on all ranks for a moment, one after another."""
+def _add_frozen_parameters(copies: Snapshot, model: nn.Module) -> list[Exception]:
+    """Add every world_size-th frozen parameter. Each is whole on all ranks for a moment, one after another.
+
+    Returns the errors of copies: all ranks make all the gathers, whatever fails.
+    """
+    errors: list[Exception] = []
     for turn, (name, param) in enumerate(frozen_parameters(model)):
         with gathered(param):
             whole = param.full_tensor() if hasattr(param, "full_tensor") else param
             if turn % world_size() == rank():
-                copies.add(f"model/{name}", whole)
+                try:
+                    copies.add(f"model/{name}", whole)
+                except Exception as error:
+                    errors.append(error)
+    return errors

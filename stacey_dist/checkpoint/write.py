@@ -49,14 +49,14 @@ def save_checkpoint(
 
     Raises:
         NotImplementedError: the model is split over the ranks in a way that is not supported; the message names it.
-        SettingsError: `extra` can't be saved; or there is something other than a checkpoint at `path`; or ranks that
-            should hold replicas differ, which is checked in a model's first save.
+        SettingsError: `extra`, an optimizer's state or a dtype can't be saved; or there is something other than a
+            checkpoint at `path`; or ranks that should hold replicas differ, which is checked in a model's first save.
         OSError: the files could not be written, on this rank or another. Nothing is left behind, and other
             checkpoints are as they were.
     """
     copied = together(lambda: as_read(extra))
     compare_once(model, optimizer)
-    return write(with_name(path), together(lambda: snapshot(model, optimizer)), copied)
+    return write(with_name(path), snapshot(model, optimizer), copied)
 
 
 def write(path: Path, copies: Snapshot, extra: dict[str, Any], group: Any = None) -> Path:

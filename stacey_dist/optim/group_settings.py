@@ -52,6 +52,8 @@ def check_betas(optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Make betas two floats. Raise ValueError unless each is within [0, 1)."""
     betas = group["betas"]
     try:
+        if isinstance(betas, (str, bytes, set, frozenset, dict)):
+            raise TypeError
         first, second = betas
     except (TypeError, ValueError):
         require(optimizer, False, "betas", betas, "it must be two numbers")

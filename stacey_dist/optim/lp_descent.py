@@ -51,7 +51,7 @@ class LpDescent(ElementwiseOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled; settings that an older version did not have take their defaults."""
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in (self.defaults, *self.param_groups):
             group.setdefault("rounding", "stochastic")
             group.setdefault("seed", 0)
 

@@ -80,7 +80,7 @@ def _state_of(
         param: the parameter.
         group: its settings.
         number: the parameter's, for the message.
-        saved: what was saved of it. Further entries of a program are kept.
+        saved: what was saved of it. Further entries of a program are kept, where the optimizer has states.
     """
     expected = {"step", *names}
     if not expected <= saved.keys() or (not names and saved.keys() != expected):

@@ -116,7 +116,7 @@ class Stacey(ElementwiseOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled; settings that an older version did not have take their defaults."""
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in (self.defaults, *self.param_groups):
             group.setdefault("lr_reference", None)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -153,6 +153,16 @@ def test_a_relative_path_is_that_of_the_call(tmp_path, monkeypatch):
     assert list((tmp_path / "b").iterdir()) == []
 
 
+def test_a_path_over_a_link_is_that_of_the_system(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    saver = BackgroundSaver()
+    saver.save(tmp_path / "link" / ".." / "step_00000001", *make())
+    saver.wait()
+    assert saver.failure() is None
+    verify(tmp_path / "disk" / "step_00000001")
+
+
 def test_the_failure_is_that_of_the_last_save(tmp_path, monkeypatch):
     saver = BackgroundSaver()
     with monkeypatch.context() as patch:

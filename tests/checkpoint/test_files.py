@@ -269,6 +269,19 @@ def test_a_checkpoint_that_cannot_be_deleted_keeps_its_name(tmp_path, monkeypatc
             retain(tmp_path / "step_00000002", keep_last=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
     verify(tmp_path / "step_00000001")
+    save(tmp_path, 3, model, optimizer, {})
+    rmtree = shutil.rmtree
+
+    def refuse_the_second(path, **options):
+        if "step_00000002" in str(path):
+            refuse(path)
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:  # the others are deleted all the same
+        patch.setattr(shutil, "rmtree", refuse_the_second)
+        with pytest.raises(PermissionError, match="step_00000002"):
+            retain(tmp_path / "step_00000003", keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
 
     def half(path, **_):
         (Path(path) / "manifest.json").unlink()
@@ -277,8 +290,8 @@ def test_a_checkpoint_that_cannot_be_deleted_keeps_its_name(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", half)
         with pytest.raises(OSError, match="Input/output error"):
-            retain(tmp_path / "step_00000002", keep_last=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_00000001.tmp", "step_00000002"]
+            retain(tmp_path / "step_00000003", keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_00000002.tmp", "step_00000003"]
 
 
 def test_a_link_to_a_checkpoint_is_deleted_and_not_its_target(tmp_path):

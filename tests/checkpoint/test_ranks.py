@@ -26,6 +26,7 @@ from stacey_dist.checkpoint import (
     write,
 )
 from stacey_dist.checkpoint.collectives import FailedOnAnotherRankError
+from stacey_dist.checkpoint.snapshot import Snapshot
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding import base_optimizer, fragments
 from tests.checkpoint import messages
@@ -271,23 +272,28 @@ def check_a_saver_older_than_the_process_group_has_its_own(directory):
 
 
 def check_one_rank_that_cannot_copy_or_finish_fails_all(directory):
-    trainer, saver, last = make(steps=1), BackgroundSaver(), dist.get_rank() == dist.get_world_size() - 1
+    trainer, saver, last = make(steps=1), BackgroundSaver(), dist.get_world_size() - 1
+    original = Snapshot.add
 
-    def fail(*arguments):
-        copies = original(*arguments)
-        if last:
-            raise RuntimeError("no memory")
-        return copies
+    def failing_on(rank, part):
+        def add(self, name, *arguments, **options):
+            if dist.get_rank() == rank and part in name:
+                raise RuntimeError("no memory")
+            original(self, name, *arguments, **options)
 
-    for module, save in ((write, save_checkpoint), (background, saver.save)):
-        original = module.snapshot
+        return add
+
+    # Rank 0 copies the frozen parameter, which all ranks gather together, whatever fails on one.
+    for rank, part in ((last, ""), (0, "model/frozen")):
+        own = RuntimeError if dist.get_rank() == rank else FailedOnAnotherRankError
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "snapshot", fail)
-            with pytest.raises(RuntimeError if last else FailedOnAnotherRankError, match="no memory"):
-                save(directory / "step_00000001", trainer.model, trainer.optimizer)
+            patch.setattr(Snapshot, "add", failing_on(rank, part))
+            for save in (save_checkpoint, saver.save):
+                with pytest.raises(own, match="no memory"):
+                    save(directory / "step_00000001", trainer.model, trainer.optimizer)
 
     def then():
-        if last:
+        if dist.get_rank() == last:
             raise OSError("not deleted")
 
     saver.save(directory / "step_00000002", trainer.model, trainer.optimizer, then=then)

@@ -142,7 +142,7 @@ def test_what_is_read(tmp_path):
         ({"parameters": {"optimizer.lr": 3}}, "optimizer.lr: 3 is not allowed"),
         (
             {"parameters": {"a.b": {"min": 1, "max": 2, "distribution": "normal"}}},
-            "distribution: normal does not go with max, min; it may be uniform, int_uniform",
+            "distribution: normal does not go with min and max; it may be uniform, int_uniform",
         ),
         (
             {"command": ["${program}", "--config", "base.yaml", "--config=more.yaml"]},
@@ -158,7 +158,7 @@ def test_what_is_read(tmp_path):
         ),
         (
             {"parameters": {"a.b": {"min": 0, "max": 2, "distribution": "categorical"}}},
-            "distribution: categorical does not go with max, min; it may be uniform",
+            "distribution: categorical does not go with min and max; it may be uniform",
         ),
         ({"parameters": {"a.b": {"values": 0.1}}}, "values: 0.1 is not allowed; it must be a list"),
         ({"parameters": {"a.b": {"values": "abc"}}}, "values: 'abc' is not allowed; it must be a list"),

@@ -164,7 +164,7 @@ def test_betas_are_any_two_numbers():
     for betas in (collections.UserList([0.5, 0.7]), torch.tensor([0.5, 0.75])):
         first, second = Stacey(params, betas=betas).param_groups[0]["betas"]
         assert (first, second) == (float(betas[0]), float(betas[1]))
-    for betas in (0.9, (0.9,), [0.9, 0.99, 0.999]):
+    for betas in (0.9, (0.9,), [0.9, 0.99, 0.999], {0.9, 0.99}, "00"):
         with pytest.raises(ValueError, match=r"Stacey: betas=.* it must be two numbers"):
             Stacey(params, betas=betas)
 

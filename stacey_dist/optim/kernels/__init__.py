@@ -82,12 +82,13 @@ def apart(rows: list[Row], addresses: list[int]) -> list[tuple[list[Row], list[i
 
     The rows of one launch are updated at the same time. Two parameters may share their memory.
     """
-    if len(set(addresses)) == len(addresses):
+    filled = [address for address in addresses if address]  # 0: it has no elements
+    if len(set(filled)) == len(filled):
         return [(rows, addresses)]
     launches: list[tuple[list[Row], list[int]]] = []
     times: Counter[int] = Counter()
     for row, address in zip(rows, addresses, strict=True):
-        turn = times[address] if address else 0  # 0: it has no elements
+        turn = times[address] if address else 0
         times[address] += 1
         if turn == len(launches):
             launches.append(([], []))
