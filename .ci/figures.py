@@ -38,7 +38,7 @@ def tables() -> dict[str, list[list[str]]]:
 
 def long_runs() -> list[list[str]]:
     """Return the held-out losses of the experiment's long runs that were made."""
-    choices = {"-as-found": ", as found", "-halved": ", halved", "": "", "-wsd": ", wsd"}
+    choices = {"-as-found": ", as found", "-halved": ", halved", "": "", "-wd0.4": ", λ 0.4", "-wsd": ", wsd"}
     labels = {f"{name}{choice}": look.label + how for name, look in LOOKS.items() for choice, how in choices.items()}
     return _losses(LONG_RUNS, labels)
 
