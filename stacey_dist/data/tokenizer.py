@@ -124,11 +124,12 @@ def load_pretrained(name_or_directory: str) -> Tokenizer:
         # The classes of many models make steps of their own in the place of those in tokenizer.json.
         known = _has_tokenizer_json(name_or_directory)
         loader = transformers.PreTrainedTokenizerFast if known else transformers.AutoTokenizer
-        options: dict[str, Any] = {"trust_remote_code": False, "split_special_tokens": True}
-        pretrained = loader.from_pretrained(name_or_directory, **options)
+        pretrained = loader.from_pretrained(name_or_directory, trust_remote_code=False, split_special_tokens=True)
         if known and pretrained.eos_token_id is None:
             special = _special_tokens_of_class(name_or_directory, pretrained)
-            pretrained = loader.from_pretrained(name_or_directory, **options, **special)
+            pretrained = loader.from_pretrained(
+                name_or_directory, trust_remote_code=False, split_special_tokens=True, **special
+            )
     except Exception as error:  # the Hub client and every tokenizer class have their own
         raise InputError(f"{name} cannot be loaded: {one_line(error)}") from error
     backend = getattr(pretrained, "backend_tokenizer", None)

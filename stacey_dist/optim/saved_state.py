@@ -99,10 +99,10 @@ def _state_of(
         if value.shape != param.shape:
             raise ValueError(f"{what} has the shape {tuple(value.shape)}, and its parameter {tuple(param.shape)}")
         if hasattr(value, "placements") != hasattr(param, "placements"):
+            whole, option = ("whole", ", full_state_dict=True") if hasattr(param, "placements") else ("sharded", "")
             raise ValueError(
-                f"{what} is sharded and its parameter is not, or the other way; load it by "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, with full_state_dict=True for whole "
-                "tensors"
+                f"{what} is {whole} and its parameter is {'sharded' if option else 'whole'}; load it by "
+                f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict{option}"
             )
     return {**saved, "step": step, **{name: like_parameter(saved[name], param, state_dtype(group)) for name in names}}
 

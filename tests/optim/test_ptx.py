@@ -77,7 +77,8 @@ class OnCpu:
             self.code = code = self.edit(compiled.asm["ptx"])
             if code not in self.executables:
                 self.executables[code] = Executable(code)
-            self.executables[code](grid[0], arguments, self.memory)
+            named = (options[name] for name in self.function.arg_names if name in options and name.islower())
+            self.executables[code](grid[0], [*arguments, *named], self.memory)  # constants have upper case
 
         return launch
 
