@@ -77,8 +77,7 @@ class OnCpu:
             self.code = code = self.edit(compiled.asm["ptx"])
             if code not in self.executables:
                 self.executables[code] = Executable(code)
-            named = (options[name] for name in self.function.arg_names if name in options and name.islower())
-            self.executables[code](grid[0], [*arguments, *named], self.memory)  # constants have upper case
+            self.executables[code](grid[0], arguments, self.memory)
 
         return launch
 

@@ -460,7 +460,7 @@ class TritonKernel:
             stacey_step[(tables.programs,)],
             tables.table, tables.block_rows, tables.block_numbers, rates, scale,
             unused if call.found_inf is None else call.found_inf.to(device),
-            **float_constants(s),
+            *float_constants(s).values(),
             **compile_time_values(
                 s, first.weight.dtype, first.gradient.dtype, first.z.dtype, stochastic=call.stochastic,
                 lr_on_device=call.lr is not None, has_scale=call.grad_scale is not None,
