@@ -10,13 +10,12 @@ A page says where a table belongs:
 import functools
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 from experiments.alpha import EXPERIMENT, control
 from experiments.comparison_report import LOOKS, report
-from experiments.coupling import KINDS, mean_over_layers
+from experiments.coupling import KINDS, means
 from experiments.trial import Result
 
 ROOT = Path(__file__).parents[1]
@@ -73,19 +72,17 @@ def alpha_summary() -> list[list[str]]:
 
 
 def coupling() -> list[list[str]]:
-    """Return the means over layers and two seeds of what z does, at four moments of each run."""
+    """Return what z does, as the experiment's table has it."""
     runs = {
         "stacey_pp": "STACEY(p,p), τ constant",
         "stacey_pp_tau_with_lr": "STACEY(p,p), τ with lr",
         "stacey_p2": "STACEY(p,2), τ with lr",
     }
-    found = json.loads((ROOT / "docs/results/coupling.json").read_text())
+    read = json.loads((ROOT / "docs/results/coupling.json").read_text())
+    found = {label: [read[f"{name}-seed{seed}"] for seed in (1, 2)] for name, label in runs.items()}
     table = [["run", "update", *KINDS.values()]]
-    for name, label in runs.items():
-        for step in (750, 1500, 2250, 3000):
-            rows = [row for seed in (1, 2) for row in found[f"{name}-seed{seed}"] if row["step"] == step]
-            means = (statistics.mean(mean_over_layers(row, kind) for row in rows) for kind in KINDS)
-            table.append([label, f"{step:,}".replace(",", " "), *(f"{mean:.2f}" for mean in means)])
+    for label, step, figures in means(found):
+        table.append([label, f"{step:,}".replace(",", " "), *(f"{mean:.2f}" for mean in figures)])
     return table
 
 

@@ -143,7 +143,15 @@ def _part(reproduction: Reproduction, name: str, settings: dict[str, Any]) -> Pa
     return Part(name, compute)
 
 
-def mean_over_layers(row: dict[str, Any], kind: str) -> float:
+def means(found: dict[str, list[Rows]]) -> Iterator[tuple[str, int, list[float]]]:
+    """Yield each run's name, an update and the means of `KINDS` over layers and seeds, at four moments of the run."""
+    for name, runs in found.items():
+        for quarter in (1, 2, 3, 4):
+            rows = [run[quarter * len(run) // 4 - 1] for run in runs]
+            yield name, rows[0]["step"], [statistics.mean(_mean(row, kind) for row in rows) for kind in KINDS]
+
+
+def _mean(row: dict[str, Any], kind: str) -> float:
     """Return the mean of a column of coupling.jsonl over the layers."""
     return statistics.mean(value for name, value in row.items() if name.startswith(f"{kind}/"))
 
@@ -154,11 +162,8 @@ def _table(found: dict[str, list[Rows]]) -> str:
     def lines() -> Iterator[str]:
         yield "| run | update | " + " | ".join(KINDS.values()) + " |"
         yield "|---|---|" + "---|" * len(KINDS)
-        for name, runs in found.items():
-            for quarter in (1, 2, 3, 4):
-                rows = [run[quarter * len(run) // 4 - 1] for run in runs]
-                means = (statistics.mean(mean_over_layers(row, kind) for row in rows) for kind in KINDS)
-                yield f"| {name} | {rows[0]['step']} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
+        for name, step, figures in means(found):
+            yield f"| {name} | {step} | " + " | ".join(f"{mean:.3f}" for mean in figures) + " |"
 
     return "\n".join(lines())
 

@@ -131,23 +131,6 @@ class Experiment:
     """Patterns of the files under configs/ that state its settings."""
 
 
-_PACKAGES = (
-    "torch",
-    "numpy",
-    "scipy",
-    "optuna",
-    "transformers",
-    "tokenizers",
-    "sentencepiece",
-    "datasets",
-    "accelerate",
-    "lion-pytorch",
-    "pytorch-optimizer",
-)
-# A run that is resumed with other code than it began with would mix the results of both.
-_CODE = ("experiments", "stacey_dist/optim", "stacey_dist/training", "stacey_dist/models", "stacey_dist/data")
-
-
 def reproduce(
     experiment: Experiment,
     directory: Path,
@@ -267,6 +250,23 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
 def configs() -> Path:
     """Return the repository's directory of configurations."""
     return Path(__file__).parents[1] / "configs"
+
+
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "optuna",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "datasets",
+    "accelerate",
+    "lion-pytorch",
+    "pytorch-optimizer",
+)
+# A run that is resumed with other code than it began with would mix the results of both.
+_CODE = ("experiments", "stacey_dist/optim", "stacey_dist/training", "stacey_dist/models", "stacey_dist/data")
 
 
 def versions() -> dict[str, str]:

@@ -82,8 +82,8 @@ def apart(rows: list[Row], addresses: list[int]) -> list[tuple[list[Row], list[i
 
     The rows of one launch are updated at the same time. Two parameters may share their memory.
     """
-    distinct = len(set(addresses))
-    if distinct == len(addresses) or distinct == len(addresses) - max(0, addresses.count(0) - 1):  # 0: no elements
+    repeats = len(addresses) - len(set(addresses))
+    if repeats == max(0, addresses.count(0) - 1):  # of weights without elements alone, whose address is 0
         return [(rows, addresses)]
     launches: list[tuple[list[Row], list[int]]] = []
     times: Counter[int] = Counter()

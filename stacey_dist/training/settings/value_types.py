@@ -96,10 +96,10 @@ def _wrong(kind: Any, value: Any) -> str | None:
         found = [wrong for inner, item in zip(kinds, value, strict=True) if (wrong := _wrong(inner, item))]
         return found[0].replace("it must", "each must", 1) if found else None
     if get_origin(kind) in (Union, UnionType):
-        wrongs = [_wrong(one, value) for one in arguments if one is not NoneType]
-        first, *others = [wrong for wrong in wrongs if wrong is not None] or [""]
-        words = [first, *(wrong.removeprefix("it must be ") for wrong in others)]
-        return None if None in wrongs else " or ".join(words)
+        first, *others = (_wrong(one, value) or "" for one in arguments if one is not NoneType)
+        if "" in (first, *others):
+            return None
+        return " or ".join([first, *(wrong.removeprefix("it must be ") for wrong in others)])
     plain = arguments[0] if get_origin(kind) is Annotated else kind
     if get_origin(plain) is UnionType:
         plain = float
