@@ -106,9 +106,10 @@ def _reader_has_gone() -> bool:
 
 
 def _plan(arguments: list[str]) -> int:
-    from stacey_dist.plan.command import main
+    from stacey_dist.plan.command import plan
 
-    return main(arguments)
+    print(plan(arguments))
+    return 0
 
 
 def _report(runs: list[Path], output: Path) -> int:
