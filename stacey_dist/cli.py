@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stacey_dist import bench, checkpoint_commands, info
+from stacey_dist import checkpoint_commands, info
+from stacey_dist.bench import command as bench
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.errors import InputError, SettingsError
