@@ -21,7 +21,8 @@ from stacey_dist.training import engine as engine_module
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.continuing import checkpoint_before_decay
-from stacey_dist.training.engine import DeepSpeedEngine, Engine
+from stacey_dist.training.deepspeed_engine import DeepSpeedEngine
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.processes import devices, signals
 from stacey_dist.training.processes.failures import user_errors
