@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.schema import is_count, wrong_entry
+from stacey_dist.training import loss_scale
 
 
 @dataclass
@@ -52,6 +53,8 @@ def check_progress(extra: dict[str, Any]) -> None:
     for key in ("config", "trackers", "scaler"):
         if type(extra.get(key) or {}) is not dict:
             raise wrong_entry(f"extra.{key}", extra[key], "entries by name")
+    if (scaler := extra.get("scaler")) and not loss_scale.is_state(scaler):
+        raise wrong_entry("extra.scaler", scaler, "the state of a loss scaler")
     if "config" not in extra:
         return
     settings = extra["config"].get("checkpoint", {}) if type(extra["config"]) is dict else None

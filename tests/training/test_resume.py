@@ -30,13 +30,13 @@ class Directory:
         for step in steps:
             self.save(step, **changes)
 
-    def save(self, step, data=DATA, outputs=3, **changes):
+    def save(self, step, data=DATA, outputs=3, others=None, **changes):
         model = torch.nn.Linear(2, outputs)
         torch.nn.init.constant_(model.weight, step)
         config = changed(self.config, **changes)
         extra = {
             "step": step, "position": 16 * step, "skipped_steps": 1, "config": to_dict(config), "data_identity": data,
-            "scaler": None, "engine": "single", "trackers": {"wandb": "abc"},
+            "scaler": None, "engine": "single", "trackers": {"wandb": "abc"}, **(others or {}),
         }  # fmt: skip
         return save_checkpoint(self.checkpoint(step), model, Stacey(model.parameters()), extra)
 
@@ -77,6 +77,10 @@ def test_the_newest_is_taken(directory, capsys):
     assert run.tracker_ids == {"wandb": "abc"}
     assert f"resumed from {directory.checkpoint(20)} after 20 updates" in capsys.readouterr().out
     assert Directory(directory.path.with_name("new"), steps=()).start()[:2] == (Progress(0, 0, 0), [0])
+
+
+def test_a_checkpoint_may_name_no_trackers(tmp_path):
+    assert Directory(tmp_path / "run", others={"trackers": None}).start()[2].tracker_ids == {}
 
 
 def test_checkpoints_that_may_not_be_listed_are_not_passed_over(directory, monkeypatch):
