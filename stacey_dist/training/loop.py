@@ -274,7 +274,7 @@ class _Trainer(Training):
             save=self.saver.is_due_by_the_clock,
             save_and_wait=self.saver.has_to_succeed,
             directory_gone=self.run.directory_is_gone(),
-            saved=self.saver.has_complete,
+            saved=bool(self.saver.complete),
         )
 
     def _is_evaluated(self, step: int) -> bool:

@@ -504,9 +504,9 @@ def test_the_checkpoint_before_wsds_decay_stays_if_it_came_an_update_later(tmp_p
 def test_callbacks_hear_of_no_checkpoint_that_is_deleted_already(tmp_path):
     run, saver = make_saver(tmp_path)
     checkpoint_path(run, 2).mkdir(parents=True)
-    saver._complete.extend([checkpoint_path(run, 1), checkpoint_path(run, 2)])
+    saver.complete.extend([checkpoint_path(run, 1), checkpoint_path(run, 2)])
     assert list(saver.take_complete()) == [checkpoint_path(run, 2)]
-    assert not saver.has_complete
+    assert not saver.complete
 
 
 def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):

@@ -15,9 +15,6 @@ class Plot(Callback):
 
     def __init__(self, name: str, draw: Callable[[Training], None]) -> None:
         self.name, self.draw = name, draw
-
-    def on_run_begin(self, training: Training) -> None:
-        """Begin to wait."""
         self._drawn = time.perf_counter()
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
