@@ -277,6 +277,10 @@ def test_lines_that_hold_no_row_are_named_and_the_others_kept(tmp_path, capsys):
     assert warning in capsys.readouterr().out
     written.drop_later(2, 2)
     assert capsys.readouterr().out == ""
+    evaluation = b'{"step": 2, "eval_accuracy": 0.5}\n'  # of a program of one's own
+    path.write_bytes(b'{"step": 2, "lr": 0.5}\n' + evaluation)
+    written.drop_later(2, 1)
+    assert path.read_bytes() == b'{"step": 2, "lr": 0.5}\n'
     path.unlink()
     path.mkdir()
     with pytest.raises(SettingsError, match="is no regular file"):

@@ -13,26 +13,21 @@ from stacey_dist.training.reports.progress_line import progress_line
 from stacey_dist.training.reports.rows import RowFile
 from stacey_dist.training.reports.trackers import log, start_trackers
 from stacey_dist.training.run import Run, print_line
+from stacey_dist.training.task import Task
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
 
 class Metrics(Callback):
-    """Writes a run's figures. Only the main process writes.
+    """Writes a run's figures. Only the main process writes."""
 
-    Args:
-        run: the run.
-        unit: what is counted per second, as in "tokens".
-        flops_per_unit: floating-point operations of training on one unit, for the share of peak speed (MFU).
-    """
-
-    def __init__(self, run: Run[Any], unit: str, flops_per_unit: float) -> None:
-        self.run, self.unit, self.flops_per_unit = run, unit, flops_per_unit
+    def __init__(self, run: Run[Any], task: Task) -> None:
+        self.run, self.unit, self.flops_per_unit = run, task.unit, task.flops_per_unit
         self.main = run.accelerator.is_main_process
         self.max_steps = run.config.train.max_steps
         device = run.accelerator.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.peak = peak * run.accelerator.num_processes if peak and flops_per_unit else None
+        self.peak = peak * run.accelerator.num_processes if peak and self.flops_per_unit else None
         self.live = sys.stdout.isatty()
         """On a terminal, the next line takes the place of one that is not due."""
         self.rows = RowFile(run.directory / "metrics.jsonl", self.say)
