@@ -54,7 +54,7 @@ class DeepSpeedEngine(Engine):
                 deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
+        """Return the context for forward and `backward` of a micro-batch, which may be the `last` of the update."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 

@@ -112,7 +112,7 @@ class Engine:
                     group[name] = value
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
+        """Return the context for forward and `backward` of a micro-batch, which may be the `last` of the update."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
@@ -147,7 +147,7 @@ class Engine:
         self._batch_norms.restore(torch.ones((), device=self.accelerator.device))
 
     def _apply(self, loss: Tensor) -> Tensor:
-        """Do what `finish_update` does, but for batch norms."""
+        """Clip and apply the gradients, and return the outcome. `finish_update` restores batch norms' statistics."""
         self.accelerator.unscale_gradients()  # this also records overflows for `scaler.update`
         base: Any = base_optimizer(self.optimizer)
         limit = self.run.config.train.max_grad_norm

@@ -72,11 +72,9 @@ class Outcome(NamedTuple):
 
 
 class Outcomes:
-    """The outcomes of a run's updates.
+    """The outcomes of a run's updates, of which `limit` may be skipped in a row.
 
-    Args:
-        progress: of the run; skipped updates are counted there as they are read.
-        limit: how many updates may be skipped in a row.
+    Skipped updates are counted in `progress` as they are read.
     """
 
     def __init__(self, progress: Progress, limit: int) -> None:

@@ -133,7 +133,7 @@ def _check(run: Run, path: Path, extra: dict[str, Any], setting: str, module: An
 
 
 def _check_own(run: Run, path: Path, extra: dict[str, Any]) -> None:
-    """Refuse a checkpoint in the run's own directory with `checkpoint.resume` or `resume_from` against it."""
+    """Refuse a checkpoint in the run's own directory that `checkpoint.resume` or `resume_from` excludes."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
     if settings.resume == "never":
         raise SettingsError(
@@ -188,7 +188,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], setting: str, module: 
 
 
 def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> list[str]:
-    """Return what a file that `model.config` or `model.pretrained` names says differently by now."""
+    """Return how the model's configuration differs from the checkpoint's, if a file gives it: a line for each entry."""
     source = settings.get("model.config") or settings.get("model.pretrained")
     described = describe_model(module) if source else None
     if described is None or not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):

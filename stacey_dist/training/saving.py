@@ -130,13 +130,13 @@ class Saver:
         self._has_saved = True
         best = progress.best_step if self.settings.keep_best else None
 
-        def then() -> None:
+        def on_complete() -> None:
             if self.run.accelerator.is_main_process:
                 _warn_unless_finite(path)
                 self._retain(path, best, progress, delete_older)
                 self.complete.append(path)
 
-        self._background.save(path, self.engine.model, self.engine.optimizer, extra, then)
+        self._background.save(path, self.engine.model, self.engine.optimizer, extra, on_complete)
         return path
 
     def _retain(self, saved: Path, best: int | None, progress: Progress, delete_older: bool = True) -> None:

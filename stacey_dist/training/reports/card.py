@@ -42,7 +42,7 @@ def write_card(directory: Path, manifest: dict[str, Any], run: Path | None) -> N
     settings = _section(extra, "config")
     task = "image-classification" if (directory / "preprocessor_config.json").exists() else "text-generation"
     rows = {
-        "data": _data(settings),
+        "data": _data(_section(settings, "data")),
         "trained on": _amount(extra, settings),
         "held out": _evaluation(extra.get("step"), run),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
@@ -102,11 +102,15 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _data(settings: dict[str, Any]) -> str:
-    if not (data := _section(settings, "data")):
+def _data(data: dict[str, Any]) -> str:
+    """Return the names of the data that a section of settings has; those of a mixture with their weights."""
+    if not data:
         return _UNKNOWN
-    named = [_shown(data[key], key) for key in ("files", "sources", "dataset", "path") if data.get(key)]
-    texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in named]
+    sources = data.get("sources")
+    mixed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    texts = [f"{_data(source)}, weight {source.get('weight', 1.0)}" for source in mixed]
+    for value in (_shown(data[key], key) for key in ("files", "dataset", "path") if data.get(key)):
+        texts.append(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return "; ".join(texts) or "what the launcher brings with it"
 
 
