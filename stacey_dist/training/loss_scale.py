@@ -24,8 +24,10 @@ def state_of(scaler: Any) -> dict[str, Any]:
     return {"scale": scaler.cur_scale, "applied": applied, "hysteresis": scaler.cur_hysteresis}
 
 
-def is_state(state: dict[str, Any]) -> bool:
+def is_state(state: Any) -> bool:
     """Return whether `load` takes a state. A file may hold any value."""
+    if not isinstance(state, dict):
+        return False
     scale, hysteresis = state.get("scale"), state.get("hysteresis")
     is_scale = isinstance(scale, int | float) and 0 <= scale < math.inf
     return is_scale and is_count(state.get("applied")) and (hysteresis is None or is_count(hysteresis))
