@@ -29,7 +29,7 @@ from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.processes.requests import Agreement, Requests
 from stacey_dist.training.progress import Outcomes, Progress
 from stacey_dist.training.reports.flops import peak_flops
-from stacey_dist.training.reports.progress_line import duration
+from stacey_dist.training.reports.metrics import duration
 from stacey_dist.training.reports.rows import RowFile, read_rows
 from stacey_dist.training.reports.trackers import close_trackers, log, start_trackers
 from stacey_dist.training.run import print_line

@@ -79,12 +79,9 @@ def check_layer_classes(classes: Callable[[], Collection[str] | None]) -> None:
 
 @contextmanager
 def configuration_errors(what: str) -> Iterator[None]:
-    """Raise errors that a configuration causes as SettingsErrors of one line that says where it stands.
+    """Raise errors that the configuration `what` causes as SettingsErrors of one line that says where it stands.
 
     `STACEY_DIST_TRACEBACK=1` leaves them as they are.
-
-    Args:
-        what: what is at fault, for the message.
     """
     try:
         yield
