@@ -11,11 +11,9 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Call a function for each update ahead of time: in a thread, while the update before runs.
+    """Call `make` with each update's position, in a thread, while the update before runs.
 
-    Args:
-        make: makes it for the update at a position.
-        stride: from one update's position to the next one's.
+    `stride` is the distance from one update's position to the next one's.
     """
 
     def __init__(self, make: Callable[[int], T], stride: int) -> None:
@@ -24,7 +22,7 @@ class Ahead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, position: int) -> T:
-        """Return what is made for the update at a position; the next update's is begun. Raises what `make` raises."""
+        """Return what `make` returns for a position, and start the call for the next. Raises what `make` raises."""
         if self._coming is None or self._coming[0] != position:
             self._begin(position)
         assert self._coming is not None

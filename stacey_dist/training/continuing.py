@@ -17,13 +17,7 @@ _OVER_THE_RUN = {"p": "final_p", "alpha": "final_alpha"}
 
 
 def lr_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> str | None:
-    """Return what becomes of the learning rate after `step` updates, if it is not what the saved run would have had.
-
-    Args:
-        config: the settings of now.
-        saved: those of the checkpoint, as it has them.
-        step: the updates made so far.
-    """
+    """Return how the learning rate changes after `step` updates; None if it is that of the `saved` settings."""
     known = {setting.name for setting in fields(ScheduleConfig)}
     try:
         schedule = ScheduleConfig(**{name: value for name, value in saved["schedule"].items() if name in known})
@@ -61,9 +55,7 @@ def checkpoint_before_decay(config: RunConfig, checkpoints: Path) -> Path | None
 def command_to_continue(config: RunConfig, kept: Path | None) -> str:
     """Return the command that trains a finished run longer without raising its learning rate, and what it does.
 
-    Args:
-        config: the run's settings.
-        kept: the checkpoint from before wsd's decay, if there is one.
+    `kept` is the checkpoint from before wsd's decay, if there is one.
     """
     train, schedule = config.train, config.schedule
     if train.epochs is None:

@@ -14,34 +14,24 @@ The training loop is the same for all engines: backward of each micro-batch, the
 """
 
 import gc
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 
 from stacey_dist.optim import Stacey
 from stacey_dist.optim.base import kernel
 from stacey_dist.optim.memory import full_tensor
 from stacey_dist.sharding import base_optimizer, fragments, state_bytes
-from stacey_dist.sharding.fragment import canonical_name
+from stacey_dist.training import fsdp2
 from stacey_dist.training.batch_norms import BatchNorms
-from stacey_dist.training.initial_weights import InitialWeights, allocate
+from stacey_dist.training.initial_weights import InitialWeights
 from stacey_dist.training.processes import heartbeat, signals
-from stacey_dist.training.processes.launch import (
-    compute_dtype,
-    loads_weights_from_rank0,
-    requested_engine,
-    shards_weights,
-)
+from stacey_dist.training.processes.launch import requested_engine
 from stacey_dist.training.processes.launch_settings import configuration_errors
 from stacey_dist.training.processes.requests import Agreement, Requests
 from stacey_dist.training.reports.trackers import close_trackers
@@ -90,7 +80,7 @@ class Engine:
 
     def _prepare(self, optimizer: Optimizer) -> None:
         if self.name == "fsdp2":
-            self._shard(optimizer)
+            self.model, self.optimizer = fsdp2.shard(self.accelerator, self.module, optimizer)
             return
         # No device placement of the optimizer: its state is created on the parameters' device, and Accelerate would
         # call `ZeroRedundancyOptimizer.state_dict`, which raises an error.
@@ -99,26 +89,6 @@ class Engine:
                 self.module, optimizer, device_placement=[True, False]
             )
 
-    def _shard(self, optimizer: Optimizer) -> None:
-        """Shard the model with FSDP2. Its weights are on the meta device, on rank 0 only, or on every rank."""
-        plugin = self.accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy is not None:  # Accelerate would have processes add gradients in bf16
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-        without_memory = any(param.is_meta for param in self.module.parameters())
-        rank0_sends = not without_memory and loads_weights_from_rank0(self.accelerator, self.module)
-        plugin.cpu_ram_efficient_loading = rank0_sends  # its weights, one at a time
-        names = {param: canonical_name(name) for name, param in self.module.named_parameters()}
-        groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
-        with configuration_errors("the configuration of `accelerate launch`"):
-            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        if without_memory:
-            offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-            allocate(self.module.parameters(), torch.device("cpu") if offloaded else self.accelerator.device)
-            # Accelerate tells parameters by their addresses, and these had none.
-            params = {canonical_name(name): param for name, param in self.module.named_parameters()}
-            for group, members in zip(self.optimizer.param_groups, groups, strict=True):
-                group["params"] = [params[name] for name in members]
-
     def broadcast_buffers(self) -> None:
         """Copy rank 0's buffers, which are those in the checkpoints, to every process: batch norms' statistics.
 
@@ -126,7 +96,7 @@ class Engine:
         """
         if self.accelerator.num_processes > 1:
             for buffer in self.module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+                dist.broadcast(buffer, src=0)
 
     def begin_update(self, settings: dict[str, Any]) -> None:
         """Begin an update: copy the statistics of batch norms, and set the learning rate or other group settings.
@@ -142,7 +112,7 @@ class Engine:
                     group[name] = value
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
+        """Return the context for forward and `backward` of a micro-batch, which may be the `last` of the update."""
         # DDP averages gradients over processes once, with the last micro-batch. FSDP2 does it each time: it would
         # otherwise keep whole gradients.
         wait = not last and self.name != "fsdp2"
@@ -177,9 +147,10 @@ class Engine:
         self._batch_norms.restore(torch.ones((), device=self.accelerator.device))
 
     def _apply(self, loss: Tensor) -> Tensor:
-        """Do what `finish_update` does, but for batch norms."""
+        """Clip and apply the gradients, and return the outcome. `finish_update` restores batch norms' statistics."""
         self.accelerator.unscale_gradients()  # this also records overflows for `scaler.update`
-        base, limit = base_optimizer(self.optimizer), self.run.config.train.max_grad_norm
+        base: Any = base_optimizer(self.optimizer)
+        limit = self.run.config.train.max_grad_norm
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
         outcome = self._outcome(loss, full_tensor(nn.utils.get_total_norm(gradients)))
         _, norm, skipped = outcome
@@ -190,8 +161,12 @@ class Engine:
         if clips_in_step or getattr(base, "_step_supports_amp_scaling", False):
             clips = clips_in_step and limit > 0
             divisor = torch.where(norm > limit, norm.double() / limit, 1.0).float() if clips else None
-            with _set(base, grad_scale=divisor, found_inf=skipped.to(self._update_device(skipped.device))):
+            # As `torch.amp.GradScaler` does for torch's fused optimizers; `Stacey` reads the same attributes.
+            base.grad_scale, base.found_inf = divisor, skipped.to(self._update_device(skipped.device))
+            try:
                 optimizer.step()
+            finally:
+                del base.grad_scale, base.found_inf
         elif not skipped:  # it cannot skip an update by itself, so the host waits
             optimizer.step()
         if self.accelerator.scaler is not None:
@@ -260,115 +235,10 @@ class Engine:
         return self.accelerator.scaler
 
 
-class DeepSpeedEngine(Engine):
-    """The model and its optimizer on DeepSpeed, which sums, clips, scales and applies gradients by itself."""
-
-    def _prepare(self, optimizer: Optimizer) -> None:
-        exact = [(module, name, buffer) for module in self.module.modules() for name, buffer in module._buffers.items()]
-        with configuration_errors("the DeepSpeed configuration"):
-            if shards_weights(self.accelerator):
-                self._partition()
-            self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        # As FSDP2 does. DeepSpeed casts the weights alone.
-        dtype = compute_dtype(self.accelerator)
-        if dtype != torch.float32:
-            self.module.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
-        # DeepSpeed casts the buffers too: rotary frequencies and batch norms' statistics need their float32.
-        for module, name, buffer in exact:
-            if buffer is not None:
-                module._buffers[name] = buffer.to(self.accelerator.device)
-
-    def _partition(self) -> None:
-        """Give each process its slices of the weights, a layer at a time: rank 0's, where they have values yet.
-
-        DeepSpeed would put the whole model on every device first.
-        """
-        import deepspeed
-
-        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        device, dtype = self.accelerator.device, compute_dtype(self.accelerator)
-        for module in self.module.modules():
-            own = nn.ParameterList(module.parameters(recurse=False))
-            allocate(own, device, dtype)
-            for param in own:
-                if not hasattr(param, "ds_id"):  # a tied one is partitioned already
-                    param.data = param.data.to(device, dtype)
-            if own:
-                deepspeed.zero.Init(module=own, config_dict_or_path=config, dtype=dtype)
-
-    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Return what is entered around forward and `backward` of a micro-batch, which may be the update's `last`."""
-        self.model.set_gradient_accumulation_boundary(is_boundary=last)
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's share of the loss; shares sum over micro-batches and processes."""
-        # DeepSpeed skips an update whose gradients are not finite, and does not look at the loss: a loss that is not
-        # finite must not have finite gradients.
-        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        self.model.backward(loss * (self.accelerator.num_processes * finite), scale_wrt_gas=False)
-
-    def _apply(self, loss: Tensor) -> Tensor:
-        """Have DeepSpeed clip the gradients, to the norm in its configuration, and apply them.
-
-        It may apply an update whose loss is not finite.
-        """
-        outcome = self._outcome(loss, torch.zeros_like(loss))
-        with _scale_updated_last(self.model.optimizer):
-            self.model.step()
-        norm = float(self.model.get_global_grad_norm() or 0.0)
-        outcome[1] = norm if norm >= 0 else math.nan  # DeepSpeed says -1
-        # A non-finite update that DeepSpeed applies also counts as skipped, so that max_skipped_steps ends the run.
-        outcome[2] = bool(getattr(self.model.optimizer, "overflow", False)) or not outcome[:2].isfinite().all()
-        return outcome
-
-    @property
-    def scaler(self) -> Any:
-        """DeepSpeed's dynamic loss scaler; None without one."""
-        scaler = getattr(self.model.optimizer, "loss_scaler", None)
-        return scaler if getattr(scaler, "dynamic", False) else None
-
-
-@contextmanager
-def _scale_updated_last(optimizer: Any) -> Iterator[None]:
-    """Have DeepSpeed update its loss scale after a step made in this context.
-
-    It does so in the step, before it divides gradients by the scale: where the scale doubles, the gradients are half.
-    """
-    update_scale = getattr(optimizer, "_update_scale", None)
-    if update_scale is None:
-        yield
-        return
-    overflows: list[bool] = []
-    optimizer._update_scale = overflows.append
-    try:
-        yield
-    finally:
-        del optimizer._update_scale  # the class's own again
-    for overflow in overflows:
-        update_scale(overflow)
-
-
-def _cast_inputs(dtype: torch.dtype | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Return a module's arguments with floating-point tensors in another dtype."""
-    return recursively_apply(lambda tensor: tensor.to(dtype), (args, kwargs), test_type=_is_floating_point)
-
-
-def _is_floating_point(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-@contextmanager
-def _set(optimizer: Optimizer, **values: Tensor | None) -> Iterator[None]:
-    """Set attributes that torch's fused optimizers and `Stacey` read in a step, as `torch.amp.GradScaler` does."""
-    vars(optimizer).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            delattr(optimizer, name)
-
-
 def build_engine(run: Run[Any], model: nn.Module, optimizer: Optimizer) -> Engine:
     """Return the engine that the launch asked for, with the model and its optimizer on it."""
-    return (DeepSpeedEngine if requested_engine() == "deepspeed" else Engine)(run, model, optimizer)
+    if requested_engine() == "deepspeed":
+        from stacey_dist.training.deepspeed_engine import DeepSpeedEngine  # a subclass of `Engine`
+
+        return DeepSpeedEngine(run, model, optimizer)
+    return Engine(run, model, optimizer)

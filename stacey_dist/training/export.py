@@ -33,14 +33,10 @@ def check_upload(hub: HubConfig) -> None:
 def export(run: Run, checkpoint: Path, beside: Callable[[Path], object]) -> Path:
     """Write the model of a checkpoint, as `transformers` loads it, and its card into run_dir/model; returns that path.
 
-    `hub.push_to` has it uploaded.
+    `beside` writes what else belongs to the model, as a tokenizer, into the directory that it is given.
+    The directory is uploaded if `hub.push_to` is set.
 
     The weights are the fp32 masters where the engine keeps them. The main process has all of them in host memory.
-
-    Args:
-        run: the run.
-        checkpoint: one of its checkpoints.
-        beside: writes what else belongs to the model, as a tokenizer, into the directory that it is given.
     """
     directory = run.directory / "model"
 

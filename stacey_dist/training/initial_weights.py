@@ -187,13 +187,9 @@ def _elements(tensor: Tensor) -> int:
 def make_model(run: Run[Any], build: Callable[[], M]) -> M:
     """Build a model whose initial weights are functions of (seed, name, element).
 
-    Its parameters have no values, and on engines that shard them no memory; the engine writes the values. If a module's
-    initialization is not recognized, the model is built with values from the seed: on rank 0 alone, if the engine sends
-    the other ranks their shards.
-
-    Args:
-        run: the run.
-        build: Return the model, on the CPU.
+    `build` returns the model, on the CPU. Its parameters have no values, and on engines that shard them no memory; the
+    engine writes the values. If a module's initialization is not recognized, the model is built with values from the
+    seed: on rank 0 alone, if the engine sends the other ranks their shards.
     """
     accelerator, seed = run.accelerator, run.config.seed
     sent = False

@@ -17,8 +17,8 @@ from stacey_dist.training.processes import signals
 from stacey_dist.training.processes.requests import Requests
 from stacey_dist.training.processes.signals import StopSignal
 from stacey_dist.training.progress import Progress
-from stacey_dist.training.reports.inside import callbacks_of
 from stacey_dist.training.reports.metrics import Metrics
+from stacey_dist.training.reports.requested import callbacks_of
 from stacey_dist.training.resume import restore
 from stacey_dist.training.run import Run
 from stacey_dist.training.saving import Saver, checkpoint_path, is_finite
@@ -94,7 +94,7 @@ class _Trainer(Training):
         self.stop_step = min(until or self.last_step, self.last_step)
         self.saver = Saver(run, engine, task.data_identity)
         self.stop = StopSignal()
-        self.metrics = Metrics(run, task.unit, task.flops_per_unit)
+        self.metrics = Metrics(run, task)
         self.callbacks = [self.metrics, *callbacks_of(run.config), *callbacks]
         self.save_is_due = False
         self.stopping = False
@@ -274,7 +274,7 @@ class _Trainer(Training):
             save=self.saver.is_due_by_the_clock,
             save_and_wait=self.saver.has_to_succeed,
             directory_gone=self.run.directory_is_gone(),
-            saved=self.saver.has_complete,
+            saved=bool(self.saver.complete),
         )
 
     def _is_evaluated(self, step: int) -> bool:

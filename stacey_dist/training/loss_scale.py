@@ -5,9 +5,12 @@ is {"scale": s, "applied": n, "hysteresis": h}. n counts the consecutive applied
 after which DeepSpeed halves the scale; torch has no such number (None).
 """
 
+import math
 from typing import Any
 
 from torch.amp import GradScaler
+
+from stacey_dist.checkpoint.schema import is_count
 
 
 def state_of(scaler: Any) -> dict[str, Any]:
@@ -21,6 +24,15 @@ def state_of(scaler: Any) -> dict[str, Any]:
     return {"scale": scaler.cur_scale, "applied": applied, "hysteresis": scaler.cur_hysteresis}
 
 
+def is_state(state: Any) -> bool:
+    """Return whether `load` takes a state. A file may hold any value."""
+    if not isinstance(state, dict):
+        return False
+    scale, hysteresis = state.get("scale"), state.get("hysteresis")
+    is_scale = isinstance(scale, int | float) and 0 <= scale < math.inf
+    return is_scale and is_count(state.get("applied")) and (hysteresis is None or is_count(hysteresis))
+
+
 def load(state: dict[str, Any], scaler: Any) -> None:
     """Load what `state_of` returned for either scaler."""
     if isinstance(scaler, GradScaler):
@@ -29,5 +41,5 @@ def load(state: dict[str, Any], scaler: Any) -> None:
         return
     scaler.cur_scale = state["scale"]
     scaler.cur_iter, scaler.last_overflow_iter = state["applied"], -1
-    if state["hysteresis"] is not None:
+    if state.get("hysteresis") is not None:
         scaler.cur_hysteresis = state["hysteresis"]

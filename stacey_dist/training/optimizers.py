@@ -20,7 +20,7 @@ _ENGINES = {"muon": ("single", "ddp", "fsdp2"), "ademamix": ("single", "ddp")}
 
 
 def check_engine(name: str, engine: str) -> None:
-    """Raise SettingsError where an optimizer does not go with an engine, or is not there."""
+    """Raise SettingsError if an engine cannot run an optimizer, or this torch does not have it."""
     engines = _ENGINES.get(name, (engine,))
     if engine not in engines:
         raise SettingsError(f"optimizer.name: {name} is not supported with {engine}; use {', '.join(engines)}")

@@ -4,6 +4,7 @@ Outcomes stay on the device until they are read, because reading makes the host 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stacey_dist.checkpoint.schema import is_count, wrong_entry
+from stacey_dist.training import loss_scale
 
 
 @dataclass
@@ -40,23 +42,36 @@ class Progress:
         return better
 
 
+def _is_count_or_null(value: Any) -> bool:
+    return value is None or is_count(value)
+
+
+def _is_config(value: Any) -> bool:
+    """Return whether a value is the settings of a run, as far as resuming reads them without a check."""
+    checkpoint = value.get("checkpoint", {}) if isinstance(value, dict) else None
+    return isinstance(checkpoint, dict) and isinstance(checkpoint.get("resume_from"), str | None)
+
+
+# What a run resumes from, as a manifest's `extra` has it.
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (is_count, "a count"),
+    "position": (is_count, "a count"),
+    "skipped_steps": (is_count, "a count"),
+    "evaluated_step": (is_count, "a count"),
+    "best_step": (_is_count_or_null, "a count"),
+    "kept_best_step": (_is_count_or_null, "a count"),
+    "best_score": (lambda value: type(value) in (int, float, type(None)), "a number"),
+    "config": (_is_config, "settings"),
+    "trackers": (lambda value: isinstance(value, dict | None), "entries by name"),
+    "scaler": (lambda value: value is None or loss_scale.is_state(value), "the state of a loss scaler"),
+}
+
+
 def check_progress(extra: dict[str, Any]) -> None:
-    """Raise ValueError unless a manifest's `extra` has what a run resumes from. A file may hold any value."""
-    counts, counts_or_null = ("step", "position", "skipped_steps", "evaluated_step"), ("best_step", "kept_best_step")
-    for key in (*counts, *counts_or_null):
-        value = extra.get(key, 0)
-        if not is_count(value) and (value is not None or key in counts):
-            raise wrong_entry(f"extra.{key}", value, "a count")
-    if type(extra.get("best_score")) not in (int, float, type(None)):
-        raise wrong_entry("extra.best_score", extra["best_score"], "a number")
-    for key in ("config", "trackers", "scaler"):
-        if type(extra.get(key) or {}) is not dict:
-            raise wrong_entry(f"extra.{key}", extra[key], "entries by name")
-    if "config" not in extra:
-        return
-    settings = extra["config"].get("checkpoint", {}) if type(extra["config"]) is dict else None
-    if type(settings) is not dict or type(settings.get("resume_from")) not in (str, type(None)):
-        raise wrong_entry("extra.config", extra["config"], "settings")
+    """Raise ValueError if an entry of a manifest's `extra` is not one that a run resumes from."""
+    for key, (is_right, expected) in _ENTRIES.items():
+        if key in extra and not is_right(extra[key]):
+            raise wrong_entry(f"extra.{key}", extra[key], expected)
 
 
 class Outcome(NamedTuple):
@@ -69,11 +84,9 @@ class Outcome(NamedTuple):
 
 
 class Outcomes:
-    """The outcomes of a run's updates.
+    """The outcomes of a run's updates, of which `limit` may be skipped in a row.
 
-    Args:
-        progress: of the run; skipped updates are counted there as they are read.
-        limit: how many updates may be skipped in a row.
+    Skipped updates are counted in `progress` as they are read.
     """
 
     def __init__(self, progress: Progress, limit: int) -> None:

@@ -40,13 +40,14 @@ def restore(run: Run, engine: Engine, task: Task) -> Progress:
         run.resolve_max_steps(task.samples_per_epoch, 0, 0)
         return Progress()
     path, manifest = chosen
-    extra, setting = manifest["extra"], _setting(run, path)
+    extra = manifest["extra"]
+    setting = "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
     if missing := {"step", "position", "skipped_steps"} - extra.keys():
         run.fail(
             f"{setting}: {path} is not a checkpoint of a run: its manifest has no {' and no '.join(sorted(missing))}"
         )
     run.resolve_max_steps(task.samples_per_epoch, extra["step"], extra["position"])
-    run.call_on_main(lambda: _check(run, path, extra, engine.module, task.data_identity))
+    run.call_on_main(lambda: _check(run, path, extra, setting, engine.module, task.data_identity))
     try:
         load_verified(path, manifest, engine.model, engine.optimizer)
     except (DamagedCheckpointError, OSError) as error:
@@ -55,7 +56,7 @@ def restore(run: Run, engine: Engine, task: Task) -> Progress:
     if extra.get("scaler") and engine.scaler:
         loss_scale.load(extra["scaler"], engine.scaler)
     if setting == "run_dir":  # a run that another one branches off has trackers and a best of its own
-        run.tracker_ids = extra.get("trackers", {})
+        run.tracker_ids = extra.get("trackers") or {}
         progress = replace(progress, **{key: extra[key] for key in asdict(progress) if key in extra})
     run.say(f"resumed from {path} after {progress.step} updates")
     return progress
@@ -67,7 +68,13 @@ def _choose(run: Run) -> tuple[Path, dict[str, Any]] | None:
     All processes call it together.
     """
     source, reasons = run.config.checkpoint.resume_from, set()
-    found = run.call_on_main(lambda: _find(run.directory / "checkpoints"))
+    checkpoints = run.directory / "checkpoints"
+
+    def find() -> list[Path]:
+        clear_leftovers(checkpoints)  # of a run that was killed in a save
+        return find_checkpoints(checkpoints)
+
+    found = run.call_on_main(find)
     for path in found:
         try:
             manifest = _verified(path)
@@ -84,7 +91,7 @@ def _choose(run: Run) -> tuple[Path, dict[str, Any]] | None:
     if found:
         # Starting from scratch without being asked could repeat days of work, perhaps because a disk is not mounted.
         run.fail(
-            f"run_dir: every checkpoint in {run.directory / 'checkpoints'} is {' or '.join(sorted(reasons))} (each is "
+            f"run_dir: every checkpoint in {checkpoints} is {' or '.join(sorted(reasons))} (each is "
             "named above); repair them, or delete them to begin anew, or give another run_dir"
         )
     if source is None:
@@ -110,24 +117,15 @@ def _verified(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _find(directory: Path) -> list[Path]:
-    """Remove what a run that was killed in a save has left; return the checkpoints, newest first."""
-    clear_leftovers(directory)
-    return find_checkpoints(directory)
+def _check(run: Run, path: Path, extra: dict[str, Any], setting: str, module: Any, data_identity: str) -> None:
+    """Refuse a checkpoint that a run of these settings does not resume from; say what has changed otherwise.
 
-
-def _setting(run: Run, path: Path) -> str:
-    """Return the setting that a checkpoint was found by."""
-    return "run_dir" if path.parent == run.directory / "checkpoints" else "checkpoint.resume_from"
-
-
-def _check(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
-    """Refuse a checkpoint that a run of these settings does not resume from; say what has changed otherwise."""
-    is_own = _setting(run, path) == "run_dir"
-    if is_own:
+    `setting` is the one that the checkpoint was found by.
+    """
+    if setting == "run_dir":
         _check_own(run, path, extra)
-    _compare(run, path, extra, module, data_identity)
-    if not is_own and extra["step"] >= run.config.train.max_steps:
+    _compare(run, path, extra, setting, module, data_identity)
+    if setting != "run_dir" and extra["step"] >= run.config.train.max_steps:
         raise SettingsError(
             f"checkpoint.resume_from: {path} has {extra['step']} updates already; train.max_steps = "
             f"{run.config.train.max_steps} is not allowed, it must be more"
@@ -135,7 +133,7 @@ def _check(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identi
 
 
 def _check_own(run: Run, path: Path, extra: dict[str, Any]) -> None:
-    """Refuse a checkpoint in the run's own directory with `checkpoint.resume` or `resume_from` against it."""
+    """Refuse a checkpoint in the run's own directory that `checkpoint.resume` or `resume_from` excludes."""
     settings, source = run.config.checkpoint, run.config.checkpoint.resume_from
     if settings.resume == "never":
         raise SettingsError(
@@ -153,9 +151,8 @@ def _check_own(run: Run, path: Path, extra: dict[str, Any]) -> None:
             )
 
 
-def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_identity: str) -> None:
+def _compare(run: Run, path: Path, extra: dict[str, Any], setting: str, module: Any, data_identity: str) -> None:
     """Refuse a checkpoint of another run; say what has changed otherwise."""
-    setting = _setting(run, path)
     if "config" not in extra:
         print_line(f"{path} was imported: there are no settings to compare with")
         return
@@ -191,7 +188,7 @@ def _compare(run: Run, path: Path, extra: dict[str, Any], module: Any, data_iden
 
 
 def _changed_architecture(settings: dict[str, Any], saved: Any, module: Any) -> list[str]:
-    """Return what a file that `model.config` or `model.pretrained` names says differently by now."""
+    """Return how the model's configuration differs from the checkpoint's, if a file gives it: a line for each entry."""
     source = settings.get("model.config") or settings.get("model.pretrained")
     described = describe_model(module) if source else None
     if described is None or not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):

@@ -36,10 +36,8 @@ def checkpoint_path(run: Run, step: int) -> Path:
 class Saver:
     """Saves a run's checkpoints as `checkpoint.*` says. All processes make the same calls.
 
-    Args:
-        run: the run.
-        engine: what is saved.
-        data_identity: differs where the data do.
+    Attributes:
+        complete: the checkpoints that callbacks are still to be told of, on the main process.
     """
 
     def __init__(self, run: Run, engine: Engine, data_identity: str) -> None:
@@ -48,7 +46,7 @@ class Saver:
         self._background = BackgroundSaver()
         self._since = time.monotonic()
         self._has_saved = False
-        self._complete: deque[Path] = deque()
+        self.complete: deque[Path] = deque()
 
     def __enter__(self) -> "Saver":
         return self
@@ -101,15 +99,10 @@ class Saver:
             return "there is no checkpoint with finite weights and states to resume from"
         return f"the same command resumes from {usable}, the newest checkpoint with finite weights and states"
 
-    @property
-    def has_complete(self) -> bool:
-        """Whether `take_complete` has any."""
-        return bool(self._complete)
-
     def take_complete(self) -> Iterator[Path]:
-        """Yield the checkpoints that were completed since the last call and are still there, on the main process."""
-        while self._complete:
-            path = self._complete.popleft()
+        """Remove each checkpoint from `complete`, and yield those that are still there."""
+        while self.complete:
+            path = self.complete.popleft()
             if path.exists():
                 yield path
 
@@ -137,13 +130,13 @@ class Saver:
         self._has_saved = True
         best = progress.best_step if self.settings.keep_best else None
 
-        def then() -> None:
+        def on_complete() -> None:
             if self.run.accelerator.is_main_process:
                 _warn_unless_finite(path)
                 self._retain(path, best, progress, delete_older)
-                self._complete.append(path)
+                self.complete.append(path)
 
-        self._background.save(path, self.engine.model, self.engine.optimizer, extra, then)
+        self._background.save(path, self.engine.model, self.engine.optimizer, extra, on_complete)
         return path
 
     def _retain(self, saved: Path, best: int | None, progress: Progress, delete_older: bool = True) -> None:

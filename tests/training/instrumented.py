@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stacey_dist.checkpoint import replace, write
-from stacey_dist.training import engine, loop, saving
+from stacey_dist.training import deepspeed_engine, engine, loop, saving
 from stacey_dist.training.launchers import IMAGES, LLM
 from stacey_dist.training.tasks import images, llm
 
@@ -43,7 +43,7 @@ EVENTS = {
     "evaluation": (loop, "_evaluate"),
 }
 # DeepSpeed's engine has its own.
-ALSO = {"backward": (engine.DeepSpeedEngine, "backward")}
+ALSO = {"backward": (deepspeed_engine.DeepSpeedEngine, "backward")}
 
 
 def main():

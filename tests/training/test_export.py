@@ -16,8 +16,10 @@ from stacey_dist.models.export import describe_export, loader
 from stacey_dist.models.export_directory import MARKER
 from stacey_dist.training.export import check_upload, push
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.reports.card import _shown
+from stacey_dist.training.reports.card import _data, _shown
+from stacey_dist.training.settings.command_line import to_dict
 from stacey_dist.training.settings.config import HubConfig
+from stacey_dist.training.settings.llm_config import LLMConfig, SourceConfig
 from tests.shared import made_once
 from tests.training.helpers import launch, rows, write_config
 from tests.training.hub import TOKEN, stand_in
@@ -211,6 +213,14 @@ def test_a_card_names_paths_by_their_last_part(tmp_path, monkeypatch):
         "sources": [{"files": ["c.txt"], "dataset": "someone/texts"}],
         "path": "cats",
     }
+
+
+def test_a_card_names_a_mixtures_sources_with_their_weights():
+    config = LLMConfig()
+    config.data.sources = [SourceConfig(files=["internal/c.txt", "d.txt"], weight=0.7), SourceConfig(dataset="a/texts")]
+    assert _data(to_dict(config)["data"]) == "c.txt, d.txt, weight 0.7; a/texts, weight 1.0"
+    assert _data(to_dict(LLMConfig())["data"]) == "what the launcher brings with it"
+    assert _data({"sources": 7, "path": "photos/cats"}) == "cats"
 
 
 def test_how_models_load(tmp_path):

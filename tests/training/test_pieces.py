@@ -21,14 +21,15 @@ from stacey_dist.training import engine as engine_module
 from stacey_dist.training.ahead import Ahead, Transfer
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.continuing import checkpoint_before_decay
-from stacey_dist.training.engine import DeepSpeedEngine, Engine
+from stacey_dist.training.deepspeed_engine import DeepSpeedEngine
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.optimizers import corrected_betas, depends_on_skipped, lr_share, parameter_groups, scheduled
 from stacey_dist.training.processes import devices, signals
 from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.processes.requests import Agreement, Requests
 from stacey_dist.training.progress import Outcomes, Progress
 from stacey_dist.training.reports.flops import peak_flops
-from stacey_dist.training.reports.progress_line import duration
+from stacey_dist.training.reports.metrics import duration
 from stacey_dist.training.reports.rows import RowFile, read_rows
 from stacey_dist.training.reports.trackers import close_trackers, log, start_trackers
 from stacey_dist.training.run import print_line
@@ -276,6 +277,10 @@ def test_lines_that_hold_no_row_are_named_and_the_others_kept(tmp_path, capsys):
     assert warning in capsys.readouterr().out
     written.drop_later(2, 2)
     assert capsys.readouterr().out == ""
+    evaluation = b'{"step": 2, "eval_accuracy": 0.5}\n'  # of a program of one's own
+    path.write_bytes(b'{"step": 2, "lr": 0.5}\n' + evaluation)
+    written.drop_later(2, 1)
+    assert path.read_bytes() == b'{"step": 2, "lr": 0.5}\n'
     path.unlink()
     path.mkdir()
     with pytest.raises(SettingsError, match="is no regular file"):
@@ -503,9 +508,9 @@ def test_the_checkpoint_before_wsds_decay_stays_if_it_came_an_update_later(tmp_p
 def test_callbacks_hear_of_no_checkpoint_that_is_deleted_already(tmp_path):
     run, saver = make_saver(tmp_path)
     checkpoint_path(run, 2).mkdir(parents=True)
-    saver._complete.extend([checkpoint_path(run, 1), checkpoint_path(run, 2)])
+    saver.complete.extend([checkpoint_path(run, 1), checkpoint_path(run, 2)])
     assert list(saver.take_complete()) == [checkpoint_path(run, 2)]
-    assert not saver.has_complete
+    assert not saver.complete
 
 
 def test_the_best_checkpoint_stays_when_a_better_one_cannot_be_saved(tmp_path):

@@ -22,6 +22,10 @@ from stacey_dist.training.progress import check_progress
         {"best_score": "x"},
         {"trackers": [1]},
         {"scaler": 7},
+        {"scaler": {"scale": 2.0}},
+        {"scaler": {"scale": "2", "applied": 0}},
+        {"scaler": {"scale": 2.0, "applied": -1}},
+        {"scaler": {"scale": 2.0, "applied": 0, "hysteresis": "x"}},
     ],
 )
 def test_progress_that_is_no_count_is_named(extra):
@@ -33,3 +37,4 @@ def test_progress_of_a_run_is_let_through():
     check_progress({})
     check_progress({"step": 3, "best_step": None, "best_score": None, "evaluated_step": 2, "scaler": None})
     check_progress({"config": {"checkpoint": {"resume_from": None}}, "best_score": 0.5, "trackers": {"wandb": "a"}})
+    check_progress({"scaler": {"scale": 65536.0, "applied": 7, "hysteresis": None}})

@@ -30,13 +30,13 @@ class Directory:
         for step in steps:
             self.save(step, **changes)
 
-    def save(self, step, data=DATA, outputs=3, **changes):
+    def save(self, step, data=DATA, outputs=3, others=None, **changes):
         model = torch.nn.Linear(2, outputs)
         torch.nn.init.constant_(model.weight, step)
         config = changed(self.config, **changes)
         extra = {
             "step": step, "position": 16 * step, "skipped_steps": 1, "config": to_dict(config), "data_identity": data,
-            "scaler": None, "engine": "single", "trackers": {"wandb": "abc"},
+            "scaler": None, "engine": "single", "trackers": {"wandb": "abc"}, **(others or {}),
         }  # fmt: skip
         return save_checkpoint(self.checkpoint(step), model, Stacey(model.parameters()), extra)
 
@@ -77,6 +77,24 @@ def test_the_newest_is_taken(directory, capsys):
     assert run.tracker_ids == {"wandb": "abc"}
     assert f"resumed from {directory.checkpoint(20)} after 20 updates" in capsys.readouterr().out
     assert Directory(directory.path.with_name("new"), steps=()).start()[:2] == (Progress(0, 0, 0), [0])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "done", "expected"),
+    [(1.1, 100, (0, 0), 11), (1.11, 100, (0, 0), 12), (1.1, 100, (4, 20), 13), (0.5, 100, (7, 70), 5)],
+)
+def test_epochs_are_counted_exactly(epochs, samples, done, expected):
+    """In floating point, 1.1 * 100 is more than 110."""
+    run = object.__new__(Run)
+    run.config = LLMConfig()
+    run.config.schedule.warmup_steps = 0
+    run.config.train.global_batch_size, run.config.train.epochs = 10, epochs
+    run.resolve_max_steps(samples, *done)
+    assert run.config.train.max_steps == expected
+
+
+def test_a_checkpoint_may_name_no_trackers(tmp_path):
+    assert Directory(tmp_path / "run", others={"trackers": None}).start()[2].tracker_ids == {}
 
 
 def test_checkpoints_that_may_not_be_listed_are_not_passed_over(directory, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from stacey_dist.training import loop, start
 from stacey_dist.training.batch_norms import BatchNorms
 from stacey_dist.training.callbacks import Clock
-from stacey_dist.training.engine import DeepSpeedEngine, Engine
+from stacey_dist.training.deepspeed_engine import DeepSpeedEngine
+from stacey_dist.training.engine import Engine
 from stacey_dist.training.processes import signals
 from stacey_dist.training.progress import Progress
 from stacey_dist.training.settings.config import RunConfig

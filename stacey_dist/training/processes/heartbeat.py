@@ -228,7 +228,7 @@ _running: Heartbeat | None = None
 
 
 def start(timeout: float | None) -> None:
-    """Begin to beat and watch, if there are several processes; they have joined each other. None is off."""
+    """Start the heartbeat, if there are several processes, which have joined each other. None turns it off."""
     global _running
     if timeout is not None and dist.is_initialized() and dist.get_world_size() > 1:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -6,7 +6,8 @@ DeepSpeed's are long tracebacks, some of them after hours of data preparation.
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import psutil
@@ -78,12 +79,9 @@ def check_layer_classes(classes: Callable[[], Collection[str] | None]) -> None:
 
 @contextmanager
 def configuration_errors(what: str) -> Iterator[None]:
-    """Raise errors that a configuration causes as SettingsErrors of one line that says where it stands.
+    """Raise errors that the configuration `what` causes as SettingsErrors of one line that says where it stands.
 
     `STACEY_DIST_TRACEBACK=1` leaves them as they are.
-
-    Args:
-        what: what is at fault, for the message.
     """
     try:
         yield
@@ -103,15 +101,12 @@ def refuse(setting: str, value: str, allowed: str) -> NoReturn:
 
 def _source() -> str:
     """Return which file Accelerate's settings come from, as far as it can be known."""
-    files = []
-    with_option = ("--config_file", "--config-file")
-    try:
+    files, words = [], []
+    with suppress(psutil.Error):
         words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        words = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
-        if name in with_option:
+        if name in ("--config_file", "--config-file"):
             files.append(value if equals else following)
     deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if deepspeed != "none":

@@ -20,12 +20,7 @@ _GROUPS = 3
 def raise_limits(processes: int, heartbeat: bool) -> None:
     """Raise the soft limit of open files as far as it is needed, of this process and of the launcher with the store.
 
-    Args:
-        processes: how many processes will join.
-        heartbeat: whether they will beat.
-
-    Raises:
-        SettingsError: a hard limit is too low.
+    Raises SettingsError if a hard limit is too low.
     """
     if processes == 1:
         return

@@ -27,11 +27,7 @@ class Requests:
 class Agreement:
     """Combines the requests of all processes by all-reduces on the CPU, in a gloo group of its own.
 
-    All processes create it together.
-
-    Args:
-        processes: how many there are.
-        timeout: seconds that they wait for each other.
+    All processes create it together. They wait `timeout` seconds for each other.
     """
 
     def __init__(self, processes: int, timeout: float) -> None:

@@ -185,7 +185,7 @@ class _Listener:
         self._thread.start()
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Leave what the main thread does; its children are remembered while they are still its own."""
+        """Interrupt the main thread. Its children are listed first: once it has ended, they are no longer its own."""
         self._children = self._children or _children()
         signal.alarm(2 * int(_UNWINDING_SECONDS))  # kills the process if the interpreter does not end
         if number == signal.SIGINT:
@@ -204,18 +204,17 @@ class _Listener:
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
-            if number in SIGNALS:
-                if self._received_at is None:
-                    self._received_at = time.monotonic()
-                    threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
-                else:
-                    self._on_repeated_signal(number, time.monotonic() - self._received_at)
-
-    def _on_repeated_signal(self, number: int, ago: float) -> None:
-        if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
-            self._second_ctrl_c = True  # the handler raises, if it comes to run
-        elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
-            self._end(number)
+            if number not in SIGNALS:
+                continue
+            if self._received_at is None:
+                self._received_at = time.monotonic()
+                threading.Thread(target=self._watch, args=(number,), name="watches the end", daemon=True).start()
+                continue
+            ago = time.monotonic() - self._received_at
+            if number == signal.SIGINT and ago > _SAME_CTRL_C_SECONDS:
+                self._second_ctrl_c = True  # the handler raises, if it comes to run
+            elif number == signal.SIGTERM and ago > _SAME_SIGTERM_SECONDS and not _state.writing:
+                self._end(number)
 
     def _watch(self, number: int) -> None:
         """End the process where the main thread makes no progress after a signal."""
@@ -283,8 +282,8 @@ def _end_all(processes: list[psutil.Process]) -> None:
 
 def _bytes_written() -> int:
     """Return how many bytes this process has written to files; 0 where the system does not say."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+    with contextlib.suppress(psutil.Error, OSError, AttributeError):
+        return int(psutil.Process().io_counters().write_chars)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from stacey_dist import yaml_files
 from stacey_dist.files import printable
 from stacey_dist.models.export import loader
-from stacey_dist.training.reports.rows import read_rows
+from stacey_dist.training.reports.rows import is_evaluation, read_rows
 from stacey_dist.version import __version__
 
 CARD = "README.md"
@@ -17,6 +17,11 @@ PROCESSOR = "processor"
 _LEFT_OUT = ("run_dir", "checkpoint", "tracking", "hub", "cache_dir")
 _PATHS = ("files", "validation_files", "path", "file")
 _UNKNOWN = "not known"
+# A file of an export, and what loads it: the variable and the class.
+_BESIDE = (
+    ("tokenizer_config.json", "tokenizer", "AutoTokenizer"),
+    ("preprocessor_config.json", "processor", "AutoImageProcessor"),
+)
 
 
 def run_directory(checkpoint: Path) -> Path | None:
@@ -37,7 +42,7 @@ def write_card(directory: Path, manifest: dict[str, Any], run: Path | None) -> N
     settings = _section(extra, "config")
     task = "image-classification" if (directory / "preprocessor_config.json").exists() else "text-generation"
     rows = {
-        "data": _data(settings),
+        "data": _data(_section(settings, "data")),
         "trained on": _amount(extra, settings),
         "held out": _evaluation(extra.get("step"), run),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
@@ -77,21 +82,16 @@ A `{name}`, trained with stacey_dist {__version__}.
 
 def _loading(directory: Path, name: str, settings: dict[str, Any]) -> str:
     package, _, model = loader(name).rpartition(".")
-    beside = None
-    if (directory / "tokenizer_config.json").exists():
-        beside = "AutoTokenizer"
-    elif (directory / "preprocessor_config.json").exists():
-        beside = "AutoImageProcessor"
-    if package == "transformers":
-        lines = [f"from transformers import {', '.join(sorted(filter(None, (model, beside))))}"]
-    else:
-        lines = [f"from {package} import {model}"] + ([f"from transformers import {beside}"] if beside else [])
+    classes, loaded = {"model": model}, {package: [model]}
+    for file, variable, kind in _BESIDE:
+        if (directory / file).exists():
+            classes[variable] = kind
+            loaded.setdefault("transformers", []).append(kind)
+            break
+    lines = [f"from {source} import {', '.join(sorted(kinds))}" for source, kinds in loaded.items()]
     lines += ["", f'directory = "{_cell(_section(settings, "hub").get("push_to") or "path of this directory")}"']
-    lines.append(f"model = {model}.from_pretrained(directory)")
-    if beside:
-        variable = "tokenizer" if beside == "AutoTokenizer" else "processor"
-        lines.append(f"{variable} = {beside}.from_pretrained(directory)")
-    elif (directory / "sentencepiece.model").exists():
+    lines += [f"{variable} = {kind}.from_pretrained(directory)" for variable, kind in classes.items()]
+    if len(classes) == 1 and (directory / "sentencepiece.model").exists():
         lines.append("# the tokenizer is sentencepiece.model; README.txt says why")
     return "\n".join(lines)
 
@@ -102,11 +102,15 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _data(settings: dict[str, Any]) -> str:
-    if not (data := _section(settings, "data")):
+def _data(data: dict[str, Any]) -> str:
+    """Return the names of the data that a section of settings has; those of a mixture with their weights."""
+    if not data:
         return _UNKNOWN
-    named = [_shown(data[key], key) for key in ("files", "sources", "dataset", "path") if data.get(key)]
-    texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in named]
+    sources = data.get("sources")
+    mixed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    texts = [f"{_data(source)}, weight {source.get('weight', 1.0)}" for source in mixed]
+    for value in (_shown(data[key], key) for key in ("files", "dataset", "path") if data.get(key)):
+        texts.append(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return "; ".join(texts) or "what the launcher brings with it"
 
 
@@ -121,7 +125,7 @@ def _amount(extra: dict[str, Any], settings: dict[str, Any]) -> str:
 
 def _evaluation(step: Any, run: Path | None) -> str:
     rows = read_rows(run / "metrics.jsonl") if run is not None else []
-    found = [row for row in rows if "eval_loss" in row and row["step"] == step]
+    found = [row for row in rows if is_evaluation(row) and row["step"] == step]
     if not found:
         return f"{_UNKNOWN}: no evaluation of this update is in metrics.jsonl of the run directory"
     figures = {key: value for key, value in found[-1].items() if key[:5] == "eval_"}

@@ -15,13 +15,10 @@ class Plot(Callback):
 
     def __init__(self, name: str, draw: Callable[[Training], None]) -> None:
         self.name, self.draw = name, draw
-
-    def on_run_begin(self, training: Training) -> None:
-        """Begin to wait."""
         self._drawn = time.perf_counter()
 
     def on_evaluation_end(self, training: Training, figures: dict[str, float]) -> None:
-        """Draw, unless that was a moment ago."""
+        """Draw, unless the last drawing is less than 20 seconds old."""
         if time.perf_counter() - self._drawn > _AT_MOST_EVERY_SECONDS:
             self.on_run_end(training)
 

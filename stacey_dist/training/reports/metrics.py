@@ -9,30 +9,24 @@ import torch
 from stacey_dist.training.callbacks import Callback, Training
 from stacey_dist.training.processes.devices import memory_in_use
 from stacey_dist.training.reports.flops import peak_flops
-from stacey_dist.training.reports.progress_line import progress_line
 from stacey_dist.training.reports.rows import RowFile
 from stacey_dist.training.reports.trackers import log, start_trackers
 from stacey_dist.training.run import Run, print_line
+from stacey_dist.training.task import Task
 
 _SHOW_EVERY_SECONDS = 1.0  # on a terminal, between lines that are due: the host waits for the device to know the loss
 
 
 class Metrics(Callback):
-    """Writes a run's figures. Only the main process writes.
+    """Writes a run's figures. Only the main process writes."""
 
-    Args:
-        run: the run.
-        unit: what is counted per second, as in "tokens".
-        flops_per_unit: floating-point operations of training on one unit, for the share of peak speed (MFU).
-    """
-
-    def __init__(self, run: Run[Any], unit: str, flops_per_unit: float) -> None:
-        self.run, self.unit, self.flops_per_unit = run, unit, flops_per_unit
+    def __init__(self, run: Run[Any], task: Task) -> None:
+        self.run, self.unit, self.flops_per_unit = run, task.unit, task.flops_per_unit
         self.main = run.accelerator.is_main_process
         self.max_steps = run.config.train.max_steps
         device = run.accelerator.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.peak = peak * run.accelerator.num_processes if peak and flops_per_unit else None
+        self.peak = peak * run.accelerator.num_processes if peak and self.flops_per_unit else None
         self.live = sys.stdout.isatty()
         """On a terminal, the next line takes the place of one that is not due."""
         self.rows = RowFile(run.directory / "metrics.jsonl", self.say)
@@ -116,3 +110,31 @@ class Metrics(Callback):
         if self.main:
             self.rows.append(row)
         log(self.run, row)
+
+
+def progress_line(row: dict[str, Any], unit: str, max_steps: int, seconds_left: float) -> str:
+    """Return a row of metrics.jsonl as a line; `unit` is what it counts, as in "tokens"."""
+    parts = [
+        f"step {row['step']}/{max_steps}",
+        f"epoch {row['epoch']:.2f}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"grad norm {row['grad_norm']:.3f}",
+        f"{row[f'{unit}_per_second']:,.0f} {unit}/s",
+    ]
+    if "mfu" in row:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    parts += [f"data {row['data_wait']:.0%}", f"{row['memory_gb']:.1f} GB", f"ETA {duration(seconds_left)}"]
+    if row["skipped_steps"]:
+        parts.append(f"{row['skipped_steps']} skipped")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 42s, 3m10s or 5h02m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from stacey_dist.optim.memory import local
 from stacey_dist.sharding import Fragment, base_optimizer, fragments
 from stacey_dist.sharding.fragment import trainable_parameters
 from stacey_dist.training.callbacks import Callback, Training
@@ -132,11 +132,11 @@ def _key(part: Fragment) -> tuple[str, int]:
 
 def _same_part(part: Fragment, gradient: Tensor) -> Tensor:
     """Return the slice of `part.owner`'s gradient that corresponds to `part`."""
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    if local.numel() == part.weight.numel():
-        return local
+    mine = local(gradient)
+    if mine.numel() == part.weight.numel():
+        return mine
     offset = int(part.weight.storage_offset() - part.owner.storage_offset())
-    return local.narrow(0, offset, part.weight.numel())
+    return mine.narrow(0, offset, part.weight.numel())
 
 
 def _norm(values: Tensor) -> Tensor:

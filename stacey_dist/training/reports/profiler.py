@@ -16,7 +16,7 @@ class Profiler(Callback):
         self._profile: profile | None = None
 
     def on_update_begin(self, training: Training) -> None:
-        """Begin before the first update."""
+        """Start profiling before the first update of the range."""
         run, due = training.run, self.first <= training.step + 1 <= self.last
         if not due or self._profile is not None or not run.accelerator.is_main_process:
             return
@@ -27,12 +27,12 @@ class Profiler(Callback):
         self._profile.start()
 
     def on_update_end(self, training: Training) -> None:
-        """Write after the last one."""
+        """Write the profile after the last update of the range."""
         if training.step == self.last:
             self.on_run_end(training)
 
     def on_run_end(self, training: Training) -> None:
-        """Write what there is."""
+        """Write the profile of the updates so far."""
         if self._profile is None:
             return
         profiled, self._profile = self._profile, None

@@ -15,7 +15,7 @@ from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
 from stacey_dist.files import replace_file
 from stacey_dist.training.reports.loss_plot import column, smoothed
-from stacey_dist.training.reports.progress_line import duration
+from stacey_dist.training.reports.metrics import duration
 from stacey_dist.training.reports.rows import read_rows
 from stacey_dist.training.settings.command_line import flatten
 
@@ -72,14 +72,9 @@ class Record:
 
 
 def report(runs: Sequence[Path], output: Path) -> int:
-    """Write a page that compares runs: results, settings that differ, curves; returns the exit status.
+    """Write a page that compares runs by their directories: results, settings that differ, curves; returns 0.
 
-    Args:
-        runs: their directories.
-        output: the page. An older report is replaced, any other file is not.
-
-    Raises:
-        SettingsError: a directory is no run's, or `output` is another file.
+    Raises SettingsError if a directory is no run's, or `output` is a file that is no older report.
     """
     if output.exists() and not output.read_bytes().startswith(_BEGINNING.encode()):
         raise SettingsError(f"--output: {output} is there and no report; give another file")

@@ -29,7 +29,7 @@ class RowFile:
         if bad:
             shown = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
             self.say(f"warning: {self.path}: dropped {len(bad)} of its lines, which hold no row: line {shown}")
-        kept = [line for line, row in lines if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
+        kept = [line for line, row in lines if row["step"] <= (evaluated_step if is_evaluation(row) else step)]
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -62,6 +62,11 @@ class RowFile:
             if self.path.exists():
                 os.truncate(self.path, end)  # no row twice, and none by half
             raise
+
+
+def is_evaluation(row: dict[str, Any]) -> bool:
+    """Return whether a row has the figures of an evaluation, and not those of an update."""
+    return any(name.startswith("eval_") for name in row)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

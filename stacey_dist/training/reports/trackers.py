@@ -13,9 +13,7 @@ from stacey_dist.training.settings.command_line import flatten, to_dict
 def start_trackers(run: Run[Any], step: int) -> None:
     """Start the trackers that the settings name; wandb resumes the run it knows. All processes call it together.
 
-    Args:
-        run: the run.
-        step: the updates it has. TensorBoard hides later ones, which a run that was killed has left.
+    TensorBoard hides the updates after `step`, which a run that was killed has left.
     """
     tracking, accelerator = run.config.tracking, run.accelerator
     if not tracking.trackers or accelerator.trackers:  # a program may train on

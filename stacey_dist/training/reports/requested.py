@@ -1,4 +1,4 @@
-"""The callbacks that the settings of a run ask for."""
+"""The callbacks that a run's settings request: plots, norms, a profile."""
 
 from stacey_dist.training.callbacks import Callback
 from stacey_dist.training.reports.loss_plot import Plot, draw_losses
@@ -8,7 +8,7 @@ from stacey_dist.training.settings.config import RunConfig
 
 
 def callbacks_of(config: RunConfig) -> list[Callback]:
-    """Return what draws, measures and profiles a run of these settings."""
+    """Return the callbacks for a run of these settings."""
     found: list[Callback] = [Plot("loss.png", draw_losses)]
     if config.tracking.histogram_every is not None:
         norms = Plot("norms.png", lambda training: draw_norms(training.run.directory / "norms.jsonl"))
