@@ -80,9 +80,7 @@ def prepare(
     if len(source.inputs) > _MOST_INPUTS:
         raise InputError(f"files: {len(source.inputs):,} are too many; at most {_MOST_INPUTS:,} can be read: join some")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
-    lock = partial(
-        locked_directory, directory, "cache_dir", "make room, and the same command resumes", announce=progress
-    )
+    lock = partial(locked_directory, directory, "cache_dir", "make room, and the same command resumes")
     if (directory / INDEX).exists() and damaged_parts(directory, whole=verify):
         with lock():
             if _is_complete(directory):

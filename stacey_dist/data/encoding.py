@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.blocks import Block, encode, pack, read_ahead, unpack
+from stacey_dist.data.blocks import Block, encode, gather, pack, read_ahead, unpack
 from stacey_dist.data.lock import locked
 from stacey_dist.data.reuse import Reuse
 from stacey_dist.data.source import Input, Source
@@ -165,35 +165,24 @@ class Encoder:
         return self._chunks / group.key
 
     def _locked(self, group: Group) -> AbstractContextManager[None]:
-        return locked(self._folder(group) / "lock", False, wait=None)
+        return locked(self._folder(group) / "lock", wait=None)
 
     def _end(self, group: Group) -> Path:
         """Return the path of the file that says that no more chunks of a group will be written."""
         return self._folder(group) / _END
 
     def _encode(self, group: Group) -> Iterator[Failure | None]:
-        number, last = self._last(group)
-        pending: list[Block] = []
-        tokens, failure = 0, None
+        first, last = self._last(group)
+        chunks = gather(self._blocks(group, last), lambda block: len(block.tokens), _CHUNK_TOKENS)
         try:
-            for block in self._blocks(group, last):
-                pending.append(block)
-                tokens += len(block.tokens)
-                if tokens >= _CHUNK_TOKENS:
-                    replace_file(self.chunk(group, number), pack(pending))
-                    number, pending, tokens = number + 1, [], 0
-                    yield None
-                    if self._end(group).exists():
-                        return
-        except InputError as error:
-            failure = group.key, error
-        if pending:
-            replace_file(self.chunk(group, number), pack(pending))
-            yield None
-        if failure is None:
+            for number, blocks in enumerate(chunks, start=first):
+                replace_file(self.chunk(group, number), pack(blocks))
+                yield None
+                if self._end(group).exists():
+                    return
             self._end(group).touch()
-        else:
-            yield failure
+        except InputError as error:
+            yield group.key, error
 
     def _last(self, group: Group) -> tuple[int, Block | None]:
         """Return the number of the next chunk of a group, and the last block that there is."""

@@ -158,7 +158,7 @@ class Reuse:
         for directory in {each.directory for key in copied for each in self._found.get(key, ())}:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
-                locked(directory / "lock", announce=False, wait=None),
+                locked(directory / "lock", wait=None),
             ):
                 header = _header(directory)
                 others = [

@@ -133,7 +133,7 @@ def parquet_images(
             @functools.cache
             def lock() -> None:  # once for all files: another process may convert them at the same time
                 when_full = "name a `cache_dir` on another"
-                stack.enter_context(locked_directory(directory, "cache_dir", when_full, announce=True))
+                stack.enter_context(locked_directory(directory, "cache_dir", when_full))
 
             found = [_converted(path, kept, directory, lock) for path in paths]
         return TableImages(datasets.concatenate_datasets(found), columns, source)

@@ -221,7 +221,7 @@ def _tokenizer(config: LLMConfig, sources: list[Source], cache: Path) -> Tokeniz
     identities = [source.identity for source in sources]
     identity = json.dumps([*identities, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    with locked_directory(directory, "cache_dir", "make room", announce=True):
+    with locked_directory(directory, "cache_dir", "make room"):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
