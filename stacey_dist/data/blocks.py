@@ -63,7 +63,7 @@ def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterato
 
 
 def gather(items: Iterable[_Item], size_of: Callable[[_Item], int], enough: int) -> Iterator[list[_Item]]:
-    """Yield items in lists, each of a total size of at least `enough`; the last one may have less.
+    """Yield items in lists of a total size of at least `enough`, or of 65 536 items; the last list may be smaller.
 
     Where `items` raises an InputError, what came before it is yielded first.
     """

@@ -5,6 +5,7 @@ and another process continues from there. Each group has its own folder, so the 
 depend on the number of groups.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -42,13 +43,11 @@ class Group:
     """Inputs that one process encodes.
 
     Attributes:
-        name: the pass, ``train`` or ``validation``.
         first: the number of the first input in its pass.
         inputs: the inputs.
         key: the name of its folder, the same wherever the same inputs are encoded alike.
     """
 
-    name: str
     first: int
     inputs: Sequence[Input]
     key: str
@@ -61,7 +60,11 @@ class Encoder:
         directory: the one that is being prepared.
         source, tokenizer, max_tokens: as for `prepare`.
 
-    All of them are attributes, too.
+    Attributes:
+        groups: of each pass, ``train`` and ``validation``, in order.
+        reuse: what other directories have of the inputs.
+
+    All arguments are attributes, too.
     """
 
     def __init__(self, directory: Path, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
@@ -73,19 +76,20 @@ class Encoder:
         self._find_known = partial(Reuse, directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
         self.reuse = self._find_known()
         made_by = tokenizer.fingerprint, tokenizer.end_token_id, source.on_bad_record, with_skipped
-        self.groups = [
-            *_groups("train", source.inputs, made_by),
-            *_groups("validation", source.validation_inputs or (), made_by),
-        ]
+        inputs = {"train": source.inputs, "validation": source.validation_inputs or ()}
+        self.groups = {name: list(_groups(name, some, made_by)) for name, some in inputs.items()}
+        self._all = [group for groups in self.groups.values() for group in groups]
         self._link_known()
 
     def _link_known(self) -> None:
         """Take over the chunks that other directories have, of preparations that were not completed."""
         known: dict[str, list[Path]] = {}
-        for folder in self.directory.parent.glob(f"*/{CHUNKS}/*/"):
+        # Not Path.glob, which raises an error where a directory goes at that moment.
+        for found in glob.glob(f"*/{CHUNKS}/*", root_dir=self.directory.parent):
+            folder = self.directory.parent / found
             if folder.parent != self._chunks:
                 known.setdefault(folder.name, []).append(folder)
-        for group in self.groups:
+        for group in self._all:
             self._folder(group).mkdir(parents=True, exist_ok=True)
             for folder in known.get(group.key, ()):
                 # OSError: another process locks the group, or completed the other directory and removed its chunks.
@@ -139,18 +143,12 @@ class Encoder:
         with suppress(FileNotFoundError):
             self._end(group).touch()
 
-    def close(self, name: str) -> None:
-        """Stop the encoding of all groups of a pass."""
-        for group in self.groups:
-            if group.name == name:
-                self.end(group)
-
     def work(self, first: int = 0, step: int = 1) -> Generator[Failure | None, None, None]:
         """Encode what no other process encodes: every `step`-th group from the `first` on, then the others.
 
         Yields None after each chunk, and a failure for each group whose next records cannot be read.
         """
-        for group in (*self.groups[first::step], *self.groups):
+        for group in (*self._all[first::step], *self._all):
             yield from self.work_on(group)
 
     def work_on(self, group: Group) -> Generator[Failure | None, None, None]:
@@ -246,5 +244,5 @@ def _groups(name: str, inputs: Sequence[Input], made_by: tuple[Any, ...]) -> Ite
             content = json.dumps([name, *made_by, [each.identity for each in some]], sort_keys=True)
             seen[content] += 1
             key = hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24]
-            yield Group(name, first, some, key)
+            yield Group(first, some, key)
             first, size = stop, 0

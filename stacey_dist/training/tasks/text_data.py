@@ -108,7 +108,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     corpora, identity = run.call_on_main(work)
     verification = None
     if run.accelerator.is_local_main_process:
-        verification = Verification(*dict.fromkeys(corpus.train.directory for corpus in corpora))
+        verification = Verification(*(corpus.train.directory for corpus in corpora))
     text = TextData(corpora, identity, tokenizers[0] if tokenizers else None, verification)
     run.save_processor = None if text.tokenizer is None else text.tokenizer.save
     run.say(_described(text))
@@ -247,17 +247,14 @@ def _identity(corpora: list[Corpus]) -> str:
 
 
 def _described(data: TextData) -> str:
-    corpora, parts = data.corpora, sum(corpus.share for corpus in data.corpora)
-    counts = [(corpus.train.total_labels, corpus.validation.total_labels) for corpus in corpora]
-    train, validation = map(sum, zip(*counts, strict=True))
-    return "\n".join(
-        [
-            f"data: {train:,} training and {validation:,} held-out tokens, vocabulary {data.vocab_size:,}",
-            *(
-                f"  {corpus.name}: {corpus.share:,} of {parts:,} sequences ({corpus.share / parts:.2%}), "
-                f"{train:,} training and {validation:,} held-out tokens"
-                for corpus, (train, validation) in zip(corpora, counts, strict=True)
-                if corpus.name
-            ),
-        ]
-    )
+    train = sum(corpus.train.total_labels for corpus in data.corpora)
+    held_out = sum(corpus.validation.total_labels for corpus in data.corpora)
+    period = sum(corpus.share for corpus in data.corpora)
+    lines = [f"data: {train:,} training and {held_out:,} held-out tokens, vocabulary {data.vocab_size:,}"]
+    lines += [
+        f"  {corpus.name}: {corpus.share:,} of {period:,} sequences ({corpus.share / period:.2%}), "
+        f"{corpus.train.total_labels:,} training and {corpus.validation.total_labels:,} held-out tokens"
+        for corpus in data.corpora
+        if corpus.name
+    ]
+    return "\n".join(lines)
