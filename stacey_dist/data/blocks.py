@@ -21,6 +21,8 @@ from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError
 
 BAD = -1
+"""The length of a record that holds no document."""
+
 NAMED = 5
 """The number of skipped records to name in reports."""
 

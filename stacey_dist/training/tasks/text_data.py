@@ -32,8 +32,6 @@ from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.tasks.attention import check_attention
 from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
 
-# The settings for a source's training and validation text: those of a dataset, and those of files.
-_SETTING_NAMES = ("dataset", "dataset_validation_split"), ("files", "validation_files")
 # Which setting gives an argument of the data functions, beside those of a source.
 _SETTINGS = {
     "cache_dir": "data.cache_dir",
@@ -164,8 +162,7 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
         if alike and holding.identity == training.identity:  # they hold the same documents out
             continue
         trained = set(map(_text_of, training.inputs))
-        read, held = _SETTING_NAMES[bool(corpus.files)]
-        also_read, _ = _SETTING_NAMES[bool(other_corpus.files)]
+        (read, held), (also_read, _) = _text_settings(corpus), _text_settings(other_corpus)
         if both := trained.intersection(map(_text_of, holding.validation_inputs or ())):
             raise SettingsError(f"{one}{held}: {min(both)} is one of {other}{also_read}: it would be trained on")
         if holding.validation_inputs is None and (both := trained.intersection(map(_text_of, holding.inputs))):
@@ -173,6 +170,11 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
                 f"{one}{read}: {min(both)} is one of {other}{also_read} too, which would train on the documents that "
                 f"are held out of it; give both sources {held}"
             )
+
+
+def _text_settings(corpus: CorpusConfig) -> tuple[str, str]:
+    """Return the names of the settings that give a source's training and validation text."""
+    return ("files", "validation_files") if corpus.files else ("dataset", "dataset_validation_split")
 
 
 def _text_of(text: Input) -> str:
