@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stacey_dist import Stacey
-from stacey_dist.bench import machine
 from stacey_dist.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
+from stacey_dist.info import machine
 from stacey_dist.sharding import fragments
 from stacey_dist.training.processes.launch import describe_engine, start_accelerator
 from stacey_dist.training.settings.llm_config import LLMConfig

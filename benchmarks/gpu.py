@@ -32,7 +32,10 @@ from accelerate import Accelerator
 from image_pipeline import made_photo
 from training_loop import BareLoop
 
-from stacey_dist import bench
+from stacey_dist.bench import command as bench
+from stacey_dist.bench import pairs
+from stacey_dist.bench.rivals import PEER
+from stacey_dist.info import machine
 from stacey_dist.plan.job import Job
 from stacey_dist.plan.model import VOCABULARIES, planned_model
 from stacey_dist.plan.plans import peak_bytes
@@ -73,17 +76,17 @@ def measure(device: str, smoke: bool, file: Path, only: str) -> dict[str, Any]:
     if smoke:
         bench.CASES.clear()
         bench.CASES["toy"] = lambda: [(8,)] * 2
-        bench.PRELOADED.extend(["stacey_dist.training.tasks.llm", "stacey_dist.training.tasks.images"])
+        pairs.PRELOADED.extend(["stacey_dist.training.tasks.llm", "stacey_dist.training.tasks.images"])
     names, rounds = (RIVALS[:2], 1) if smoke else (RIVALS, 9)
-    figures: dict[str, Any] = {"machine": bench.machine(device), "smoke": smoke, "failed": {}}
+    figures: dict[str, Any] = {"machine": machine(device), "smoke": smoke, "failed": {}}
     works: list[tuple[str, Callable[[], Any]]] = [
-        ("optimizers", partial(bench.run, case, device, rounds, False, 1, names)) for case in bench.CASES
+        ("optimizers", partial(bench.run, case, device, rounds, 1, names)) for case in bench.CASES
     ]
     for _ in range(1 if smoke else RUNS):
-        works.append(("llama launcher", partial(bench.in_a_process, llama_launcher, device, smoke)))
-        works.append(("llama bare", partial(bench.in_a_process, llama_bare, device, smoke)))
+        works.append(("llama launcher", partial(pairs.in_a_process, llama_launcher, device, smoke)))
+        works.append(("llama bare", partial(pairs.in_a_process, llama_bare, device, smoke)))
     works += [
-        (f"resnet50 {name} loader", partial(bench.in_a_process, resnet, smoke, name == "without"))
+        (f"resnet50 {name} loader", partial(pairs.in_a_process, resnet, smoke, name == "without"))
         for name in ("with", "without")
     ]
     for name, work in works:
@@ -264,13 +267,13 @@ def table(figures: dict[str, Any]) -> str:
     """Everything in Markdown."""
     lines = [
         f"{figures['machine']}{': toys, no figure means anything' if figures['smoke'] else ''}\n",
-        f"| a step of the optimizer | × {bench.PEER} | × foreach | of copy | launches | host µs | extra MiB |",
+        f"| a step of the optimizer | × {PEER} | × foreach | of copy | launches | host µs | extra MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in figures.get("optimizers", ()):
         foreach = next(row["ratio"] for row in result["rows"] if row["optimizer"] == RIVALS[0])
         for row in result["rows"]:
-            if row["optimizer"] != bench.PEER:
+            if row["optimizer"] != PEER:
                 lines.append(
                     f"| {result['case']}: {row['optimizer']} | {row['ratio']:.2f} | {row['ratio'] / foreach:.2f} | "
                     f"{row['share_of_copy']:.0%} | {'–' if row['launches'] is None else row['launches']} | "

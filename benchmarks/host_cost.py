@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it as it is imported
 import torch
 from torch.utils.benchmark import Timer
 
-from stacey_dist.bench import machine
+from stacey_dist.info import machine
 from stacey_dist.optim import Stacey, base
 from stacey_dist.optim.kernels import Call, Row, apart
 from stacey_dist.optim.kernels.triton import TritonKernel

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stacey_dist.bench import machine
 from stacey_dist.data.images import ImageSet, Transform, cached, read_pixels
 from stacey_dist.data.images.augment import random_rectangle
 from stacey_dist.data.images.decode import FORMATS
 from stacey_dist.data.images.listing import IMAGE_SUFFIXES
 from stacey_dist.data.sampler import uniforms
+from stacey_dist.info import machine
 
 CACHE_RESIZE_TO = 256
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from stacey_dist.bench import machine
+from stacey_dist.info import machine
 from stacey_dist.optim.kernels import Call, Row
 from stacey_dist.optim.kernels.cpu import find
 from stacey_dist.optim.rule import StaceySettings

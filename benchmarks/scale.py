@@ -25,13 +25,13 @@ from measure import show
 from scale_data import image_starts, parts, preparing
 from scale_heartbeats import heartbeats
 
-from stacey_dist.bench import machine
 from stacey_dist.checkpoint.collectives import rank0_call
 from stacey_dist.checkpoint.retention import newest_usable, retain
 from stacey_dist.checkpoint.shard import Range, _header, shard_name
 from stacey_dist.checkpoint.shares import _MODULUS, Share, _hash, is_complete
 from stacey_dist.checkpoint.write import finish
 from stacey_dist.files import parse_json
+from stacey_dist.info import machine
 
 MANY = (1024, 2048, 4096)
 Kinds = dict[str, tuple[tuple[int, ...], str]]

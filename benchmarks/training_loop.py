@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from measure import median_and_minimum
 from torch import nn
 
-from stacey_dist.bench import machine
+from stacey_dist.info import machine
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.loop import train
 from stacey_dist.training.optimizers import build_optimizer

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stacey_dist import bench, checkpoint_commands, info
+from stacey_dist import checkpoint_commands, info
+from stacey_dist.bench import command as bench
 from stacey_dist.checkpoint.importers.foreign import ForeignCheckpointError
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
 from stacey_dist.errors import InputError, SettingsError
@@ -106,9 +107,10 @@ def _reader_has_gone() -> bool:
 
 
 def _plan(arguments: list[str]) -> int:
-    from stacey_dist.plan.command import main
+    from stacey_dist.plan.command import plan
 
-    return main(arguments)
+    print(plan(arguments))
+    return 0
 
 
 def _report(runs: list[Path], output: Path) -> int:

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,19 @@ def print_info() -> int:
     found.append(f"environment: {' '.join(settings) or 'nothing set'}")
     print("\n".join(found))
     return 0
+
+
+def machine(device: str | None = None) -> str:
+    """Return the processor or GPU (a GPU where there is one, by default), threads and versions, in one line."""
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{names[0] if names else platform.processor()}, {capability}, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def _kernel(device_type: str) -> str:

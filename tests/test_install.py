@@ -185,7 +185,7 @@ def test_importing_the_library_imports_none_of_the_extras():
     heavy = "transformers accelerate datasets matplotlib yaml jsonargparse deepspeed scipy optuna wandb PIL pyarrow"
     code = (
         "import sys, stacey_dist, stacey_dist.optim, stacey_dist.sharding, stacey_dist.checkpoint, stacey_dist.cli\n"
-        "import stacey_dist.checkpoint.importers, stacey_dist.info, stacey_dist.bench\n"
+        "import stacey_dist.checkpoint.importers, stacey_dist.info, stacey_dist.bench.command\n"
         f"print(sorted(set({heavy.split()!r}) & sys.modules.keys()))"
     )
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"

@@ -14,7 +14,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tests.training.forked  # noqa: F401  # bench forks from its server
-from stacey_dist import bench, info
+from stacey_dist import info
+from stacey_dist.bench import command as bench
+from stacey_dist.bench import pairs
+from stacey_dist.bench.rivals import PEER, SETTINGS, Compiled, Rival, Stacey
 from stacey_dist.cli import exit_status, main
 from stacey_dist.optim import kernels
 from stacey_dist.optim.kernels import NoKernelError
@@ -71,7 +74,7 @@ def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
     tiny, flat = json.loads(file.read_text())
     assert (tiny["elements"], tiny["tensors"], flat["elements"], flat["tensors"]) == (35, 5, 3000, 1)
     rows = {row["optimizer"]: row for row in flat["rows"]}
-    assert rows[bench.PEER]["ratio"] == 1.0
+    assert rows[PEER]["ratio"] == 1.0
     assert {"Stacey p2, p = 2.8, kernel", "torch SGD, momentum, foreach", "lion-pytorch"} <= rows.keys()
     for row in rows.values():
         assert 0 < row["ns_minimum"] <= row["ns_median"]
@@ -79,7 +82,7 @@ def test_bench_compares_and_writes_its_figures(tmp_path, capsys, monkeypatch):
         assert row["ratio_of_best"] > 0
         assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / row["ns_median"])
     printed = capsys.readouterr().out
-    assert printed.count(f"| {bench.PEER} |") == 2
+    assert printed.count(f"| {PEER} |") == 2
     assert "3,000 elements in 1 tensors" in printed
 
 
@@ -87,13 +90,13 @@ def test_a_pair_takes_turns_and_another_one_goes_first_each_time(monkeypatch):
     turns = []
 
     def spy(name):
-        return bench.Rival(20, lambda params: lambda: turns.append(name))
+        return Rival(20, lambda params: lambda: turns.append(name))
 
-    monkeypatch.setattr(bench, "rivals", lambda slow: {bench.PEER: spy("peer"), "ours": spy("ours")})
-    pair = bench.measure_pair("ours", [(3,)], "cpu", 4, rival_is_first=True)
+    monkeypatch.setattr(pairs, "rivals", lambda slow: {PEER: spy("peer"), "ours": spy("ours")})
+    pair = pairs.measure_pair("ours", [(3,)], "cpu", 4, rival_is_first=True)
     assert turns[-8:] == ["ours", "peer", "peer", "ours"] * 2
     assert len(pair.rival) == len(pair.peer) == 4
-    bench.measure_pair("ours", [(3,)], "cpu", 1, rival_is_first=False)
+    pairs.measure_pair("ours", [(3,)], "cpu", 1, rival_is_first=False)
     assert turns[-2:] == ["peer", "ours"]
 
 
@@ -105,7 +108,7 @@ def test_the_benchmark_for_gpus_runs_as_a_whole(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--json", str(file)])
     monkeypatch.setattr(bench, "CASES", {})
-    monkeypatch.setattr(bench, "PRELOADED", [])
+    monkeypatch.setattr(pairs, "PRELOADED", [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(SystemExit) as ended:
@@ -138,7 +141,7 @@ def test_a_part_of_the_benchmark_for_gpus_that_fails_costs_its_own_figures(tmp_p
             raise result
         return result
 
-    monkeypatch.setattr(gpu.bench, "in_a_process", in_a_process)
+    monkeypatch.setattr(gpu.pairs, "in_a_process", in_a_process)
     figures = gpu.measure("cpu", False, tmp_path / "gpu.json", "resnet50")
     assert json.loads((tmp_path / "gpu.json").read_text()) == figures
     table = gpu.table(figures)
@@ -151,8 +154,8 @@ def test_the_compiled_plain_rule_that_is_measured_is_an_update():
     theta = torch.randn(300)
     param = torch.nn.Parameter(theta.clone())
     param.grad = torch.randn(300)
-    optimizer = bench.Stacey([param], p=2.8, fused=False, **bench.SETTINGS)
-    compiled = bench.Compiled(optimizer)
+    optimizer = Stacey([param], p=2.8, fused=False, **SETTINGS)
+    compiled = Compiled(optimizer)
     before = param.detach().clone(), optimizer.state[param]["z"].clone()
     compiled.step()
     assert (param != before[0]).float().mean() > 0.9

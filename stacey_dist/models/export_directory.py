@@ -122,7 +122,7 @@ def _move_in(temporary: Path, directory: Path) -> None:
             shutil.rmtree(directory / name)
         if name in new:
             os.replace(temporary / name, directory / name)
-        elif name in old:
+        else:
             (directory / name).unlink(missing_ok=True)
     os.replace(temporary / MARKER, directory / MARKER)
     temporary.rmdir()

@@ -5,9 +5,8 @@ the two packages.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,17 +63,15 @@ def build_shell(described: Any, name: Any = None) -> Any:
     if not isinstance(described, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(described).__name__}")
     try:
-        with without_network():
-            build = _builder(without_code(described), name)
-            with torch.device("meta"):
-                model = build()
-                model.tie_weights()  # older versions of transformers leave them untied on meta
+        with without_network(), torch.device("meta"):
+            model = _build(without_code(described), name)
+            model.tie_weights()  # older versions of transformers leave them untied on meta
         return model
     except Exception as error:  # of many kinds, as configurations can hold anything
         raise ValueError(first_line(error)) from error
 
 
-def _builder(described: dict[str, Any], name: Any) -> Callable[[], Any]:
+def _build(described: dict[str, Any], name: Any) -> Any:
     if name is None:
         named = described.get("architectures")
         name = named[0] if isinstance(named, list) and named else None
@@ -83,7 +80,7 @@ def _builder(described: dict[str, Any], name: Any) -> Callable[[], Any]:
         config = made.config_class.from_dict(described)
         if hasattr(config, "use_cache"):
             config.use_cache = True
-        return partial(made, config)
+        return made(config)
     kind = described.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -91,7 +88,7 @@ def _builder(described: dict[str, Any], name: Any) -> Callable[[], Any]:
             "run"
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(described)
-    return partial(transformers.AutoModelForCausalLM.from_config, config, trust_remote_code=False)
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def without_code(value: Any) -> Any:

@@ -90,10 +90,12 @@ def activations(
         in_layer += layer - (tokens * FLOAT * hidden if stream == FLOAT else 0) + matrices_of_layer
         # What was kept of a layer becomes a part of it again, but for the result that is added to the stream.
         in_layer -= kept - (tokens * size * hidden if kept else 0)
-    # The forward pass ends with the logits, when autocast still has a copy of all matrices; before, with the feed-
-    # forward block of a layer that keeps nothing.
-    in_forward = before_loss + (matrices - head if checkpointing else 0)
-    in_forward += max(logits, (2 if kept else 3) * wide + tokens * FLOAT * hidden - last_norm if checkpointing else 0)
+    # The forward pass ends with the logits. Autocast then still has a copy of all matrices, and the last norm's output
+    # before it was cast.
+    at_logits = logits + (tokens * stream * hidden if autocast else 0)
+    # A layer that keeps nothing needs most in its feed-forward block, before there is a copy of the output matrix.
+    in_block = (2 if kept else 3) * wide + tokens * FLOAT * hidden - last_norm - head if checkpointing else 0
+    in_forward = before_loss + (matrices - head if checkpointing else 0) + max(at_logits, in_block)
     in_loss = saved + 2 * softmax  # two gradients of the size of the softmax
     # The output matrix's gradient is there before it is added up. A tied embedding has the output's gradient too.
     in_head = before_loss + max(logits + (autocast or stream) * elements, gradient * elements)

@@ -15,7 +15,6 @@ from stacey_dist.plan.model import planned_model
 from stacey_dist.plan.plans import make_plan, propose_plans
 from stacey_dist.plan.report import NOT_MEASURED, as_dict, proposals, table
 from stacey_dist.training.launchers import LLM
-from stacey_dist.training.settings.llm_config import LLMConfig
 
 # Options that are short for a setting of the configuration.
 SHORT = {
@@ -36,12 +35,6 @@ FIGURES = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Print the plan; returns 0. Raises SettingsError as `plan` does."""
-    print(plan(arguments))
-    return 0
-
-
 def plan(arguments: list[str]) -> str:
     """Return what `stacey-dist plan` prints for these arguments.
 
@@ -50,7 +43,7 @@ def plan(arguments: list[str]) -> str:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     _check_names(parser, others)
-    config = _config(options, others)
+    config = LLM.parse(_arguments(options) + others, "stacey-dist plan")
     _check(options)
     gpu = _gpu(options)
     room = gpu.memory * (1 - options.margin)
@@ -112,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", action="store_true", help="propose engine, micro-batch and accumulation")
     add("--json", action="store_true", help="print JSON, in bytes and seconds")
     for option, setting in SHORT.items():
-        add(option, metavar="VALUE", help=f"short for --{setting}")
+        add(option, dest=setting, metavar="VALUE", help=f"short for --{setting}")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="override train.gradient_checkpointing")
     add(
         "--vocab-size",
@@ -121,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="vocabulary size; needed if the plan cannot tell it from the tokenizer",
     )
     for option, (figure, text) in FIGURES.items():
-        add(option, type=float, metavar="GB" if figure == "memory" else "GB/S", help=text)
+        add(option, dest=figure, type=float, metavar="GB" if figure == "memory" else "GB/S", help=text)
     add(
         "--efficiency",
         metavar="LOW,HIGH",
@@ -179,16 +172,11 @@ def _command(options: argparse.Namespace, others: list[str], job: Job) -> str:
     return " \\\n ".join(lines)[1:]
 
 
-def _config(options: argparse.Namespace, others: list[str]) -> LLMConfig:
-    return LLM.parse(_arguments(options) + others, "stacey-dist plan")
-
-
 def _arguments(options: argparse.Namespace) -> list[str]:
     """Return the options of the launcher that the plan's own stand for."""
     arguments = [word for file in options.config for word in ("--config", file)]
-    for option, setting in SHORT.items():
-        value = _value(options, option)
-        if value is not None:
+    for setting in SHORT.values():
+        if (value := vars(options)[setting]) is not None:
             arguments += [f"--{setting}", value]
     if options.gradient_checkpointing is not None:
         arguments += ["--train.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
@@ -219,8 +207,7 @@ def _engine(options: argparse.Namespace) -> str:
 def _gpu(options: argparse.Namespace) -> Gpu:
     changes: dict[str, Any] = {}
     for option, (figure, _) in FIGURES.items():
-        value = _value(options, option)
-        if value is not None:
+        if (value := vars(options)[figure]) is not None:
             if not 0 < value <= _LARGEST_FIGURE:
                 allowed = f"it must be > 0, and at most {_LARGEST_FIGURE:,}"
                 raise SettingsError(f"{option}: {value} is not allowed; {allowed}")
@@ -228,10 +215,6 @@ def _gpu(options: argparse.Namespace) -> Gpu:
     if options.efficiency is not None:
         changes["efficiency"] = _efficiency(options.efficiency)
     return replace(find_gpu(options.gpu), **changes)
-
-
-def _value(options: argparse.Namespace, option: str) -> Any:
-    return getattr(options, option[2:].replace("-", "_"))
 
 
 def _efficiency(text: str) -> tuple[float, float]:

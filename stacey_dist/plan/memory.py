@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
+from stacey_dist.plan.activations import Activations
 from stacey_dist.plan.job import Job
 
 # DeepSpeed's defaults, which configs/accelerate leaves as they are; elements, not bytes.
@@ -35,6 +36,13 @@ class RankMemory:
     host: dict[str, int] = field(default_factory=dict)
     buffers: dict[str, int] = field(default_factory=dict)
     update: int = 0
+
+    def peak(self, acts: Activations) -> int:
+        """Return the most bytes on the device at once, with the activations of a micro-batch.
+
+        Gradients are counted as a whole beside all activations: from an update's second micro-batch on they are.
+        """
+        return sum(self.device.values()) + max(sum(self.buffers.values()) + acts.peak, self.update)
 
 
 def single(job: Job, rank: int) -> RankMemory:

@@ -99,27 +99,19 @@ def make_model(described: dict[str, Any], length: int, *, of_numbers: bool = Fal
     with torch.device("meta"), no_init_weights():
         model = causal_lm.new_model(causal_lm.causal_config(described))
     model.tie_weights()
-    names = {param: name for name, param in model.named_parameters()}
-
-    def parameters(found: Any) -> list[Parameter]:
-        return [Parameter(names[param], tuple(param.shape)) for param in dict.fromkeys(found) if param in left]
+    left = {param: Parameter(name, tuple(param.shape)) for name, param in model.named_parameters()}
+    everything = list(left.values())
 
     def taken(module: Any) -> list[Parameter]:
-        own = list(module.parameters())
-        found = parameters(own)
-        for param in own:
-            left.pop(param, None)
-        return found
+        return [left.pop(param) for param in module.parameters() if param in left]
 
-    left = dict.fromkeys(model.parameters())
-    everything = parameters(left)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight
     embedding = [] if tied else [taken(model.get_input_embeddings())]
     classes = causal_lm.layer_classes(model)
     layers = [taken(module) for module in model.modules() if isinstance(module, classes)]
     _, active = causal_lm.count_parameters(model)
-    attended = causal_lm.attended(causal_lm.causal_config(described), length)
+    attended = causal_lm.attended(model.config, length)
     return Model(
         name="LLaMA" if of_numbers else type(model).__name__,
         of_numbers=of_numbers,
@@ -127,7 +119,7 @@ def make_model(described: dict[str, Any], length: int, *, of_numbers: bool = Fal
         parameters=everything,
         embedding=embedding,
         layers=layers,
-        tail=parameters(left),
+        tail=list(left.values()),
         active=active,
         in_experts=sum(p.numel() for p in causal_lm.experts(model)),
         head=0 if output is None else math.prod(output.weight.shape),

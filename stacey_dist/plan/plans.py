@@ -33,7 +33,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes on the rank's GPU at most."""
-        return _peak(self.memory, self.activations)
+        return self.memory.peak(self.activations)
 
 
 def make_plan(job: Job, gpu: Gpu) -> Plan:
@@ -67,7 +67,8 @@ def propose_plans(job: Job, gpu: Gpu, room: float) -> list[Plan]:
 
 def peak_bytes(job: Job) -> int:
     """Return the bytes on the most loaded rank's GPU at most: in forward and backward, or in the update."""
-    return _peak(most_loaded_rank(job)[1], _activations(job))
+    _, memory = most_loaded_rank(job)
+    return memory.peak(_activations(job))
 
 
 def largest_micro_batch(job: Job, room: float) -> int:
@@ -92,11 +93,3 @@ def _activations(job: Job) -> Activations:
     from stacey_dist.plan.measured import measured
 
     return measured(job.model.described, job.micro_batch, *how, checkpointing=checkpointing)
-
-
-def _peak(memory: RankMemory, acts: Activations) -> int:
-    """Return the most that is there at once.
-
-    Gradients are counted as a whole beside all activations: from an update's second micro-batch on they are.
-    """
-    return sum(memory.device.values()) + max(sum(memory.buffers.values()) + acts.peak, memory.update)

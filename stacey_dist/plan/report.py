@@ -51,8 +51,8 @@ def as_dict(plan: Plan, gpu: Gpu, room: float) -> dict[str, Any]:
             "optimizer": speed.optimizer,
             "update": [speed.fast, speed.slow],
         },
-        "tokens_per_second": [speed.tokens / speed.slow, speed.tokens / speed.fast],
-        "mfu": [speed.mfu(speed.slow), speed.mfu(speed.fast)],
+        "tokens_per_second": list(speed.tokens_per_second),
+        "mfu": list(speed.mfu),
         "checkpoint": {"bytes": whole, "bytes_of_a_rank": share, "stall_seconds": share / gpu.host},
     }
 
@@ -99,10 +99,10 @@ def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job, command: str) 
         f"{'host GiB':>10}{'tokens/s':>26}{'MFU':>13}",
     ]
     for plan in plans:
+        host, rate = sum(plan.memory.host.values()) * plan.job.gpus_per_node, _span(*plan.speed.tokens_per_second)
         lines.append(
             f"  {plan.job.engine:<16}{plan.job.micro_batch:>11}{plan.job.accumulation:>13}"
-            f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}"
-            f"{_gib(sum(plan.memory.host.values()) * plan.job.gpus_per_node):>10} {_rate(plan):>25}{_mfu(plan):>13}"
+            f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}{_gib(host):>10} {rate:>25}{_mfu(plan):>13}"
         )
     lines += ["", f"to start the first one:\n{command}", "", NOT_MEASURED]
     return "\n".join(lines)
@@ -164,7 +164,7 @@ def _time(plans: list[Plan], gpu: Gpu) -> str:
         "communication": [_number(speed.communication) for speed in speeds],
         "optimizer": [_number(speed.optimizer) for speed in speeds],
         "update, communication all hidden to not hidden": [_span(speed.fast, speed.slow) for speed in speeds],
-        "tokens per second": [_rate(plan) for plan in plans],
+        "tokens per second": [_span(*speed.tokens_per_second) for speed in speeds],
         "MFU": [_mfu(plan) for plan in plans],
     }
     return _block("time of an update, seconds (assumed: see docs)", _optimizers(plans), rows)
@@ -215,12 +215,9 @@ def _precision(job: Job) -> str:
     return job.config.model.dtype if job.precision == "no" else f"mixed precision {job.precision}"
 
 
-def _rate(plan: Plan) -> str:
-    return _span(plan.speed.tokens / plan.speed.slow, plan.speed.tokens / plan.speed.fast)
-
-
 def _mfu(plan: Plan) -> str:
-    return f"{100 * plan.speed.mfu(plan.speed.slow):.0f} to {100 * plan.speed.mfu(plan.speed.fast):.0f} %"
+    low, high = plan.speed.mfu
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _count(number: int) -> str:

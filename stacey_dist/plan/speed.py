@@ -69,9 +69,15 @@ class Speed:
         """Seconds of an update at worst."""
         return self.arithmetic[1] + self.communication + self.optimizer
 
-    def mfu(self, seconds: float) -> float:
-        """Return the share of the GPUs' peak that an update of so many seconds uses."""
-        return self.flops / seconds / self.peak_flops
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """At worst and at best."""
+        return self.tokens / self.slow, self.tokens / self.fast
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """The share of the GPUs' peak that is used, at worst and at best."""
+        return self.flops / self.slow / self.peak_flops, self.flops / self.fast / self.peak_flops
 
 
 def estimate_speed(job: Job, memory: RankMemory, gpu: Gpu) -> Speed:

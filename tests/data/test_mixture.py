@@ -14,7 +14,7 @@ SHARES = st.lists(st.integers(1, 60), min_size=1, max_size=9)
 FAR = 10**12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(shares=SHARES, periods=st.integers(0, FAR))
 def test_counts_are_within_one_of_their_shares_after_any_number_of_samples(shares: list[int], periods: int) -> None:
     period = sum(shares)

@@ -116,6 +116,17 @@ def test_activations_are_what_autograd_keeps(name, arithmetic, checkpointing):
     assert counted.peak == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_the_copies_of_matrices_that_autocast_makes_are_counted_in_every_layer(checkpointing):
+    """Without memory, for a model whose loss needs more than the copies of two layers, and less than those of all."""
+    own = llama(4000, 512, 1400, 16, 8, 8, False).to_dict()
+    how = dict(sequences=2, length=384, arithmetic="autocast", checkpointing=checkpointing)
+    counted, planned = measured(json.dumps(own), **how), activations(own, **how)
+    assert counted.saved == pytest.approx(planned.saved, rel=1e-3)
+    assert counted.peak == pytest.approx(planned.peak, rel=1e-3)
+
+
 # The layers of gemma3_text differ in their attention; those of deepseek_v3 in their modules.
 @pytest.mark.parametrize(
     "kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("gemma3_text", "deepseek_v3"))]

@@ -100,7 +100,7 @@ def test_every_byte_that_rests_is_planned(processes, engine, precision, tied):
     assert sum(written) == whole
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3, 4])
 def test_initial_weights_are_the_same_bits_on_every_engine_and_number_of_processes(processes):
     for engine, precision, tied in CASES[processes]:
         whole = single(tied)

@@ -38,7 +38,7 @@ def steps(run):
     [
         ("cpu_ddp", "z"),
         pytest.param("cpu_zero2", "weight", marks=pytest.mark.exhaustive),
-        ("cpu_zero3", "m"),
+        pytest.param("cpu_zero3", "m", marks=pytest.mark.exhaustive),
         ("cpu_fsdp2", "weight"),
     ],
 )
@@ -86,7 +86,7 @@ def test_the_last_checkpoint_of_a_ruined_run_deletes_nothing(config, tmp_path):
         "run_dir moved",
         pytest.param("run_dir removed", marks=pytest.mark.exhaustive),  # to the run, as if it was moved
         "checkpoints",
-        "metrics.jsonl",
+        pytest.param("metrics.jsonl", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_is_renamed_or_removed_while_the_run_goes_on(config, tmp_path, what):

@@ -33,8 +33,8 @@ def curve(run_dir):
 @pytest.mark.parametrize(
     ("launcher", "engine", "kills"),
     [
-        ("train_llm", "cpu_zero3", 2),
-        pytest.param("train_llm", "cpu_fsdp2", 2, marks=pytest.mark.exhaustive),
+        ("train_llm", "cpu_fsdp2", 2),
+        pytest.param("train_llm", "cpu_zero3", 2, marks=pytest.mark.exhaustive),
         *(
             pytest.param(launcher, engine, 40, marks=[pytest.mark.exhaustive, pytest.mark.timeout(2400)])
             for launcher in ("train_llm", "train_imagenet")

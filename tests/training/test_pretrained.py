@@ -52,8 +52,8 @@ def trained(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [
-    "single", "cpu_fsdp2",
-    *(pytest.param(engine, marks=pytest.mark.exhaustive) for engine in ("cpu_zero2", "cpu_zero3")),
+    "single",
+    *(pytest.param(engine, marks=pytest.mark.exhaustive) for engine in ("cpu_fsdp2", "cpu_zero2", "cpu_zero3")),
 ])  # fmt: skip
 def test_weights_of_all_kinds_of_tokenizers(published, tmp_path, engine):
     directory, config = published

@@ -56,10 +56,10 @@ def stop(config, run, kind, place, number=signal.SIGTERM, then=None, **variables
 WAITS = [
     ("child", "data preparation", False),
     ("fifo", "data preparation", False),
-    ("lock", "data preparation", False),
-    ("c", "model", True),
+    pytest.param("lock", "data preparation", False, marks=pytest.mark.exhaustive),
+    pytest.param("c", "model", True, marks=pytest.mark.exhaustive),
     ("child", "engine", False),
-    ("python", "update", True),
+    pytest.param("python", "update", True, marks=pytest.mark.exhaustive),
     ("c", "update", True),
     pytest.param("child", "update", True, marks=pytest.mark.exhaustive),
     pytest.param("lock", "update", True, marks=pytest.mark.exhaustive),
@@ -80,7 +80,9 @@ def test_sigterm_ends_a_run_in_time(config, tmp_path, kind, place, told):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(("kind", "place"), [("python", "model"), ("c", "model"), ("c", "update")])
+@pytest.mark.parametrize(
+    ("kind", "place"), [("python", "model"), pytest.param("c", "model", marks=pytest.mark.exhaustive), ("c", "update")]
+)
 def test_two_ctrl_c_end_a_run_at_once(config, tmp_path, kind, place):
     output, status, seconds = stop(config, tmp_path / "run", kind, place, signal.SIGINT, then=(1.5, signal.SIGINT))
     assert status == 128 + signal.SIGINT, output

@@ -140,9 +140,9 @@ def _checked_part_images(directory: Path, count: int) -> int:
         if zlib.crc32(_read_index(directory, range(-(-count // part_images)))) != complete["index_crc32"]:
             raise ValueError("its index was altered")
         for number, size in enumerate(complete["part_bytes"]):
-            found = (directory / _part_name(number)).stat().st_size
-            if found != size:
-                raise ValueError(f"{_part_name(number)} has {found} bytes of {size}")
+            file = _file(directory, number, "bin")
+            if (found := file.stat().st_size) != size:
+                raise ValueError(f"{file.name} has {found} bytes of {size}")
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise InputError(f"cache: {directory} is damaged ({error}); delete it") from error
     return part_images
@@ -152,7 +152,7 @@ def _make(directory: Path, load: Load, count: int, progress: bool) -> None:
     threads = available_cores()
     parts = [range(start, min(start + PART_IMAGES, count)) for start in range(0, count, PART_IMAGES)]
     # Of parts, the ones with an index are whole: it is renamed last.
-    left = [number for number in range(len(parts)) if not (directory / _index_name(number)).exists()]
+    left = [number for number in range(len(parts)) if not _file(directory, number, "index").exists()]
     images_left = sum(len(parts[number]) for number in left)
     bar = tqdm(
         desc="decoding images",
@@ -171,7 +171,7 @@ def _make(directory: Path, load: Load, count: int, progress: bool) -> None:
         "format": FORMAT_VERSION,
         "images": count,
         "part_images": PART_IMAGES,
-        "part_bytes": [(directory / _part_name(number)).stat().st_size for number in range(len(parts))],
+        "part_bytes": [_file(directory, number, "bin").stat().st_size for number in range(len(parts))],
         "index_crc32": zlib.crc32(_read_index(directory, range(len(parts)))),
     }
     write_json(directory / COMPLETE, complete)
@@ -191,7 +191,7 @@ def _in_order(pool: ThreadPoolExecutor, load: Load, numbers: range, ahead: int) 
 def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint8] | None], bar: "tqdm[Any]") -> None:
     """Write a part and then its index."""
     entries, offset = [], 0
-    with replacing(directory / _part_name(number)) as file:
+    with replacing(_file(directory, number, "bin")) as file:
         for pixels in pictures:
             height, width = (0, 0) if pixels is None else pixels.shape[:2]
             entries.append((offset, height, width))
@@ -199,7 +199,7 @@ def _write_part(directory: Path, number: int, pictures: Iterator[NDArray[np.uint
                 file.write(np.ascontiguousarray(pixels).data)
                 offset += pixels.size
             bar.update()
-    replace_file(directory / _index_name(number), np.array(entries, dtype=_ENTRY).tobytes())
+    replace_file(_file(directory, number, "index"), np.array(entries, dtype=_ENTRY).tobytes())
 
 
 def _check_space(directory: Path, sizes: list[int], count: int) -> None:
@@ -214,24 +214,20 @@ def _check_space(directory: Path, sizes: list[int], count: int) -> None:
 
 
 def _read_index(directory: Path, parts: range) -> bytes:
-    return b"".join((directory / _index_name(number)).read_bytes() for number in parts)
+    return b"".join(_file(directory, number, "index").read_bytes() for number in parts)
 
 
 def _map(directory: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """Return the index of a part, and its pixels, mapped."""
-    index = np.frombuffer(_read_index(directory, range(number, number + 1)), dtype=_ENTRY)
-    path = directory / _part_name(number)
+    index = np.frombuffer(_file(directory, number, "index").read_bytes(), dtype=_ENTRY)
+    path = _file(directory, number, "bin")
     # Nothing can be mapped of a part whose images are all broken.
     pixels = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
     return index, pixels
 
 
-def _part_name(part: int) -> str:
-    return f"part-{part:05d}.bin"
-
-
-def _index_name(part: int) -> str:
-    return f"part-{part:05d}.index"
+def _file(directory: Path, part: int, kind: Literal["bin", "index"]) -> Path:
+    return directory / f"part-{part:05d}.{kind}"
 
 
 def _hash(value: Any) -> str:

@@ -148,6 +148,7 @@ class ImageLoader:
 
 def _places(parts: list[Place], position: int, global_batch_size: int) -> Iterator[Place]:
     """Yield the places of the batches of all updates from global position ``position`` on, endlessly."""
+    # A function of its own, without the loader: the thread that copies batches would keep a forgotten loader alive.
     for update in itertools.count(position, global_batch_size):
         for offset, count in parts:
             yield update + offset, count

@@ -1,7 +1,5 @@
 """Images in parquet files as the Hugging Face Hub keeps them, or from the Hub: memory-mapped Arrow tables."""
 
-import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -128,14 +126,14 @@ def parquet_images(
         features, source = _features(paths[0]), f"{files[0].parent}, {split}"
         columns = _columns(features, image_column, label_column, source)
         kept = datasets.Features({name: features[name] for name in columns})
-        with contextlib.ExitStack() as stack:
-
-            @functools.cache
-            def lock() -> None:  # once for all files: another process may convert them at the same time
-                when_full = "name a `cache_dir` on another"
-                stack.enter_context(locked_directory(directory, "cache_dir", when_full))
-
-            found = [_converted(path, kept, directory, lock) for path in paths]
+        arrows = [directory / _arrow_name(path, kept) for path in paths]
+        found = [_opened(*each) for each in zip(paths, arrows, strict=True)]
+        if any(dataset is None for dataset in found):
+            with locked_directory(directory, "cache_dir", "name a `cache_dir` on another"):
+                for path, arrow in zip(paths, arrows, strict=True):
+                    if _opened(path, arrow) is None:  # nor has another process converted it
+                        _convert(path, kept, arrow)
+            found = [datasets.Dataset.from_file(str(arrow)) for arrow in arrows]
         return TableImages(datasets.concatenate_datasets(found), columns, source)
 
     return _with_equal_classes(load(train, "train"), load(validation, "validation"))
@@ -195,38 +193,22 @@ def _features(file: Path) -> Any:
         raise InputError(f"path: {file} cannot be read: {one_line(error)}") from error
 
 
-def _converted(file: Path, features: Any, directory: Path, lock: Callable[[], object]) -> Any:
-    """Return the memory-mapped ``datasets.Dataset`` of a parquet file, which is converted to Arrow once.
-
-    `datasets.load_dataset` would convert it too, but takes ``::`` and ``$NAME`` in paths for something else.
-
-    Args:
-        file: its absolute path.
-        features: the columns that are kept, and what they are cast to.
-        directory: where the Arrow file is kept, known by its parquet file's path, size and time of change.
-        lock: locks the directory, where a file is to be written.
-    """
-    import datasets
-
+def _arrow_name(file: Path, features: Any) -> str:
+    """Return the name of a parquet file's Arrow file: another one when the parquet file has moved or changed."""
     status = file.stat()
     known = [_FORMAT_VERSION, str(file), status.st_size, status.st_mtime_ns, features.to_dict()]
-    arrow = directory / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.arrow"
+    return f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.arrow"
 
-    def opened() -> Any:
-        """Return the dataset; None if the file was not converted, or the result is damaged."""
-        try:
-            dataset = datasets.Dataset.from_file(str(arrow))
-            return dataset if dataset.num_rows == pq.read_metadata(file).num_rows else None
-        except (OSError, pa.ArrowException):
-            return None
 
-    if (found := opened()) is not None:
-        return found
-    lock()
-    if (found := opened()) is None:  # nor has another process converted it
-        _convert(file, features, arrow)
-        found = datasets.Dataset.from_file(str(arrow))
-    return found
+def _opened(file: Path, arrow: Path) -> Any:
+    """Return the ``datasets.Dataset`` of a parquet file's Arrow file, mapped; None if that is not there, or damaged."""
+    import datasets
+
+    try:
+        dataset = datasets.Dataset.from_file(str(arrow))
+        return dataset if dataset.num_rows == pq.read_metadata(file).num_rows else None
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _rows_at_once(metadata: Any) -> int:
@@ -237,6 +219,10 @@ def _rows_at_once(metadata: Any) -> int:
 
 
 def _convert(file: Path, features: Any, arrow: Path) -> None:
+    """Write the columns of a parquet file to an Arrow file, cast to their features.
+
+    `datasets.load_dataset` would convert it too, but takes ``::`` and ``$NAME`` in paths for something else.
+    """
     from datasets.table import table_cast
 
     schema = features.arrow_schema

@@ -129,7 +129,7 @@ def resized_exactly(pixels: NDArray[np.uint8], height: int, width: int) -> NDArr
     return np.einsum("ah,hwc,bw->abc", rows, pixels.astype(np.float64), columns)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 150), to=st.tuples(st.integers(1, 90), st.integers(1, 90)))
 def test_resize_is_pillows_antialiased_bilinear(height: int, width: int, to: tuple[int, int]) -> None:
     pixels = picture(height, width)
