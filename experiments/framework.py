@@ -223,7 +223,7 @@ def claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
     Raises SettingsError where it is marked with others: what is there would be mixed with what comes.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / "lock", announce=True):
+    with locked(directory / "lock"):
         file = directory / "settings.json"
         if not file.exists():
             if any((directory / name).exists() for name in ("parts", "tuning")):

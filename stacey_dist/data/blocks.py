@@ -5,11 +5,11 @@ import io
 import itertools
 import json
 import zipfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,17 @@ from stacey_dist.data.tokenizer import Tokenizer
 from stacey_dist.errors import InputError
 
 BAD = -1
+"""The length of a record that holds no document."""
+
 NAMED = 5
 """The number of skipped records to name in reports."""
 
 BATCH_BYTES = 4 * 2**20
 """Text that is encoded at once: enough documents to occupy every core."""
 
-_BATCH_RECORDS = 2**16
+_MOST_GATHERED = 2**16
+
+_Item = TypeVar("_Item")
 
 
 class End:
@@ -48,7 +52,8 @@ def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterato
     wait half of the time otherwise. When the context is left, early or not, the thread has ended and the inputs are
     closed. The iterator raises what reading raises, an InputError after a batch of what was read before it.
     """
-    with contextlib.closing(_batches(inputs, skip, place)) as batches, ThreadPoolExecutor(1, "read-ahead") as pool:
+    with contextlib.closing(_records(inputs, skip, place)) as records, ThreadPoolExecutor(1, "read-ahead") as pool:
+        batches = gather(records, _text_bytes, BATCH_BYTES)
 
         def ahead() -> Iterator[list[Record]]:
             coming = pool.submit(next, batches, None)
@@ -59,24 +64,30 @@ def read_ahead(inputs: Sequence[Input], skip: int, place: Any = None) -> Iterato
         yield ahead()
 
 
-def _batches(inputs: Sequence[Input], skip: int, place: Any) -> Generator[list[Record], None, None]:
-    batch: list[Record] = []
-    size, failure = 0, None
-    with contextlib.closing(_records(inputs, skip, place)) as records:
-        try:
-            for record in records:
-                batch.append(record)
-                if isinstance(record, Document):
-                    size += len(record.text.encode())
-                if size >= BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
-                    yield batch
-                    batch, size = [], 0
-        except InputError as error:
-            failure = error
-    if batch:
-        yield batch
-    if failure is not None:
-        raise failure
+def gather(items: Iterable[_Item], size_of: Callable[[_Item], int], enough: int) -> Iterator[list[_Item]]:
+    """Yield items in lists of a total size of at least `enough`, or of 65 536 items; the last list may be smaller.
+
+    Where `items` raises an InputError, what came before it is yielded first.
+    """
+    some: list[_Item] = []
+    size = 0
+    try:
+        for item in items:
+            some.append(item)
+            size += size_of(item)
+            if size >= enough or len(some) >= _MOST_GATHERED:
+                yield some
+                some, size = [], 0
+    except InputError:
+        if some:
+            yield some
+        raise
+    if some:
+        yield some
+
+
+def _text_bytes(record: Record) -> int:
+    return len(record.text.encode()) if isinstance(record, Document) else 0
 
 
 def _records(inputs: Sequence[Input], skip: int, place: Any) -> Generator[Record, None, None]:
@@ -159,7 +170,7 @@ def _block(
         lengths,
         stored_ids(tokens, tokenizer.vocab_size),
         [record.message for record in records if isinstance(record, BadRecord)][:NAMED],
-        sum(len(record.text.encode()) for record in records if isinstance(record, Document)),
+        sum(map(_text_bytes, records)),
         records[-1].place if records else None,
         ended,
     )
@@ -192,14 +203,12 @@ def unpack(path: Path) -> list[Block]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             header = json.loads(content["header"].tobytes())
-            lengths, tokens = content["lengths"], content["tokens"]
-        blocks, record, token = [], 0, 0
-        for each in header:
-            records, count = each.pop("records"), each.pop("tokens")
-            rows = lengths[record : record + records], tokens[token : token + count]
-            blocks.append(Block(lengths=rows[0], tokens=rows[1], **each))
-            record, token = record + records, token + count
+            # The last piece is what follows the last block: nothing.
+            lengths = np.split(content["lengths"], np.cumsum([block.pop("records") for block in header]))[:-1]
+            tokens = np.split(content["tokens"], np.cumsum([block.pop("tokens") for block in header]))[:-1]
+        return [
+            Block(lengths=mine, tokens=ids, **block) for mine, ids, block in zip(lengths, tokens, header, strict=True)
+        ]
     # zipfile raises the last two for a damaged directory: an unknown compression, an encrypted file.
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return blocks

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.encoding import Encoder, Failure
+from stacey_dist.data.encoding import CHUNKS, Encoder, Failure
 from stacey_dist.data.lock import locked_directory, make_directory
 from stacey_dist.data.parts import FORMAT_VERSION, INDEX, read_index
 from stacey_dist.data.preparation import Preparation
@@ -80,9 +81,7 @@ def prepare(
     if len(source.inputs) > _MOST_INPUTS:
         raise InputError(f"files: {len(source.inputs):,} are too many; at most {_MOST_INPUTS:,} can be read: join some")
     directory = Path(cache_dir) / _fingerprint(source, tokenizer, max_tokens, validation_every)
-    lock = partial(
-        locked_directory, directory, "cache_dir", "make room, and the same command resumes", announce=progress
-    )
+    lock = partial(locked_directory, directory, "cache_dir", "make room, and the same command resumes")
     if (directory / INDEX).exists() and damaged_parts(directory, whole=verify):
         with lock():
             if _is_complete(directory):
@@ -102,6 +101,8 @@ def prepare(
             with lock(wait=check):
                 if not _is_complete(directory):
                     Preparation(encoder, helpers, validation_every, progress).run()
+        # Other hosts may be writing chunks that are no longer needed.
+        shutil.rmtree(directory / CHUNKS, ignore_errors=True)
     return directory
 
 
@@ -118,7 +119,7 @@ def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> He
 
     One process, with all cores, reads training text that is a single group: others would have nothing to do.
     """
-    groups = sum(group.name == "train" for group in encoder.groups)
+    groups = len(encoder.groups["train"])
     if groups <= shard[0]:
         print("this host waits: the text has too few files for it", file=sys.stderr, flush=True)
     workers = min(workers, groups)
@@ -138,7 +139,7 @@ def _encode_beside(encoder: Encoder, workers: int, shard: tuple[int, int]) -> He
 
 def skipped_records(directory: Path) -> str | None:
     """Return a line about the bad records that were left out of a directory, or None if there were none."""
-    skipped = read_index(directory).get("skipped", {"count": 0})
+    skipped = read_index(directory)["skipped"]
     if not skipped["count"]:
         return None
     first = "; ".join(skipped["first"])

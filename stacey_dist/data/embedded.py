@@ -87,13 +87,10 @@ def _comments(source: str, in_strings: set[int]) -> Iterator[tuple[int, str]]:
     Lines are read in a tenth of the time that tokens take; ``in_strings`` are those inside of strings.
     """
     block: list[str] = []
-    number = 0
-    for number, line in enumerate(source.split("\n"), start=1):
+    for number, line in enumerate([*source.split("\n"), ""], start=1):  # the last line ends the last block
         stripped = line.strip()
         if stripped.startswith("#") and number not in in_strings:
             block.append(stripped.lstrip("#").strip())
         elif block:
             yield number - len(block), "\n".join(block).strip()
             block = []
-    if block:
-        yield number + 1 - len(block), "\n".join(block).strip()

@@ -5,6 +5,7 @@ and another process continues from there. Each group has its own folder, so the 
 depend on the number of groups.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stacey_dist.data.blocks import Block, encode, pack, read_ahead, unpack
+from stacey_dist.data.blocks import Block, encode, gather, pack, read_ahead, unpack
 from stacey_dist.data.lock import locked
 from stacey_dist.data.reuse import Reuse
 from stacey_dist.data.source import Input, Source
@@ -42,13 +43,11 @@ class Group:
     """Inputs that one process encodes.
 
     Attributes:
-        name: the pass, ``train`` or ``validation``.
         first: the number of the first input in its pass.
         inputs: the inputs.
         key: the name of its folder, the same wherever the same inputs are encoded alike.
     """
 
-    name: str
     first: int
     inputs: Sequence[Input]
     key: str
@@ -61,7 +60,11 @@ class Encoder:
         directory: the one that is being prepared.
         source, tokenizer, max_tokens: as for `prepare`.
 
-    All of them are attributes, too.
+    Attributes:
+        groups: of each pass, ``train`` and ``validation``, in order.
+        reuse: what other directories have of the inputs.
+
+    All arguments are attributes, too.
     """
 
     def __init__(self, directory: Path, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
@@ -73,19 +76,20 @@ class Encoder:
         self._find_known = partial(Reuse, directory, tokenizer.fingerprint, tokenizer.end_token_id, with_skipped)
         self.reuse = self._find_known()
         made_by = tokenizer.fingerprint, tokenizer.end_token_id, source.on_bad_record, with_skipped
-        self.groups = [
-            *_groups("train", source.inputs, made_by),
-            *_groups("validation", source.validation_inputs or (), made_by),
-        ]
+        inputs = {"train": source.inputs, "validation": source.validation_inputs or ()}
+        self.groups = {name: list(_groups(name, some, made_by)) for name, some in inputs.items()}
+        self._all = [group for groups in self.groups.values() for group in groups]
         self._link_known()
 
     def _link_known(self) -> None:
         """Take over the chunks that other directories have, of preparations that were not completed."""
         known: dict[str, list[Path]] = {}
-        for folder in self.directory.parent.glob(f"*/{CHUNKS}/*/"):
+        # Not Path.glob, which raises an error where a directory goes at that moment.
+        for found in glob.glob(f"*/{CHUNKS}/*", root_dir=self.directory.parent):
+            folder = self.directory.parent / found
             if folder.parent != self._chunks:
                 known.setdefault(folder.name, []).append(folder)
-        for group in self.groups:
+        for group in self._all:
             self._folder(group).mkdir(parents=True, exist_ok=True)
             for folder in known.get(group.key, ()):
                 # OSError: another process locks the group, or completed the other directory and removed its chunks.
@@ -139,18 +143,12 @@ class Encoder:
         with suppress(FileNotFoundError):
             self._end(group).touch()
 
-    def close(self, name: str) -> None:
-        """Stop the encoding of all groups of a pass."""
-        for group in self.groups:
-            if group.name == name:
-                self.end(group)
-
     def work(self, first: int = 0, step: int = 1) -> Generator[Failure | None, None, None]:
         """Encode what no other process encodes: every `step`-th group from the `first` on, then the others.
 
         Yields None after each chunk, and a failure for each group whose next records cannot be read.
         """
-        for group in (*self.groups[first::step], *self.groups):
+        for group in (*self._all[first::step], *self._all):
             yield from self.work_on(group)
 
     def work_on(self, group: Group) -> Generator[Failure | None, None, None]:
@@ -165,35 +163,24 @@ class Encoder:
         return self._chunks / group.key
 
     def _locked(self, group: Group) -> AbstractContextManager[None]:
-        return locked(self._folder(group) / "lock", False, wait=None)
+        return locked(self._folder(group) / "lock", wait=None)
 
     def _end(self, group: Group) -> Path:
         """Return the path of the file that says that no more chunks of a group will be written."""
         return self._folder(group) / _END
 
     def _encode(self, group: Group) -> Iterator[Failure | None]:
-        number, last = self._last(group)
-        pending: list[Block] = []
-        tokens, failure = 0, None
+        first, last = self._last(group)
+        chunks = gather(self._blocks(group, last), lambda block: len(block.tokens), _CHUNK_TOKENS)
         try:
-            for block in self._blocks(group, last):
-                pending.append(block)
-                tokens += len(block.tokens)
-                if tokens >= _CHUNK_TOKENS:
-                    replace_file(self.chunk(group, number), pack(pending))
-                    number, pending, tokens = number + 1, [], 0
-                    yield None
-                    if self._end(group).exists():
-                        return
-        except InputError as error:
-            failure = group.key, error
-        if pending:
-            replace_file(self.chunk(group, number), pack(pending))
-            yield None
-        if failure is None:
+            for number, blocks in enumerate(chunks, start=first):
+                replace_file(self.chunk(group, number), pack(blocks))
+                yield None
+                if self._end(group).exists():
+                    return
             self._end(group).touch()
-        else:
-            yield failure
+        except InputError as error:
+            yield group.key, error
 
     def _last(self, group: Group) -> tuple[int, Block | None]:
         """Return the number of the next chunk of a group, and the last block that there is."""
@@ -257,5 +244,5 @@ def _groups(name: str, inputs: Sequence[Input], made_by: tuple[Any, ...]) -> Ite
             content = json.dumps([name, *made_by, [each.identity for each in some]], sort_keys=True)
             seen[content] += 1
             key = hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:24]
-            yield Group(name, first, some, key)
+            yield Group(first, some, key)
             first, size = stop, 0

@@ -22,7 +22,7 @@ _pause = functools.partial(time.sleep, 0.2)
 
 @contextlib.contextmanager
 def locked_directory(
-    directory: Path, argument: str, when_full: str, *, announce: bool, wait: Callable[[], object] = _pause
+    directory: Path, argument: str, when_full: str, wait: Callable[[], object] = _pause
 ) -> Iterator[None]:
     """Hold the lock of a directory to be filled, which is made where it is not there.
 
@@ -30,14 +30,14 @@ def locked_directory(
         directory: what many processes ask for.
         argument: the name of the argument that gave the directory, for messages.
         when_full: what to do where its disk is full.
-        announce, wait: as for `locked`.
+        wait: as for `locked`.
 
     Raises:
         InputError: it cannot be made or locked, or its disk is full.
     """
     make_directory(directory, argument)
     try:
-        with locked(directory / "lock", announce, wait=wait):
+        with locked(directory / "lock", wait):
             yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -54,13 +54,14 @@ def make_directory(directory: Path, argument: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _pause) -> Iterator[None]:
+def locked(path: Path, wait: Callable[[], object] | None = _pause) -> Iterator[None]:
     """Hold a lock file, which the system gives back when the process ends, however it ends.
+
+    Before it waits for another process, it says so on stderr.
 
     Args:
         path: the lock file, made where it is not there; its directory is named in the message. In a
             directory that can only be read, it is shared with others that only read.
-        announce: say on stderr when another process holds it and this one waits.
         wait: is called again and again while another process holds it; it takes some time, and may raise an error.
             None: do not wait.
 
@@ -72,6 +73,7 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
         # In a directory where this user writes nothing, as another user's cache, it waits for those who write.
         only_reads = not file.writable() and not os.access(path.parent, os.W_OK)
         kind = fcntl.LOCK_SH if only_reads else fcntl.LOCK_EX
+        announced = False
         while True:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -84,9 +86,9 @@ def locked(path: Path, announce: bool, *, wait: Callable[[], object] | None = _p
                     f"{path.parent}: its file system has no flock ({error.strerror}; Lustre: mount with -o flock); "
                     "name a directory on another"
                 ) from error
-            if announce:
+            if not announced:
                 print(f"waiting for another process that is at work in {path.parent}", file=sys.stderr)
-                announce = False
+                announced = True
             wait()
         yield
 

@@ -24,7 +24,6 @@ SPLITS = ("train", "validation")
 PART_TOKENS = 2**29
 """A part is closed after the document that brings it to this many tokens: 1 or 2 GiB."""
 
-
 OPEN_PARTS = 128
 """A process keeps so many parts of a split mapped. A map holds a file descriptor, of which systems allow 1 024."""
 
@@ -102,10 +101,13 @@ def _check_index(index: dict[str, Any]) -> None:
             # A name from elsewhere is no path to follow.
             if part["name"] != part_name(split, number) or not _is_count(part["tokens"]):
                 raise ValueError(f"part {number} of {split}")
+    # 0.1.0 skipped none, and wrote nothing of that.
+    if not _is_count(index.setdefault("skipped", {"count": 0, "first": []})["count"]):
+        raise ValueError("its number of skipped records is not one")
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 class SplitTokens:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stacey_dist.data.blocks import BAD, NAMED, Block, unpack
-from stacey_dist.data.encoding import CHUNKS, Encoder, Failure, Group
+from stacey_dist.data.encoding import Encoder, Failure, Group
 from stacey_dist.data.parts import ASIDE, FORMAT_VERSION, INDEX, PROGRESS, SPLITS, PartWriter, held_out_of, token_dtype
 from stacey_dist.data.processes import Helpers
 from stacey_dist.data.source import Input
@@ -135,7 +134,8 @@ class Preparation:
         for each in self._passes:
             self._run(each)
             # What is left of it is not needed: its limit was reached.
-            self._encoder.close(each.name)
+            for group in self._encoder.groups[each.name]:
+                self._encoder.end(group)
         for split, writer in self._writers.items():
             writer.close()
             if writer.tokens < 2:
@@ -148,8 +148,6 @@ class Preparation:
         (self._directory / PROGRESS).unlink(missing_ok=True)
         for damaged in self._directory.glob(f"*{ASIDE}"):
             damaged.unlink()
-        # Other hosts may be writing chunks that are no longer needed.
-        shutil.rmtree(self._directory / CHUNKS, ignore_errors=True)
         self._encoder.reuse.remove_outdated(record["input"] for now in self._passes for record in now.records)
 
     def _start(self, saved: dict[str, Any] | None) -> None:
@@ -228,9 +226,8 @@ class Preparation:
 
     def _blocks(self, now: _Pass) -> Generator[Block, None, None]:
         """Yield what is left of a pass, chunk after chunk, as they are written."""
-        for group in self._encoder.groups:
-            if group.name == now.name:
-                yield from self._blocks_of(group, now)
+        for group in self._encoder.groups[now.name]:
+            yield from self._blocks_of(group, now)
 
     def _blocks_of(self, group: Group, now: _Pass) -> Iterator[Block]:
         within = len(now.records) > group.first or now.current.get("read")

@@ -1,7 +1,6 @@
 """Reuse tokens of the same inputs from other directories of a cache."""
 
 import contextlib
-import itertools
 import json
 import shutil
 import zlib
@@ -73,10 +72,13 @@ class TokenizedInput:
         sums = self.record["splits"].values()
         documents, skipped = sum(each["documents"] for each in sums), self.record["skipped"]
         others = [0] * (self.record["read"] - documents - skipped["count"]) + [BAD] * skipped["count"]
-        dtype = np.dtype(self.header["dtype"])
-        stream = self._in_order(documents)
+        dtype, every = np.dtype(self.header["dtype"]), self.header["held_out"]
+        streams = [self._documents(split) for split in SPLITS]
         for first in range(0, documents + 1, _DOCUMENTS):
-            some, last = list(itertools.islice(stream, _DOCUMENTS)), first + _DOCUMENTS > documents
+            last = first + _DOCUMENTS > documents
+            count = min(_DOCUMENTS, documents - first)
+            held_out = held_out_of(self.name, every, self.record["documents"] + first, count)
+            some = [next(streams[number]) for number in held_out.tolist()]
             lengths = [len(each) for each in some] + others * last
             yield Block(
                 number,
@@ -89,13 +91,6 @@ class TokenizedInput:
                 self.finished and last,
                 copying=not last,
             )
-
-    def _in_order(self, count: int) -> Iterator[NDArray[Any]]:
-        streams = {split: self._documents(split) for split in self.record["splits"]}
-        for at in range(0, count, _DOCUMENTS):
-            first, some = self.record["documents"] + at, min(_DOCUMENTS, count - at)
-            for held_out in held_out_of(self.name, self.header["held_out"], first, some).tolist():
-                yield next(streams[SPLITS[held_out]])
 
     def _documents(self, split: str) -> Iterator[NDArray[Any]]:
         rest: list[NDArray[Any]] = []
@@ -158,7 +153,7 @@ class Reuse:
         for directory in {each.directory for key in copied for each in self._found.get(key, ())}:
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
-                locked(directory / "lock", announce=False, wait=None),
+                locked(directory / "lock", wait=None),
             ):
                 header = _header(directory)
                 others = [

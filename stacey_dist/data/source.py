@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
 from stacey_dist.data.paths import expand_files, literal_directory
-from stacey_dist.data.text import BadRecord, Document, Records, document_of, read_records
+from stacey_dist.data.text import BadRecord, Document, Records, read_records, record_of
 from stacey_dist.errors import InputError, one_line
 
 OnBadRecord = Literal["error", "skip"]
@@ -84,8 +84,9 @@ def files_source(
         raise InputError(f"validation_files: {min(both)} is one of `files` too: it would be trained on")
 
     def input_of(file: str) -> Input:
-        records = _opening(on_bad_record, partial(read_records, file, text_column))
-        return Input(records, {"file": file_identity(file), "text_column": text_column}, _text_bytes(file))
+        records, identity = _opening(on_bad_record, partial(read_records, file, text_column)), file_identity(file)
+        size = int(identity["size"] * _TEXT_PER_BYTE.get(os.path.splitext(file)[1], 1.0))
+        return Input(records, {"file": identity, "text_column": text_column}, size)
 
     inputs, held_out = [input_of(file) for file in training], [input_of(file) for file in validation]
     identity = {
@@ -191,9 +192,7 @@ def _hub_records(dataset: str, config: str | None, split: str, text_column: str,
                 raise InputError(f"{name}: row {number} cannot be read: {one_line(error)}") from error
             if row is None:
                 return
-            found = document_of(row, text_column, name, f"row {number}")
-            if found is not None:
-                yield found
+            yield from record_of(row, text_column, name, f"row {number}")
 
 
 def _opening(on_bad_record: OnBadRecord, read: Callable[..., Records]) -> Callable[..., Records]:
@@ -238,7 +237,3 @@ def _directory_identity(directory: str) -> list[dict[str, Any]]:
         return [file_identity(file) for file in sorted(files)]
     except OSError as error:
         raise InputError(f"dataset: {error}") from error
-
-
-def _text_bytes(file: str) -> int:
-    return int(os.path.getsize(file) * _TEXT_PER_BYTE.get(os.path.splitext(file)[1], 1.0))

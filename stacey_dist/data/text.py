@@ -81,8 +81,8 @@ def read_records(file: str, text_column: str, place: Any = None) -> Records:
         raise InputError(f"{file}: no text in it")
 
 
-def document_of(row: Any, column: str, name: str, where: str, place: Any = None) -> Document | BadRecord | None:
-    """Return the document of a row, a `BadRecord` if it has none, or None if its text is blank.
+def record_of(row: Any, column: str, name: str, where: str, place: Any = None) -> Iterator[Document | BadRecord]:
+    """Yield the document of a row, a `BadRecord` if it has none, or nothing if its text is blank.
 
     Args:
         row: a dictionary, or what stands in its place.
@@ -91,22 +91,23 @@ def document_of(row: Any, column: str, name: str, where: str, place: Any = None)
         where: the line or row in it, for messages.
         place: the `Document.place`.
     """
-    text = row.get(column) if isinstance(row, dict) else None
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
-            character = error.object[error.start]
-            return BadRecord(f"{name}, {where}: {character!r} is not a Unicode character", place)
-        return Document(text, place) if text and not text.isspace() else None
     if not isinstance(row, dict):
         wrong = f"expected one JSON object a line, got {type(row).__name__}"
     elif column not in row:
         wrong = f"no column {column!r} (text_column); it has {_names(row)}"
-    else:
+    elif not isinstance(text := row[column], str):
         wrong = f"column {column!r} holds {type(text).__name__}, not a string"
-    return BadRecord(f"{name}, {where}: {wrong}", place)
+    else:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair, which no encoding and no tokenizer accepts.
+            wrong = f"{error.object[error.start]!r} is not a Unicode character"
+        else:
+            if text and not text.isspace():
+                yield Document(text, place)
+            return
+    yield BadRecord(f"{name}, {where}: {wrong}", place)
 
 
 def _names(columns: Any) -> str:
@@ -157,9 +158,7 @@ def _read_json_lines(file: str, text_column: str, begin: Any) -> Records:
             except (ValueError, RecursionError) as error:  # a ValueError: an integer of more than 4 300 digits
                 yield BadRecord(f"{file}, line {number}: not one JSON object a line ({error})", place)
                 continue
-            record = document_of(row, text_column, file, f"line {number}", place)
-            if record is not None:
-                yield record
+            yield from record_of(row, text_column, file, f"line {number}", place)
 
 
 def _read_plain_text(file: str, _text_column: str, begin: Any) -> Records:
@@ -209,9 +208,7 @@ def _read_parquet(file: str, text_column: str, begin: Any) -> Records:
                     if isinstance(text, UnicodeDecodeError):
                         yield BadRecord(f"{file}, {row}: not UTF-8 ({text.reason} at byte {text.start})", number)
                         continue
-                    record = document_of({text_column: text}, text_column, file, row, number)
-                    if record is not None:
-                        yield record
+                    yield from record_of({text_column: text}, text_column, file, row, number)
             if number != (rows := parquet.metadata.num_rows):
                 yield BadRecord(f"{file}: damaged parquet: {number} rows where its footer says {rows}", damage=True)
     except (OSError, pa.ArrowException) as error:

@@ -55,8 +55,8 @@ class TokenStream:
         """A text that differs where tokens, tokenizer or the number of skipped records differ; reads the index."""
         index = read_index(self.directory)
         parts = index["splits"][self.split]["parts"]
-        content = [{key: part.get(key) for key in ("name", "tokens", "crc32") if key in part} for part in parts]
-        skipped = index.get("skipped", {}).get("count", 0)
+        content = [{key: part[key] for key in ("name", "tokens", "crc32") if key in part} for part in parts]
+        skipped = index["skipped"]["count"]
         return json.dumps(
             [index["tokenizer"], self.split, content] + ([{"skipped": skipped}] if skipped else []), sort_keys=True
         )
@@ -90,21 +90,14 @@ class TokenStream:
         """
         count = self.label_count(i)
         start = i * self.sequence_length
-        tokens = self._read(start, start + count + 1)
-        if count == self.sequence_length:
-            return tokens[:-1].copy(), tokens[1:].copy()
+        tokens = self._tokens.read(start, start + count + 1).astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            # An embedding on a GPU would end the process without a word about the data.
+            raise InputError(
+                f"{self.directory}: {self.split} holds the token id {tokens.max()}, and the vocabulary ends at "
+                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` prepares damaged parts again"
+            )
         inputs = np.full(self.sequence_length, self.end_token_id, dtype=np.int64)
         labels = np.full(self.sequence_length, IGNORED_LABEL, dtype=np.int64)
         inputs[:count], labels[:count] = tokens[:-1], tokens[1:]
         return inputs, labels
-
-    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return tokens [start, stop) as int64."""
-        result = self._tokens.read(start, stop).astype(np.int64)
-        if result.max() >= self.vocab_size:
-            # An embedding on a GPU would end the process without a word about the data.
-            raise InputError(
-                f"{self.directory}: {self.split} holds the token id {result.max()}, and the vocabulary ends at "
-                f"{self.vocab_size - 1}: it is damaged; `stacey-dist prepare` prepares damaged parts again"
-            )
-        return result

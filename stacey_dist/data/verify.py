@@ -47,11 +47,6 @@ class DamagedPart:
     reason: str
     inode: int | None = None
 
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return str(self.entry["name"])
-
 
 def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
     """Return the damaged parts of a complete directory.
@@ -65,7 +60,7 @@ def damaged_parts(directory: Path, *, whole: bool) -> list[DamagedPart]:
             vocabulary.
     """
     index = read_index(directory)
-    check = _verify if whole else check_size
+    check = _verify if whole else _check_size
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
         found = pool.map(lambda each: check(directory, index, *each), _parts(index))
         return [part for part in found if part is not None]
@@ -86,7 +81,7 @@ def repair_parts(directory: Path, damaged: list[DamagedPart], source: Source, to
         InputError: the text cannot be read, or gives other tokens than it did.
     """
     for part in damaged:
-        print(f"{directory / part.name} {part.reason}: preparing it again", file=sys.stderr, flush=True)
+        print(f"{directory / part.entry['name']} {part.reason}: preparing it again", file=sys.stderr, flush=True)
     if any("start" not in part.entry for part in damaged):
         (directory / INDEX).unlink()
         return
@@ -95,7 +90,7 @@ def repair_parts(directory: Path, damaged: list[DamagedPart], source: Source, to
 
 
 def _replace(directory: Path, part: DamagedPart, source: Source, tokenizer: Tokenizer) -> None:
-    path = directory / part.name
+    path = directory / part.entry["name"]
     wanted, tokens, crc = part.entry["tokens"], 0, 0
     with replacing(path) as file:
         for document in _documents(read_index(directory), part, source, tokenizer):
@@ -142,7 +137,7 @@ class Verification:
     A damaged part is put aside under another name, so that the next start prepares it again.
 
     Args:
-        directories: as `prepare` returns them.
+        directories: as `prepare` returns them, perhaps some of them twice.
     """
 
     def __init__(self, *directories: Path) -> None:
@@ -189,7 +184,7 @@ def _parts(index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield split, part
 
 
-def check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
+def _check_size(directory: Path, index: dict[str, Any], split: str, part: dict[str, Any]) -> DamagedPart | None:
     """Return a part that is not there or has another size than recorded."""
     path, size = directory / part["name"], part["tokens"] * np.dtype(index["dtype"]).itemsize
     if not path.exists():
@@ -204,7 +199,7 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
     Raises:
         InputError: it is what was written, and has an id that is not in the vocabulary.
     """
-    if wrong := check_size(directory, index, split, part):
+    if wrong := _check_size(directory, index, split, part):
         return wrong
     dtype, vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
     crc, largest = 0, 0
@@ -226,6 +221,7 @@ def _verify(directory: Path, index: dict[str, Any], split: str, part: dict[str, 
 
 def _put_aside(path: Path, inode: int | None) -> None:
     """Rename a damaged part, unless another process has done that or has prepared it again."""
-    with contextlib.suppress(FileNotFoundError):
+    # In a directory that can only be read, it stays.
+    with contextlib.suppress(OSError):
         if path.stat().st_ino == inode:
             os.replace(path, path.with_name(path.name + ASIDE))

@@ -1,6 +1,7 @@
 """Chunks that lack, or are there already, or are not needed, neither stop a preparation nor are encoded twice."""
 
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def test_starting_over_after_a_limit(tmp_path: Path, workers: int, removed: bool
     with pytest.raises(InputError, match="enough"):
         prepare(source, FailingLater(), tmp_path / "cache", **settings)
     (directory,) = (tmp_path / "cache").iterdir()
-    assert all((directory / "chunks" / group.key / "end").exists() for group in encoder(directory).groups)
+    assert all((directory / "chunks" / group.key / "end").exists() for group in encoder(directory)._all)
     (directory / "progress.json").write_text("{")
     if removed:
         for path in chunks(directory):
@@ -99,16 +100,48 @@ def test_chunks_of_another_directory_leave_no_gap_and_none_is_taken_twice(tmp_pa
     other = encoder(tmp_path / "other")
     assert list(filter(None, other.work())) == []
     for number in range(2, 99):
-        other.chunk(other.groups[1], number).unlink(missing_ok=True)
+        other.chunk(other.groups["train"][1], number).unlink(missing_ok=True)
     shutil.move(tmp_path / "other", tmp_path / "cache")
     before = chunks(interrupted)
     assert len(before) == 1
-    groups = encoder(interrupted).groups
+    groups = encoder(interrupted).groups["train"]
     assert [path for path in chunks(interrupted) if groups[2].key not in path] == before
     tokenizer = ByteTokenizer()
     prepare(SOURCE, tokenizer, tmp_path / "cache", **SETTINGS)
     assert tokenizer.encoded < 80  # the rest of the second group; the third one is taken over
     assert tree(interrupted) == tree(prepare(SOURCE, ByteTokenizer(), tmp_path / "whole", **SETTINGS))
+
+
+def test_chunks_of_another_directory_that_go_while_they_are_listed(
+    tmp_path: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its preparation is completed at that moment."""
+    scandir = os.scandir
+
+    def gone(path: Any = ".") -> Any:
+        if str(path) == str(interrupted / "chunks"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    source = Source(SOURCE.inputs, "the same inputs")
+    directory = prepare(source, ByteTokenizer(), tmp_path / "cache", **SETTINGS)
+    assert (directory / "index.json").exists()
+
+
+def test_a_preparation_that_another_process_completes_leaves_no_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Encoder):
+        def __init__(self, *arguments: Any) -> None:
+            monkeypatch.setattr(cache, "Encoder", Encoder)
+            prepare(SOURCE, ByteTokenizer(), tmp_path, **SETTINGS)  # by the other process
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(cache, "Encoder", Late)
+    directory = prepare(SOURCE, ByteTokenizer(), tmp_path, **SETTINGS)
+    assert (directory / "index.json").exists()
+    assert not (directory / "chunks").exists()
 
 
 def test_chunks_that_somebody_removes_are_an_error(tmp_path: Path, interrupted: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_group_that_another_process_has_lost_is_taken_after_a_chunk_of_another
 
     encoder = SimpleNamespace(work_on=lambda group: chunks_of_this(), work=chunks_of_another)
     waiting: Any = SimpleNamespace(_helpers=SimpleNamespace(running=False), _encoder=encoder)
-    reports = preparation.Preparation._reports(waiting, Group("train", 0, [], "key"))
+    reports = preparation.Preparation._reports(waiting, Group(0, [], "key"))
     assert [next(reports) for _ in range(4)] == [[]] * 4
     assert made == ["other", "other", "other", "this"]
 

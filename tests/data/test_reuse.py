@@ -193,7 +193,7 @@ def test_a_directory_in_use_is_not_removed(make: Callable[..., Prepared], corpus
         make(corpus)
     (unfinished,) = corpus[0].parent.parent.joinpath("cache").iterdir()
     corpus[3].write_text(good)
-    with locked(unfinished / "lock", False):
+    with locked(unfinished / "lock"):
         make(corpus)
     assert (unfinished / "progress.json").exists()
 

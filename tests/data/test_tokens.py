@@ -17,6 +17,7 @@ from stacey_dist.data import parts as parts_module
 from stacey_dist.errors import InputError
 
 END = 9
+HUGE = {"name": "train-00000.bin", "tokens": 10**30}
 
 
 def write(directory: Path, parts: list[list[int]], dtype: str = "<u2") -> Path:
@@ -141,9 +142,14 @@ def test_bad_directories(tmp_path: Path) -> None:
         TokenStream(tmp_path, "test", 2)
     with pytest.raises(InputError, match="sequence_length"):
         TokenStream(tmp_path, "train", 0)
+    index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         TokenStream(tmp_path, "train", 2)
+    for change in ({"skipped": None}, {"skipped": {"count": "7"}}, {"splits": {"train": {"parts": [HUGE]}}}):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(InputError, match="damaged"):
+            TokenStream(tmp_path, "train", 2)
     (tmp_path / "index.json").write_text('{"format": 0}')
     with pytest.raises(InputError, match="format 0"):
         TokenStream(tmp_path, "train", 2)

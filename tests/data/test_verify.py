@@ -120,6 +120,18 @@ def test_what_was_prepared_again_meanwhile_is_not_put_aside(tmp_path: Path, monk
     assert tree(directory) == whole
 
 
+def test_damage_is_named_in_a_directory_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make(tmp_path)
+    flip(directory / "train-00002.bin")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(verify.os, "replace", refuse)
+    with pytest.raises(InputError, match=r"train-00002\.bin does not hold what was written"):
+        Verification(directory).check(finish=True)
+
+
 def test_the_first_update_waits_for_a_time_and_the_export_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +176,7 @@ def test_a_cache_of_0_1_0_is_verified_and_prepared_again(tmp_path: Path) -> None
     assert TokenStream(directory, "train", 8).identity == identity
     assert damaged_parts(directory, whole=True) == []
     flip(directory / "train-00002.bin")
-    assert [part.name for part in damaged_parts(directory, whole=True)] == ["train-00002.bin"]
+    assert [part.entry["name"] for part in damaged_parts(directory, whole=True)] == ["train-00002.bin"]
     again = ByteTokenizer()
     make(tmp_path, again, check=True)
     assert again.encoded > 100

@@ -126,7 +126,7 @@ def cached(
         return resize_shorter_side(pixels, shorter) if shorter and min(pixels.shape[:2]) > shorter else pixels
 
     if not (place / COMPLETE).exists():
-        with locked_directory(place, "cache", "set `cache` to none", announce=progress):
+        with locked_directory(place, "cache", "set `cache` to none"):
             if not (place / COMPLETE).exists():
                 _make(place, load, len(images), progress)
     return CachedImages(place, images, identity, _checked_part_images(place, len(images)))

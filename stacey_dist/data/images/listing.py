@@ -66,7 +66,7 @@ def list_images(folder: Path, classes: Sequence[str], cache: Path | None) -> Lis
         return Listing(*_list(folder, classes, {}))
     directory = cache / "listings"
     remembered = directory / f"{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:24]}.json"
-    with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
+    with locked_directory(directory, "cache_dir", "name a `cache_dir` on another"):
         begun, times = time.time_ns(), _times(folder, classes)
         old: dict[str, tuple[NDArray[np.void], list[str]]] = {}
         try:

@@ -129,7 +129,7 @@ def parquet_images(
         arrows = [directory / _arrow_name(path, kept) for path in paths]
         found = [_opened(*each) for each in zip(paths, arrows, strict=True)]
         if any(dataset is None for dataset in found):
-            with locked_directory(directory, "cache_dir", "name a `cache_dir` on another", announce=True):
+            with locked_directory(directory, "cache_dir", "name a `cache_dir` on another"):
                 for path, arrow in zip(paths, arrows, strict=True):
                     if _opened(path, arrow) is None:  # nor has another process converted it
                         _convert(path, kept, arrow)

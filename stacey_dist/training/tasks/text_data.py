@@ -32,8 +32,6 @@ from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from stacey_dist.training.tasks.attention import check_attention
 from stacey_dist.training.tasks.llm_model import check_model, check_vocabulary, own_tokenizer
 
-# The settings for a source's training and validation text: those of a dataset, and those of files.
-_SETTING_NAMES = ("dataset", "dataset_validation_split"), ("files", "validation_files")
 # Which setting gives an argument of the data functions, beside those of a source.
 _SETTINGS = {
     "cache_dir": "data.cache_dir",
@@ -108,7 +106,7 @@ def prepare_data(run: Run[LLMConfig]) -> TextData:
     corpora, identity = run.call_on_main(work)
     verification = None
     if run.accelerator.is_local_main_process:
-        verification = Verification(*dict.fromkeys(corpus.train.directory for corpus in corpora))
+        verification = Verification(*(corpus.train.directory for corpus in corpora))
     text = TextData(corpora, identity, tokenizers[0] if tokenizers else None, verification)
     run.save_processor = None if text.tokenizer is None else text.tokenizer.save
     run.say(_described(text))
@@ -164,8 +162,7 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
         if alike and holding.identity == training.identity:  # they hold the same documents out
             continue
         trained = set(map(_text_of, training.inputs))
-        read, held = _SETTING_NAMES[bool(corpus.files)]
-        also_read, _ = _SETTING_NAMES[bool(other_corpus.files)]
+        (read, held), (also_read, _) = _text_settings(corpus), _text_settings(other_corpus)
         if both := trained.intersection(map(_text_of, holding.validation_inputs or ())):
             raise SettingsError(f"{one}{held}: {min(both)} is one of {other}{also_read}: it would be trained on")
         if holding.validation_inputs is None and (both := trained.intersection(map(_text_of, holding.inputs))):
@@ -173,6 +170,11 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
                 f"{one}{read}: {min(both)} is one of {other}{also_read} too, which would train on the documents that "
                 f"are held out of it; give both sources {held}"
             )
+
+
+def _text_settings(corpus: CorpusConfig) -> tuple[str, str]:
+    """Return the names of the settings that give a source's training and validation text."""
+    return ("files", "validation_files") if corpus.files else ("dataset", "dataset_validation_split")
 
 
 def _text_of(text: Input) -> str:
@@ -221,7 +223,7 @@ def _tokenizer(config: LLMConfig, sources: list[Source], cache: Path) -> Tokeniz
     identities = [source.identity for source in sources]
     identity = json.dumps([*identities, config.tokenizer.vocab_size], sort_keys=True)
     directory = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    with locked_directory(directory, "cache_dir", "make room", announce=True):
+    with locked_directory(directory, "cache_dir", "make room"):
         if (directory / "tokenizer.model").exists():
             return load_sentencepiece(directory / "tokenizer.model")
         print(f"training a tokenizer with a vocabulary of {config.tokenizer.vocab_size:,}", flush=True)
@@ -247,17 +249,14 @@ def _identity(corpora: list[Corpus]) -> str:
 
 
 def _described(data: TextData) -> str:
-    corpora, parts = data.corpora, sum(corpus.share for corpus in data.corpora)
-    counts = [(corpus.train.total_labels, corpus.validation.total_labels) for corpus in corpora]
-    train, validation = map(sum, zip(*counts, strict=True))
-    return "\n".join(
-        [
-            f"data: {train:,} training and {validation:,} held-out tokens, vocabulary {data.vocab_size:,}",
-            *(
-                f"  {corpus.name}: {corpus.share:,} of {parts:,} sequences ({corpus.share / parts:.2%}), "
-                f"{train:,} training and {validation:,} held-out tokens"
-                for corpus, (train, validation) in zip(corpora, counts, strict=True)
-                if corpus.name
-            ),
-        ]
-    )
+    train = sum(corpus.train.total_labels for corpus in data.corpora)
+    held_out = sum(corpus.validation.total_labels for corpus in data.corpora)
+    period = sum(corpus.share for corpus in data.corpora)
+    lines = [f"data: {train:,} training and {held_out:,} held-out tokens, vocabulary {data.vocab_size:,}"]
+    lines += [
+        f"  {corpus.name}: {corpus.share:,} of {period:,} sequences ({corpus.share / period:.2%}), "
+        f"{corpus.train.total_labels:,} training and {corpus.validation.total_labels:,} held-out tokens"
+        for corpus in data.corpora
+        if corpus.name
+    ]
+    return "\n".join(lines)

@@ -222,7 +222,7 @@ def test_large_images_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pyte
 
 def test_another_users_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lock can be opened for reading alone."""
-    with locked_directory(tmp_path, "cache_dir", "make room", announce=False):
+    with locked_directory(tmp_path, "cache_dir", "make room"):
         pass
 
     def of_another_user(path: Any, mode: str) -> Any:
@@ -232,13 +232,13 @@ def test_another_users_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(lock, "open", of_another_user, raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with locked_directory(tmp_path, "cache_dir", "make room", announce=False):
-        with locked(tmp_path / "lock", False, wait=None):  # who only read share it
+    with locked_directory(tmp_path, "cache_dir", "make room"):
+        with locked(tmp_path / "lock", wait=None):  # who only read share it
             pass
         monkeypatch.undo()
-        with pytest.raises(BlockingIOError), locked(tmp_path / "lock", False, wait=None):
+        with pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=None):
             pass
     monkeypatch.setattr(lock, "open", of_another_user, raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(PermissionError), locked(tmp_path / "no lock", False):
+    with pytest.raises(PermissionError), locked(tmp_path / "no lock"):
         pass
