@@ -21,7 +21,7 @@ from stacey_dist.optim.group_settings import (
     state_dtype,
 )
 from stacey_dist.optim.kernels import Call, NoKernelError
-from stacey_dist.optim.memory import full_tensor, local
+from stacey_dist.optim.memory import local
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, scale_with_lr, stacey_update
 
@@ -179,7 +179,7 @@ class Stacey(ElementwiseOptimizer):
             self._settings({**group, "lr": 0.0, "lr_reference": None} if lr_on_device else group, torch.float32),
             group["rounding"] == "stochastic",
             group["seed"],
-            grad_scale=full_tensor(getattr(self, "grad_scale", None)),
+            grad_scale=getattr(self, "grad_scale", None),
             capturable=capturable,
             lr=group["lr"] if lr_on_device else None,
             lr_reference=group["lr_reference"] if lr_on_device else None,
