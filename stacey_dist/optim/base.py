@@ -1,16 +1,16 @@
 """The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
-A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
-(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes through
-the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain rule in
-chunks.
+A subclass checks its further settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one
+parameter (`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes
+through the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain
+rule in chunks.
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from stacey_dist.optim import kernels
 from stacey_dist.optim.chunks import chunks
 from stacey_dist.optim.deepspeed_support import support_in_deepspeed
-from stacey_dist.optim.group_settings import state_dtype
+from stacey_dist.optim.group_settings import check_common_settings, state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
 from stacey_dist.optim.memory import defect, full_tensor, is_cut_short, is_simple, local, readable
 from stacey_dist.optim.saved_state import like_parameter, load, step_count
@@ -51,6 +51,8 @@ class ElementwiseOptimizer(Optimizer):
     """
 
     state_names: tuple[str, ...] = ()
+    _later_settings: ClassVar[dict[str, Any]] = {}
+    """Settings that pickles of older versions lack, with their defaults."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
@@ -58,8 +60,10 @@ class ElementwiseOptimizer(Optimizer):
         self.forget_begun()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled."""
+        """Restore what was pickled; settings that an older version did not have take their defaults."""
         super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):
+            group.update({**self._later_settings, **group})
         self.forget_begun()
 
     def forget_begun(self) -> None:
@@ -70,7 +74,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
-        raise NotImplementedError
+        check_common_settings(self, group)
 
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the tensors named in `state_names` as they begin, for a parameter or a part of one."""
