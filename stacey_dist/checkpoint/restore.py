@@ -95,7 +95,7 @@ def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     base = base_optimizer(optimizer)
     base.state.clear()
     if isinstance(base, ElementwiseOptimizer):
-        base.forget_begun()
+        base.forget_counted()
     groups = _groups(base)
     saved = _states(contents)
     for f in fragments(model, optimizer, empty=True):

@@ -57,16 +57,16 @@ class ElementwiseOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
         super().__init__(params, defaults)
-        self.forget_begun()
+        self.forget_counted()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled; settings that an older version did not have take their defaults."""
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):
             group.update({**self._later_settings, **group})
-        self.forget_begun()
+        self.forget_counted()
 
-    def forget_begun(self) -> None:
+    def forget_counted(self) -> None:
         """Forget which parameters have made a counted step. Called after their state was replaced."""
         self._counted: set[Tensor] = set()
         self._created_here: set[Tensor] = set()
