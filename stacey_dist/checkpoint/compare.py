@@ -4,8 +4,7 @@ from pathlib import Path
 
 from stacey_dist.checkpoint.manifest import read_manifest
 from stacey_dist.checkpoint.model_tensors import bits
-from stacey_dist.checkpoint.read import read_tensors, tensors
-from stacey_dist.checkpoint.restore import batches
+from stacey_dist.checkpoint.read import batches, read_tensors, tensors
 
 
 def differences(first: Path, second: Path) -> list[str]:

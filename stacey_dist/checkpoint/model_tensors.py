@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stacey_dist.errors import SettingsError
 from stacey_dist.sharding.fragment import canonical_name
@@ -76,20 +77,14 @@ def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def write_whole(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy flattened values into the frozen parameters and buffers of these names. All ranks call it together."""
+    """Copy values into the frozen parameters and buffers of these names. All ranks call it together."""
     for name, param in frozen_parameters(model):
         if name in values:
+            whole = values[name]
+            if isinstance(param, DTensor):
+                whole = distribute_tensor(whole.to(param.device), param.device_mesh, param.placements)
             with gathered(param, write=True):
-                _copy_whole(values[name], param)
+                param.copy_(whole)
     for name, buffer in persistent_buffers(model):
         if name in values:
-            buffer.copy_(values[name].view(buffer.shape))
-
-
-def _copy_whole(values: Tensor, param: Any) -> None:
-    whole = values.view(param.shape)
-    if hasattr(param, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        whole = distribute_tensor(whole.to(param.device), param.device_mesh, param.placements)
-    param.copy_(whole)
+            buffer.copy_(values[name])

@@ -2,19 +2,24 @@
 
 import errno
 import functools
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.collectives import rank, rank0_call, together, world_size
 from stacey_dist.checkpoint.manifest import read_manifest, verify_files, verify_listing
-from stacey_dist.checkpoint.model_tensors import Contents, write_whole
-from stacey_dist.checkpoint.restore import allocate, check_fit, empty_ranges, restore, whole_batches
+from stacey_dist.checkpoint.model_tensors import Contents, Kind, frozen_parameters, persistent_buffers, write_whole
+from stacey_dist.checkpoint.restore import allocate, check_fit, restore
 from stacey_dist.checkpoint.shard import Range, read_shards
 from stacey_dist.sharding import fragments, refresh_weights
+
+# Whole tensors are read this much at a time.
+_BATCH_BYTES = 1 << 30
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -50,9 +55,10 @@ def load_verified(path: Path, manifest: dict[str, Any], model: nn.Module, optimi
     allocated = together(lambda: allocate(contents, model, optimizer))
     together(lambda: _read(path, manifest, allocated.ranges, replicas))
     restore(allocated, optimizer)
-    for batch in whole_batches(contents, model):
-        whole = together(functools.partial(_read_whole, path, manifest, batch))
-        write_whole(model, {name.removeprefix("model/"): part.values for name, part in whole.items()})
+    whole = [f"model/{name}" for name, _ in (*frozen_parameters(model), *persistent_buffers(model))]
+    for batch in batches({name: contents[name] for name in whole}):
+        values = together(functools.partial(_read_whole, path, manifest, batch))
+        write_whole(model, {name.removeprefix("model/"): value for name, value in values.items()})
     refresh_weights(model, optimizer)
 
 
@@ -64,14 +70,26 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
     path = Path(path)
     manifest = read_manifest(path)
     kinds = tensors(manifest)
-    kinds = {name: kinds[name] for name in (kinds if names is None else names)}
-    whole = _read_whole(path, manifest, kinds)
-    return {name: part.values.view(kinds[name][0]) for name, part in whole.items()}
+    return _read_whole(path, manifest, kinds if names is None else {name: kinds[name] for name in names})
 
 
 def tensors(manifest: dict[str, Any]) -> Contents:
     """Return the shape and dtype of each tensor in a checkpoint, by name."""
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["tensors"].items()}
+
+
+def batches(contents: Contents) -> Iterator[Contents]:
+    """Yield the tensors some at a time, so that a batch has about `_BATCH_BYTES`."""
+    batch: dict[str, Kind] = {}
+    size = 0
+    for name, (shape, dtype) in contents.items():
+        batch[name] = shape, dtype
+        size += math.prod(shape) * getattr(torch, dtype).itemsize
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
 
 
 def verify_together(path: Path) -> dict[str, Any]:
@@ -86,13 +104,16 @@ def verify_together(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_whole(path: Path, manifest: dict[str, Any], contents: Contents) -> dict[str, Range]:
-    """Return whole tensors of the checkpoint, flat, in host memory."""
+def _read_whole(path: Path, manifest: dict[str, Any], contents: Contents) -> dict[str, Tensor]:
+    """Return whole tensors of the checkpoint in host memory, by name."""
     try:
-        whole = empty_ranges(contents)
+        whole = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+            for name, (shape, dtype) in contents.items()
+        }
     except RuntimeError as error:
         raise OSError(errno.ENOMEM, f"{path}: there is no memory for its tensors: {error}") from error
-    _read(path, manifest, whole)
+    _read(path, manifest, {name: Range(0, tensor.view(-1)) for name, tensor in whole.items()})
     return whole
 
 

@@ -31,14 +31,7 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
 
     The ranks must have parameters of the same names and shapes, and ranks that hold the same elements must have the
     same bits in trainable weights and optimizer states. Buffers and the values of frozen parameters may differ.
-
-    Args:
-        model: the model on its engine.
-        optimizer: its optimizer on its engine.
-        group: the process group that the ranks talk over.
-
-    Raises:
-        SettingsError: they differ; the message names the first parameter that does, and the ranks. The same on all.
+    Raises SettingsError on all ranks if they differ; it names the first parameter that does, and the ranks.
     """
     if world_size() == 1 or model in _compared:
         return
@@ -51,13 +44,9 @@ def compare_once(model: nn.Module, optimizer: Any, group: Any = None) -> None:
 
 
 def _compare(what: str, held: str, mine: _Entries, group: Any) -> None:
-    """Raise SettingsError if ranks that hold the same have other entries. Only if they differ, all are gathered.
+    """Raise SettingsError if ranks with equal `held` have different entries. Only then, all entries are gathered.
 
-    Args:
-        what: what is wrong with an entry that differs.
-        held: what this rank holds.
-        mine: its entries.
-        group: the process group.
+    `what` says what is wrong with an entry that differs.
     """
     digests = gather((held, _hash(mine)), group)
     if ranks := rank0_call(lambda: _differing(digests), group):
@@ -66,7 +55,7 @@ def _compare(what: str, held: str, mine: _Entries, group: Any) -> None:
 
 
 def _differing(digests: list[tuple[str, str]]) -> list[int]:
-    """Return the first ranks that hold the same and have other entries; none if there are no such ranks."""
+    """Return the first ranks that hold the same but have different entries; none if there are no such ranks."""
     by_held: dict[str, list[int]] = {}
     for rank, (held, _) in enumerate(digests):
         by_held.setdefault(held, []).append(rank)

@@ -4,9 +4,7 @@
 parameters and buffers, which every rank has in full, follow in batches.
 """
 
-import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from stacey_dist.checkpoint.manifest import DamagedCheckpointError
-from stacey_dist.checkpoint.model_tensors import (
-    Contents,
-    Kind,
-    check_names,
-    describe,
-    frozen_parameters,
-    persistent_buffers,
-    shapes,
-)
+from stacey_dist.checkpoint.model_tensors import Contents, Kind, check_names, describe, shapes
 from stacey_dist.checkpoint.shard import Range
 from stacey_dist.optim.base import ElementwiseOptimizer
 from stacey_dist.sharding import base_optimizer, fragments
 from stacey_dist.sharding.fragment import Fragment
-
-# Whole tensors are read this much at a time.
-_BATCH_BYTES = 1 << 30
 
 
 @dataclass
@@ -103,15 +90,12 @@ def _states(contents: Contents) -> dict[str, dict[str, Kind]]:
 def allocate(contents: Contents, model: nn.Module, optimizer: Any) -> Allocated:
     """Replace the optimizer's state with empty tensors for the saved state. Return what this rank has to read.
 
-    Args:
-        contents: the tensors that were saved; `check_fit` has passed.
-        model: the model on its engine.
-        optimizer: its optimizer on its engine.
+    The tensors that were saved, `contents`, must have passed `check_fit`.
     """
     base = base_optimizer(optimizer)
     base.state.clear()
     if isinstance(base, ElementwiseOptimizer):
-        base.forget_begun()
+        base.forget_counted()
     groups = _groups(base)
     saved = _states(contents)
     for f in fragments(model, optimizer, empty=True):
@@ -178,31 +162,3 @@ def _restore_steps(steps: list[tuple[Fragment, Tensor]]) -> None:
         for f, _ in counted:
             assert f.step is not None
             f.step.copy_(largest)
-
-
-def batches(contents: Contents) -> Iterator[Contents]:
-    """Yield the tensors some at a time, so that a batch has about `_BATCH_BYTES`."""
-    batch: dict[str, Kind] = {}
-    size = 0
-    for name, (shape, dtype) in contents.items():
-        batch[name] = shape, dtype
-        size += math.prod(shape) * getattr(torch, dtype).itemsize
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
-
-
-def whole_batches(contents: Contents, model: nn.Module) -> Iterator[Contents]:
-    """Yield the contents of frozen parameters and persistent buffers, some at a time."""
-    names = [name for tensors in (frozen_parameters(model), persistent_buffers(model)) for name, _ in tensors]
-    return batches({f"model/{name}": contents[f"model/{name}"] for name in names})
-
-
-def empty_ranges(contents: Contents) -> dict[str, Range]:
-    """Return flat tensors in host memory to read whole tensors into, by name."""
-    return {
-        name: Range(0, torch.empty(math.prod(shape), dtype=getattr(torch, dtype), device="cpu"))
-        for name, (shape, dtype) in contents.items()
-    }

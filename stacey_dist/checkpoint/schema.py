@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from stacey_dist.checkpoint.shard import DTYPES
 
@@ -20,7 +20,7 @@ _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Return whether `value` is a whole number from 0 to 2^63 - 1. JSON's true is none."""
     return type(value) is int and 0 <= value <= _LARGEST
 
@@ -82,12 +82,10 @@ def _file_bytes(name: str, entry: Any) -> int:
     """Return the size of a file. Raises ValueError."""
     if not _FILE.fullmatch(name):
         raise wrong_entry("files", name, "the name of a safetensors file")
-    if type(entry) is not dict or not is_count(entry.get("bytes")):
+    size, sha256 = (entry.get("bytes"), entry.get("sha256")) if type(entry) is dict else (None, None)
+    if not is_count(size) or type(sha256) is not str or not _SHA256.fullmatch(sha256):
         raise wrong_entry(f"files.{name}", entry, "a size and a checksum")
-    sha256 = entry.get("sha256")
-    if type(sha256) is not str or not _SHA256.fullmatch(sha256):
-        raise wrong_entry(f"files.{name}", entry, "a size and a checksum")
-    return int(entry["bytes"])
+    return size
 
 
 def wrong_entry(where: str, value: Any, expected: str) -> ValueError:

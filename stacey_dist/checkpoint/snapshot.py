@@ -19,6 +19,7 @@ from stacey_dist.checkpoint.model_tensors import (
 )
 from stacey_dist.checkpoint.shard import Range
 from stacey_dist.errors import SettingsError
+from stacey_dist.optim.memory import full_tensor
 from stacey_dist.sharding import base_optimizer, fragments
 from stacey_dist.sharding.fragment import Fragment, trainable_parameters
 
@@ -49,14 +50,9 @@ class Snapshot:
     def add(
         self, name: str, values: Tensor, *, shape: torch.Size | None = None, start: int = 0, trained: bool = False
     ) -> None:
-        """Copy values to host memory, on a GPU without waiting for it.
+        """Copy the elements of a tensor from `start` on to host memory, without waiting for a GPU.
 
-        Args:
-            name: the tensor's name.
-            values: its elements from `start` on, in any shape.
-            shape: the shape of the whole tensor; that of `values` by default.
-            start: the position of the first element in the flattened tensor.
-            trained: as in `Range`.
+        The values may have any shape. `shape` is that of the whole tensor, by default that of `values`.
         """
         flat = values.detach().reshape(-1)
         memory = self.host_memory.get(name)
@@ -74,13 +70,7 @@ def snapshot(
 
     Each element of `model/NAME` (weights, fp32 masters where the engine has them; frozen parameters; persistent
     buffers) and `optimizer/NAME/KEY` (z, m, step, or another optimizer's state) is with exactly one rank.
-    All ranks call it together, and all of them raise if one cannot copy.
-
-    Args:
-        model: the model on its engine.
-        optimizer: its optimizer on its engine.
-        host_memory: as in `Snapshot`.
-        group: the process group over which ranks talk.
+    All ranks call it together, and all of them raise if one cannot copy. `host_memory` is that of `Snapshot`.
     """
     copies = Snapshot(host_memory={} if host_memory is None else host_memory)
     together(lambda: _add_trainable_parameters(copies, model, optimizer), group)
@@ -142,7 +132,7 @@ def _add_frozen_parameters(copies: Snapshot, model: nn.Module) -> list[Exception
     errors: list[Exception] = []
     for turn, (name, param) in enumerate(frozen_parameters(model)):
         with gathered(param):
-            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            whole = full_tensor(param)
             if turn % world_size() == rank():
                 try:
                     copies.add(f"model/{name}", whole)

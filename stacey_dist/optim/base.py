@@ -1,16 +1,16 @@
 """The base class of `Stacey` and `LpDescent`: everything about being a `torch.optim.Optimizer` except the rule.
 
-A subclass checks its settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one parameter
-(`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes through
-the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain rule in
-chunks.
+A subclass checks its further settings (`_check_group`), creates its state (`initial_state`), updates one chunk of one
+parameter (`_chunk_update`) and, where there are kernels for it, says what they need (`_kernel_call`). This class goes
+through the parameters, unwraps DTensors, counts steps, and gives a kernel what it can take and the rest to the plain
+rule in chunks.
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from torch.optim.optimizer import ParamsT
 from stacey_dist.optim import kernels
 from stacey_dist.optim.chunks import chunks
 from stacey_dist.optim.deepspeed_support import support_in_deepspeed
-from stacey_dist.optim.group_settings import state_dtype
+from stacey_dist.optim.group_settings import check_common_settings, state_dtype
 from stacey_dist.optim.kernels import Call, Kernel, NoKernelError, Row
-from stacey_dist.optim.memory import defect, is_cut_short, is_simple, local, readable
+from stacey_dist.optim.memory import defect, full_tensor, is_cut_short, is_simple, local, readable
 from stacey_dist.optim.saved_state import like_parameter, load, step_count
 
 # A parameter, and this rank's part of it and of its gradient.
@@ -51,18 +51,22 @@ class ElementwiseOptimizer(Optimizer):
     """
 
     state_names: tuple[str, ...] = ()
+    _later_settings: ClassVar[dict[str, Any]] = {}
+    """Settings that pickles of older versions lack, with their defaults."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         support_in_deepspeed(type(self))
         super().__init__(params, defaults)
-        self.forget_begun()
+        self.forget_counted()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled."""
+        """Restore what was pickled; settings that an older version did not have take their defaults."""
         super().__setstate__(state)
-        self.forget_begun()
+        for group in (self.defaults, *self.param_groups):
+            group.update({**self._later_settings, **group})
+        self.forget_counted()
 
-    def forget_begun(self) -> None:
+    def forget_counted(self) -> None:
         """Forget which parameters have made a counted step. Called after their state was replaced."""
         self._counted: set[Tensor] = set()
         self._created_here: set[Tensor] = set()
@@ -70,7 +74,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting that is out of range; put settings into their canonical form."""
-        raise NotImplementedError
+        check_common_settings(self, group)
 
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the tensors named in `state_names` as they begin, for a parameter or a part of one."""
@@ -132,6 +136,8 @@ class ElementwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if (divisor := getattr(self, "grad_scale", None)) is not None:
+            self.grad_scale = full_tensor(divisor)  # here, where all ranks are: below, each has work of its own
         # All are checked before anything is changed.
         work = [(group, self._parts_to_update(group)) for group in self.param_groups]
         found_inf = getattr(self, "found_inf", None)
@@ -162,7 +168,7 @@ class ElementwiseOptimizer(Optimizer):
         """Update parts of one group: those that a kernel can take in one launch, the others by the plain rule."""
         call = self._kernel_call(group)
         dtype = state_dtype(group) if self.state_names else None
-        launches: dict[Any, tuple[Kernel | None, list[Row]]] = {}
+        launches: dict[Any, tuple[Kernel, list[Row]]] = {}
         others: list[Part] = []
         for part in parts:
             param = part[0]
@@ -172,9 +178,9 @@ class ElementwiseOptimizer(Optimizer):
             self._convert_state(state, param, group, dtype)
             if call is None or not self._add_row(launches, part):
                 others.append(part)
-        for found, rows in launches.values():
-            if found is not None and call is not None:
-                found(rows, call)
+        if call is not None:
+            for launch, rows in launches.values():
+                launch(rows, call)
         # The plain rule reads numbers that may be on a GPU, which a kernel does not wait for.
         found_inf = getattr(self, "found_inf", None)
         if others and (found_inf is None or not bool(found_inf)):
@@ -232,7 +238,7 @@ class ElementwiseOptimizer(Optimizer):
             if state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
 
-    def _add_row(self, launches: dict[Any, tuple[Kernel | None, list[Row]]], part: Part) -> bool:
+    def _add_row(self, launches: dict[Any, tuple[Kernel, list[Row]]], part: Part) -> bool:
         """Add a parameter to the launch for its device and dtypes. Return False if no kernel can take it."""
         param, weight, gradient = part
         state = self.state[param]
@@ -246,10 +252,11 @@ class ElementwiseOptimizer(Optimizer):
         if key is None:
             return False
         if key not in launches:
-            launches[key] = (kernel(weight.device.type), [])
-        found, rows = launches[key]
-        rows.append(row)
-        return found is not None
+            if (found := kernel(weight.device.type)) is None:
+                return False
+            launches[key] = found, []
+        launches[key][1].append(row)
+        return True
 
     def _update_plainly(self, group: dict[str, Any], parts: list[Part]) -> None:
         """Update parts by the plain rule."""

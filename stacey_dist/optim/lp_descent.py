@@ -1,13 +1,13 @@
 """Stochastic lp descent, the paper's algorithm 1, as a torch optimizer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from stacey_dist.optim.base import ChunkUpdate, ElementwiseOptimizer
-from stacey_dist.optim.group_settings import check_common_settings, rule_lr
+from stacey_dist.optim.group_settings import rule_lr
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import lp_descent_update
 
@@ -34,6 +34,8 @@ class LpDescent(ElementwiseOptimizer):
         RuntimeError: sparse gradients (in `step`).
     """
 
+    _later_settings: ClassVar[dict[str, Any]] = {"rounding": "stochastic", "seed": 0}
+
     def __init__(
         self,
         params: ParamsT,
@@ -47,16 +49,6 @@ class LpDescent(ElementwiseOptimizer):
     ) -> None:
         settings = dict(lr=lr, p=p, eps=eps, weight_decay=weight_decay, rounding=rounding, seed=seed)
         super().__init__(params, settings)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled; settings that an older version did not have take their defaults."""
-        super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):
-            group.setdefault("rounding", "stochastic")
-            group.setdefault("seed", 0)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_common_settings(self, group)
 
     def _chunk_update(self, group: dict[str, Any], step: int, dtype: torch.dtype) -> ChunkUpdate:
         lr = rule_lr(group["lr"], dtype)

@@ -1,6 +1,6 @@
 """Load the optimizer state of a state dict: check it, and convert it to what kernels take."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ def load(optimizer: Any, load_groups: Callable[[dict[str, Any]], None], state_di
     def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         # Settings that the state dict lacks, as one of an older version, take the constructor's values.
         groups = [{**optimizer.defaults, **group} for group in given["param_groups"]]
-        for group, saved_group in zip(optimizer.param_groups, groups, strict=False):
-            _move_lr(saved_group, group["params"])
-            optimizer._check_group({**saved_group, "params": group["params"]})
-        # All of it is built before torch replaces anything.
-        for param, group, number, saved in _states(optimizer, given, groups):
-            if saved:
-                loaded[param] = _state_of(optimizer.state_names, param, group, number, saved)
+        # All of it is checked and built before torch replaces anything.
+        for own_group, group in zip(optimizer.param_groups, groups, strict=False):
+            params = own_group["params"]
+            if isinstance(group["lr"], Tensor) and group.get("capturable") and params:
+                group["lr"] = group["lr"].to(params[0].device)  # `torch.load` with `map_location` has moved it
+            optimizer._check_group({**group, "params": params})
+            for param, number in zip(params, group["params"], strict=False):
+                if saved := given["state"].get(number):
+                    loaded[param] = _state_of(optimizer.state_names, param, group, number, saved)
         numbers = {number for group in groups for number in group["params"]}
         others = {key: value for key, value in given["state"].items() if key not in numbers}
         return {**given, "param_groups": groups, "state": others}  # torch loads what a program keeps besides as it is
@@ -53,34 +55,13 @@ def step_count(value: int, param: Tensor, group: dict[str, Any]) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=param.device if group.get("capturable") else "cpu")
 
 
-def _move_lr(group: dict[str, Any], params: list[Tensor]) -> None:
-    """Move a capturable group's lr back to the GPU: `torch.load` with `map_location` moves it too."""
-    if isinstance(group["lr"], Tensor) and group.get("capturable") and params:
-        group["lr"] = group["lr"].to(params[0].device)
-
-
-def _states(
-    optimizer: Any, state_dict: dict[str, Any], groups: list[dict[str, Any]]
-) -> Iterator[tuple[Tensor, dict[str, Any], int, dict[str, Any]]]:
-    """Yield each parameter, its saved group, its number in the state dict, and what was saved of it, if anything."""
-    for group, saved_group in zip(optimizer.param_groups, groups, strict=False):
-        for param, number in zip(group["params"], saved_group["params"], strict=False):
-            yield param, saved_group, number, state_dict["state"].get(number, {})
-
-
 def _state_of(
     names: Collection[str], param: Tensor, group: dict[str, Any], number: int, saved: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the state of a parameter from what was saved of it.
+    """Return the state of a parameter from what was saved of it; `number` is the parameter's, for messages.
 
-    Raises ValueError if it is another optimizer's, or does not have the parameter's shape.
-
-    Args:
-        names: the states that the optimizer keeps.
-        param: the parameter.
-        group: its settings.
-        number: the parameter's, for the message.
-        saved: what was saved of it. Further entries of a program are kept, where the optimizer has states.
+    If the optimizer has states, `names`, further entries of a program are kept. Raises ValueError if the state is
+    another optimizer's, or does not have the parameter's shape.
     """
     expected = {"step", *names}
     if not expected <= saved.keys() or (not names and saved.keys() != expected):

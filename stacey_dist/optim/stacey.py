@@ -1,7 +1,7 @@
 """STACEY, stochastic steepest descent with acceleration, as a torch optimizer."""
 
 import math
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from stacey_dist.optim.group_settings import (
     as_float,
     check_betas,
     check_choice,
-    check_common_settings,
     check_finite,
     check_state_dtype,
     require,
@@ -21,7 +20,7 @@ from stacey_dist.optim.group_settings import (
     state_dtype,
 )
 from stacey_dist.optim.kernels import Call, NoKernelError
-from stacey_dist.optim.memory import full_tensor, local
+from stacey_dist.optim.memory import local
 from stacey_dist.optim.rounding import Store
 from stacey_dist.optim.rule import StaceySettings, Variant, scale_with_lr, stacey_update
 
@@ -87,6 +86,7 @@ class Stacey(ElementwiseOptimizer):
     """
 
     state_names = ("z", "m")
+    _later_settings: ClassVar[dict[str, Any]] = {"lr_reference": None}
 
     def __init__(
         self,
@@ -113,14 +113,8 @@ class Stacey(ElementwiseOptimizer):
         launch = dict(fused=fused, capturable=capturable)
         super().__init__(params, {**rule, "lr_reference": lr_reference, **states, **launch})
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled; settings that an older version did not have take their defaults."""
-        super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):
-            group.setdefault("lr_reference", None)
-
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_common_settings(self, group)
+        super()._check_group(group)
         check_choice(self, group, "variant", get_args(Variant))
         check_choice(self, group, "z_init", ("params", "zeros"))
         if group["variant"] != "p2":
@@ -179,7 +173,7 @@ class Stacey(ElementwiseOptimizer):
             self._settings({**group, "lr": 0.0, "lr_reference": None} if lr_on_device else group, torch.float32),
             group["rounding"] == "stochastic",
             group["seed"],
-            grad_scale=full_tensor(getattr(self, "grad_scale", None)),
+            grad_scale=getattr(self, "grad_scale", None),
             capturable=capturable,
             lr=group["lr"] if lr_on_device else None,
             lr_reference=group["lr_reference"] if lr_on_device else None,

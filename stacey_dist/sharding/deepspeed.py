@@ -18,9 +18,7 @@ from stacey_dist.sharding.fragment import Fragment, make_fragment, trainable_par
 def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """Yield this rank's part of each parameter in the fp32 master copy, without padding.
 
-    Args:
-        model: the DeepSpeed engine or the module in it.
-        optimizer: DeepSpeed's optimizer (of ZeRO, or what stage 0 uses), not the one inside it.
+    `optimizer` is DeepSpeed's own (of ZeRO, or what stage 0 uses), not the one inside it.
     """
     masters = _stage_0_masters(optimizer)
     for name, param in trainable_parameters(model):
@@ -34,7 +32,7 @@ def list_fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
             yield whole_fragment(name, master, inner.state.get(master, {}), everywhere=True)
 
 
-def refresh_weights(model: nn.Module, optimizer: Any) -> None:
+def refresh_weights(optimizer: Any) -> None:
     """Copy the fp32 master weights into those that the model computes with, on all ranks."""
     with torch.no_grad():
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):

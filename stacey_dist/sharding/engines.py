@@ -34,16 +34,15 @@ def fragments(model: nn.Module, optimizer: Any, accelerator: Any = None, *, empt
     if accelerator is not None:
         _check_launched_engine(accelerator, adapter, model)
     found = [f for f in adapter.list_fragments(model, optimizer) if empty or f.stop > f.start]
-    _refuse_foreign_parameters(
-        model, optimizer, adapter
-    )  # after FSDP2 has resharded the parameters that it had gathered
+    # Now that FSDP2 has resharded parameters that it had gathered, they are the model's.
+    _refuse_foreign_parameters(model, optimizer, adapter)
     return found
 
 
 def refresh_weights(model: nn.Module, optimizer: Any) -> None:
     """Make the model compute with weights that were written into fragments. All ranks call it together."""
     optimizer = _engine_optimizer(optimizer)
-    _adapter(model, optimizer).refresh_weights(model, optimizer)
+    _adapter(model, optimizer).refresh_weights(optimizer)
 
 
 def base_optimizer(optimizer: Any) -> Optimizer:

@@ -47,7 +47,7 @@ def shards(model: nn.Module) -> bool:
     )
 
 
-def refresh_weights(model: nn.Module, optimizer: Any) -> None:
+def refresh_weights(optimizer: Any) -> None:
     """Have a ZeroRedundancyOptimizer send each parameter from its owner; other optimizers update the model's own."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer._sync_params()  # type: ignore[attr-defined]

@@ -33,8 +33,8 @@ def refuse_unsupported(model: Any, optimizer: Any) -> None:
 
     Raises TypeError if the model is no `torch.nn.Module`.
     """
-    for made in (model, *wrapped(optimizer)):
-        _refuse_class(type(made))
+    for wrapper in (model, *wrapped(optimizer)):
+        _refuse_class(type(wrapper))
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__qualname__}")
     for module in model.modules():
@@ -59,14 +59,14 @@ def wrapped(optimizer: Any) -> Iterator[Any]:
         optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
 
 
-def _refuse_class(made: type) -> None:
-    if issubclass(made, ZeroRedundancyOptimizer):
+def _refuse_class(found: type) -> None:
+    if issubclass(found, ZeroRedundancyOptimizer):
         return
-    for ancestor in made.__mro__:
+    for ancestor in found.__mro__:
         where = f"{ancestor.__module__}.{ancestor.__qualname__}"
         for prefix, name in _CLASSES.items():
             if where.startswith(prefix):
-                raise _error(name, made.__qualname__)
+                raise _error(name, found.__qualname__)
 
 
 def _error(name: str, found: str) -> NotImplementedError:

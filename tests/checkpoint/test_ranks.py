@@ -20,7 +20,6 @@ from stacey_dist.checkpoint import (
     load_checkpoint,
     read,
     read_tensors,
-    restore,
     save_checkpoint,
     verify,
     write,
@@ -233,7 +232,7 @@ def check_frozen_parameters_are_written_in_turns(directory):
             part.weight.requires_grad_(False)
         return Trainer(engine, model, group_settings(CASE), *CASES[CASE])
 
-    restore._BATCH_BYTES, original = 1, restore._BATCH_BYTES  # and read one after another
+    read._BATCH_BYTES, original = 1, read._BATCH_BYTES  # and read one after another
     try:
         for engine in that_run("ddp", "zero3", "fsdp2"):
             trainer = frozen_too(engine)
@@ -255,7 +254,7 @@ def check_frozen_parameters_are_written_in_turns(directory):
             again = read_tensors(save_checkpoint(directory / engine / "step_00000002", other.model, other.optimizer))
             assert all(torch.equal(again[name], tensor) for name, tensor in expected.items()), engine
     finally:
-        restore._BATCH_BYTES = original
+        read._BATCH_BYTES = original
 
 
 def check_a_saver_older_than_the_process_group_has_its_own(directory):

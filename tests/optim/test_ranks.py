@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from stacey_dist import Stacey
 from tests.sharding.processes import spawn
@@ -79,3 +79,27 @@ def sharded_process(rank, world_size):
 @pytest.mark.slow
 def test_shards_of_three_ranks_are_the_whole_of_one():
     spawn(sharded_process, 3, 3)
+
+
+def clipped_process(rank, world_size):
+    mesh = dist.init_device_mesh("cpu", (world_size,))
+    model = make_model()
+    fully_shard(model, mesh=mesh)
+    params, expected_params = trainable(model), trainable(make_model())
+    optimizer, expected = Stacey(params, lr=0.0), Stacey(expected_params, lr=0.0)
+    # A norm's parts are still to be summed over ranks. At lr 0, a rank makes a step only for parameters of which it has
+    # elements.
+    optimizer.grad_scale = DTensor.from_local(torch.tensor(1.0), mesh, [Partial()])
+    expected.grad_scale = torch.tensor(float(world_size))
+    for step in range(2):
+        for p, q, g in zip(params, expected_params, gradients(step), strict=True):
+            p.grad, q.grad = distribute_tensor(g, mesh, p.placements), g
+        optimizer.step()
+        expected.step()
+        for p, q in zip(params, expected_params, strict=True):
+            assert torch.equal(p.full_tensor(), q)
+
+
+@pytest.mark.slow
+def test_ranks_without_elements_sum_a_norm_too():
+    spawn(clipped_process, 3, 3)

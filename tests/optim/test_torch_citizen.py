@@ -242,6 +242,18 @@ def test_deepcopy_and_pickle(optimizer_class, how):
     assert_equal_runs((model, optimizer), (other, other_optimizer))
 
 
+@pytest.mark.parametrize(("optimizer_class", "later"), [(Stacey, ["lr_reference"]), (LpDescent, ["rounding", "seed"])])
+def test_a_pickle_of_an_older_version_gets_the_defaults_of_later_settings(optimizer_class, later):
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(3))])
+    expected = {name: optimizer.defaults[name] for name in later}
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        for name in later:
+            del group[name]
+    restored = pickle.loads(pickle.dumps(optimizer))
+    for group in (restored.defaults, *restored.param_groups):
+        assert {name: group[name] for name in expected} == expected
+
+
 def test_a_compiled_model_trains():
     model = make_model()
     compiled = torch.compile(model, backend="aot_eager")

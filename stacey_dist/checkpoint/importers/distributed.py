@@ -92,17 +92,17 @@ def _describe(metadata: Any) -> dict[str, _Described]:
     """Return the tensors of the metadata in plain values, each checked. Raises ValueError."""
     fields = _fields(metadata, _METADATA["Metadata"])
     places = {}
-    for index, place in _pairs(fields.get("storage_data")):
+    for index, place in _typed(fields.get("storage_data"), dict, "dictionary").items():
         key = _fields(index, _METADATA["MetadataIndex"])
-        name, offset = _name(key.get("fqn")), key.get("offset")
+        name, offset = _typed(key.get("fqn"), str, "name"), key.get("offset")
         if offset is not None:
             offset = _sizes(offset)
         if (name, offset) in places:
             raise ValueError(f"{name}: a piece is in two places")
         places[name, offset] = _fields(place, _PLACE)
     described = {}
-    for name, entry in _pairs(fields.get("state_dict_metadata")):
-        name = _name(name)
+    for name, entry in _typed(fields.get("state_dict_metadata"), dict, "dictionary").items():
+        _typed(name, str, "name")
         if type(entry) is _BYTES:
             continue
         tensor = _fields(entry, _TENSOR)
@@ -129,7 +129,7 @@ def _piece(name: str, chunk: dict[str, Any], whole: tuple[int, ...], places: dic
     file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
     if type(file) is not str or file in ("", ".", "..") or "/" in file or "\0" in file:
         raise ValueError(f"{name}: {str(file)!a} is not the name of a file in the directory")
-    if type(start) is not int or type(length) is not int or not is_count(start) or not is_count(length):
+    if not is_count(start) or not is_count(length):
         raise ValueError(f"{name}: no location is given for a piece of it")
     if place.get("transform_descriptors"):
         raise ValueError(f"{name}: it is compressed or encrypted, which is not read")
@@ -177,14 +177,6 @@ def _typed(value: Any, kind: type[T], what: str) -> T:
 
 def _fields(value: Any, kind: type[Record]) -> dict[str, Any]:
     return _typed(_typed(value, kind, kind.__name__).state, dict, kind.__name__)
-
-
-def _pairs(value: Any) -> list[tuple[Any, Any]]:
-    return list(_typed(value, dict, "dictionary").items())
-
-
-def _name(value: Any) -> str:
-    return _typed(value, str, "name")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -87,8 +87,8 @@ class _Archive:
             **{name: record(name[1]) for name in _BESIDE},
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
             ("torch.storage", "UntypedStorage"): torch.uint8,
-            ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor_v2),
-            ("torch._utils", "_rebuild_tensor_v3"): Function(_tensor_v3),
+            ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor),
+            ("torch._utils", "_rebuild_tensor_v3"): Function(_typed_tensor),
             ("torch._utils", "_rebuild_parameter"): Function(_parameter),
             ("torch._utils", "_rebuild_parameter_with_state"): Function(_parameter),
             ("torch._tensor", "_rebuild_from_type_v2"): Function(_with_attributes),
@@ -118,22 +118,19 @@ class _Archive:
         return content.view(dtype)
 
 
-def _tensor_v2(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    if type(storage) is not Tensor:
-        raise ValueError("a tensor is made of something that is no storage")
-    return _tensor(storage, offset, size, stride)
-
-
-def _tensor_v3(
+def _typed_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, _requires_grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
+    """Return a tensor in a storage of bytes."""
     if type(storage) is not Tensor or storage.dtype != torch.uint8 or type(dtype) is not torch.dtype:
         raise ValueError("a tensor is made of something that is no storage")
     return _tensor(storage.view(dtype), offset, size, stride)
 
 
-def _tensor(storage: Tensor, offset: Any, size: Any, stride: Any) -> Tensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return a tensor in a storage; no element may lie outside of it, and no two elements in one place."""
+    if type(storage) is not Tensor:
+        raise ValueError("a tensor is made of something that is no storage")
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 64:
         raise ValueError("the shape or strides of a tensor are invalid")
     if not is_count(offset) or not all(map(is_count, size + stride)):

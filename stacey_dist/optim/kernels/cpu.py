@@ -34,13 +34,9 @@ class _Settings(ctypes.Structure):
 
 
 class CpuKernel:
-    """cpu.cpp for one instruction set.
+    """cpu.cpp for one instruction set: its part of the library's name, and a human-readable name.
 
-    Args:
-        instruction_set: as in the library's name.
-        name: a human-readable one.
-
-    Raises NoKernelError: the library is not there, or can't be loaded.
+    Raises NoKernelError if the library is not there or can't be loaded.
     """
 
     def __init__(self, instruction_set: str, name: str) -> None:
@@ -79,11 +75,10 @@ def _find(name: str) -> Callable[..., Any]:
     # A program started in the source tree imports the package from there, but the compiled library is in the installed
     # package.
     here = Path(__file__).parent
-    directories = [here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)]
-    files = [path / f"{name}.so" for path in directories]
     digest = hashlib.sha256((here / "cpu.cpp").read_bytes()).hexdigest()
     outdated = None
-    for file in files:
+    for directory in (here, *(Path(entry) / "stacey_dist/optim/kernels" for entry in sys.path)):
+        file = directory / f"{name}.so"
         if file.exists():
             library = _load(file)
             if library.stacey_source() == digest.encode():

@@ -35,20 +35,14 @@ except ImportError as error:
 
 BLOCK, WARPS = 1024, 4
 _SHIFT = 6
-"""The logarithm of the blocks of an entry at most: 65 536 elements, as in torch's kernels for many tensors."""
+"""The logarithm of the most blocks that an entry has: 65 536 elements, as in torch's kernels for many tensors."""
 _EMPTY = 1 / 16
-"""The share of programs, at most, that find nothing to do, as the last entry of a row may be short."""
-
-
-def _constants(coefficients: tuple[float, ...]) -> list[Any]:
-    """Return a polynomial's coefficients as Triton takes global numbers."""
-    return [tl.constexpr(coefficient) for coefficient in coefficients]
-
+"""The largest share of programs that may have nothing to do, because the last entries of rows are short."""
 
 _HEADER = 4
-"""Of a table: two key bases for the hashes, the number of rows, the logarithm of the blocks of an entry."""
+"""What a table begins with: two key bases for hashes, the number of rows, the logarithm of the blocks of an entry."""
 _COUNTS, _GRADIENT, _WEIGHT, _Z, _M, _STEP, _SIZE = range(7)
-"""The columns behind it: step counts that the host sends, addresses, sizes. What changes most often stands first."""
+"""A table's columns: step counts that the host sends, addresses, sizes. What changes most often comes first."""
 _MOST_TABLES = 1000
 
 _ONE: Any = tl.constexpr(ONE)
@@ -59,9 +53,11 @@ _TWO_P: Any = tl.constexpr(VARIANTS.index("2p"))
 _ZERO_EXPONENT: Any = tl.constexpr(ZERO_EXPONENT)
 _MAGIC: Any = tl.constexpr(MAGIC)
 _MAGIC_BITS: Any = tl.constexpr(0x4B400000)
-_LOG2_0, _LOG2_1, _LOG2_2, _LOG2_3, _LOG2_4, _LOG2_5, _LOG2_6, _LOG2_7 = _constants(LOG2)
-_NEAR_ONE_0, _NEAR_ONE_1, _NEAR_ONE_2, _NEAR_ONE_3, _NEAR_ONE_4, _NEAR_ONE_5, _NEAR_ONE_6 = _constants(LOG2_NEAR_ONE)
-_EXP2_0, _EXP2_1, _EXP2_2, _EXP2_3, _EXP2_4 = _constants(EXP2)
+_LOG2_0, _LOG2_1, _LOG2_2, _LOG2_3, _LOG2_4, _LOG2_5, _LOG2_6, _LOG2_7 = map(tl.constexpr, LOG2)
+_NEAR_ONE_0, _NEAR_ONE_1, _NEAR_ONE_2, _NEAR_ONE_3, _NEAR_ONE_4, _NEAR_ONE_5, _NEAR_ONE_6 = map(
+    tl.constexpr, LOG2_NEAR_ONE
+)
+_EXP2_0, _EXP2_1, _EXP2_2, _EXP2_3, _EXP2_4 = map(tl.constexpr, EXP2)
 _SIGN: Any = tl.constexpr(-(2**31))
 _AT_HEADER: Any = tl.constexpr(_HEADER)
 
