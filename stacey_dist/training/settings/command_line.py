@@ -174,7 +174,7 @@ def _parser(config_class: type, program: str) -> ArgumentParser:
     parser.add_class_arguments(config_class, as_group=False)
     sections = [kind for kind in get_type_hints(config_class).values() if dataclasses.is_dataclass(kind)]
     docstrings = [kind.__doc__ or "" for kind in sections]
-    titles = {text.split("\n")[0].rstrip("."): " ".join(text.split()) for text in docstrings}
+    titles = {text.split("\n")[0].rstrip("."): " ".join(text.split()).rstrip(".") for text in docstrings}
     for group in parser._action_groups:
         group.title = titles.get((group.title or "").rstrip(":."), group.title)
     names = [name for name, _ in _fields(config_class)]
