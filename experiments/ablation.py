@@ -133,6 +133,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run,
-    trains=True,
     files=("sweeps/llm/base.yaml",),
 )

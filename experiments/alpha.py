@@ -6,7 +6,7 @@ from experiments.comparison import results, training
 from experiments.comparison_figures import curves
 from experiments.comparison_report import report, table_of_losses
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
-from experiments.long import TASK
+from experiments.llm import TASK
 from experiments.trial import data_settings
 
 _CONFIG = "sweeps/long/base.yaml"
@@ -101,6 +101,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run,
-    trains=True,
     files=(_CONFIG,),
 )

@@ -51,6 +51,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("200 epochs with the paper's settings, nothing tuned; days on one GPU", 3, {"size": _PAPER}),
     },
     partial(compare, TASK),
-    trains=True,
     files=("sweeps/cifar/*.yaml", "imagenet/cifar10_*.yaml"),
 )

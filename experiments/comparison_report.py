@@ -56,11 +56,12 @@ Searched = Mapping[str, list[dict[str, Any]]]
 """What `Tuner.run` returned, by optimizer."""
 
 
-def mean_with_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean, and half the width of its 95 % confidence interval (Student's t; NaN for one value)."""
-    mean, count = statistics.fmean(values), len(values)
+def mean_with_interval(values: list[float]) -> tuple[float | None, float | None]:
+    """Return the mean, and half the width of its 95 % confidence interval (Student's t); None where there is none."""
+    count = len(values)
+    mean = statistics.fmean(values) if values else None
     if count < 2:
-        return mean, math.nan
+        return mean, None
     return mean, float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
@@ -114,17 +115,17 @@ def report(
         apart = [
             own - other for own, other in zip(finals, reference, strict=True) if own is not None and other is not None
         ]
-        difference, half_of_difference = mean_with_interval(apart) if apart else (None, None)
+        difference, half_of_difference = mean_with_interval(apart)
         pairs = zip(reached, runs, strict=True)
         shares = [update / run.evaluations[-1]["step"] for update, run in pairs if update is not None]
-        mean, half = mean_with_interval(finite) if finite else (None, None)
+        mean, half = mean_with_interval(finite)
         cost = statistics.fmean(run.seconds_per_update for run in runs) / reference_seconds if timed else None
         values[name] = {
             "finals": finals,
             "mean": mean,
-            "interval": _finite(half),
+            "interval": half,
             "difference": difference,
-            "interval_of_difference": _finite(half_of_difference),
+            "interval_of_difference": half_of_difference,
             "diverged": len(finals) - len(finite),
             "reached": len(shares),
             "share_of_updates": statistics.fmean(shares) if len(shares) == len(runs) else None,
@@ -137,10 +138,6 @@ def report(
     table = _table(values, metric, len(seeds), LOOKS[standard].label, searched) + _table_by_p(by_p, metric, seeds[0])
     untrained = {name: trials for name, trials in searched.items() if name not in values}
     return {"metric": metric, "seeds": seeds, "optimizers": values, "untrained": untrained, "by_p": ends}, table
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
 
 
 def _table(values: Mapping[str, dict[str, Any]], metric: str, seeds: int, standard: str, searched: Searched) -> str:

@@ -213,6 +213,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run,
-    trains=True,
     files=("sweeps/long/base.yaml",),
 )

@@ -125,10 +125,8 @@ class Experiment:
     description: str
     scales: Mapping[str, Scale]
     run: Callable[[Reproduction], Outcome]
-    trains: bool = False
-    """Whether it trains, on data that the user may name and in processes of its own."""
     files: tuple[str, ...] = ()
-    """Patterns of the files under configs/ that state its settings."""
+    """Patterns of the files under configs/ that state its settings, if it trains models by the launchers."""
 
 
 def reproduce(
@@ -157,7 +155,7 @@ def reproduce(
         raise SettingsError(f"--seeds {seeds}: it must be at least 2, for there to be a spread")
     if workers < 1:
         raise SettingsError(f"--workers {workers}: it must be at least 1")
-    if data is not None and not experiment.trains:
+    if data is not None and not experiment.files:
         raise SettingsError(f"--data {data}: {experiment.name} takes no data")
     settings: dict[str, Any] = {"experiment": experiment.name, "scale": scale, "seeds": seeds}
     settings |= {"data": identity_of_data(data), "versions": versions()}
@@ -173,10 +171,8 @@ def reproduce(
 def _statement(experiment: Experiment, scale: str) -> bytes:
     """Return all that states what is run: finished parts with other settings must not be mixed with new ones."""
     files = sorted({file for pattern in experiment.files for file in configs().glob(pattern)})
-    texts = [f"{file.name}\n{file.read_text()}" for file in files]
-    if experiment.trains:
-        texts.append(launchers_defaults())
-    return "".join([repr(experiment.scales[scale].settings), *texts]).encode()
+    texts = [repr(experiment.scales[scale].settings), *(f"{file.name}\n{file.read_text()}" for file in files)]
+    return "".join([*texts, launchers_defaults() if files else ""]).encode()
 
 
 @contextlib.contextmanager

@@ -54,6 +54,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("90 epochs with the paper's settings, nothing tuned; weeks on one GPU", 2, {"size": _PAPER}),
     },
     partial(compare, TASK),
-    trains=True,
     files=("sweeps/cifar/*.yaml", "imagenet/resnet50_*.yaml"),
 )

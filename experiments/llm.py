@@ -52,6 +52,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("the same on C4, the paper's settings, nothing tuned; an hour on one GPU", 2, {"size": _PAPER}),
     },
     partial(compare, TASK),
-    trains=True,
     files=("sweeps/llm/*.yaml", "llm/llama_100m_c4_*_paper.yaml"),
 )

@@ -3,15 +3,15 @@
 import math
 from typing import Any
 
-from experiments.comparison import Task, results, training, tuning
+from experiments.comparison import results, training, tuning
 from experiments.comparison_figures import curves
 from experiments.comparison_report import LOOKS, report, table_of_losses
 from experiments.framework import Experiment, Outcome, Part, Reproduction, Scale, configs
+from experiments.llm import TASK
 from experiments.sweep import Sweep, read_sweep
 from experiments.trial import Result, data_settings
 from stacey_dist.errors import SettingsError
 
-TASK = Task("train_llm.py", "eval_loss")
 _SWEEPS = "sweeps/long"
 # Each learning rate of an optimizer that has two; tau of (p,p) is one.
 _HALVED = {"stacey_pp": ("optimizer.lr", "optimizer.tau"), "muon": ("optimizer.lr", "optimizer.adamw_lr")}
@@ -108,6 +108,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run,
-    trains=True,
     files=(f"{_SWEEPS}/*.yaml",),
 )

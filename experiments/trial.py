@@ -144,6 +144,7 @@ class Trial:
         if self.watch:
             shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
         output = self.directory / "output.txt"
+        output.write_bytes(b"")  # not what an earlier process said, if this one cannot be started
         given = self.program, self.arguments(), str(self.directory), self.watch
         process = _server().Process(target=_train_in_process, args=given)
         process.start()
@@ -218,6 +219,9 @@ def _server() -> ForkServerContext:
 
 
 def _train_in_process(program: str, arguments: list[str], directory: str, watch: str) -> None:
+    descriptor = os.open(Path(directory, "output.txt"), os.O_WRONLY)  # also for an import that fails
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     from experiments.trial_process import train_and_report
 
     train_and_report(program, arguments, Path(directory), watch)

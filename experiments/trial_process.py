@@ -34,10 +34,7 @@ for launcher in LAUNCHERS.values():
 
 
 def train_and_report(program: str, arguments: list[str], directory: Path, watch: str) -> None:
-    """Train as the launcher does, and write result.json; what is printed goes to output.txt."""
-    descriptor = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    """Train as the launcher does, and write result.json."""
     sys.argv = [program]
     threading.Thread(target=_end_with_the_experiment, daemon=True).start()
     with user_errors(program):

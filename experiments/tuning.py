@@ -15,8 +15,13 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
+from optuna.samplers import PartialFixedSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 from scipy.stats.qmc import LatinHypercube
 
 from experiments.framework import (
@@ -34,9 +39,6 @@ from experiments.sweep import INFINITY, Range, Sweep, read_sweep
 from experiments.trial import Interrupted, Trial, TrialError, data_settings, threads_each, users_data
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
-
-if TYPE_CHECKING:
-    import optuna
 
 _SHOWN = 5
 _STARTUP_SHARE = 1 / 3  # of the trials are spread evenly, before TPE suggests
@@ -57,9 +59,6 @@ class Tuner:
         threads: of the CPU, for each of them.
         stop: once set, runs save and end.
         advance: called with what was done since its last call, in runs.
-
-    Raises:
-        SettingsError: optuna is not installed.
     """
 
     def __init__(
@@ -75,12 +74,8 @@ class Tuner:
         stop: threading.Event | None = None,
         advance: Callable[[float], object] = lambda share: None,
     ) -> None:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.sweep, self.directory, self.trials, self.seed = optuna, sweep, directory, trials, seed
+        self.sweep, self.directory, self.trials, self.seed = sweep, directory, trials, seed
         self.overrides, self.workers, self.threads = overrides or {}, workers, threads
         self.stop, self.advance = stop or threading.Event(), advance
         directory.mkdir(parents=True, exist_ok=True)
@@ -122,19 +117,17 @@ class Tuner:
             self._try(trial)
         raise Interrupted
 
-    def _next(self) -> "optuna.trial.Trial | None":
+    def _next(self) -> optuna.trial.Trial | None:
         if not self._left and len(self.study.trials) >= self.trials:
             return None
         number = self._left[0].number if self._left else len(self.study.trials)
         startup = max(1, round(_STARTUP_SHARE * self.trials))
-        samplers = self.optuna.samplers
-        sampler: optuna.samplers.BaseSampler = samplers.TPESampler(
-            n_startup_trials=1, multivariate=True, seed=1000 * self.seed + number
-        )
+        seed = 1000 * self.seed + number
+        sampler: optuna.samplers.BaseSampler = TPESampler(n_startup_trials=1, multivariate=True, seed=seed)
         if number < startup:
             with warnings.catch_warnings():  # it is called experimental; so far it has changed little
-                warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-                sampler = samplers.PartialFixedSampler(self._spread_settings(number, startup), sampler)
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                sampler = PartialFixedSampler(self._spread_settings(number, startup), sampler)
         self.study.sampler = sampler
         trial = self._left.pop(0) if self._left else self.study.ask()  # one that was begun has what was suggested
         for name, values in self.sweep.space.items():
@@ -152,7 +145,7 @@ class Tuner:
         place = LatinHypercube(len(space), rng=self.seed).random(count)[number]
         return {name: _at(values, share) for (name, values), share in zip(space.items(), place.tolist(), strict=True)}
 
-    def _try(self, trial: "optuna.trial.Trial") -> None:
+    def _try(self, trial: optuna.trial.Trial) -> None:
         settings = {**self.sweep.fixed, **self._settings(trial.params), **self.overrides}
         directory = self.directory / f"trial-{trial.number:03}"
         run = Trial(self.sweep.program, self.sweep.config, settings, directory, self.threads)
@@ -168,7 +161,6 @@ class Tuner:
                     trial.report(value, step=number)
                 return row["step"] < run.length() and trial.should_prune()  # not one that is at its end
 
-        state = self.optuna.trial.TrialState
         try:
             result = run.run(judge, self.stop, self.advance)
         except TrialError:
@@ -176,7 +168,7 @@ class Tuner:
                 if not trial.user_attrs.get("failed_once"):  # it may have been the machine's fault
                     trial.set_user_attr("failed_once", True)
                     raise
-                self.study.tell(trial, state=state.FAIL)
+                self.study.tell(trial, state=TrialState.FAIL)
                 return
         with self._lock:
             if result is None and self.stop.is_set():
@@ -184,11 +176,11 @@ class Tuner:
             final = None if result is None else result.final(self.sweep.metric)
             if final is None:
                 trial.set_user_attr("diverged", result is not None)
-                self.study.tell(trial, state=state.PRUNED)
+                self.study.tell(trial, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial, final)
 
-    def _row(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
         diverged = trial.user_attrs.get("diverged", False)
         state = "diverged" if diverged else {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
         value = None if diverged else trial.value

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import threading
 import time
@@ -64,6 +65,22 @@ def test_an_error_shows_the_end_of_the_output(config, tmp_path):
         Trial("train_llm.py", config, {}, tmp_path).run()
 
 
+def test_an_error_before_training_is_told(config, tmp_path, monkeypatch):
+    (tmp_path / "datasets.py").write_text("raise ImportError('this package is broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("experiments.trial._server", lambda: multiprocessing.get_context("spawn"))
+    trial = Trial("train_llm.py", config, {}, tmp_path / "run")
+    trial.directory.mkdir()
+    (trial.directory / "output.txt").write_text("what an earlier run has said")
+    with pytest.raises(TrialError, match=r"exit status 1\n(.*\n)*ImportError: this package is broken") as error:
+        trial.run()
+    assert "earlier" not in str(error.value)
+    monkeypatch.setattr("experiments.trial._train_in_process", None)  # the process ends before it opens the file
+    (trial.directory / "output.txt").unlink()
+    with pytest.raises(TrialError, match=r"output.txt: exit status 0\n$"):
+        trial.run()
+
+
 def test_ended_early(config, tmp_path):
     trial = Trial("train_llm.py", config, {"train.max_steps": 2000}, tmp_path)
     done = []
@@ -85,8 +102,6 @@ def test_stopped_it_saves_and_goes_on(config, tmp_path):
 
 
 def test_a_signal_from_outside_interrupts(config, tmp_path):
-    import multiprocessing
-
     trial = Trial("train_llm.py", config, {"train.max_steps": 100_000}, tmp_path)
 
     def terminate():

@@ -329,5 +329,7 @@ def test_bad_options(configs, tmp_path, capsys, options, message):
 
 def test_without_optuna(configs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "experiments.tuning")
+    monkeypatch.delattr("experiments.tuning")
     assert main(["tune", str(configs / "sweeps" / "llm" / "lion.yaml"), "--out", str(tmp_path)]) == 2
     assert "optuna is not installed; pip install 'stacey_dist[experiments]'" in capsys.readouterr().err
