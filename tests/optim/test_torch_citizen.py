@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from stacey_dist import LpDescent, Stacey
 from stacey_dist.checkpoint import load_checkpoint, save_checkpoint
-from stacey_dist.optim.memory import is_simple
+from stacey_dist.optim.memory import is_plain
 from tests.optim.helpers import make_problem, run
 
 BOTH = pytest.mark.parametrize("optimizer_class", [Stacey, LpDescent])
@@ -345,8 +345,8 @@ class Named(torch.nn.Parameter):
 
 def test_a_parameter_that_adds_names_takes_the_kernel():
     weight = Named(torch.ones(5))
-    assert is_simple(weight)
-    assert not is_simple(torch.nn.Parameter(torch.ones(5)).as_subclass(Logged))
+    assert is_plain(Named)
+    assert not is_plain(type(torch.nn.Parameter(torch.ones(5)).as_subclass(Logged)))
     optimizer = Stacey([weight], fused=True)
     weight.grad = torch.ones(5)
     optimizer.step()
