@@ -50,9 +50,10 @@ class Snapshot:
     def add(
         self, name: str, values: Tensor, *, shape: torch.Size | None = None, start: int = 0, trained: bool = False
     ) -> None:
-        """Copy the elements of a tensor from `start` on to host memory, without waiting for a GPU.
+        """Copy values to host memory, without waiting for a GPU: a tensor's elements that begin at `start`.
 
-        The values may have any shape. `shape` is that of the whole tensor, by default that of `values`.
+        They may have any shape. `shape` is that of the whole tensor, by default that of `values`. `trained` is as in
+        `Range`.
         """
         flat = values.detach().reshape(-1)
         memory = self.host_memory.get(name)

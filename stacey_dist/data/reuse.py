@@ -78,7 +78,7 @@ class TokenizedInput:
             last = first + _DOCUMENTS > documents
             count = min(_DOCUMENTS, documents - first)
             held_out = held_out_of(self.name, every, self.record["documents"] + first, count)
-            some = [next(streams[number]) for number in held_out.tolist()]
+            some = [next(streams[split]) for split in held_out.tolist()]
             lengths = [len(each) for each in some] + others * last
             yield Block(
                 number,

@@ -99,7 +99,8 @@ def proposals(plans: list[Plan], gpu: Gpu, room: float, job: Job, command: str) 
         f"{'host GiB':>10}{'tokens/s':>26}{'MFU':>13}",
     ]
     for plan in plans:
-        host, rate = sum(plan.memory.host.values()) * plan.job.gpus_per_node, _span(*plan.speed.tokens_per_second)
+        host = sum(plan.memory.host.values()) * plan.job.gpus_per_node
+        rate = _span(*plan.speed.tokens_per_second)
         lines.append(
             f"  {plan.job.engine:<16}{plan.job.micro_batch:>11}{plan.job.accumulation:>13}"
             f"{_on_or_off(plan.job):>15}{_gib(plan.peak):>10}{_gib(host):>10} {rate:>25}{_mfu(plan):>13}"

@@ -5,12 +5,15 @@ is {"scale": s, "applied": n, "hysteresis": h}. n counts the consecutive applied
 after which DeepSpeed halves the scale; torch has no such number (None).
 """
 
-import math
 from typing import Any
 
+import torch
 from torch.amp import GradScaler
 
 from stacey_dist.checkpoint.schema import is_count
+
+# A scale is a positive number that float32 holds: torch keeps it in a float32.
+_SMALLEST, _LARGEST = 2.0**-149, torch.finfo(torch.float32).max
 
 
 def state_of(scaler: Any) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def is_state(state: Any) -> bool:
     if not isinstance(state, dict):
         return False
     scale, hysteresis = state.get("scale"), state.get("hysteresis")
-    is_scale = isinstance(scale, int | float) and 0 <= scale < math.inf
+    is_scale = type(scale) in (int, float) and _SMALLEST <= scale <= _LARGEST
     return is_scale and is_count(state.get("applied")) and (hysteresis is None or is_count(hysteresis))
 
 

@@ -84,9 +84,9 @@ class Outcome(NamedTuple):
 
 
 class Outcomes:
-    """The outcomes of a run's updates, of which `limit` may be skipped in a row.
+    """The outcomes of a run's updates. Skipped updates are counted in `progress` as the outcomes are read.
 
-    Skipped updates are counted in `progress` as they are read.
+    More than `limit` skipped updates in a row are too many.
     """
 
     def __init__(self, progress: Progress, limit: int) -> None:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -131,8 +130,8 @@ class Run(Generic[C]):
         if train.epochs is not None:
             if position == step * train.global_batch_size:
                 step = position = 0
-            # Exact: 1.1 * 100 is more than 110 in floating point, which would be one update too many.
-            left = Fraction(str(train.epochs)) * samples_per_epoch - position
+            # Rounded: 1.1 * 100 is more than 110 in floating point, which would be one update too many.
+            left = round(train.epochs * samples_per_epoch, 3) - position
             train.max_steps = step + max(0, math.ceil(left / train.global_batch_size))
             check_schedule(self.config)
         schedule.warmup_steps = schedule.warmup_updates(train.max_steps)

@@ -36,6 +36,9 @@ def checkpoint_path(run: Run, step: int) -> Path:
 class Saver:
     """Saves a run's checkpoints as `checkpoint.*` says. All processes make the same calls.
 
+    Args:
+        data_identity: a text that differs where the data differ. A resumed run compares it.
+
     Attributes:
         complete: the checkpoints that callbacks are still to be told of, on the main process.
     """

@@ -25,6 +25,11 @@ from stacey_dist.training.progress import check_progress
         {"scaler": {"scale": 2.0}},
         {"scaler": {"scale": "2", "applied": 0}},
         {"scaler": {"scale": 2.0, "applied": -1}},
+        {"scaler": {"scale": 0.0, "applied": 0}},
+        {"scaler": {"scale": 1e-60, "applied": 0}},
+        {"scaler": {"scale": 1e300, "applied": 0}},
+        {"scaler": {"scale": 10**400, "applied": 0}},
+        {"scaler": {"scale": True, "applied": 0}},
         {"scaler": {"scale": 2.0, "applied": 0, "hysteresis": "x"}},
     ],
 )

@@ -81,7 +81,13 @@ def test_the_newest_is_taken(directory, capsys):
 
 @pytest.mark.parametrize(
     ("epochs", "samples", "done", "expected"),
-    [(1.1, 100, (0, 0), 11), (1.11, 100, (0, 0), 12), (1.1, 100, (4, 20), 13), (0.5, 100, (7, 70), 5)],
+    [
+        (1.1, 100, (0, 0), 11),
+        (5 / 3, 300, (0, 0), 50),
+        (1.11, 100, (0, 0), 12),
+        (1.1, 100, (4, 20), 13),
+        (0.5, 100, (7, 70), 5),
+    ],
 )
 def test_epochs_are_counted_exactly(epochs, samples, done, expected):
     """In floating point, 1.1 * 100 is more than 110."""
