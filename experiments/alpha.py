@@ -14,7 +14,7 @@ _RATES = ("optimizer.lr", "optimizer.tau")  # tau of (p,p) is a learning rate at
 
 
 def run(reproduction: Reproduction) -> Outcome:
-    """Compare growths of alpha in short runs with seed 0; compare one in long runs with new seeds."""
+    """Compare growths of alpha in short runs with seed 0, and one with new seeds in short and in long runs."""
     size = reproduction.scale.settings
     given = data_settings(TASK.program, reproduction.directory, reproduction.data, {})
 
@@ -30,21 +30,27 @@ def run(reproduction: Reproduction) -> Outcome:
         short[title] = part("stacey_pp", label, 0, size["short"], **changed)
     (found_short,) = results(reproduction, short)
     ends = {title: result.final(TASK.metric) for title, result in found_short.items()}
-    long = {
-        (name, seed): part(name, name, seed, size["long"])
-        for seed in range(1, reproduction.seeds + 1)
-        for name in size["runs"]
-    }
+    again, long = (
+        {
+            (name, seed): part(name, name, seed, size[length])
+            for seed in range(1, reproduction.seeds + 1)
+            for name in size["runs"]
+        }
+        for length in ("short", "long")
+    )
     controls = {}
     for title, (name, factor) in size["controls"].items():
         rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}
         controls[title] = part(name, control(name, factor), 1, size["long"], **rates)
-    found, controlled = results(reproduction, long, controls)
+    repeated, found, controlled = results(reproduction, again, long, controls)
     values, table = report(found, TASK.metric, size["runs"])
+    short_values, short_table = report(repeated, TASK.metric, size["runs"])
     others = {title: result.final(TASK.metric) for title, result in controlled.items()}
     table += table_of_losses(f"{size['short']} updates, seed 0", ends, TASK.metric)
+    table += f"\n{size['short']} updates, new seeds\n\n{short_table}"
     table += table_of_losses(f"{size['long']} updates, seed 1", others, TASK.metric)
-    return Outcome({**values, "short": ends, "controls": others}, table, {"curves": curves(found, TASK.metric)})
+    tables = {"short": ends, "short with new seeds": short_values, "controls": others}
+    return Outcome({**values, **tables}, table, {"curves": curves(found, TASK.metric)})
 
 
 def control(name: str, factor: float) -> str:
@@ -77,8 +83,8 @@ EXPERIMENT = Experiment(
     "not in the paper: does an alpha that grows help (p,p) in long runs? LLaMA, 20 M tokens",
     {
         "cpu": Scale(
-            "0.9 M parameters, 5 short runs of 3 000 updates, 3 long ones of 10 000 for each seed and 3 more; six "
-            "hours on two cores",
+            "0.9 M parameters, 5 short runs of 3 000 updates, 3 short and 3 long ones of 10 000 for each seed and 3 "
+            "more; seven hours on two cores",
             3,
             {
                 # What `reproduce long` has found.

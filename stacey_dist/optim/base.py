@@ -10,8 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -33,26 +32,11 @@ from stacey_dist.optim.memory import (
     local,
     readable,
 )
+from stacey_dist.optim.one_launch import Parts, rows_of_one_launch
 from stacey_dist.optim.saved_state import like_parameter, load, step_count
 
-_dtype, _is_cuda, _shape = map(attrgetter, ("dtype", "is_cuda", "shape"))
-_KERNELS_TAKE = set(kernels.DTYPES)
 # A parameter, and this rank's part of it and of its gradient.
 Part = tuple[Tensor, Tensor, Tensor]
-
-
-class Parts(NamedTuple):
-    """The parameters of one group that have a gradient."""
-
-    params: list[Tensor]
-    weights: list[Tensor]
-    """This rank's part of each parameter."""
-    gradients: list[Tensor]
-    """This rank's part of each gradient."""
-    are_simple: bool
-    """Whether `memory.are_simple` says so of all of them."""
-
-
 # Updates one chunk in place: (weight, gradient, *state tensors).
 ChunkUpdate = Callable[..., None]
 
@@ -190,9 +174,7 @@ class ElementwiseOptimizer(Optimizer):
         """Update parts of one group: those that a kernel can take in one launch, the others by the plain rule."""
         call = self._kernel_call(group)
         dtype = state_dtype(group) if self.state_names else None
-        at_once = None if call is None else self._rows_of_one_launch(group, parts, dtype)
-        if call is not None and at_once and (found := kernel(at_once[0].weight.device.type)) is not None:
-            found(at_once, call)
+        if call is not None and self._update_at_once(call, group, parts):
             return
         launches: dict[Any, tuple[Kernel, list[Row]]] = {}
         others: list[Part] = []
@@ -212,31 +194,17 @@ class ElementwiseOptimizer(Optimizer):
         if others and (found_inf is None or not bool(found_inf)):
             self._update_plainly(group, others)
 
-    def _rows_of_one_launch(self, group: dict[str, Any], parts: Parts, dtype: torch.dtype | None) -> list[Row] | None:
-        """Return the rows of all parts if one launch takes them, as in most steps; None where each is to be looked at.
-
-        It says in a third of the time what the loop in `_update_group` finds out.
-        """
-        params, weights, gradients, simple = parts
-        states = [self.state[param] for param in params]
-        if not (self._counted.issuperset(params) and all(states)):
-            return None
-        zs, ms, steps = ([state[name] for state in states] for name in (*self.state_names, "step"))
-        if not simple:
-            zs, ms = list(map(local, zs)), list(map(local, ms))
-        shapes, on_gpu = list(map(_shape, weights)), bool(group.get("capturable"))
-        dtypes = [set(map(_dtype, column)) for column in (weights, gradients, zs, ms)]
-        is_one_launch = (
-            are_simple(zs + ms if simple else weights + gradients + zs + ms)
-            and {dtype} == dtypes[2] == dtypes[3]
-            and all(len(found) == 1 and found <= _KERNELS_TAKE for found in dtypes)
-            and len(set(map(Tensor.get_device, weights + gradients + zs + ms))) == 1
-            and all(shapes == list(map(_shape, column)) for column in (gradients, zs, ms))
-            and {Tensor} == set(map(type, steps))
-            and {torch.int64} == set(map(_dtype, steps))
-            and {on_gpu} == set(map(_is_cuda, steps))
-        )
-        return list(map(Row, weights, gradients, zs, ms, steps)) if is_one_launch else None
+    def _update_at_once(self, call: Call, group: dict[str, Any], parts: Parts) -> bool:
+        """Update parts of one group in one launch, as most steps do. Return False, with nothing done, if it cannot."""
+        states = [self.state[param] for param in parts.params]
+        if not (states and all(states) and self._counted.issuperset(parts.params)):
+            return False
+        rows = rows_of_one_launch(parts, states, state_dtype(group), bool(group.get("capturable")))
+        found = kernel(rows[0].weight.device.type) if rows else None
+        if rows is None or found is None:
+            return False
+        found(rows, call)
+        return True
 
     def _make_uncounted_step(self, group: dict[str, Any], part: Part) -> bool:
         """Prepare a parameter's first counted step. If its lr is 0, make the step without counting it; return True.

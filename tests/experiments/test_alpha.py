@@ -9,6 +9,8 @@ from experiments import alpha, framework, registry
 from experiments.__main__ import main
 from experiments.framework import Scale
 from stacey_dist import yaml_files
+from stacey_dist.training.launchers import LLM
+from stacey_dist.training.settings.command_line import flatten, to_dict
 from tests.experiments.tasks import write_sweeps
 
 
@@ -17,6 +19,17 @@ def test_alpha_grows_by_powers_of_e():
     first = size["runs"]["stacey_pp"]["optimizer.alpha"]
     _, *finals = size["final_alpha"]
     assert [final / first for final in finals] == pytest.approx([2.718281828**power for power in (3, 10, 30)], rel=0.01)
+
+
+def test_the_configuration_for_long_runs_has_what_was_measured():
+    config = LLM.parse(["--config", str(framework.configs() / "llm/long_run.yaml")])
+    measured = dict(registry.EXPERIMENTS["alpha"].scales["cpu"].settings["runs"]["stacey_pp_growing"])
+    base = yaml_files.read(framework.configs() / "sweeps/long/base.yaml")
+    values = flatten(to_dict(config))
+    assert list(config.optimizer.betas) == measured.pop("optimizer.betas")
+    assert {name: values[name] for name in measured} == pytest.approx(measured, rel=1e-3)
+    assert config.schedule.warmup_updates(10_000) == base["schedule"]["warmup_steps"]
+    assert (config.schedule.name, config.schedule.min_lr_ratio) == ("linear", 0.0)
 
 
 def test_a_run_that_diverged_is_told_in_both(monkeypatch):
@@ -60,7 +73,7 @@ def test_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
     assert main(["reproduce", "alpha", "--scale", "toy", "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["seeds"] == [1, 2]
+    assert results["seeds"] == results["short with new seeds"]["seeds"] == [1, 2]
     assert set(results["optimizers"]) == set(runs)
     assert set(results["controls"]) == {"lower"}
     assert set(results["short"]) == {"AdamW", "STACEY(p,p), α constant", "STACEY(p,p), α grows to 2"}

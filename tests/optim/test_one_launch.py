@@ -7,6 +7,8 @@ import torch
 
 from stacey_dist import Stacey
 from stacey_dist.optim import base
+from stacey_dist.optim.group_settings import state_dtype
+from stacey_dist.optim.one_launch import rows_of_one_launch
 
 SHAPES = [(3, 4), (5,), (2, 3, 2), ()]
 
@@ -25,9 +27,13 @@ def made(**settings):
     return params, optimizer
 
 
-def rows(optimizer):
-    group = optimizer.param_groups[0]
-    return optimizer._rows_of_one_launch(group, optimizer._parts_to_update(group), base.state_dtype(group))
+def rows(optimizer, number=0):
+    group = optimizer.param_groups[number]
+    parts = optimizer._parts_to_update(group)
+    states = [optimizer.state[param] for param in parts.params]
+    if not all(states) or not optimizer._counted.issuperset(parts.params):
+        return None
+    return rows_of_one_launch(parts, states, state_dtype(group), capturable=False)
 
 
 def transposed(param, optimizer):
@@ -98,8 +104,7 @@ def test_tensors_without_elements_are_usual():
     for param in optimizer.param_groups[1]["params"]:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    group = optimizer.param_groups[1]
-    assert len(optimizer._rows_of_one_launch(group, optimizer._parts_to_update(group), torch.bfloat16)) == 2
+    assert len(rows(optimizer, 1)) == 2
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
