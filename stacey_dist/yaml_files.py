@@ -142,7 +142,7 @@ def load(text: str, where: str) -> Any:
     if len(text) > _MAX_BYTES:
         raise SettingsError(f"{where}: is not allowed to be larger than {_MAX_BYTES >> 20} MiB")
     try:
-        return yaml.load(text, Loader)
+        return Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise SettingsError(f"{where}: {_describe(error)}") from error
 

@@ -32,7 +32,7 @@ def is_state(state: Any) -> bool:
     if not isinstance(state, dict):
         return False
     scale, hysteresis = state.get("scale"), state.get("hysteresis")
-    is_scale = type(scale) in (int, float) and _SMALLEST <= scale <= _LARGEST
+    is_scale = isinstance(scale, int | float) and not isinstance(scale, bool) and _SMALLEST <= scale <= _LARGEST
     return is_scale and is_count(state.get("applied")) and (hysteresis is None or is_count(hysteresis))
 
 
