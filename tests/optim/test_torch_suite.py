@@ -95,8 +95,10 @@ def first_and_last_loss(optimizer, scheduler_inputs, loss_of):
 
 
 @EACH
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("with_lrsched", [True, False])
+@pytest.mark.parametrize(
+    ("with_lrsched", "contiguous"),
+    [(True, True), pytest.param(True, False, marks=pytest.mark.exhaustive), (False, True), (False, False)],
+)
 def test_forloop_goes_right_direction(info, contiguous, with_lrsched):
     for desc, make in made(info):
         for scheduler_inputs in info.scheduler_inputs if with_lrsched else ([],):
