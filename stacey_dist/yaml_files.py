@@ -139,12 +139,21 @@ def load(text: str, where: str) -> Any:
             too many values, a number with too many digits or values nested too deep. The message is one line, with
             the line of the text.
     """
-    if len(text) > _MAX_BYTES:
-        raise SettingsError(f"{where}: is not allowed to be larger than {_MAX_BYTES >> 20} MiB")
     try:
-        return Loader(text).get_single_data()
+        return parse(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"{where}: {_describe(error)}") from error
+        raise SettingsError(f"{where}: {describe(error)}") from error
+
+
+def parse(text: str) -> Any:
+    """Return the value of a YAML text as `load` does, but raise `yaml.YAMLError`."""
+    if len(text) > _MAX_BYTES:
+        raise yaml.YAMLError(f"is not allowed to be larger than {_MAX_BYTES >> 20} MiB")
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read(path: Path, name: str | None = None) -> Any:
@@ -189,7 +198,7 @@ def dump(value: Any, comments: Mapping[str, str] = MappingProxyType({})) -> str:
     return "".join(lines)
 
 
-def _describe(error: yaml.YAMLError) -> str:
+def describe(error: yaml.YAMLError) -> str:
     """Return what is wrong in one line, with its place."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if isinstance(error, yaml.reader.ReaderError):

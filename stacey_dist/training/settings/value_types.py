@@ -7,7 +7,7 @@ that a program assigns are checked too.
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -68,11 +68,12 @@ def check_values(section: Any, prefix: str = "") -> None:
             check(optional, name, "null", "it must have a value")
         elif dataclasses.is_dataclass(value):
             check_values(value, f"{name}.")
-        elif isinstance(value, list) and all(map(dataclasses.is_dataclass, value)):
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):
                 check_values(item, f"{name}[{i}].")
         elif wrong := _wrong(kinds[setting.name], value):
-            check(False, name, shown(value), wrong)
+            shown = list(value) if isinstance(value, tuple) else value
+            check(False, name, shown if str(shown).isprintable() else repr(shown), wrong)
 
 
 def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
@@ -81,71 +82,31 @@ def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
         raise SettingsError(f"{setting}: {value} is not allowed; {allowed}")
 
 
-def shown(value: Any) -> str:
-    """Return a value as YAML has it, for a message: in one line, and not much of a long one."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    text = str(list(value) if isinstance(value, tuple) else value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def is_of_type(kind: Any, value: Any) -> bool:
-    """Return whether a value has a setting's type, whatever its number or text is."""
-    arguments = get_args(kind)
-    if get_origin(kind) is Annotated:
-        return is_of_type(arguments[0], value)
-    if get_origin(kind) in (Union, UnionType):
-        return any(is_of_type(one, value) for one in arguments)
-    if get_origin(kind) is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
-    if get_origin(kind) in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            return False
-        kinds = item_kinds(kind, value)
-        return len(kinds) == len(value) and all(map(is_of_type, kinds, value))
-    # Exact types: YAML, in which a run's settings are kept, has no numbers of numpy, and no numbers that are bool.
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def item_kinds(kind: Any, value: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the types that the items of a value of a list's or a tuple's type must have."""
-    arguments = get_args(kind)
-    return arguments if get_origin(kind) is tuple else arguments * len(value)
-
-
-def describe(kind: Any) -> str:
-    """Return a setting's type in a user's words, to complete "it must be"."""
-    arguments = get_args(kind)
-    if get_origin(kind) is Annotated:
-        return describe(arguments[0])
-    if get_origin(kind) is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
-    if get_origin(kind) is list:
-        return f"a list, each {describe(arguments[0])}"
-    if get_origin(kind) is tuple:
-        return f"{len(arguments)} values, each {describe(arguments[0])}"
-    if dataclasses.is_dataclass(kind):
-        return "settings: " + ", ".join(setting.name for setting in dataclasses.fields(kind))
-    if get_origin(kind) in (Union, UnionType):
-        words = " or ".join(describe(one) for one in arguments if one is not NoneType)
-        return words + (", or null" if NoneType in arguments else "")
-    return _TYPES.get(kind, str(kind))
-
-
 def _wrong(kind: Any, value: Any) -> str | None:
     """Return what a value must be and is not; None if it is allowed."""
-    if not is_of_type(kind, value):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        foreign = [type(item).__name__ for item in items if type(item).__module__ != "builtins"]
-        return f"it must be {describe(kind)}{f', not of type {foreign[0]}' if foreign else ''}"
     arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return None if value in arguments else f"it must be one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, tuple):
-        found = [wrong for wrong in map(_wrong, item_kinds(kind, value), value) if wrong]
+        if not isinstance(value, (list, tuple)):
+            return "it must be a list"
+        if get_origin(kind) is tuple and len(value) != len(arguments):
+            return f"it must be {len(arguments)} values"
+        kinds = arguments if get_origin(kind) is tuple else arguments * len(value)
+        found = [wrong for inner, item in zip(kinds, value, strict=True) if (wrong := _wrong(inner, item))]
         return found[0].replace("it must", "each must", 1) if found else None
     if get_origin(kind) in (Union, UnionType):
-        alternatives = [_wrong(one, value) for one in arguments if is_of_type(one, value)]
-        return None if None in alternatives else alternatives[0]
+        first, *others = (_wrong(one, value) or "" for one in arguments if one is not NoneType)
+        if "" in (first, *others):
+            return None
+        return " or ".join([first, *(wrong.removeprefix("it must be ") for wrong in others)])
+    plain = arguments[0] if get_origin(kind) is Annotated else kind
+    if get_origin(plain) is UnionType:
+        plain = float
+    # Exact types: YAML, in which a run's settings are kept, has no numbers of numpy, and no numbers that are bool.
+    if (name := _TYPES.get(plain)) and type(value) is not plain and not (plain is float and type(value) is int):
+        foreign = type(value).__module__ != "builtins"
+        return f"it must be {name}{f', not of type {type(value).__name__}' if foreign else ''}"
     rules = [*_ALWAYS, *(arguments[1:] if get_origin(kind) is Annotated else ())]
     return next((f"it must be {rule.words}" for rule in rules if not rule.holds(value)), None)
 
