@@ -32,7 +32,7 @@ def tables() -> dict[str, list[list[str]]]:
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
     drawn = {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long(), "alpha-summary": alpha_summary()}
-    return whole | columns | drawn | {"coupling": coupling()}
+    return whole | columns | drawn | {"alpha-again": alpha_again(), "coupling": coupling()}
 
 
 def long_runs() -> list[list[str]]:
@@ -68,6 +68,23 @@ def alpha_summary() -> list[list[str]]:
         against = "–" if name == "adamw" else f"{of['difference']:+.4f} ± {of['interval_of_difference']:.4f}"
         loss = f"{of['mean']:.4f} ± {of['interval']:.4f}"
         rows.append([LOOKS[name].label, loss, against, f"{of['state_bytes_per_parameter']:.0f}"])
+    return rows
+
+
+def alpha_again() -> list[list[str]]:
+    """Return the held-out losses of short runs with each seed, and what the growth of alpha changes."""
+    seeds = [int(file.stem.rpartition("seed")[2]) for file in sorted(ALPHA.glob("stacey_pp_growing-3000-seed*.json"))]
+    rows = [["run", "seed 0, which chose the growth", *(f"seed {seed}" for seed in seeds)]]
+    ends = {}
+    for title, chosen, name in (
+        ("STACEY(p,p), α constant", "stacey_pp-alpha", "stacey_pp"),
+        ("STACEY(p,p), α grows", "stacey_pp-alpha-to-220", "stacey_pp_growing"),
+    ):
+        files = [f"{chosen}-3000-seed0", *(f"{name}-3000-seed{seed}" for seed in seeds)]
+        ends[title] = [_result(ALPHA / f"{file}.json").final("eval_loss") for file in files]
+        rows.append([title, *(f"{end:.4f}" for end in ends[title])])
+    constant, growing = ends.values()
+    rows.append(["difference", *(f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True))])
     return rows
 
 
