@@ -30,14 +30,9 @@ def run(reproduction: Reproduction) -> Outcome:
         short[title] = part("stacey_pp", label, 0, size["short"], **changed)
     (found_short,) = results(reproduction, short)
     ends = {title: result.final(TASK.metric) for title, result in found_short.items()}
-    again, long = (
-        {
-            (name, seed): part(name, name, seed, size[length])
-            for seed in range(1, reproduction.seeds + 1)
-            for name in size["runs"]
-        }
-        for length in ("short", "long")
-    )
+    new = [(name, seed) for seed in range(1, reproduction.seeds + 1) for name in size["runs"]]
+    again = {(name, seed): part(name, name, seed, size["short"]) for name, seed in new}
+    long = {(name, seed): part(name, name, seed, size["long"]) for name, seed in new}
     controls = {}
     for title, (name, factor) in size["controls"].items():
         rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}

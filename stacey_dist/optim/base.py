@@ -161,21 +161,22 @@ class ElementwiseOptimizer(Optimizer):
         """Return this rank's parts of the parameters that have a gradient. Raises what `step` does."""
         params = [param for param in group["params"] if param.grad is not None]
         parts = Parts(params, params, [param.grad for param in params], True)
-        if not (are_simple(params + parts.gradients) and fill_their_storages(params + parts.gradients)):
+        tensors = params + parts.gradients
+        if not (are_simple(tensors) and fill_their_storages(tensors)):
             gradients = [readable(local(self._checked_gradient(param))) for param in params]
             parts = Parts(params, list(map(local, params)), gradients, False)
         if group.get("fused"):
-            for tensors in zip(parts.weights, parts.gradients, strict=True):
-                if (reason := kernels.refusal(tensors)) is not None:
+            for pair in zip(parts.weights, parts.gradients, strict=True):
+                if (reason := kernels.refusal(pair)) is not None:
                     raise RuntimeError(f"{type(self).__name__}: fused=True, but {reason}")
         return parts
 
     def _update_group(self, group: dict[str, Any], parts: Parts) -> None:
         """Update parts of one group: those that a kernel can take in one launch, the others by the plain rule."""
         call = self._kernel_call(group)
-        dtype = state_dtype(group) if self.state_names else None
         if call is not None and self._update_at_once(call, group, parts):
             return
+        dtype = state_dtype(group) if self.state_names else None
         launches: dict[Any, tuple[Kernel, list[Row]]] = {}
         others: list[Part] = []
         for part in zip(*parts[:3], strict=True):
@@ -200,10 +201,9 @@ class ElementwiseOptimizer(Optimizer):
         if not (states and all(states) and self._counted.issuperset(parts.params)):
             return False
         rows = rows_of_one_launch(parts, states, state_dtype(group), bool(group.get("capturable")))
-        found = kernel(rows[0].weight.device.type) if rows else None
-        if rows is None or found is None:
+        if rows is None or (launch := kernel(rows[0].weight.device.type)) is None:
             return False
-        found(rows, call)
+        launch(rows, call)
         return True
 
     def _make_uncounted_step(self, group: dict[str, Any], part: Part) -> bool:

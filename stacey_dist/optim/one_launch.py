@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stacey_dist.optim import kernels
-from stacey_dist.optim.kernels import Row
+from stacey_dist.optim.kernels import DTYPES, Row
 from stacey_dist.optim.memory import are_simple, local
 
 _dtype, _is_cuda, _shape = map(attrgetter, ("dtype", "is_cuda", "shape"))
-_KERNELS_TAKE = set(kernels.DTYPES)
+_KERNELS_TAKE = set(DTYPES)
 
 
 class Parts(NamedTuple):
@@ -31,7 +30,7 @@ class Parts(NamedTuple):
 
 
 def rows_of_one_launch(
-    parts: Parts, states: Sequence[dict[str, Any]], state_dtype: torch.dtype | None, capturable: bool
+    parts: Parts, states: Sequence[dict[str, Any]], state_dtype: torch.dtype, capturable: bool
 ) -> list[Row] | None:
     """Return the rows of all parts, in one launch; None where each part is to be looked at.
 
@@ -45,13 +44,14 @@ def rows_of_one_launch(
     zs, ms, steps = ([state[name] for state in states] for name in ("z", "m", "step"))
     if not simple:
         zs, ms = list(map(local, zs)), list(map(local, ms))
+    tensors = weights + gradients + zs + ms
     shapes = list(map(_shape, weights))
     dtypes = [set(map(_dtype, column)) for column in (weights, gradients, zs, ms)]
     is_one_launch = (
-        are_simple(zs + ms if simple else weights + gradients + zs + ms)
+        are_simple(zs + ms if simple else tensors)
         and {state_dtype} == dtypes[2] == dtypes[3]
         and all(len(found) == 1 and found <= _KERNELS_TAKE for found in dtypes)
-        and len(set(map(Tensor.get_device, weights + gradients + zs + ms))) == 1
+        and len(set(map(Tensor.get_device, tensors))) == 1
         and all(shapes == list(map(_shape, column)) for column in (gradients, zs, ms))
         and {Tensor} == set(map(type, steps))
         and {torch.int64} == set(map(_dtype, steps))

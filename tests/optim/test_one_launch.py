@@ -7,8 +7,6 @@ import torch
 
 from stacey_dist import Stacey
 from stacey_dist.optim import base
-from stacey_dist.optim.group_settings import state_dtype
-from stacey_dist.optim.one_launch import rows_of_one_launch
 
 SHAPES = [(3, 4), (5,), (2, 3, 2), ()]
 
@@ -28,12 +26,13 @@ def made(**settings):
 
 
 def rows(optimizer, number=0):
-    group = optimizer.param_groups[number]
-    parts = optimizer._parts_to_update(group)
-    states = [optimizer.state[param] for param in parts.params]
-    if not all(states) or not optimizer._counted.issuperset(parts.params):
-        return None
-    return rows_of_one_launch(parts, states, state_dtype(group), capturable=False)
+    """Return the rows that a step of a group would launch at once; None if it would look at each parameter."""
+    group, launched = optimizer.param_groups[number], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "kernel", lambda _: lambda found, call: launched.append(found))
+        at_once = optimizer._update_at_once(optimizer._kernel_call(group), group, optimizer._parts_to_update(group))
+    assert len(launched) == at_once
+    return launched[0] if at_once else None
 
 
 def transposed(param, optimizer):
