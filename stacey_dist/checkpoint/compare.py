@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from stacey_dist.checkpoint.manifest import read_manifest
 from stacey_dist.checkpoint.model_tensors import bits
 from stacey_dist.checkpoint.read import batches, read_tensors, tensors
@@ -24,8 +26,18 @@ def differences(first: Path, second: Path) -> list[str]:
     for batch in batches({name: kind for name, kind in kinds.items() if others.get(name) == kind}):
         a, b = (read_tensors(path, batch) for path in (first, second))
         for name in batch:
-            different = int((bits(a[name]) != bits(b[name])).sum())
-            if different:
-                largest = float((a[name].double() - b[name].double()).abs().max())
-                lines[name] = f"{different:,} of {a[name].numel():,} elements differ, by {largest:.3g} at most"
+            differs = bits(a[name]) != bits(b[name])
+            if differs.any():
+                unequal = (copy[name].reshape(-1)[differs].double() for copy in (a, b))
+                lines[name] = _describe(*unequal, total=len(differs))
     return [f"{name}: {lines[name]}" for name in sorted(lines)]
+
+
+def _describe(first: Tensor, second: Tensor, total: int) -> str:
+    """Return how many of a tensor's elements differ, and by how much; given those that do."""
+    sizes = (first - second).abs()
+    finite = sizes[sizes.isfinite()]
+    by = [f"by {float(finite.max()):.3g} at most"] if len(finite) else []
+    if others := len(sizes) - len(finite):
+        by.append(f"{others:,} of them by NaN or infinity")
+    return ", ".join([f"{len(sizes):,} of {total:,} elements differ", *by])

@@ -85,7 +85,10 @@ def _begin(path: Path, temporary: Path) -> None:
 
 def _is_replaceable(path: Path) -> bool:
     """Return whether there is a directory without other files than those of a checkpoint."""
-    return path.is_dir() and not path.is_symlink() and all(map(_FILE.fullmatch, os.listdir(path)))
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = os.listdir(path)
+    return all(map(_FILE.fullmatch, names)) and names != [MANIFEST]  # alone, it is another program's
 
 
 def _write_share(temporary: Path, copies: Snapshot) -> Share:

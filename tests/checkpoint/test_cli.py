@@ -145,7 +145,8 @@ def test_diff_of_updates_and_of_a_copy(run, tmp_path, capsys):
     ("value", "line"),
     [
         (torch.tensor([0.0, math.nan]), None),
-        (torch.tensor([-0.0, math.nan]), "model/a: 1 of 2 elements differ"),
+        (torch.tensor([-0.0, math.nan]), "model/a: 1 of 2 elements differ, by 0 at most"),
+        (torch.tensor([0.5, 1.0]), "model/a: 2 of 2 elements differ, by 0.5 at most, 1 of them by NaN or infinity"),
         (torch.tensor([0.0, math.nan], dtype=torch.bfloat16), "model/a: (2,) float32 and (2,) bfloat16"),
         (torch.tensor([0.0]), "model/a: (2,) float32 and (1,) float32"),
     ],

@@ -204,8 +204,10 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path, monkeypatch):
     assert sorted(entry.name for entry in folder.iterdir()) == ["notes.txt", "step_00000001"]
     (weights := tmp_path / "weights").mkdir()
     (weights / "model.safetensors").write_text("mine")
+    (site := tmp_path / "site").mkdir()
+    (site / "manifest.json").write_text("{}")
     (tmp_path / "link").symlink_to(folder / "step_00000001")
-    for path in (weights, tmp_path / "link"):
+    for path in (weights, site, tmp_path / "link"):
         with pytest.raises(SettingsError, match="is there already and is not a checkpoint"):
             save_checkpoint(path, model, optimizer)
     (tmp_path / "empty").mkdir()

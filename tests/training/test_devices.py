@@ -62,7 +62,7 @@ def test_resnet_with_workers(tmp_path, device):
 
 @pytest.mark.gpu
 def test_a_full_gpu_is_told_in_two_lines(tmp_path):
-    """tests/training/test_pieces.py has the message on the CPU, where there is no such error."""
+    """tests/training/test_reports.py has the message on the CPU, where there is no such error."""
     config = write_config(tmp_path, data={"sequence_length": 8192})
     too_much = ("--train.global_batch_size", 4096)  # 33 M tokens: in float32, their logits take 50 GiB
     output = launch("--config", config, "--run_dir", tmp_path / "run", *too_much, device="cuda", expect=1)

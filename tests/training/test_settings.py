@@ -16,7 +16,7 @@ from stacey_dist.errors import SettingsError
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.settings.command_line import flatten, parse, to_dict
-from stacey_dist.training.settings.llm_config import LLMConfig
+from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
 
@@ -176,6 +176,9 @@ MISTYPED = [
     (["--seed", "--train.max_steps", "3"], "--seed: a value is missing"),
     (["a.txt"], "a.txt: an option, as in --section.name value, must come before it"),
     (["--optimizer.lr", "fast"], "optimizer.lr: fast is not allowed; it must be a number"),
+    (["--optimizer.lr", "12:30:45"], "optimizer.lr: 12:30:45 is not allowed; it must be a number"),
+    (["--train.max_steps", "1_000"], "train.max_steps: 1_000 is not allowed; it must be a whole number"),
+    (["--optimizer.betas", "0.9,0b1"], "optimizer.betas: 0b1 is not allowed; it must be a number"),
     (["--train.max_steps", "2.5"], "train.max_steps: 2.5 is not allowed; it must be a whole number"),
     (
         ["--optimizer.name", "adamax"],
@@ -417,6 +420,10 @@ def test_a_models_own_configuration_goes_with_a_way_to_attend():
         ("run_dir", None, "it must have a value"),
         ("optimizer.name", None, "it must have a value"),
         ("optimizer.lr", np.float64(0.1), "it must be a number, not of type float64"),
+        ("optimizer.name", np.str_("stacey"), "it must be one of stacey"),
+        ("train", 3, "it must be a LLMTrainConfig"),
+        ("data", CorpusConfig(), "it must be a DataConfig"),
+        ("data.sources", ["a.txt"], "each must be a SourceConfig"),
         ("train.gradient_checkpointing", "full", "it must be true or false or one of selective"),
     ],
 )

@@ -339,8 +339,17 @@ def _value(where: str, value: Any, kind: Any) -> Any:
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
         raise SettingsError(f"{where}: null is not allowed; it must be {_describe(kind)}")
-    if bool in kinds and isinstance(value, str):  # YAML 1.1's words, where no text is meant
-        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    if isinstance(value, list):
+        sequence = next((one for one in kinds if get_origin(one) in (list, tuple)), None)
+        if sequence is not None:
+            inner = get_args(sequence)
+            inner = inner * len(value) if get_origin(sequence) is list else inner
+            return [*(_value(where, *pair) for pair in zip(value, inner, strict=False)), *value[len(inner) :]]
+    if isinstance(value, str) and not _is_text(kind):  # YAML 1.1 would take some of it for numbers
+        word = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower()) if bool in kinds else None
+        if word is None:
+            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        return word
     return value
 
 

@@ -66,14 +66,15 @@ def check_values(section: Any, prefix: str = "") -> None:
         if value is None:
             optional = setting.default is None or NoneType in get_args(kinds[setting.name])
             check(optional, name, "null", "it must have a value")
-        elif dataclasses.is_dataclass(value):
-            check_values(value, f"{name}.")
-        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
-            for i, item in enumerate(value):
-                check_values(item, f"{name}[{i}].")
         elif wrong := _wrong(kinds[setting.name], value):
             shown = list(value) if isinstance(value, tuple) else value
             check(False, name, shown if str(shown).isprintable() else repr(shown), wrong)
+        elif dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    check_values(item, f"{name}[{i}].")
 
 
 def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
@@ -85,8 +86,11 @@ def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
 def _wrong(kind: Any, value: Any) -> str | None:
     """Return what a value must be and is not; None if it is allowed."""
     arguments = get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return None if isinstance(value, kind) else f"it must be a {kind.__name__}"
     if get_origin(kind) is Literal:
-        return None if value in arguments else f"it must be one of {', '.join(map(str, arguments))}"
+        is_one = any(value == one and type(value) is type(one) for one in arguments)  # not one of numpy's
+        return None if is_one else f"it must be one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, tuple):
         if not isinstance(value, (list, tuple)):
             return "it must be a list"
