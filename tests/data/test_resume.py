@@ -73,10 +73,9 @@ def encoded(cache: Path) -> int:
 @pytest.mark.parametrize(
     "kind",
     [
-        "separate",
         "inputs",
         "workers",
-        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("held out", "reuse")),
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("separate", "held out", "reuse")),
     ],
 )
 def test_killed_again_and_again_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:
@@ -135,7 +134,7 @@ def test_damaged_progress_starts_over(tmp_path: Path) -> None:
         assert tree(directory) == tree(whole)
 
 
-@pytest.mark.parametrize("kind", ["held out", "workers"])
+@pytest.mark.parametrize("kind", [pytest.param("held out", marks=pytest.mark.exhaustive), "workers"])
 def test_two_processes_at_once(tmp_path: Path, kind: str) -> None:
     """No document is encoded twice. Workers share the work, as they do on several hosts."""
     children = [start(tmp_path / "cache", 0.001, kind) for _ in range(2)]

@@ -73,6 +73,7 @@ main(["reproduce", name, "--scale", "toy", "--out", out])
 """
 
 
+@pytest.mark.exhaustive
 def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["reproduce", "theorem", "--scale", "toy", "--out"]

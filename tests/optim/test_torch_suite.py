@@ -45,6 +45,7 @@ DOES_NOT_APPLY = {
 
 
 EACH = pytest.mark.parametrize("info", ["p2", "pp", "2p", "lp_descent"], indirect=True)
+SCALES = pytest.mark.parametrize("scale", [pytest.param(0.1, marks=pytest.mark.exhaustive), 1.0, 10.0])
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_forloop_goes_right_direction(info, contiguous, with_lrsched):
 
 
 @EACH
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@SCALES
 def test_defaults_go_right_direction_at_every_scale(info, scale):
     (_, make), *_ = made(info)
     for seed in range(5):
@@ -123,7 +124,7 @@ def test_defaults_go_right_direction_at_every_scale(info, scale):
 
 
 @EACH
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@SCALES
 @pytest.mark.parametrize("start", [(1.5, 1.5), (-1.2, 1.0)])
 def test_defaults_on_rosenbrock(info, scale, start):
     if info.optim_cls is LpDescent:
@@ -138,7 +139,7 @@ def test_defaults_on_rosenbrock(info, scale, start):
 
 
 @EACH
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@SCALES
 @pytest.mark.parametrize("hidden", [0, 16])
 def test_defaults_on_linear_regression_and_a_small_network(info, scale, hidden):
     (_, make), *_ = made(info)

@@ -44,7 +44,10 @@ def save(directory, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("zero1", "zero3 in bf16"))) for name in LAUNCHES],
+)
 def test_save_state_and_load_state(name):
     _, output = made_once(save, name)
     assert "rank 0 is as expected" in output

@@ -36,7 +36,7 @@ def steps(run):
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
-        ("cpu_ddp", "z"),
+        pytest.param("cpu_ddp", "z", marks=pytest.mark.exhaustive),
         pytest.param("cpu_zero2", "weight", marks=pytest.mark.exhaustive),
         pytest.param("cpu_zero3", "m", marks=pytest.mark.exhaustive),
         ("cpu_fsdp2", "weight"),

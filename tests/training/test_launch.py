@@ -228,12 +228,14 @@ def test_mixed_precision(uninterrupted, tmp_path, precision):
     [
         ("--model.dtype", "bfloat16", "--train.gradient_checkpointing", "true"),
         ("--optimizer.name", "lp_descent", "--model.tie_word_embeddings", "true", "--model.num_key_value_heads", "1"),
-        ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
-        pytest.param(("--optimizer.name", "lion", "--optimizer.lr", "0.001"), marks=pytest.mark.exhaustive),
-        ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
-        pytest.param(
-            ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
-            marks=pytest.mark.exhaustive,
+        *(
+            pytest.param(options, marks=pytest.mark.exhaustive)
+            for options in (
+                ("--optimizer.name", "adamw", "--optimizer.betas", "0.9,0.95"),
+                ("--optimizer.name", "lion", "--optimizer.lr", "0.001"),
+                ("--optimizer.name", "sgd", "--optimizer.lr", "0.1", "--schedule.name", "linear"),
+                ("--optimizer.name", "adam", "--schedule.name", "constant", "--schedule.warmup_steps", "0"),
+            )
         ),
     ],
     ids=lambda options: "-".join(options[1::2]),

@@ -15,7 +15,7 @@ HALF, END, BATCH = 10, 20, 24  # 1 to 4 processes have an even share: batch norm
 BEFORE = dict(zip(ENGINES, (1, 2, 3, 4, 3, 2, 4), strict=True))
 AFTER = dict(zip(ENGINES, (1, 4, 2, 3, 4, 3, 2), strict=True))
 RING = list(zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True))
-IN_CI = [("train_llm", *pair) for pair in RING if pair[0] == "cpu_zero2"]
+IN_CI = [("train_llm", *pair) for pair in RING if pair[0] == "cpu"]
 CASES = [
     pytest.param(launcher, *pair, marks=() if (launcher, *pair) in IN_CI else pytest.mark.exhaustive)
     for launcher in ("train_llm", "train_imagenet")

@@ -131,7 +131,7 @@ def file_text(rng, names, template):
 
 @pytest.mark.parametrize(
     ("seed", "cases"),
-    [(0, 150), *(pytest.param(seed, 1000, marks=pytest.mark.exhaustive) for seed in range(1, 6))],
+    [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.exhaustive) for seed in range(1, 6))],
 )
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS.keys())
 def test_random_settings(launcher, seed, cases, tmp_path, capsys):
