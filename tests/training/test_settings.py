@@ -106,7 +106,7 @@ def test_options_as_people_type_them():
     assert config.train.micro_batch_size is None
     assert parse(LLMConfig, ["--data.files", "[a.txt, b.txt]"]).data.files == ["a.txt", "b.txt"]
     assert parse(LLMConfig, ["--data.files", "[0-9].txt,[ab].txt"]).data.files == ["[0-9].txt", "[ab].txt"]
-    for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("null", None)):
+    for typed, profile in (("3,5", (3, 5)), ("[3, 5]", (3, 5)), ("2, 1_000", (2, 1000)), ("null", None)):
         assert parse(LLMConfig, ["--train.profile", typed]).train.profile == profile
     # the shell has replaced a pattern
     shell = parse(LLMConfig, ["--data.files", "a,1.txt", "b.txt", "--seed", "3", "--optimizer.betas", "0.8", "0.9"])
@@ -177,7 +177,7 @@ MISTYPED = [
     (["a.txt"], "a.txt: an option, as in --section.name value, must come before it"),
     (["--optimizer.lr", "fast"], "optimizer.lr: fast is not allowed; it must be a number"),
     (["--optimizer.lr", "12:30:45"], "optimizer.lr: 12:30:45 is not allowed; it must be a number"),
-    (["--train.max_steps", "1_000"], "train.max_steps: 1_000 is not allowed; it must be a whole number"),
+    (["--train.max_steps", "1__000"], "train.max_steps: 1__000 is not allowed; it must be a whole number"),
     (["--optimizer.betas", "0.9,0b1"], "optimizer.betas: 0b1 is not allowed; it must be a number"),
     (["--train.max_steps", "2.5"], "train.max_steps: 2.5 is not allowed; it must be a whole number"),
     (

@@ -345,11 +345,14 @@ def _value(where: str, value: Any, kind: Any) -> Any:
             inner = get_args(sequence)
             inner = inner * len(value) if get_origin(sequence) is list else inner
             return [*(_value(where, *pair) for pair in zip(value, inner, strict=False)), *value[len(inner) :]]
-    if isinstance(value, str) and not _is_text(kind):  # YAML 1.1 would take some of it for numbers
-        word = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower()) if bool in kinds else None
-        if word is None:
+    if isinstance(value, str):
+        words = {"yes": True, "on": True, "no": False, "off": False}  # of YAML 1.1
+        if bool in kinds and value.lower() in words:
+            return words[value.lower()]
+        if {int, float} & {*kinds} and re.fullmatch(r"[-+]?\d+(_\d+)+", value):
+            return int(value)
+        if not _is_text(kind):  # jsonargparse would read it by YAML 1.1, in which 12:30 is 750
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
-        return word
     return value
 
 
