@@ -28,8 +28,8 @@ def differences(first: Path, second: Path) -> list[str]:
         for name in batch:
             differs = bits(a[name]) != bits(b[name])
             if differs.any():
-                unequal = (copy[name].reshape(-1)[differs].double() for copy in (a, b))
-                lines[name] = _describe(*unequal, total=len(differs))
+                unequal, other = (copy[name].reshape(-1)[differs].double() for copy in (a, b))
+                lines[name] = _describe(unequal, other, total=len(differs))
     return [f"{name}: {lines[name]}" for name in sorted(lines)]
 
 

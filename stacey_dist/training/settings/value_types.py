@@ -86,7 +86,7 @@ def check(condition: bool, setting: str, value: Any, allowed: str) -> None:
 def _wrong(kind: Any, value: Any) -> str | None:
     """Return what a value must be and is not; None if it is allowed."""
     arguments = get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return None if isinstance(value, kind) else f"it must be a {kind.__name__}"
     if get_origin(kind) is Literal:
         is_one = any(value == one and type(value) is type(one) for one in arguments)  # not one of numpy's
