@@ -10,6 +10,7 @@ from experiments.llm import TASK
 from experiments.trial import data_settings
 
 _CONFIG = "sweeps/long/base.yaml"
+_QUICKSTART = "llm/quickstart.yaml"
 _RATES = ("optimizer.lr", "optimizer.tau")  # tau of (p,p) is a learning rate at large p
 
 
@@ -33,18 +34,28 @@ def run(reproduction: Reproduction) -> Outcome:
     new = [(name, seed) for seed in range(1, reproduction.seeds + 1) for name in size["runs"]]
     again = {(name, seed): part(name, name, seed, size["short"]) for name, seed in new}
     long = {(name, seed): part(name, name, seed, size["long"]) for name, seed in new}
+    quickstarts = {}
+    for title, changed in (("constant", {}), ("grows", {"schedule.final_alpha": size["quickstart_final_alpha"]})):
+        for seed in range(1, reproduction.seeds + 1):
+            own = {**size["quickstart"], **changed, "seed": seed, "data.cache_dir": given["data.cache_dir"]}
+            label = f"quickstart-{title}-seed{seed}"
+            quickstarts[title, seed] = training(reproduction, TASK.program, configs() / _QUICKSTART, own, label)
     controls = {}
     for title, (name, factor) in size["controls"].items():
         rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}
         controls[title] = part(name, control(name, factor), 1, size["long"], **rates)
-    repeated, found, controlled = results(reproduction, again, long, controls)
+    repeated, found, controlled, started = results(reproduction, again, long, controls, quickstarts)
     values, table = report(found, TASK.metric, size["runs"])
     short_values, short_table = report(repeated, TASK.metric, size["runs"])
     others = {title: result.final(TASK.metric) for title, result in controlled.items()}
+    quickstart = {
+        f"STACEY(p,p), α {title}, seed {seed}": run.final(TASK.metric) for (title, seed), run in started.items()
+    }
     table += table_of_losses(f"{size['short']} updates, seed 0", ends, TASK.metric)
     table += f"\n{size['short']} updates, new seeds\n\n{short_table}"
     table += table_of_losses(f"{size['long']} updates, seed 1", others, TASK.metric)
-    tables = {"short": ends, "short with new seeds": short_values, "controls": others}
+    table += table_of_losses("quickstart, default numbers", quickstart, TASK.metric)
+    tables = {"short": ends, "short with new seeds": short_values, "controls": others, "quickstart": quickstart}
     return Outcome({**values, **tables}, table, {"curves": curves(found, TASK.metric)})
 
 
@@ -96,11 +107,14 @@ EXPERIMENT = Experiment(
                     "AdamW, twice the learning rate": ("adamw", 2.0),
                     "STACEY(p,p), twice lr and τ": ("stacey_pp", 2.0),
                 },
+                # The quickstart with the default numbers of (p,p), whose alpha is 0.00123.
+                "quickstart": {"optimizer.variant": "pp"},
+                "quickstart_final_alpha": 27.0,
                 "short": 3000,
                 "long": 10_000,
             },
         ),
     },
     run,
-    files=(_CONFIG,),
+    files=(_CONFIG, _QUICKSTART),
 )

@@ -1,6 +1,7 @@
 """The experiment on a growing alpha, end to end at a toy scale."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,15 +63,16 @@ def test_a_run_that_diverged_is_told_in_both(monkeypatch):
 @pytest.mark.exhaustive
 def test_end_to_end(tmp_path, monkeypatch):
     configs = write_sweeps(tmp_path)
+    (configs / "llm").mkdir()
+    shutil.copy(configs / "sweeps/long/base.yaml", configs / "llm/quickstart.yaml")
     monkeypatch.setattr(alpha, "configs", lambda: configs)
     pp = {"optimizer.name": "stacey", "optimizer.variant": "pp"}
     growing = {**pp, "schedule.final_alpha": 1.0}
     runs = {"adamw": {"optimizer.name": "adamw", "optimizer.lr": 2e-4}, "stacey_pp": pp, "stacey_pp_growing": growing}
-    toy = Scale(
-        "a toy",
-        2,
-        {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": ("adamw", 0.5)}, "short": 20, "long": 30},
-    )
+    lengths = {"short": 20, "long": 30}
+    quickstart = {"quickstart": pp, "quickstart_final_alpha": 3.0}
+    settings = {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": ("adamw", 0.5)}}
+    toy = Scale("a toy", 2, settings | lengths | quickstart)
     monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
     assert main(["reproduce", "alpha", "--scale", "toy", "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -80,9 +82,15 @@ def test_end_to_end(tmp_path, monkeypatch):
     assert set(results["short"]) == {"AdamW", "STACEY(p,p), α constant", "STACEY(p,p), α grows to 2"}
     finals = {
         name: yaml_files.read(tmp_path / "out/runs" / name / "config.yaml")["schedule"]["final_alpha"]
-        for name in ("stacey_pp-alpha-20-seed0", "stacey_pp-alpha-to-2-20-seed0", "stacey_pp_growing-30-seed2")
+        for name in (
+            "stacey_pp-alpha-20-seed0",
+            "stacey_pp-alpha-to-2-20-seed0",
+            "stacey_pp_growing-30-seed2",
+            "quickstart-grows-seed1",
+        )
     }
-    assert list(finals.values()) == [None, 2.0, 1.0]
+    assert list(finals.values()) == [None, 2.0, 1.0, 3.0]
+    assert len(results["quickstart"]) == 4
     assert yaml_files.read(tmp_path / "out/runs/adamw-rates-0.5-30-seed1/config.yaml")["optimizer"]["lr"] == 1e-4
     table = (tmp_path / "out/table.md").read_text()
     assert "| lower |" in table
