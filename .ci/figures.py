@@ -77,14 +77,17 @@ def alpha_again() -> list[list[str]]:
     rows = [["run", "seed 0, which chose the growth", *(f"seed {seed}" for seed in seeds)]]
     ends = {}
     for title, chosen, name in (
+        ("AdamW", "adamw", "adamw"),
         ("STACEY(p,p), α constant", "stacey_pp-alpha", "stacey_pp"),
         ("STACEY(p,p), α grows", "stacey_pp-alpha-to-220", "stacey_pp_growing"),
     ):
         files = [f"{chosen}-3000-seed0", *(f"{name}-3000-seed{seed}" for seed in seeds)]
         ends[title] = [_result(ALPHA / f"{file}.json").final("eval_loss") for file in files]
         rows.append([title, *(f"{end:.4f}" for end in ends[title])])
-    constant, growing = ends.values()
-    rows.append(["difference", *(f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True))])
+    _, constant, growing = ends.values()
+    rows.append(
+        ["what the growth changes", *(f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True))]
+    )
     return rows
 
 

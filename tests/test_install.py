@@ -121,7 +121,7 @@ def library_alone(built):
 CORE_TESTS = ("tests/optim", "tests/sharding", "tests/checkpoint")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_library_runs_where_only_torch_numpy_and_safetensors_are(library_alone, tmp_path):
     listed = run("uv", "pip", "freeze", "--python", library_alone / "python")
     installed = {line.split("==")[0].lower() for line in listed.splitlines()}

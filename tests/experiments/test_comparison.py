@@ -259,7 +259,7 @@ def test_end_to_end(name, tmp_path, capsys, request):
             assert yaml.safe_load(run.read_text())["seed"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_settings_that_are_given_are_not_tuned(configs, tmp_path):
     results = reproduce("llm", tmp_path / "out", scale="given")
     final = results["optimizers"]["stacey_p2"]["finals"][0]

@@ -22,11 +22,12 @@ from tests.training.forked import server
 
 pytestmark = pytest.mark.slow
 
+QUICK = (1, 3)  # numbers of processes that are measured in CI; all are with -m exhaustive
 DISTRIBUTED = [name for name in ENGINES if name not in ("single", "hsdp")]  # hsdp takes 4
 CASES = {  # (engine, precision, tied): the others are in between
     1: [("single", precision, tied) for precision in ("no", "bf16") for tied in (True, False)],
     2: [(engine, *rest) for engine in DISTRIBUTED for rest in (("no", True), ("bf16", False))],
-    3: [("fsdp2", "bf16", False), ("zero3", "no", True)],
+    3: [("fsdp2", "bf16", False), ("zero3", "no", True), ("zero2", "bf16", True), ("ddp", "no", True)],
     4: [(engine, "bf16", True) for engine in [*DISTRIBUTED, "hsdp"]]
     + [(engine, "no", False) for engine in ("zero2", "fsdp2", "hsdp")],
 }
@@ -58,7 +59,7 @@ def job_of(engine, precision, tied, processes):
 @pytest.mark.parametrize(
     ("processes", "engine", "precision", "tied"),
     [
-        pytest.param(processes, *case, marks=[pytest.mark.exhaustive] * (processes == 2))
+        pytest.param(processes, *case, marks=[pytest.mark.exhaustive] * (processes not in QUICK))
         for processes, cases in CASES.items()
         for case in cases
     ],
@@ -100,7 +101,9 @@ def test_every_byte_that_rests_is_planned(processes, engine, precision, tied):
     assert sum(written) == whole
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3, 4])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n not in QUICK)) for n in CASES]
+)
 def test_initial_weights_are_the_same_bits_on_every_engine_and_number_of_processes(processes):
     for engine, precision, tied in CASES[processes]:
         whole = single(tied)
@@ -142,20 +145,20 @@ def _alone(results, function, arguments):
 
 
 @functools.cache
-def simulated():
-    def cases(processes):
-        small = [
-            (engine, config_of(engine, "bf16", False, processes, "unused")) for engine in ENGINES_OF_MANY[processes]
-        ]
-        return [*((*case, VOCABULARY, True) for case in small), ("fsdp2", large(), 32_000, False)]
-
-    started = {(rank, processes): alone(simulate, rank, processes, cases(processes)) for rank, processes in SIMULATED}
-    return {key: results.get() for key, results in started.items()}
+def simulated(processes):
+    """Return what the first and the last rank own, by rank."""
+    small = [(engine, config_of(engine, "bf16", False, processes, "unused")) for engine in ENGINES_OF_MANY[processes]]
+    cases = [*((*case, VOCABULARY, True) for case in small), ("fsdp2", large(), 32_000, False)]
+    started = {rank: alone(simulate, rank, processes, cases) for rank, of in SIMULATED if of == processes}
+    return {rank: results.get() for rank, results in started.items()}
 
 
-@pytest.mark.parametrize(("rank", "processes"), SIMULATED)
+@pytest.mark.parametrize(
+    ("rank", "processes"),
+    [pytest.param(*key, marks=[pytest.mark.exhaustive] * (key[1] != 256)) for key in SIMULATED],
+)
 def test_ranks_of_many_own_what_is_planned(rank, processes):
-    found = simulated()[rank, processes]
+    found = simulated(processes)[rank]
     assert isinstance(found, list), found
     *small, (count_70b, _) = found
     for engine, (count, state) in zip(ENGINES_OF_MANY[processes], small, strict=True):

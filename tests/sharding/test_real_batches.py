@@ -5,7 +5,6 @@ on the whole batch, relative to how far the weights have moved.
 """
 
 import functools
-import itertools
 
 import pytest
 import torch
@@ -97,11 +96,6 @@ def distance(start, end, other):
     return float((other - end).norm() / (end - start).norm())
 
 
-def in_ci(world_size, engine):
-    """FSDP2 with two processes; all engines with one, two and four by -m exhaustive."""
-    return (world_size, engine) == (2, "fsdp2")
-
-
 def check(engine, found):
     for name in OPTIMIZERS:
         start, end, losses = one_process(name)
@@ -109,28 +103,23 @@ def check(engine, found):
         found[engine, name] = (distance(start, end, ours), float((our_losses - losses).abs().max()))
 
 
-def all_engines(rank, world_size, quick):
+def all_engines(rank):
     found = {}
-    chosen = [engine for engine in ENGINES if in_ci(world_size, engine) == quick]
-    failures = {engine: outcome(check, engine, found) for engine in chosen}
+    failures = {engine: outcome(check, engine, found) for engine in ENGINES}
     start, end, losses = one_process("stacey in bfloat16")
     _, other, other_losses = one_process("stacey in bfloat16", seed=1)
     return failures, found, (distance(start, end, other), float((other_losses - losses).abs().max()))
 
 
-def train_on_all_engines(_, world_size, quick):
-    return spawn(all_engines, world_size, world_size, quick)
+def train_on_all_engines(_, world_size):
+    return spawn(all_engines, world_size)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "engine"),
-    [
-        pytest.param(*key, marks=() if in_ci(*key) else pytest.mark.exhaustive)
-        for key in itertools.product((1, 2, 4), ENGINES)
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_split_of_a_batch_is_noise(world_size, engine):
-    failures, found, other_seed = made_once(train_on_all_engines, world_size, in_ci(world_size, engine))
+    failures, found, other_seed = made_once(train_on_all_engines, world_size)
     assert failures[engine] is None, failures[engine]
     (adamw, adamw_loss), (stacey, stacey_loss), (bfloat16, bfloat16_loss) = (found[engine, name] for name in OPTIMIZERS)
     # float32 states: nearer to one process than AdamW comes on the same engine; both are 0 where no sum is split.

@@ -195,7 +195,7 @@ def check_all(directory, world_size):
 
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.parametrize("world_size", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2)), 3])
 def test_state(world_size, engine, name):
     failure = made_once(check_all, world_size)[engine, name]
     assert failure is None, failure

@@ -45,7 +45,7 @@ def named(output):
     [
         (1, signal.SIGKILL, "cpu_ddp", 120),  # a connection that ends tells at once
         (0, signal.SIGKILL, "cpu_zero2", 120),  # the store lives in process 0, and dies with it
-        (1, signal.SIGSTOP, "cpu_zero2", 2),
+        pytest.param(1, signal.SIGSTOP, "cpu_zero2", 2, marks=pytest.mark.exhaustive),
         (0, signal.SIGSTOP, "cpu_ddp", 2),
     ],
 )

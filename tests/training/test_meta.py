@@ -13,7 +13,7 @@ PROGRAM = "tests/training/on_meta.py"
         ("train_llm.py", ()),
         ("train_llm.py", ("--train.micro_batch_size", 2, "--data.document_mask", "true")),
         ("train_llm.py", ("--train.max_grad_norm", 0, "--model.tie_word_embeddings", "true")),
-        ("train_imagenet.py", ()),
+        pytest.param("train_imagenet.py", (), marks=pytest.mark.exhaustive),
         ("train_imagenet.py", ("--train.label_smoothing", 0.1, "--train.micro_batch_size", 2)),
     ],
 )
