@@ -21,6 +21,8 @@ from experiments.trial import Result
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 LONG_RUNS, ALPHA = (ROOT / "docs/results" / name / "parts" for name in ("long-runs", "alpha"))
+SEEDS = (1, 2, 3)
+"""Of runs with new seeds."""
 MARKED = re.compile(r"^<!-- figures: (\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -31,8 +33,16 @@ def tables() -> dict[str, list[list[str]]]:
     whole = {name: table for name, table in read.items() if isinstance(table, list)}
     parts = {name: table for name, table in read.items() if name not in whole}
     columns = {name: [[row[i] for i in part["columns"]] for row in whole[part["of"]]] for name, part in parts.items()}
-    drawn = {"long-runs": long_runs(), "alpha": alpha(), "alpha-long": alpha_long(), "alpha-summary": alpha_summary()}
-    return whole | columns | drawn | {"alpha-again": alpha_again(), "coupling": coupling()}
+    drawn = {
+        "long-runs": long_runs(),
+        "alpha": alpha(),
+        "alpha-again": alpha_again(),
+        "alpha-quickstart": alpha_quickstart(),
+        "alpha-long": alpha_long(),
+        "alpha-summary": alpha_summary(),
+        "coupling": coupling(),
+    }
+    return whole | columns | drawn
 
 
 def long_runs() -> list[list[str]]:
@@ -62,7 +72,7 @@ def alpha_summary() -> list[list[str]]:
     rows = [["run", "held-out loss", "against AdamW", "bytes of state"]]
     runs = {name: ALPHA / f"{name}-10000" for name in ("adamw", "stacey_pp", "stacey_pp_growing")}
     runs["stacey_uncoupled"] = LONG_RUNS / "stacey_uncoupled"
-    found = {(name, seed): _result(Path(f"{run}-seed{seed}.json")) for name, run in runs.items() for seed in (1, 2, 3)}
+    found = {(name, seed): _result(Path(f"{run}-seed{seed}.json")) for name, run in runs.items() for seed in SEEDS}
     values, _ = report(found, "eval_loss", {name: {} for name in runs})
     for name, of in values["optimizers"].items():
         against = "–" if name == "adamw" else f"{of['difference']:+.4f} ± {of['interval_of_difference']:.4f}"
@@ -73,22 +83,34 @@ def alpha_summary() -> list[list[str]]:
 
 def alpha_again() -> list[list[str]]:
     """Return the held-out losses of short runs with each seed, and what the growth of alpha changes."""
-    seeds = [int(file.stem.rpartition("seed")[2]) for file in sorted(ALPHA.glob("stacey_pp_growing-3000-seed*.json"))]
-    rows = [["run", "seed 0, which chose the growth", *(f"seed {seed}" for seed in seeds)]]
-    ends = {}
-    for title, chosen, name in (
-        ("AdamW", "adamw", "adamw"),
-        ("STACEY(p,p), α constant", "stacey_pp-alpha", "stacey_pp"),
-        ("STACEY(p,p), α grows", "stacey_pp-alpha-to-220", "stacey_pp_growing"),
-    ):
-        files = [f"{chosen}-3000-seed0", *(f"{name}-3000-seed{seed}" for seed in seeds)]
-        ends[title] = [_result(ALPHA / f"{file}.json").final("eval_loss") for file in files]
-        rows.append([title, *(f"{end:.4f}" for end in ends[title])])
-    _, constant, growing = ends.values()
-    rows.append(
-        ["what the growth changes", *(f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True))]
-    )
-    return rows
+    files = {
+        "AdamW": ("adamw", "adamw"),
+        "STACEY(p,p), α constant": ("stacey_pp-alpha", "stacey_pp"),
+        "STACEY(p,p), α grows": ("stacey_pp-alpha-to-220", "stacey_pp_growing"),
+    }
+    columns = ["seed 0, which chose the growth", *(f"seed {seed}" for seed in SEEDS)]
+    names = {
+        title: [f"{chosen}-3000-seed0", *(f"{name}-3000-seed{seed}" for seed in SEEDS)]
+        for title, (chosen, name) in files.items()
+    }
+    return _with_change(columns, names)
+
+
+def alpha_quickstart() -> list[list[str]]:
+    """Return what the growth of alpha changes in the quickstart with (p,p) and its default numbers."""
+    names = {
+        name: [f"quickstart-{name}-seed{n}" for n in SEEDS] for name in ("adamw", "stacey_pp", "stacey_pp_growing")
+    }
+    return _with_change([f"seed {n}" for n in SEEDS], {LOOKS[name].label: of for name, of in names.items()})
+
+
+def _with_change(columns: list[str], names: dict[str, list[str]]) -> list[list[str]]:
+    """Return held-out losses of parts of the experiment on alpha, and the last row less the one before it."""
+    ends = {title: [_result(ALPHA / f"{n}.json").final("eval_loss") for n in of] for title, of in names.items()}
+    *_, constant, growing = ends.values()
+    changes = [f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True)]
+    rows = [[title, *(f"{end:.4f}" for end in losses)] for title, losses in ends.items()]
+    return [["run", *columns], *rows, ["what the growth changes", *changes]]
 
 
 def coupling() -> list[list[str]]:

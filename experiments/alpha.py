@@ -34,12 +34,17 @@ def run(reproduction: Reproduction) -> Outcome:
     new = [(name, seed) for seed in range(1, reproduction.seeds + 1) for name in size["runs"]]
     again = {(name, seed): part(name, name, seed, size["short"]) for name, seed in new}
     long = {(name, seed): part(name, name, seed, size["long"]) for name, seed in new}
-    quickstarts = {}
-    for title, changed in (("constant", {}), ("grows", {"schedule.final_alpha": size["quickstart_final_alpha"]})):
-        for seed in range(1, reproduction.seeds + 1):
-            own = {**size["quickstart"], **changed, "seed": seed, "data.cache_dir": given["data.cache_dir"]}
-            label = f"quickstart-{title}-seed{seed}"
-            quickstarts[title, seed] = training(reproduction, TASK.program, configs() / _QUICKSTART, own, label)
+    quickstarts = {
+        (name, seed): training(
+            reproduction,
+            TASK.program,
+            configs() / _QUICKSTART,
+            {**settings, "seed": seed, "data.cache_dir": given["data.cache_dir"]},
+            f"quickstart-{name}-seed{seed}",
+        )
+        for name, settings in size["quickstart"].items()
+        for seed in range(1, reproduction.seeds + 1)
+    }
     controls = {}
     for title, (name, factor) in size["controls"].items():
         rates = {rate: factor * size["runs"][name][rate] for rate in _RATES if rate in size["runs"][name]}
@@ -48,14 +53,12 @@ def run(reproduction: Reproduction) -> Outcome:
     values, table = report(found, TASK.metric, size["runs"])
     short_values, short_table = report(repeated, TASK.metric, size["runs"])
     others = {title: result.final(TASK.metric) for title, result in controlled.items()}
-    quickstart = {
-        f"STACEY(p,p), α {title}, seed {seed}": run.final(TASK.metric) for (title, seed), run in started.items()
-    }
+    started_values, started_table = report(started, TASK.metric, size["quickstart"])
     table += table_of_losses(f"{size['short']} updates, seed 0", ends, TASK.metric)
     table += f"\n{size['short']} updates, new seeds\n\n{short_table}"
     table += table_of_losses(f"{size['long']} updates, seed 1", others, TASK.metric)
-    table += table_of_losses("quickstart, default numbers", quickstart, TASK.metric)
-    tables = {"short": ends, "short with new seeds": short_values, "controls": others, "quickstart": quickstart}
+    table += f"\nquickstart\n\n{started_table}"
+    tables = {"short": ends, "short with new seeds": short_values, "controls": others, "quickstart": started_values}
     return Outcome({**values, **tables}, table, {"curves": curves(found, TASK.metric)})
 
 
@@ -81,6 +84,7 @@ _ADAMW = {
     "optimizer.weight_decay": 0.06755213191286193,
     "optimizer.betas": [0.9, 0.99],
 }
+_QUICKSTART_PP = {"optimizer.name": "stacey", "optimizer.variant": "pp"}
 _CHOSEN = 220.0
 """exp(10) times the first alpha: z averages about the last tenth of the run."""
 
@@ -107,9 +111,12 @@ EXPERIMENT = Experiment(
                     "AdamW, twice the learning rate": ("adamw", 2.0),
                     "STACEY(p,p), twice lr and τ": ("stacey_pp", 2.0),
                 },
-                # The quickstart with the default numbers of (p,p), whose alpha is 0.00123.
-                "quickstart": {"optimizer.variant": "pp"},
-                "quickstart_final_alpha": 27.0,
+                # With the default numbers, in which alpha of (p,p) is 0.00123.
+                "quickstart": {
+                    "adamw": {"optimizer.name": "adamw"},
+                    "stacey_pp": _QUICKSTART_PP,
+                    "stacey_pp_growing": {**_QUICKSTART_PP, "schedule.final_alpha": 27.0},
+                },
                 "short": 3000,
                 "long": 10_000,
             },

@@ -70,7 +70,7 @@ def test_end_to_end(tmp_path, monkeypatch):
     growing = {**pp, "schedule.final_alpha": 1.0}
     runs = {"adamw": {"optimizer.name": "adamw", "optimizer.lr": 2e-4}, "stacey_pp": pp, "stacey_pp_growing": growing}
     lengths = {"short": 20, "long": 30}
-    quickstart = {"quickstart": pp, "quickstart_final_alpha": 3.0}
+    quickstart = {"quickstart": {"stacey_pp_growing": {**pp, "schedule.final_alpha": 3.0}}}
     settings = {"runs": runs, "final_alpha": (None, 2.0), "controls": {"lower": ("adamw", 0.5)}}
     toy = Scale("a toy", 2, settings | lengths | quickstart)
     monkeypatch.setitem(registry.EXPERIMENTS["alpha"].scales, "toy", toy)
@@ -86,11 +86,11 @@ def test_end_to_end(tmp_path, monkeypatch):
             "stacey_pp-alpha-20-seed0",
             "stacey_pp-alpha-to-2-20-seed0",
             "stacey_pp_growing-30-seed2",
-            "quickstart-grows-seed1",
+            "quickstart-stacey_pp_growing-seed1",
         )
     }
     assert list(finals.values()) == [None, 2.0, 1.0, 3.0]
-    assert len(results["quickstart"]) == 4
+    assert set(results["quickstart"]["optimizers"]) == {"stacey_pp_growing"}
     assert yaml_files.read(tmp_path / "out/runs/adamw-rates-0.5-30-seed1/config.yaml")["optimizer"]["lr"] == 1e-4
     table = (tmp_path / "out/table.md").read_text()
     assert "| lower |" in table
