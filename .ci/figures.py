@@ -105,12 +105,13 @@ def alpha_quickstart() -> list[list[str]]:
 
 
 def _with_change(columns: list[str], names: dict[str, list[str]]) -> list[list[str]]:
-    """Return held-out losses of parts of the experiment on alpha, and the last row less the one before it."""
+    """Return held-out losses of AdamW, of a constant and of a growing alpha, and the last less each of the others."""
     ends = {title: [_result(ALPHA / f"{n}.json").final("eval_loss") for n in of] for title, of in names.items()}
-    *_, constant, growing = ends.values()
-    changes = [f"{other - one:+.4f}" for one, other in zip(constant, growing, strict=True)]
     rows = [[title, *(f"{end:.4f}" for end in losses)] for title, losses in ends.items()]
-    return [["run", *columns], *rows, ["what the growth changes", *changes]]
+    adamw, constant, growing = ends.values()
+    for title, others in (("what the growth changes", constant), ("against AdamW", adamw)):
+        rows.append([title, *(f"{own - other:+.4f}" for own, other in zip(growing, others, strict=True))])
+    return [["run", *columns], *rows]
 
 
 def coupling() -> list[list[str]]:

@@ -15,7 +15,7 @@ _RATES = ("optimizer.lr", "optimizer.tau")  # tau of (p,p) is a learning rate at
 
 
 def run(reproduction: Reproduction) -> Outcome:
-    """Compare growths of alpha in short runs with seed 0, and one with new seeds in short and in long runs."""
+    """Compare growths of alpha in short runs with seed 0, and one with new seeds: short, long and quickstart."""
     size = reproduction.scale.settings
     given = data_settings(TASK.program, reproduction.directory, reproduction.data, {})
 
@@ -93,8 +93,8 @@ EXPERIMENT = Experiment(
     "not in the paper: does an alpha that grows help (p,p) in long runs? LLaMA, 20 M tokens",
     {
         "cpu": Scale(
-            "0.9 M parameters, 5 short runs of 3 000 updates, 3 short and 3 long ones of 10 000 for each seed and 3 "
-            "more; seven hours on two cores",
+            "0.9 M parameters, 5 short runs of 3 000 updates, 3 short ones, 3 long ones of 10 000 and 3 quickstarts "
+            "for each seed, and 3 long ones more; eight hours on two cores",
             3,
             {
                 # What `reproduce long` has found.
