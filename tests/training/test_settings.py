@@ -6,16 +6,18 @@ import inspect
 import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import yaml
 
-from stacey_dist import Stacey
+from stacey_dist import Stacey, yaml_files
 from stacey_dist.errors import SettingsError
 from stacey_dist.training.launchers import LLM
 from stacey_dist.training.processes.failures import user_errors
 from stacey_dist.training.settings.command_line import flatten, parse, to_dict
+from stacey_dist.training.settings.config import RunConfig
 from stacey_dist.training.settings.llm_config import CorpusConfig, LLMConfig
 from tests.training.forked import ROOT
 from tests.training.helpers import launch, write_text
@@ -116,6 +118,50 @@ def test_options_as_people_type_them():
     assert parse(LLMConfig, ["--model.config", "", "--model.pretrained", ""]).model.source is None
 
 
+@dataclasses.dataclass
+class Mixed:
+    """Settings of a program that may be text beside something else."""
+
+    auto: int | Literal[0, "auto"] = 0
+    flag: Literal[True, False] = True
+    pair: tuple[int, int] | list[str] | None = None
+    tag: bool | str | int = ""
+    share: Literal[1.0, 2.5] = 2.5
+
+
+@dataclasses.dataclass
+class MixedConfig(RunConfig):
+    """A program's own settings."""
+
+    mixed: Mixed = dataclasses.field(default_factory=Mixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("auto", "auto", "auto"),
+        ("auto", "3", 3),
+        ("flag", "no", False),
+        ("pair", "[a, b]", ["a", "b"]),
+        ("pair", "3, 4", (3, 4)),
+        ("pair", "null", None),
+        ("tag", "2024_01", "2024_01"),
+        ("share", "1", 1),
+    ],
+)
+def test_text_beside_something_else(tmp_path, name, text, value):
+    config = parse(MixedConfig, [f"--mixed.{name}", text])
+    assert getattr(config.mixed, name) == value
+    config.validate()
+    (tmp_path / "a.yaml").write_text(yaml_files.dump(to_dict(config)))
+    assert parse(MixedConfig, ["--config", str(tmp_path / "a.yaml")]) == config
+
+
+@pytest.mark.parametrize(("text", "value"), [("1_000.5", 1000.5), ("1_0e-3", 0.01), ("-1_000", -1000)])
+def test_grouped_digits(text, value):
+    assert parse(LLMConfig, ["--model.rope_theta", text]).model.rope_theta == value
+
+
 def test_a_setting_that_is_a_truth_or_a_word(tmp_path):
     (tmp_path / "words.yaml").write_text("train: {gradient_checkpointing: selective}\n")
     for text, value in (("true", True), ("no", False), ("selective", "selective")):
@@ -178,6 +224,8 @@ MISTYPED = [
     (["--optimizer.lr", "fast"], "optimizer.lr: fast is not allowed; it must be a number"),
     (["--optimizer.lr", "12:30:45"], "optimizer.lr: 12:30:45 is not allowed; it must be a number"),
     (["--train.max_steps", "1__000"], "train.max_steps: 1__000 is not allowed; it must be a whole number"),
+    (["--train.max_steps", f"1_{5000 * '0'}"], "a number of 5001 digits is not allowed"),
+    (["--train.max_steps", "\u0660_\u0661"], "it must be a whole number"),
     (["--optimizer.betas", "0.9,0b1"], "optimizer.betas: 0b1 is not allowed; it must be a number"),
     (["--train.max_steps", "2.5"], "train.max_steps: 2.5 is not allowed; it must be a whole number"),
     (

@@ -202,7 +202,7 @@ def _describe(kind: Any) -> str:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
     if dataclasses.is_dataclass(kind):
         return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
-    if get_origin(kind) in (Union, UnionType):
+    if _is_union(kind):
         words = " or ".join(_describe(other) for other in arguments if other is not NoneType)
         return words + (", or null" if NoneType in arguments else "")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -263,26 +263,29 @@ def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
     if isinstance(value, list):
-        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
-        return value if get_origin(kind) is list else _from_text(f"--{name}", ",".join(value), kind)
+        sequence = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+        return value if get_origin(sequence) is list else _from_text(f"--{name}", ",".join(value), kind)
     return _from_text(f"--{name}", value, kind)
 
 
 def _from_text(where: str, value: str, kind: Any) -> Any:
     """Return the value that a text stands for, as a person types it, for a setting of this type."""
+    sequence = kind
     if value != "null":
-        kind = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+        sequence = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
     elif get_origin(kind) in (list, tuple):
         return _value(where, None, kind)
-    if get_origin(kind) in (list, tuple):
+    if get_origin(sequence) in (list, tuple):
         is_yaml = value.startswith("[") and value.endswith("]")  # and no pattern, as in [0-9].txt
-        if get_origin(kind) is list and not _of_sections(kind) and value and not is_yaml:
+        if get_origin(sequence) is list and not _of_sections(sequence) and value and not is_yaml:
             return value.split(",")
         value = value if value.startswith("[") else f"[{value}]"
     elif _is_text(kind):
         return None if value == "null" and NoneType in get_args(kind) else value
     loaded = yaml_files.load(".inf" if value == "inf" else value, where)
-    return _value(where.removeprefix("--") if _of_sections(kind) else where, loaded, kind)
+    if _of_sections(sequence):
+        return _value(where.removeprefix("--"), loaded, sequence)
+    return _value(where, loaded, kind)
 
 
 def _read(path: str, kinds: Mapping[str, Any], elsewhere: Mapping[str, type]) -> dict[str, Any]:
@@ -335,25 +338,44 @@ def _value(where: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
         return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
-    if isinstance(value, bool) and bool not in kinds:
+    alternatives = [one for one in (get_args(kind) if _is_union(kind) else (kind,)) if one is not NoneType]
+    if isinstance(value, bool) and not any(one is bool or value in _truths(one) for one in alternatives):
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
         raise SettingsError(f"{where}: null is not allowed; it must be {_describe(kind)}")
-    if isinstance(value, list):
-        sequence = next((one for one in kinds if get_origin(one) in (list, tuple)), None)
-        if sequence is not None:
-            inner = get_args(sequence)
-            inner = inner * len(value) if get_origin(sequence) is list else inner
-            return [*(_value(where, *pair) for pair in zip(value, inner, strict=False)), *value[len(inner) :]]
+    if isinstance(value, list) and len(alternatives) == 1 and get_origin(alternatives[0]) in (list, tuple):
+        inner = get_args(alternatives[0])
+        inner = inner * len(value) if get_origin(alternatives[0]) is list else inner
+        return [*(_value(where, *pair) for pair in zip(value, inner, strict=False)), *value[len(inner) :]]
     if isinstance(value, str):
         words = {"yes": True, "on": True, "no": False, "off": False}  # of YAML 1.1
-        if bool in kinds and value.lower() in words:
+        if bool in alternatives and value.lower() in words:
             return words[value.lower()]
-        if {int, float} & {*kinds} and re.fullmatch(r"[-+]?\d+(_\d+)+", value):
-            return int(value)
-        if not _is_text(kind):  # jsonargparse would read it by YAML 1.1, in which 12:30 is 750
-            raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
+        if all(one in (bool, int, float) for one in alternatives):
+            return _number(where, value, kind)
     return value
+
+
+def _number(where: str, text: str, kind: Any) -> int | float:
+    """Return the number that a text stands for if its digits are grouped by underscores, as in 1_000.
+
+    jsonargparse would read any other text by YAML 1.1, in which 12:30 is 750.
+    """
+    number: Any = None
+    if "_" in text and {int, float} & {kind, *get_args(kind)}:
+        number = yaml_files.load(re.sub("(?<=[0-9])_(?=[0-9])", "", text), where)
+    if type(number) not in (int, float):
+        raise SettingsError(f"{where}: {text} is not allowed; it must be {_describe(kind)}")
+    return number
+
+
+def _truths(kind: Any) -> list[Any]:
+    """Return the truth values that a Literal allows."""
+    return [one for one in get_args(kind) if isinstance(one, bool)] if get_origin(kind) is Literal else []
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
 
 
 def _of_sections(kind: Any) -> bool:
