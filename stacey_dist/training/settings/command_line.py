@@ -202,8 +202,8 @@ def _describe(kind: Any) -> str:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
     if dataclasses.is_dataclass(kind):
         return "settings: " + ", ".join(field.name for field in dataclasses.fields(kind))
-    if _is_union(kind):
-        words = " or ".join(_describe(other) for other in arguments if other is not NoneType)
+    if get_origin(kind) in (Union, UnionType):
+        words = " or ".join(map(_describe, _alternatives(kind)))
         return words + (", or null" if NoneType in arguments else "")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, str(kind))
@@ -263,18 +263,16 @@ def _option(name: str, value: str | list[str], kinds: Mapping[str, Any]) -> Any:
         raise SettingsError(f"unknown option --{name}{_nearest(name, ['config', *kinds], '--')}")
     kind = kinds[name]
     if isinstance(value, list):
-        sequence = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
+        sequence = _sequence(kind)
         return value if get_origin(sequence) is list else _from_text(f"--{name}", ",".join(value), kind)
     return _from_text(f"--{name}", value, kind)
 
 
 def _from_text(where: str, value: str, kind: Any) -> Any:
     """Return the value that a text stands for, as a person types it, for a setting of this type."""
-    sequence = kind
-    if value != "null":
-        sequence = next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
-    elif get_origin(kind) in (list, tuple):
+    if value == "null" and get_origin(kind) in (list, tuple):
         return _value(where, None, kind)
+    sequence = kind if value == "null" else _sequence(kind)
     if get_origin(sequence) in (list, tuple):
         is_yaml = value.startswith("[") and value.endswith("]")  # and no pattern, as in [0-9].txt
         if get_origin(sequence) is list and not _of_sections(sequence) and value and not is_yaml:
@@ -338,7 +336,7 @@ def _value(where: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list):
             raise SettingsError(f"{where}: {value} is not allowed; it must be {_describe(kind)}")
         return [_item(f"{where}[{i}]", item, kinds[1]) for i, item in enumerate(value)]
-    alternatives = [one for one in (get_args(kind) if _is_union(kind) else (kind,)) if one is not NoneType]
+    alternatives = _alternatives(kind)
     if isinstance(value, bool) and not any(one is bool or value in _truths(one) for one in alternatives):
         raise SettingsError(f"{where}: {str(value).lower()} is not allowed; it must be {_describe(kind)}")
     if value is None and type(None) not in kinds:
@@ -362,7 +360,7 @@ def _number(where: str, text: str, kind: Any) -> int | float:
     jsonargparse would read any other text by YAML 1.1, in which 12:30 is 750.
     """
     number: Any = None
-    if "_" in text and {int, float} & {kind, *get_args(kind)}:
+    if "_" in text and _alternatives(kind) != [bool]:
         number = yaml_files.load(re.sub("(?<=[0-9])_(?=[0-9])", "", text), where)
     if type(number) not in (int, float):
         raise SettingsError(f"{where}: {text} is not allowed; it must be {_describe(kind)}")
@@ -374,8 +372,15 @@ def _truths(kind: Any) -> list[Any]:
     return [one for one in get_args(kind) if isinstance(one, bool)] if get_origin(kind) is Literal else []
 
 
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)
+def _alternatives(kind: Any) -> list[Any]:
+    """Return the types of a union, or the only one, without None."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [one for one in kinds if one is not NoneType]
+
+
+def _sequence(kind: Any) -> Any:
+    """Return the list or tuple among the alternatives of a type; the type itself if there is none."""
+    return next((one for one in get_args(kind) if get_origin(one) in (list, tuple)), kind)
 
 
 def _of_sections(kind: Any) -> bool:

@@ -89,8 +89,8 @@ def _wrong(kind: Any, value: Any) -> str | None:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return None if isinstance(value, kind) else f"it must be a {kind.__name__}"
     if get_origin(kind) is Literal:
-        same = ({type(one), type(value)} for one in arguments if value == one)
-        is_one = any(len(kinds) == 1 or kinds == {int, float} for kinds in same)  # not one of numpy's
+        types = [{type(one), type(value)} for one in arguments if value == one]
+        is_one = any(len(both) == 1 or both == {int, float} for both in types)  # not one of numpy's
         return None if is_one else f"it must be one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, tuple):
         if not isinstance(value, (list, tuple)):
