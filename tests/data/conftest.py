@@ -1,12 +1,19 @@
+from pathlib import Path
+
 import pytest
 
 from stacey_dist.data import Document, blocks, encoding, parts, preparation, standard_library_documents
+from tests.shared import made_once
+
+
+def extract(directory: Path) -> list[Document]:
+    return list(standard_library_documents())
 
 
 @pytest.fixture(scope="session")
 def library() -> list[Document]:
     """Return the embedded text, whose extraction takes seconds."""
-    return list(standard_library_documents())
+    return made_once(extract)
 
 
 @pytest.fixture

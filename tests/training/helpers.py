@@ -31,7 +31,7 @@ TINY = {
     },
     "schedule": {"warmup_steps": 3},
     "checkpoint": {"every_steps": 12},
-    "tracking": {"sample_tokens": 3},
+    "tracking": {"sample_tokens": 0},
 }
 
 

@@ -3,7 +3,6 @@
 import atexit
 import gc
 import os
-from pathlib import Path
 
 from tests.training.hidden import HIDDEN
 
@@ -13,18 +12,18 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # what deepspeed.initialize imports: torch._inductor
 import sentencepiece.sentencepiece_model_pb2  # noqa: F401  # what saving a tokenizer imports
 import torch.distributed.checkpoint  # noqa: F401
-from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import experiments.trial_process  # noqa: F401
 from stacey_dist.training.launchers import LAUNCHERS
 from stacey_dist.training.processes.launch import skip_compilation
+from stacey_dist.training.reports import requested
 
 # What each process would make for itself, half of a short run's time: parsers, and a table of transformers.
 for launcher in LAUNCHERS.values():
     launcher.parse([])
-# Rendering takes a sixth of a short run, and no test looks at the pictures of these processes.
-Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a picture")
+# Drawing takes a fifth of a short run, and no test looks at the pictures of these processes.
+requested.draw_losses = lambda training: (training.run.directory / "loss.png").write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
 # For the programs here that use DeepSpeed without a launcher. What DeepSpeed can compile is looked for once.
 skip_compilation()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 def train_in_one_go(directory):
     config = write_config(directory)
-    output = launch("--config", config, "--run_dir", directory / "run")
+    output = launch("--config", config, "--run_dir", directory / "run", "--tracking.sample_tokens", 3)
     return directory, config, output
 
 
