@@ -39,7 +39,7 @@ HERE = SETS[[name for _, name in SETS].index(cpu.find().name.removeprefix("C++ f
 @pytest.mark.parametrize(("weight", "gradient", "state", "stochastic", "scale"), KINDS)
 @pytest.mark.parametrize(("variant", "p"), CASES)
 def test_the_bits_of_the_plain_rule(variant, p, weight, gradient, state, stochastic, scale):
-    row = make_row(60_001, weight, gradient, state, step=6.0)
+    row = make_row(20_001, weight, gradient, state, step=6.0)
     # Betas that are below a half, and are not any more in float32.
     for changes in ({}, OTHER_SETTINGS, dict(beta1=0.49999999, beta2=0.49999999)):
         scale_tensor = None if scale is None else torch.tensor(scale)

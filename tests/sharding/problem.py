@@ -7,7 +7,7 @@ from torch import nn
 
 from stacey_dist import LpDescent, Stacey
 
-STEPS = 12
+STEPS = 8
 LR = 0.02
 
 # Each group differs from the other in every way that an engine could lose.
