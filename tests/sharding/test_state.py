@@ -118,7 +118,7 @@ def check_fragments_take_a_state(engine, directory, dirty):
     weights["frozen.weight"] = torch.full((5, 3), 0.5)
     saved = {f"model/{name}": weight for name, weight in weights.items()}
     saved |= {f"optimizer/{name}/{key}": value for name, (_, state) in half.items() for key, value in state.items()}
-    path = Path(directory) / f"{engine}-{dirty}" / "step_00000003"
+    path = Path(directory) / f"{engine}-{dirty}" / f"step_{HALF:08}"
     write(path, Snapshot.of(saved if dist.get_rank() == 0 else {}), {"made": "by hand"})
     trainer, model = make(engine)
     if dirty:
@@ -128,7 +128,7 @@ def check_fragments_take_a_state(engine, directory, dirty):
     assert_as_one_process(engine, trainer, HALF)
     train(trainer, model, HALF, END)
     assert_as_one_process(engine, trainer, END)
-    ours = save_checkpoint(path.with_name("step_00000006"), trainer.model, trainer.optimizer)
+    ours = save_checkpoint(path.with_name(f"step_{END:08}"), trainer.model, trainer.optimizer)
     tensors = read_tensors(ours)
     expected = one_process(CASE, scalar, steps=END)
     assert torch.equal(tensors.pop("model/frozen.weight"), weights["frozen.weight"])

@@ -22,7 +22,7 @@ from stacey_dist.training.reports import requested
 # What each process would make for itself, half of a short run's time: parsers, and a table of transformers.
 for launcher in LAUNCHERS.values():
     launcher.parse([])
-# Drawing takes a fifth of a short run, and no test looks at the pictures of these processes.
+# Drawing takes a quarter of a short run, and no test looks at the pictures of these processes.
 requested.draw_losses = lambda training: (training.run.directory / "loss.png").write_bytes(b"a picture")
 get_checkpoint_conversion_mapping("llama")
 # For the programs here that use DeepSpeed without a launcher. What DeepSpeed can compile is looked for once.
