@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from stacey_dist.data.embedded import EXTRACTOR_VERSION, standard_library_documents
 from stacey_dist.data.paths import expand_files, literal_directory
+from stacey_dist.data.splits import overlap
 from stacey_dist.data.text import BadRecord, Document, Records, read_records, record_of
 from stacey_dist.errors import InputError, one_line
 
@@ -114,7 +115,7 @@ def hub_source(
     """Return the documents of a dataset of the Hugging Face Hub, or of a local directory that ``datasets`` loads.
 
     Nothing is read before the documents are opened; then InputError is raised for what cannot be loaded or read. It is
-    raised at once where both splits are the same, or a local directory has no files.
+    raised at once where the splits overlap, or a local directory has no files.
 
     Args:
         dataset: its name, such as ``allenai/c4``, which alone identifies it; or a local directory, which is taken
@@ -126,8 +127,11 @@ def hub_source(
         streaming: read over the network as needed instead of downloading everything first.
         on_bad_record: what to do with a row without a document: raise InputError, or skip it.
     """
-    if split == validation_split:
-        raise InputError(f"validation_split: {split!r} is the split for training, too; null holds documents out of it")
+    if validation_split and overlap(split, validation_split):
+        raise InputError(
+            f"validation_split: {validation_split!r} has documents of the split for training, {split!r}; null holds "
+            "documents out of it"
+        )
     identity = {
         "dataset": _directory_identity(dataset) if os.path.isdir(dataset) else dataset,
         "config": config,

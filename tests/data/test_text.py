@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,5 +278,8 @@ def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_split_is_not_held_out_of_itself() -> None:
-    with pytest.raises(InputError, match=r"^validation_split: 'validation' is the split for training, too"):
-        hub_source("allenai/c4", "en", "validation", "validation", "text", True)
+    hub_source("allenai/c4", "en", "train[1%:]", "train[:1%]", "text", True)
+    for held_out in ("train", "train[:1%]", "validation+train"):
+        message = f"^validation_split: '{re.escape(held_out)}' has documents of the split for training, 'train'; null"
+        with pytest.raises(InputError, match=message):
+            hub_source("allenai/c4", "en", "train", held_out, "text", True)

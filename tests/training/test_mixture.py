@@ -232,9 +232,11 @@ def test_no_source_trains_on_what_another_holds_out(tmp_path):
     check(([a], [b]), ([c], []))
     check(([a], [b]), ([a], [b]))
     check(([a], []), ([c], []), ([b], []), ([a], []))  # the same documents are held out of both
-    with pytest.raises(SettingsError, match=rf"data.sources\[0\].validation_files: {b} is one of data.sources\[1\].f"):
+    with pytest.raises(
+        SettingsError, match=rf"data.sources\[0\].validation_files: {b} has text of data.sources\[1\].f"
+    ):
         check(([a], [b]), ([b, c], []))
-    with pytest.raises(SettingsError, match=rf"data.sources\[1\].files: {a} is one of data.sources\[0\].files too"):
+    with pytest.raises(SettingsError, match=rf"data.sources\[1\].files: {a} has text of data.sources\[0\].files, "):
         check(([a], [b]), ([a], []))
 
 
@@ -246,14 +248,17 @@ def test_no_source_trains_on_another_ones_validation_split():
 
     check(("train", "validation", "text"), ("other", None, "text"))
     message = (
-        r"data.sources\[0\].dataset_validation_split: split 'validation' of 'a/b', configuration 'en' is one of "
+        r"data.sources\[0\].dataset_validation_split: split 'validation' of 'a/b', configuration 'en' has text of "
         r"data.sources\[1\].dataset: it would be trained on"
     )
     with pytest.raises(SettingsError, match=message):
         check(("train", "validation", "text"), ("validation", None, "title"))
-    message = r"data.sources\[0\].dataset: split 'train' of 'a/b', configuration 'en' is one of data.sources\[1\]"
+    message = r"data.sources\[0\].dataset: split 'train' of 'a/b', configuration 'en' has text of data.sources\[1\]"
     with pytest.raises(SettingsError, match=message):
         check(("train", None, "text"), ("train", None, "text"))
+    check(("train[1%:]", "train[:1%]", "text"), ("train[2%:]", "train[:1%]", "title"))
+    with pytest.raises(SettingsError, match=r"split 'train\[:1%\]' of 'a/b'.* has text of data.sources\[1\].dataset: "):
+        check(("train[1%:]", "train[:1%]", "text"), ("train", "test", "title"))
 
 
 def test_damage_is_found_in_every_source(tmp_path):

@@ -7,6 +7,7 @@ from stacey_dist.data.images.digits import drawn_digits
 from stacey_dist.data.images.folder import folder_images
 from stacey_dist.data.images.image_set import ImageSet
 from stacey_dist.data.images.tables import hub_images, parquet_images
+from stacey_dist.data.splits import overlap
 from stacey_dist.errors import InputError
 
 _LOOKED_FOR = (
@@ -34,19 +35,21 @@ def open_images(
             files. None for a dataset of the Hub, or drawn digits where that is None too.
         dataset: the name of a dataset of the Hugging Face Hub.
         dataset_config: its configuration; None for the only one.
-        split: to train on.
-        validation_split: to evaluate on.
+        split: of the dataset, to train on.
+        validation_split: of the dataset, to evaluate on.
         image_column: of parquet and datasets; None to find it.
         label_column: of parquet and datasets; None to find it.
         cache_dir: where the names of files in folders are remembered, and Arrow files of parquet and datasets are kept;
             None to list folders at every start, and for the cache of ``datasets``.
 
     Raises:
-        InputError: nothing that can be read is there, both or contradicting arguments are given, the two do not have
-            the same classes.
+        InputError: nothing that can be read is there, both or contradicting arguments are given, the splits overlap, or
+            the two do not have the same classes.
     """
     if path is not None and dataset is not None:
         raise InputError(f"path: {path!r} and `dataset` {dataset!r}: only one of them can be set")
+    if dataset is not None and overlap(split, validation_split):
+        raise InputError(f"validation_split: {validation_split!r} has images of the split for training, {split!r}")
     columns = image_column, label_column
     directory = None if path is None else _directory(path)
     if dataset is not None:

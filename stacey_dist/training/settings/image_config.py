@@ -144,9 +144,6 @@ class ImageConfig(RunConfig):
         super().check_rules()
         allowed = "give either data.path or data.dataset, not both (--data.dataset null)"
         self.require(not (data.path and data.dataset), "data.dataset", allowed)
-        allowed = "it is the split to train on (data.dataset_split), too"
-        apart = data.dataset_validation_split != data.dataset_split or not data.dataset
-        self.require(apart, "data.dataset_validation_split", allowed)
         allowed = (
             "data.crop random_resized needs it, as in 256 for images of 224; at least data.image_size "
             f"({data.image_size})"

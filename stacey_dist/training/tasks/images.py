@@ -40,6 +40,7 @@ from stacey_dist.training.task import Task
 
 SETTINGS = {
     **{field.name: f"data.{field.name}" for field in fields(ImageDataConfig)},
+    "validation_split": "data.dataset_validation_split",
     "resize_to": "data.cache_resize",
     "size": "data.image_size",
     "timeout": "data.timeout_seconds",

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from stacey_dist.data.lock import locked_directory
 from stacey_dist.data.mixture import shares_of
 from stacey_dist.data.parts import SPLITS
 from stacey_dist.data.source import Input, Source, embedded_source, files_source, hub_source
+from stacey_dist.data.splits import overlap
 from stacey_dist.data.tokenizer import (
     TRAINING_TEXT,
     Tokenizer,
@@ -161,14 +162,13 @@ def _check_apart(corpora: Mapping[str, CorpusConfig], sources: Sequence[Source])
         alike = corpus.validation_every == other_corpus.validation_every
         if alike and holding.identity == training.identity:  # they hold the same documents out
             continue
-        trained = set(map(_text_of, training.inputs))
         (read, held), (also_read, _) = _text_settings(corpus), _text_settings(other_corpus)
-        if both := trained.intersection(map(_text_of, holding.validation_inputs or ())):
-            raise SettingsError(f"{one}{held}: {min(both)} is one of {other}{also_read}: it would be trained on")
-        if holding.validation_inputs is None and (both := trained.intersection(map(_text_of, holding.inputs))):
+        if both := _read_by_both(holding.validation_inputs or (), training.inputs):
+            raise SettingsError(f"{one}{held}: {both} has text of {other}{also_read}: it would be trained on")
+        if holding.validation_inputs is None and (both := _read_by_both(holding.inputs, training.inputs)):
             raise SettingsError(
-                f"{one}{read}: {min(both)} is one of {other}{also_read} too, which would train on the documents that "
-                f"are held out of it; give both sources {held}"
+                f"{one}{read}: {both} has text of {other}{also_read}, which would train on the documents that are "
+                f"held out of it; give both sources {held}"
             )
 
 
@@ -177,17 +177,27 @@ def _text_settings(corpus: CorpusConfig) -> tuple[str, str]:
     return ("files", "validation_files") if corpus.files else ("dataset", "dataset_validation_split")
 
 
-def _text_of(text: Input) -> str:
-    """Return which text an input reads: a file's real path, or what tells a split of a data set from others."""
+def _read_by_both(some: Iterable[Input], others: Iterable[Input]) -> str | None:
+    """Return the name of the first input that certainly has documents of another source's inputs; None if none has."""
+    splits: dict[str, list[str]] = {}
+    for text, split in map(_text_of, others):
+        splits.setdefault(text, []).append(split)
+    for text, split in map(_text_of, some):
+        if any(overlap(split, other) for other in splits.get(text, ())):
+            return f"split {split!r} of {text}" if split else text
+    return None
+
+
+def _text_of(text: Input) -> tuple[str, str]:
+    """Return which text an input reads, a file's real path or a dataset's name, and the split of a dataset."""
     if "file" in text.identity:
-        return text.identity["file"]["path"]
+        return text.identity["file"]["path"], ""
     if "dataset" not in text.identity:
-        return "the embedded text"
-    dataset, split = text.identity["dataset"], text.identity["split"]
-    config = text.identity["config"]
+        return "the embedded text", ""
+    dataset, config = text.identity["dataset"], text.identity["config"]
     # A directory is known by its files.
     name = dataset if isinstance(dataset, str) else os.path.commonpath([file["path"] for file in dataset])
-    return f"split {split!r} of {name!r}" + (f", configuration {config!r}" if config else "")
+    return f"{name!r}" + (f", configuration {config!r}" if config else ""), text.identity["split"]
 
 
 def _settings_errors(prefix: str) -> AbstractContextManager[None]:

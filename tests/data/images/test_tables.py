@@ -73,6 +73,10 @@ def test_hub(tmp_path: Path) -> None:
     assert train.read(1) == encoded(picture(8, 9, 1))
     with pytest.raises(InputError, match=r"^dataset: .*, split nowhere: cannot be loaded: .*nowhere[^\n]*$"):
         open_images(**settings, validation_split="nowhere")
+    with pytest.raises(
+        InputError, match=r"^validation_split: 'train\[:1\]' has images of the split for training, 'train'"
+    ):
+        open_images(**settings, validation_split="train[:1]")
     part, _ = open_images(**settings, split="train[1:3]", validation_split="test")
     assert [part.read(i) for i in range(2)] == [encoded(picture(8, 9, i)) for i in (1, 2)]
 
