@@ -110,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stacey-dist bench` to its parser."""
     parser.add_argument("--case", action="append", choices=list(CASES), help="one of them; all if not given")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (cpu)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each optimizer per process (9)")
     parser.add_argument("--processes", type=int, default=3, help="processes per comparison (3)")
     parser.add_argument("--slow", action="store_true", help="measure the plain rule too, also compiled")

@@ -89,7 +89,10 @@ class BackgroundSaver:
             print(f"the last checkpoint failed: {one_line(self._failure)}", file=sys.stderr, flush=True)
 
     def failure(self) -> OSError | None:
-        """Return why the last save failed, the first time only; None if it did not. Raises what is no OSError."""
+        """Return the OSError of the last save, and forget it; None if the save did not fail.
+
+        Any other error is raised.
+        """
         failure, self._failure = self._failure, None
         if failure is None or isinstance(failure, OSError):
             return failure

@@ -55,18 +55,20 @@ def directory_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of updates in a checkpoint's name."""
+    """Return the number of updates in a checkpoint's name. Raises ValueError if it is no name of a checkpoint."""
     match = _NAME.fullmatch(path.name)
-    assert match is not None, path
+    if match is None:
+        raise ValueError(f"{path} is not named as a checkpoint, like step_00000100")
     return int(match[1])
 
 
-def find_checkpoints(directory: Path) -> list[Path]:
+def find_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints under `directory` by their names, newest (most updates) first; none is opened.
 
     Raises OSError if the directory may not be read, and SettingsError if it is none, or a link that leads nowhere: a
     run must not take these for a directory without checkpoints.
     """
+    directory = Path(directory)
     if not os.path.lexists(directory):
         return []
     if not directory.is_dir():

@@ -17,19 +17,26 @@ from stacey_dist.checkpoint.manifest import (
 from stacey_dist.checkpoint.write import clear_leftovers
 
 
-def retain(saved: Path, keep_last: int, keep_every: int | None = None, kept: Collection[int] = ()) -> None:
+def retain(
+    saved: str | os.PathLike[str], keep_last: int, keep_every: int | None = None, kept: Collection[int] = ()
+) -> None:
     """Delete checkpoints older than `saved` from its directory, and what killed saves of older ones have left there.
 
     Only one process calls it. The newest checkpoint whose weights and optimizer states are finite is never deleted, nor
-    are newer ones that can't be read now. Raises OSError if one cannot be deleted.
+    are newer ones that can't be read now.
 
     Args:
         saved: the checkpoint that has just been completed, named by its updates as `step_00000100`.
         keep_last: how many to keep, with `saved`. Checkpoints of later steps, which resuming skipped, do not count
             and are not deleted.
         keep_every: keep those whose number of updates is a multiple of it.
-        kept: keep those after so many updates.
+        kept: numbers of updates whose checkpoints are kept.
+
+    Raises:
+        ValueError: `saved` is not named as a checkpoint.
+        OSError: one cannot be deleted.
     """
+    saved = Path(saved)
     clear_leftovers(saved.parent, before=step_of(saved))
     counted = [path for path in find_checkpoints(saved.parent) if step_of(path) <= step_of(saved)]
     if len(counted) <= keep_last:

@@ -25,12 +25,12 @@ class LpDescent(ElementwiseOptimizer):
         eps: added to the denominator of s, outside the power.
         weight_decay: lambda, decoupled: multiplied by lr, acting on the old weight.
         rounding: ``"stochastic"`` or ``"nearest"``, for bfloat16 and float16 parameters.
-        seed: an integer, part of the hash that makes the random bits of stochastic rounding.
+        seed: an integer >= 0, part of the hash that makes the random bits of stochastic rounding.
 
     State of a parameter: ``step`` alone (int64 scalar on the CPU).
 
     Raises:
-        ValueError: a setting is out of range, or a parameter is complex or an integer.
+        ValueError: a setting is out of range, or a parameter is complex, an integer, or on MPS.
         RuntimeError: sparse gradients (in `step`).
     """
 

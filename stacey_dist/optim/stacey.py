@@ -67,11 +67,11 @@ class Stacey(ElementwiseOptimizer):
         state_dtype: dtype of z and m: torch.bfloat16, torch.float32 or torch.float64, or its name.
         rounding: ``"stochastic"`` or ``"nearest"``, for bfloat16 states and for bfloat16 and float16 parameters.
             Rounded to nearest, a bfloat16 z loses most of its movement.
-        seed: an integer, part of the hash that makes the random bits of stochastic rounding.
+        seed: an integer >= 0, part of the hash that makes the random bits of stochastic rounding.
         fused: None picks the fastest implementation, True demands a kernel, False takes the plain rule. All give the
             same bits.
         capturable: keep step counts on the GPU, and wait for nothing that is there, so that `step` can be
-            captured in a CUDA graph; ``lr`` is to be a tensor on the GPU if it is to change. Demands the kernel.
+            captured in a CUDA graph; ``lr`` is to be a tensor on the GPU if it is to change. Implies ``fused=True``.
         lr_reference: the lr at which alpha and tau hold, as the peak of a schedule; an update at another lr has them in
             proportion (see above). For groups with learning rates of their own, as in layer-wise decay, and for
             schedules that end at 0. None: alpha and tau are constant.
@@ -80,7 +80,7 @@ class Stacey(ElementwiseOptimizer):
     parameter).
 
     Raises:
-        ValueError: a setting is out of range, or a parameter is complex or an integer.
+        ValueError: a setting is out of range, or a parameter is complex, an integer, or on MPS.
         RuntimeError: ``fused=True`` or ``capturable=True`` where there is no kernel; sparse gradients (in
             `step`).
     """

@@ -102,7 +102,7 @@ class Launcher(Generic[C]):
         load_parts: Return what a run is built of. It is called after the settings were checked, so that imports which
             take seconds can wait until then.
         metrics: The names of the figures that an evaluation gives.
-        users_data: Return the settings with which a run trains on what a user names, files separated by commas.
+        users_data: A function from a user's data, files separated by commas, to the settings that train on them.
         callbacks: Further callbacks of each run.
     """
 

@@ -32,7 +32,7 @@ class Task(Protocol):
     that is not to be reported."""
 
     data_identity: str
-    """Differs where the data do: a run does not resume on other data."""
+    """A text that differs if the data differ: a run does not resume on data with another one."""
 
     batch_size: int
     """Samples of one update, over all processes."""
@@ -72,7 +72,8 @@ class Task(Protocol):
 
         Args:
             model: the model in evaluation mode; gradients are off.
-            stopping: to be called after each batch, as often on every process. Where it returns true, return None.
+            stopping: to be called after each batch, the same number of times on every process. Where it returns true,
+                return None.
         """
         ...
 

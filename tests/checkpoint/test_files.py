@@ -439,8 +439,11 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
 def test_checkpoints_that_are_kept_for_good(tmp_path):
     for step in (10, 20, 25, 30, 40, 45):
         (tmp_path / f"step_{step:08d}").mkdir()
-    retain(tmp_path / "step_00000045", keep_last=2, keep_every=20)
-    assert [step_of(p) for p in find_checkpoints(tmp_path)] == [45, 40, 20]
+    retain(f"{tmp_path}/step_00000045", keep_last=2, keep_every=20)
+    assert [step_of(p) for p in find_checkpoints(str(tmp_path))] == [45, 40, 20]
+    with pytest.raises(ValueError, match="/best is not named as a checkpoint, like step_00000100"):
+        retain(tmp_path / "best", keep_last=1)
+    assert len(find_checkpoints(tmp_path)) == 3
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
