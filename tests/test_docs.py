@@ -54,6 +54,13 @@ def test_readme_example_learns():
     assert run("readme")["loss"].item() < 1  # 64 at first, in expectation
 
 
+def test_samples_are_read_in_ones_own_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("samples")
+    assert len(names["windows"]) == 782  # of 100 000 tokens
+    assert (names["labels"][:-1] == names["inputs"][1:]).all()
+
+
 def deepspeed_example(rank):
     model = tiny_llama()
     batches = make_batches(4, rank=rank)

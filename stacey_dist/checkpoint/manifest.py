@@ -55,7 +55,7 @@ def directory_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of updates in a checkpoint's name. Raises ValueError if it is no name of a checkpoint."""
+    """Return the number of updates in a checkpoint's name. Raises ValueError if the name is not a checkpoint's."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} is not named as a checkpoint, like step_00000100")
@@ -65,7 +65,7 @@ def step_of(path: Path) -> int:
 def find_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints under `directory` by their names, newest (most updates) first; none is opened.
 
-    Raises OSError if the directory may not be read, and SettingsError if it is none, or a link that leads nowhere: a
+    Raises OSError if the directory may not be read, and SettingsError if it is a file or a link that leads nowhere: a
     run must not take these for a directory without checkpoints.
     """
     directory = Path(directory)
